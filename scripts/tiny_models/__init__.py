@@ -1,0 +1,1 @@
+"""The parts of scripts/make_tiny_models.py, one noun a file."""

@@ -1,0 +1,401 @@
+"""The architectures: for each its Hugging Face model, its GGUF tensors and its GGUF metadata.
+
+Sizes differ between the architectures (n_ff, n_head_kv, n_layer), so that code which mixes two of them
+up, or takes a size from another model, fails. All are multiples of 32, the block of Q8_0 and Q4_0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import gguf
+import numpy as np
+import torch
+import transformers as hf
+
+N_CTX = 256
+# Found by trying seeds from 1 upwards: greedy decoding of the golden prompts is clear of ties (golden.py checks
+# that) and gives more than one token over and over.
+SEEDS = {"llama": 34, "command-r": 6, "gpt2": 46, "bloom": 63, "gemma3": 23, "qwen2": 1, "bert": 1}
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is needed to make one tiny model."""
+
+    name: str  # file name without its ending
+    arch: str  # general.architecture
+    config: hf.PretrainedConfig
+    model_class: type
+    # Module of the transformer's blocks, and of the down projection inside one block.
+    blocks: str
+    down: str
+    tensors: Callable[[torch.nn.Module], Tensors]  # GGUF name -> F32 values, slowest axis first
+    metadata: dict[str, int | float | bool | str]  # keys without the "{arch}." before them
+    add_bos: bool
+    # How the weights are drawn, see weights.py.
+    seed: int
+    embd_std: float  # of one value of an embedding
+    residual_gain: float = 1.0  # of the matrices that write to the residual stream
+    output_norm_gain: float = 3.5  # sets the spread of the logits
+    norm_offset: float = 0.0
+    transposed_matrices: bool = False
+    quantization: gguf.GGMLQuantizationType | None = None
+    is_decoder: bool = True
+    tokenizer_metadata: dict[str, int] = field(default_factory=dict)
+
+    def build(self, n_vocab: int) -> torch.nn.Module:
+        """The model with transformers' own initial weights, which weights.fill() overwrites."""
+        self.config.vocab_size = n_vocab
+        # Eager attention is plain matrix products; the fused kernels sum in another order.
+        self.config._attn_implementation = "eager"
+        return self.model_class(self.config).eval()
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().numpy())
+
+
+def _interleave_rope(w: torch.Tensor, n_head: int) -> torch.Tensor:
+    """Reorder the rows of a q or k matrix for a rope on neighbouring pairs.
+
+    transformers rotates element i of a head with element i + n/2; llama.cpp's `llama` graph rotates 2i
+    with 2i + 1. So the two halves of each head become the even and the odd rows.
+    """
+    n_out, n_in = w.shape
+    return w.view(n_head, 2, n_out // n_head // 2, n_in).transpose(1, 2).reshape(n_out, n_in)
+
+
+def _split_heads_qkv(w: torch.Tensor, n_head: int) -> torch.Tensor:
+    """[n_head, (q, k, v), n_embd_head, ...] as BLOOM keeps it -> [(q, k, v), n_head, n_embd_head, ...]."""
+    return w.view(n_head, 3, w.shape[0] // n_head // 3, *w.shape[1:]).transpose(0, 1).reshape(w.shape)
+
+
+def _rename(model: torch.nn.Module, outer: dict[str, str], block: str, inner: dict[str, str],
+            change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, w: w) -> Tensors:
+    """GGUF tensors of `model` by tables of module names; `change` maps (GGUF name, value) to the value written.
+
+    Every parameter must be named by a table: a forgotten one would be a silent difference.
+    """
+    names = dict(outer)
+    n_layer = len(model.get_submodule(block))
+    for il in range(n_layer):
+        names |= {f"{block}.{il}.{module}": f"blk.{il}.{name}" for module, name in inner.items()}
+    result = {}
+    for name, param in model.named_parameters():
+        module, _, kind = name.rpartition(".")  # kind is "weight" or "bias"
+        gguf_name = f"{names[module]}.{kind}"
+        result[gguf_name] = _array(change(gguf_name, param))
+    # One order for the file, whatever the order of the modules.
+    return dict(sorted(result.items()))
+
+
+# Gated FFN and separate q, k, v: llama, command-r, qwen2 and gemma3 name these alike.
+GATED = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+}
+GATED_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def _llama_tensors(model) -> Tensors:
+    cfg = model.config
+
+    def change(name: str, w: torch.Tensor) -> torch.Tensor:
+        if ".attn_q." in name:
+            return _interleave_rope(w, cfg.num_attention_heads)
+        if ".attn_k." in name:
+            return _interleave_rope(w, cfg.num_key_value_heads)
+        return w
+
+    return _rename(model, GATED_OUTER, "model.layers", GATED | {"post_attention_layernorm": "ffn_norm"}, change)
+
+
+def _llama(name: str, quantization: gguf.GGMLQuantizationType | None = None) -> Architecture:
+    return Architecture(
+        name=name,
+        arch="llama",
+        config=hf.LlamaConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=N_CTX, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False,
+        ),
+        model_class=hf.LlamaForCausalLM,
+        blocks="model.layers",
+        down="mlp.down_proj",
+        tensors=_llama_tensors,
+        metadata={
+            "context_length": N_CTX,
+            "embedding_length": 64,
+            "block_count": 3,
+            "feed_forward_length": 96,
+            "attention.head_count": 4,
+            "attention.head_count_kv": 2,
+            "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.dimension_count": 16,
+            "rope.freq_base": 10000.0,
+        },
+        add_bos=True,
+        embd_std=1.0,
+        residual_gain=1.5,
+        output_norm_gain=2.8,
+        quantization=quantization,
+        seed=SEEDS["llama"],
+    )
+
+
+LLAMA = _llama("llama")
+# The same random values, so that the two files differ by quantisation alone.
+LLAMA_Q8_0 = _llama("llama-q8_0", gguf.GGMLQuantizationType.Q8_0)
+
+# Attention and FFN both read the one norm of the block, and both are added to the residual stream.
+# transformers rotates neighbouring pairs for this model, as llama.cpp does: nothing to reorder.
+COMMAND_R = Architecture(
+    name="command-r",
+    arch="command-r",
+    config=hf.CohereConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=N_CTX, layer_norm_eps=1e-5, rope_theta=10000.0, logit_scale=0.25, use_qk_norm=False,
+        tie_word_embeddings=True,
+    ),
+    model_class=hf.CohereForCausalLM,
+    blocks="model.layers",
+    down="mlp.down_proj",
+    tensors=lambda model: _rename(model, GATED_OUTER, "model.layers", GATED),
+    metadata={
+        "context_length": N_CTX,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 160,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_epsilon": 1e-5,
+        "logit_scale": 0.25,
+        "rope.freq_base": 10000.0,
+        "rope.scaling.type": "none",
+    },
+    add_bos=True,
+    embd_std=0.4,
+    residual_gain=3.0,
+    seed=SEEDS["command-r"],
+)
+
+
+def _gpt2_tensors(model) -> Tensors:
+    outer = {"transformer.wte": "token_embd", "transformer.wpe": "position_embd", "transformer.ln_f": "output_norm"}
+    inner = {
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+        "ln_1": "attn_norm",
+        "ln_2": "ffn_norm",
+    }
+    # Only the blocks' matrices are Conv1D, [n_in, n_out]; the embeddings are the right way round.
+    return _rename(model, outer, "transformer.h", inner,
+                   lambda name, w: w.T if w.ndim == 2 and name.startswith("blk.") else w)
+
+
+GPT2 = Architecture(
+    name="gpt2",
+    arch="gpt2",
+    config=hf.GPT2Config(n_embd=64, n_inner=128, n_layer=2, n_head=4, n_positions=N_CTX, layer_norm_epsilon=1e-5,
+                         activation_function="gelu_new", bos_token_id=1, eos_token_id=2),
+    model_class=hf.GPT2LMHeadModel,
+    blocks="transformer.h",
+    down="mlp.c_proj",
+    tensors=_gpt2_tensors,
+    metadata={
+        "context_length": N_CTX,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 128,
+        "attention.head_count": 4,
+        "attention.layer_norm_epsilon": 1e-5,
+    },
+    add_bos=False,
+    embd_std=0.1,
+    residual_gain=3.0,
+    transposed_matrices=True,
+    seed=SEEDS["gpt2"],
+)
+
+
+def _bloom_tensors(model) -> Tensors:
+    outer = {
+        "transformer.word_embeddings": "token_embd",
+        "transformer.word_embeddings_layernorm": "token_embd_norm",
+        "transformer.ln_f": "output_norm",
+    }
+    inner = {
+        "self_attention.query_key_value": "attn_qkv",
+        "self_attention.dense": "attn_output",
+        "mlp.dense_h_to_4h": "ffn_up",
+        "mlp.dense_4h_to_h": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    n_head = model.config.n_head
+    return _rename(model, outer, "transformer.h", inner,
+                   lambda name, w: _split_heads_qkv(w, n_head) if ".attn_qkv." in name else w)
+
+
+# BLOOM has ALiBi and no other positions; its FFN is always 4 * n_embd wide.
+BLOOM = Architecture(
+    name="bloom",
+    arch="bloom",
+    config=hf.BloomConfig(hidden_size=64, n_layer=2, n_head=4, layer_norm_epsilon=1e-5, bos_token_id=1, eos_token_id=2),
+    model_class=hf.BloomForCausalLM,
+    blocks="transformer.h",
+    down="mlp.dense_4h_to_h",
+    tensors=_bloom_tensors,
+    metadata={
+        "context_length": N_CTX,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 256,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 4,
+        "attention.layer_norm_epsilon": 1e-5,
+    },
+    add_bos=False,
+    embd_std=0.1,
+    residual_gain=5.0,
+    seed=SEEDS["bloom"],
+)
+
+
+def _gemma3_tensors(model) -> Tensors:
+    inner = GATED | {
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    }
+    # llama.cpp multiplies by the stored gain itself.
+    return _rename(model, GATED_OUTER, "model.layers", inner, lambda name, w: w + 1 if "norm" in name else w)
+
+
+# Heads are wider than n_embd / n_head, there is one KV head, and a norm follows both the attention and the FFN.
+# The window is shorter than the golden prompts, so that the two kinds of layers really differ.
+GEMMA3 = Architecture(
+    name="gemma3",
+    arch="gemma3",
+    config=hf.Gemma3TextConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=32, max_position_embeddings=N_CTX, rms_norm_eps=1e-6,
+        rope_theta=1000000.0, rope_local_base_freq=10000.0,
+        query_pre_attn_scalar=32, sliding_window=4,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    ),
+    model_class=hf.Gemma3ForCausalLM,
+    blocks="model.layers",
+    down="mlp.down_proj",
+    tensors=_gemma3_tensors,
+    metadata={
+        "context_length": N_CTX,
+        "embedding_length": 64,
+        "block_count": 3,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 1,
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.sliding_window": 4,
+        "attention.sliding_window_pattern": 3,  # every third layer is global
+        "rope.freq_base": 1000000.0,
+        "rope.freq_base_swa": 10000.0,
+    },
+    add_bos=True,
+    embd_std=0.05,
+    output_norm_gain=7.0,
+    norm_offset=1.0,
+    seed=SEEDS["gemma3"],
+)
+
+# q, k and v have biases; the rope rotates halves in both programs, so nothing is reordered.
+QWEN2 = Architecture(
+    name="qwen2",
+    arch="qwen2",
+    config=hf.Qwen2Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=N_CTX, rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=True,
+    ),
+    model_class=hf.Qwen2ForCausalLM,
+    blocks="model.layers",
+    down="mlp.down_proj",
+    tensors=lambda model: _rename(model, GATED_OUTER, "model.layers", GATED | {"post_attention_layernorm": "ffn_norm"}),
+    metadata={
+        "context_length": N_CTX,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 128,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 1000000.0,
+    },
+    add_bos=False,
+    embd_std=0.1,
+    residual_gain=2.0,
+    seed=SEEDS["qwen2"],
+)
+
+
+def _bert_tensors(model) -> Tensors:
+    outer = {
+        "embeddings.word_embeddings": "token_embd",
+        "embeddings.position_embeddings": "position_embd",
+        "embeddings.token_type_embeddings": "token_types",
+        "embeddings.LayerNorm": "token_embd_norm",
+    }
+    inner = {
+        "attention.self.query": "attn_q",
+        "attention.self.key": "attn_k",
+        "attention.self.value": "attn_v",
+        "attention.output.dense": "attn_output",
+        "attention.output.LayerNorm": "attn_output_norm",
+        "intermediate.dense": "ffn_up",
+        "output.dense": "ffn_down",
+        "output.LayerNorm": "layer_output_norm",
+    }
+    return _rename(model, outer, "encoder.layer", inner)
+
+
+# An encoder, for the test that a model which is not a decoder is refused. It has no goldens.
+BERT = Architecture(
+    name="bert",
+    arch="bert",
+    config=hf.BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                         max_position_embeddings=N_CTX, type_vocab_size=2, layer_norm_eps=1e-12),
+    model_class=lambda config: hf.BertModel(config, add_pooling_layer=False),
+    blocks="encoder.layer",
+    down="output.dense",
+    tensors=_bert_tensors,
+    metadata={
+        "context_length": N_CTX,
+        "embedding_length": 32,
+        "block_count": 1,
+        "feed_forward_length": 64,
+        "attention.head_count": 2,
+        "attention.layer_norm_epsilon": 1e-12,
+        "attention.causal": False,
+        "pooling_type": int(gguf.PoolingType.MEAN),
+    },
+    add_bos=False,
+    embd_std=1.0,
+    is_decoder=False,
+    seed=SEEDS["bert"],
+    tokenizer_metadata={"token_type_count": 2},
+)
+
+ALL = [LLAMA, COMMAND_R, GPT2, BLOOM, GEMMA3, QWEN2, LLAMA_Q8_0, BERT]

@@ -1,0 +1,225 @@
+"""Golden numbers: what PyTorch computes from the same weights, in F32 on the CPU."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from . import tokenizer
+
+PROMPTS = ["The cat sleeps", "Das Wetter ist", "猫在家"]
+# (prompt, continuation): a model scores the continuation's tokens after the prompt's.
+CONTINUATIONS = [
+    ("The cat sleeps", " in the house."),
+    ("Il gatto dorme", " nella casa."),
+    ("오늘", " 날씨가"),
+]
+N_GREEDY = 8
+# Greedy decoding is only a test if rounding cannot change it: at every step the best token must lead the second
+# by this much. That is ten times what an F16 KV cache moves a logit. Products with Q8_0 weights round the
+# activations to 8 bits and move logits by 0.2, so there a test should look at `greedy_leads` and stop at a small one.
+MIN_GREEDY_LEAD = 0.1
+# Largest difference that the order of summation makes in any number of a golden file.
+CPU_TOLERANCE = 1e-4
+
+# Text that tokenizers have got wrong: white space, marks, digits, joined emoji, contractions, control tokens as text.
+TOKENIZER_CASES = [
+    "",
+    " ",
+    "  two  spaces   three",
+    "line\nbreak\r\n\n\ttab ",
+    "It's true that they're here, I'm sure we'll see.",
+    "12 3456 7.89 ½ ٣",
+    "naïve café — “quoted” …!?",
+    "👩‍👩‍👧 🙂",
+    "हिन्दी में",
+    "e\u0301 is not \u00e9",
+    "no\u00a0break\u3000ideographic",
+    "<s> is text here</s>",
+    "<unk><pad>",
+]
+
+
+def model_goldens(arch, model: torch.nn.Module, tok: Tokenizer) -> tuple[dict, dict]:
+    """The two golden files of a model: logits and log-probs, and activations of the first prompt."""
+    torch.set_num_threads(1)  # one order of summation
+    torch.use_deterministic_algorithms(True)
+    config = model.config
+    head = {
+        "generator": generator(),
+        "seed": arch.seed,
+        "model": f"gguf/tiny/{arch.name}.gguf",
+        "architecture": arch.arch,
+    }
+    sizes = {
+        "n_vocab": config.vocab_size,
+        "n_layer": arch.metadata["block_count"],
+        "n_embd": arch.metadata["embedding_length"],
+        "n_ff": arch.metadata["feed_forward_length"],
+        "n_head": arch.metadata["attention.head_count"],
+        "n_head_kv": arch.metadata.get("attention.head_count_kv", arch.metadata["attention.head_count"]),
+        "n_ctx": arch.metadata["context_length"],
+        "add_bos": arch.add_bos,
+    }
+
+    prompts = []
+    for text in PROMPTS:
+        tokens = tokenizer.encode(tok, text, arch.add_bos)
+        greedy, leads = _greedy(model, tokens)
+        where = f"{arch.name}, {text!r}"
+        assert min(leads) >= MIN_GREEDY_LEAD, f"{where}: greedy decoding hangs on {min(leads):.3f}; take another seed"
+        assert tok.token_to_id(tokenizer.EOS) not in greedy, f"{where}: ends early; take another seed"
+        prompts.append({
+            "text": text,
+            "tokens": tokens,
+            "greedy": greedy,
+            "greedy_leads": _significant(np.array(leads), 7),
+            "logits": _shortest(_logits(model, tokens)),
+        })
+
+    continuations = []
+    for text, continuation in CONTINUATIONS:
+        # Tokenised apart and joined, as a program must that keeps the prompt in its cache.
+        tokens = tokenizer.encode(tok, text, arch.add_bos)
+        continuation_tokens = tokenizer.encode(tok, continuation, add_bos=False)
+        logits = torch.from_numpy(_logits(model, tokens + continuation_tokens)).double()
+        # Row i of the logits is about token i + 1.
+        rows = torch.log_softmax(logits[len(tokens) - 1 : -1], dim=-1)
+        logps = [row[token].item() for row, token in zip(rows, continuation_tokens)]
+        continuations.append({
+            "prompt": text,
+            "prompt_tokens": tokens,
+            "continuation": continuation,
+            "continuation_tokens": continuation_tokens,
+            "logps": _significant(np.array(logps), 9),
+        })
+
+    residual_stream, neuron_activations = _activations(arch, model, prompts[0]["tokens"])
+    logits_golden = head | sizes | {"prompts": prompts, "continuations": continuations}
+    activations_golden = head | sizes | {
+        "prompt": {"text": prompts[0]["text"], "tokens": prompts[0]["tokens"]},
+        # [n_layer][n_tokens][n_embd]: what each block leaves in the residual stream.
+        "residual_stream": _significant(residual_stream, 7),
+        # [n_layer][n_tokens][n_ff]: the input of each block's down projection.
+        "neuron_activations": _significant(neuron_activations, 7),
+    }
+    return logits_golden, activations_golden
+
+
+def tokenizer_golden(tok: Tokenizer) -> dict:
+    """Token ids, without <s>, of every sentence of the corpus and of texts that are easy to get wrong."""
+    texts = [sentence for sentences in tokenizer.CORPUS.values() for sentence in sentences] + TOKENIZER_CASES
+    return {
+        "generator": generator(),
+        "tokenizer": "gguf/tiny/tokenizer.json",
+        "control_tokens": {token: tok.token_to_id(token) for token in tokenizer.CONTROL_TOKENS},
+        # Control tokens in the text are recognised, as llama_tokenize does with parse_special.
+        "cases": [{"text": text, "tokens": tokenizer.encode(tok, text, add_bos=False)} for text in texts],
+    }
+
+
+def summary(arch, golden: dict) -> str:
+    """One line on a model, to see that its logits are worth comparing."""
+    logits = np.array([row for prompt in golden["prompts"] for row in prompt["logits"]])
+    return (
+        f"{arch.name:10s} logits std {logits.std():.2f}, range {logits.min():.1f} to {logits.max():.1f}; "
+        f"greedy lead {min(min(p['greedy_leads']) for p in golden['prompts']):.2f}; "
+        f"tokens {[len(p['tokens']) for p in golden['prompts']]}; "
+        f"greedy {[p['greedy'] for p in golden['prompts']]}"
+    )
+
+
+def generator() -> dict[str, str]:
+    """What made a golden file. Without patch level and build tags, which change no number."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    packages = ["torch", "transformers", "gguf", "tokenizers", "numpy"]
+    return {"script": "scripts/make_tiny_models.py", "python": python} | {p: version(p).split("+")[0] for p in packages}
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
+    """[n_tokens, n_vocab]"""
+    return model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+
+
+def _greedy(model: torch.nn.Module, tokens: list[int]) -> tuple[list[int], list[float]]:
+    """The next N_GREEDY most probable tokens, and by how much each leads the second best.
+
+    Without a KV cache: slower, and nothing of the cache's can be wrong.
+    """
+    tokens, n_prompt, leads = list(tokens), len(tokens), []
+    for _ in range(N_GREEDY):
+        last = _logits(model, tokens)[-1]
+        second, best = np.argsort(last, kind="stable")[-2:]
+        leads.append(float(last[best] - last[second]))
+        tokens.append(int(best))
+    return tokens[n_prompt:], leads
+
+
+@torch.no_grad()
+def _activations(arch, model: torch.nn.Module, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Residual stream after each block, and input of each down projection."""
+    residual_stream, neuron_activations = [], []
+    handles = []
+    for block in model.get_submodule(arch.blocks):
+        # Some blocks return the residual stream alone, some the first of a tuple.
+        handles.append(block.register_forward_hook(
+            lambda _module, _args, out: residual_stream.append((out[0] if isinstance(out, tuple) else out)[0].clone())))
+        handles.append(block.get_submodule(arch.down).register_forward_pre_hook(
+            lambda _module, args: neuron_activations.append(args[0][0].clone())))
+    _logits(model, tokens)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(residual_stream).numpy(), torch.stack(neuron_activations).numpy()
+
+
+def _shortest(values: np.ndarray):
+    """Nested lists of the shortest decimals that read back as the same F32."""
+    if values.ndim > 1:
+        return [_shortest(row) for row in values]
+    return [float(str(value)) for value in values.astype(np.float32)]
+
+
+def _significant(values: np.ndarray, digits: int):
+    """Nested lists, rounded to that many significant digits."""
+    if values.ndim > 1:
+        return [_significant(row, digits) for row in values]
+    return [float(f"{value:.{digits}g}") for value in values]
+
+
+def largest_difference(old: Path, new: Path) -> float:
+    """Between the numbers of two golden files; infinite if they differ in anything but fractions."""
+    return _difference(json.loads(old.read_text(encoding="utf-8")), json.loads(new.read_text(encoding="utf-8")))
+
+
+def _difference(a, b) -> float:
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b)
+    if isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b):
+        return max((_difference(a[key], b[key]) for key in a), default=0.0)
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return max((_difference(x, y) for x, y in zip(a, b)), default=0.0)
+    return 0.0 if a == b else float("inf")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """JSON with each list of numbers on one line, so that a difference shows as few lines."""
+    path.write_text(_format(content, "") + "\n", encoding="utf-8")
+
+
+def _format(value, indent: str) -> str:
+    inner = indent + " "
+    match value:
+        case dict() if value:
+            items = [f"{json.dumps(key)}: {_format(item, inner)}" for key, item in value.items()]
+            return "{\n" + ",\n".join(inner + item for item in items) + f"\n{indent}}}"
+        case list() if value and isinstance(value[0], (dict, list)):
+            return "[\n" + ",\n".join(inner + _format(item, inner) for item in value) + f"\n{indent}]"
+        case list():
+            return json.dumps(value, separators=(",", ":"))
+        case _:
+            return json.dumps(value, ensure_ascii=False)

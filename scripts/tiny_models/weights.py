@@ -1,0 +1,54 @@
+"""Seeded weights: every value of a model is drawn from (seed of the architecture, parameter name)."""
+
+import zlib
+
+import gguf
+import numpy as np
+import torch
+
+EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embeddings")
+OUTPUT_NORMS = ("model.norm.", "transformer.ln_f.")
+RESIDUAL_WRITERS = tuple(f"{module}.weight" for module in (
+    "self_attn.o_proj", "mlp.down_proj",  # llama, command-r, gemma3, qwen2
+    "attn.c_proj", "mlp.c_proj",  # gpt2
+    "self_attention.dense", "mlp.dense_4h_to_h",  # bloom
+))
+
+def fill(model: torch.nn.Module, arch) -> None:
+    """Overwrite every parameter of `model`.
+
+    One stream for each parameter: a layer added or a name changed leaves the other values alone.
+    numpy draws them and not torch, because torch's normal generator gives other bits under another
+    vector instruction set, and the GGUF files are to be the same everywhere.
+    """
+    # named_parameters() lists a tied embedding once, under its embedding's name.
+    for name, param in model.named_parameters():
+        rng = np.random.default_rng([arch.seed, zlib.crc32(name.encode())])
+        value = rng.standard_normal(tuple(param.shape), dtype=np.float32)
+        value = (value * np.float32(_std(arch, name, param)) + np.float32(_mean(arch, name, param))).astype(np.float32)
+        if arch.quantization is not None and value.ndim == 2:
+            # The goldens of a quantised model are those of the values its file holds.
+            value = gguf.dequantize(gguf.quantize(value, arch.quantization), arch.quantization)
+        with torch.no_grad():
+            param.copy_(torch.from_numpy(value))
+    model.eval()
+
+
+def _mean(arch, name: str, param: torch.Tensor) -> float:
+    if param.ndim > 1 or not name.endswith(".weight"):
+        return 0.0  # matrices and biases
+    gain = arch.output_norm_gain if name.startswith(OUTPUT_NORMS) else 1.0
+    # Gemma stores w and multiplies by 1 + w.
+    return gain - arch.norm_offset
+
+
+def _std(arch, name: str, param: torch.Tensor) -> float:
+    if param.ndim == 1:
+        return 0.1  # norm gains and biases, spread so that exchanging two of them shows
+    if any(part in name for part in EMBEDDINGS):
+        return arch.embd_std
+    # GPT-2's Conv1D keeps [n_in, n_out]; Linear keeps [n_out, n_in].
+    n_in = param.shape[0 if arch.transposed_matrices else 1]
+    # Unit variance in, variance gain^2 out: activations of ordinary size, which F16 holds well.
+    gain = arch.residual_gain if name.endswith(RESIDUAL_WRITERS) else 1.0
+    return gain / n_in**0.5

@@ -1,0 +1,153 @@
+//! The program's door: what was typed, checked and turned into calls. One file of arguments a command.
+
+mod arguments;
+mod bench;
+mod eval;
+mod generate;
+mod progress;
+mod score;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::{Parser, Subcommand};
+
+use crate::error::{Error, Result};
+
+/// What to do, as typed.
+#[derive(Debug, Parser)]
+#[command(
+    name = "detox-gguf",
+    version = crate::version(),
+    about = "Measure how toxic a GGUF model's continuations are, in 17 languages",
+    after_help = "llama.cpp's flags keep their names and meanings, the two-letter ones (-ngl -np -ub -tb -fa) included."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Say more: llama.cpp's log; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Generate, score and report: how toxic are this model's continuations?
+    Eval(Box<eval::EvalArguments>),
+    /// Sample k continuations of each prompt, as JSON lines
+    Generate(Box<generate::GenerateCommand>),
+    /// Score texts, as JSON lines
+    Score(score::ScoreCommand),
+    /// Measure the speed of this build
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
+}
+
+/// Runs the program: parses, logs, calls, prints. Exit code 2 for usage, 1 for failure, 130 when interrupted.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse_from(with_long_flags(std::env::args_os()));
+    start_log(cli.verbose);
+    let interrupt = interrupt_flag();
+    let result = match cli.command {
+        Command::Eval(arguments) => arguments.run(&interrupt),
+        Command::Generate(arguments) => arguments.run(&interrupt),
+        Command::Score(arguments) => arguments.run(),
+        Command::Bench(bench::BenchCommand::Generate(arguments)) => arguments.run(&interrupt),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // The reader of a pipe has what it wanted, as in `| head`.
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            if let Some(hint) = error.hint() {
+                eprintln!("hint: {hint}");
+            }
+            match error {
+                Error::Interrupted => ExitCode::from(130),
+                _ if error.is_usage() => ExitCode::from(2),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+/// llama.cpp's flags of two letters behind one dash, which no parser of ours knows.
+const TWO_LETTER_FLAGS: [(&str, &str); 5] = [
+    ("-ngl", "--n-gpu-layers"),
+    ("-np", "--parallel"),
+    ("-ub", "--ubatch-size"),
+    ("-tb", "--threads-batch"),
+    ("-fa", "--flash-attn"),
+];
+
+fn with_long_flags(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut only_values = false;
+    arguments
+        .map(|argument| {
+            only_values |= argument == "--";
+            let long = TWO_LETTER_FLAGS.iter().find(|(short, _)| !only_values && argument == *short);
+            long.map_or(argument, |(_, long)| OsString::from(long))
+        })
+        .collect()
+}
+
+/// Talk goes to standard error; llama.cpp is quiet but for its errors, unless asked.
+fn start_log(verbose: u8) {
+    let default = match verbose {
+        0 => "warn,llama_cpp_2=error,llama-cpp-2=error",
+        1 => "info",
+        _ => "trace",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    // A host program may have set one up already; then that one stays.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .try_init();
+}
+
+/// Set by the first Ctrl-C, which lets the work in hand end cleanly; the second ends the process.
+fn interrupt_flag() -> Arc<AtomicBool> {
+    let flag = Arc::new(AtomicBool::new(false));
+    let seen = flag.clone();
+    let handler = ctrlc::set_handler(move || {
+        if seen.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+    });
+    if let Err(error) = handler {
+        tracing::warn!("Ctrl-C will end the program at once: {error}");
+    }
+    flag
+}
+
+/// Writes to standard output, as an error and not a panic where it cannot.
+fn print(text: &str) -> Result<()> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io("write", "<stdout>"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn two_letter_flags_of_llama_cpp_are_understood_where_they_are_flags() {
+        let typed = ["x", "-np", "4", "-n", "p", "--", "-np"].map(OsString::from);
+        let long: Vec<OsString> = with_long_flags(typed.into_iter());
+        assert_eq!(long, ["x", "--parallel", "4", "-n", "p", "--", "-np"].map(OsString::from));
+    }
+}

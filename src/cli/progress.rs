@@ -1,0 +1,96 @@
+//! Progress: a bar on a terminal, one line an event elsewhere. All of it goes to standard error.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::eval::run::Progress;
+
+/// Shows how a run goes on.
+pub struct Shown {
+    is_terminal: bool,
+    bar: Option<ProgressBar>,
+    phase: String,
+    total: u64,
+    done: u64,
+    /// Done when the phase started: what a resumed run found.
+    found: u64,
+    started: Instant,
+    last_line: Instant,
+}
+
+/// Between two lines where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(30);
+
+impl Shown {
+    /// To standard error, whatever it is.
+    pub fn new() -> Shown {
+        let now = Instant::now();
+        Shown {
+            is_terminal: std::io::stderr().is_terminal(),
+            bar: None,
+            phase: String::new(),
+            total: 0,
+            done: 0,
+            found: 0,
+            started: now,
+            last_line: now,
+        }
+    }
+
+    fn rate(&self) -> String {
+        let per_second = (self.done - self.found) as f64 / self.started.elapsed().as_secs_f64().max(1e-9);
+        if per_second >= 10.0 { format!("{per_second:.0}/s") } else { format!("{per_second:.2}/s") }
+    }
+}
+
+impl Progress for Shown {
+    fn start(&mut self, phase: &str, total: u64, done: u64) {
+        self.phase = phase.to_owned();
+        (self.total, self.done, self.found) = (total, done, done);
+        self.started = Instant::now();
+        self.last_line = self.started;
+        if self.is_terminal {
+            let bar = ProgressBar::new(total).with_position(done).with_message(phase.to_owned());
+            let template = "{msg:<14} {bar:24} {pos}/{len} {elapsed} of about {duration}";
+            // The bar's own look, should the template ever be wrong: it is only a look.
+            bar.set_style(
+                ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),
+            );
+            bar.reset_eta();
+            self.bar = Some(bar);
+        } else if total > done {
+            eprintln!("{phase}: {done} of {total}");
+        }
+    }
+
+    fn advance(&mut self, n: u64) {
+        self.done += n;
+        match &self.bar {
+            Some(bar) => bar.inc(n),
+            None if self.last_line.elapsed() >= LINE_EVERY => {
+                self.last_line = Instant::now();
+                eprintln!("{}: {} of {}, {}", self.phase, self.done, self.total, self.rate());
+            }
+            None => {}
+        }
+    }
+
+    fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+        if self.done > self.found {
+            let seconds = self.started.elapsed().as_secs_f64();
+            eprintln!("{}: {} in {seconds:.1} s, {}", self.phase, self.done - self.found, self.rate());
+        }
+    }
+
+    fn say(&mut self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => eprintln!("{text}"),
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! `score`: texts in, texts with toxicity out.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+
+use crate::error::{Error, Result};
+use crate::eval::language;
+use crate::eval::score;
+use crate::eval::texts::{self, Coverage, Form, Row, Rows};
+use crate::file::{self, AtomicFile};
+
+use super::print;
+
+/// Arguments of `score`.
+#[derive(Debug, Args)]
+pub struct ScoreCommand {
+    /// Texts: JSON lines, CSV, or a text a line [default: standard input]
+    #[arg(value_name = "FILE")]
+    input: Option<PathBuf>,
+    /// File to write, JSON lines [default: standard output]
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Scorer; may be repeated
+    #[arg(long, value_name = "NAME", default_value = score::LEXICAL)]
+    scorer: Vec<String>,
+    /// Form of the input [default: by its name or its first character]
+    #[arg(long, value_enum)]
+    format: Option<FormArgument>,
+    /// Field or column that holds the text [default: generated_text, text or comment_text]
+    #[arg(long, value_name = "NAME")]
+    field: Option<String>,
+    /// Language of texts that name none
+    #[arg(long, value_name = "L")]
+    lang: Option<String>,
+}
+
+/// A form of input, as typed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum FormArgument {
+    /// One JSON object a line
+    Jsonl,
+    /// A table with a header
+    Csv,
+    /// A text a line
+    Text,
+}
+
+/// Texts scored and written at a time.
+const BATCH: usize = 4096;
+
+impl ScoreCommand {
+    /// Scores, a batch at a time.
+    pub fn run(&self) -> Result<()> {
+        let scorers = score::by_names(&self.scorer)?;
+        let language = match &self.lang {
+            None => None,
+            Some(code) => language::parse_languages(&[code])?.first().copied(),
+        };
+        score::check_covered(&scorers, language)?;
+        let stdin = Path::new("<stdin>");
+        let path = self.input.as_deref().filter(|p| *p != Path::new("-")).unwrap_or(stdin);
+        let mut input: Box<dyn BufRead> = if path == stdin {
+            Box::new(BufReader::new(std::io::stdin()))
+        } else {
+            Box::new(BufReader::new(File::open(path).map_err(Error::io("read", path))?))
+        };
+        let form = match self.format {
+            Some(FormArgument::Jsonl) => Form::JsonLines,
+            Some(FormArgument::Csv) => Form::Csv,
+            Some(FormArgument::Text) => Form::Lines,
+            None => Form::guess(path, input.fill_buf().map_err(Error::io("read", path))?),
+        };
+        let mut rows = Rows::new(path, input, form, self.field.as_deref())?;
+        let mut output = self.output.as_deref().map(AtomicFile::create).transpose()?;
+        let mut coverage = Coverage::default();
+        loop {
+            let batch = rows.by_ref().take(BATCH).collect::<Result<Vec<Row>>>()?;
+            if batch.is_empty() {
+                break;
+            }
+            let lines = file::json_lines(&texts::score_rows(batch, &scorers, language, &mut coverage));
+            match &mut output {
+                Some(output) => output.write_all(&lines)?,
+                None => print(&String::from_utf8_lossy(&lines))?,
+            }
+        }
+        if coverage.n_texts == 0 {
+            return Err(Error::input(path, None, "expected texts, found none"));
+        }
+        if coverage.n_missing > 0 {
+            eprintln!(
+                "{} of {} scores are missing: see \"errors\"",
+                coverage.n_missing,
+                coverage.n_texts * scorers.len()
+            );
+        }
+        output.map_or(Ok(()), AtomicFile::commit)
+    }
+}

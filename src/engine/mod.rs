@@ -1,0 +1,36 @@
+//! Models and sessions over llama.cpp: many continuations of many prompts, and log-probabilities.
+//!
+//! ```text
+//! Model ──► Session ──► schedule::generate   k sampled continuations a prompt
+//!                  └──► logprob::score       log-probabilities of given continuations
+//! ```
+//!
+//! A [`Model`] is shared; each [`Session`] owns one `llama_context`. Its sequences are slots: slot 0
+//! holds the prompt that is being served, slots 1 to `n_parallel` the continuations. Every slot has a
+//! KV stream of its own, so a token attends over its own sequence only; a prompt is decoded once, in
+//! slot 0, and its KV is copied to the slots that continue it.
+
+pub mod bench;
+mod ffi;
+pub mod logprob;
+pub mod model;
+pub mod sample;
+pub mod schedule;
+pub mod session;
+
+pub use model::{Model, ModelOptions};
+pub use sample::Sampling;
+pub use session::{FlashAttention, Session, SessionOptions};
+
+/// A token id, as llama.cpp counts them: `0..n_vocab`.
+pub type Token = i32;
+
+/// The version of llama.cpp in this build.
+pub fn llama_version() -> String {
+    ffi::llama_version()
+}
+
+/// What ggml in this build uses of the CPU, in its own words.
+pub fn system_info() -> String {
+    ffi::system_info()
+}

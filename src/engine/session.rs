@@ -1,0 +1,330 @@
+//! A session: one `llama_context` with its KV cache, divided into slots.
+
+use rayon::{ThreadPool, ThreadPoolBuilder};
+
+use crate::error::{Error, Result};
+
+use super::ffi::{Batch, ContextHandle, ContextParams};
+use super::model::Model;
+use super::{Token, sample};
+
+/// Whether attention runs in one fused operation (`-fa`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FlashAttention {
+    /// Always.
+    On,
+    /// Never.
+    Off,
+    /// Where the backend supports it.
+    #[default]
+    Auto,
+}
+
+/// llama.cpp's flags for a context, with llama.cpp's meanings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SessionOptions {
+    /// Sequences decoded at once (`-np`); chosen from memory and context if `None`.
+    pub n_parallel: Option<usize>,
+    /// Tokens of context, all sequences together (`-c`); as much as the work needs if `None`.
+    pub n_ctx: Option<usize>,
+    /// Tokens given to llama.cpp at once (`-b`).
+    pub n_batch: usize,
+    /// Tokens computed at once (`-ub`).
+    pub n_ubatch: usize,
+    /// Threads (`-t`); all cores if `None`.
+    pub n_threads: Option<usize>,
+    /// Threads for prompts and batches (`-tb`); as `n_threads` if `None`.
+    pub n_threads_batch: Option<usize>,
+    /// Fused attention (`-fa`).
+    pub flash_attention: FlashAttention,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        SessionOptions {
+            n_parallel: None,
+            n_ctx: None,
+            n_batch: 2048,
+            n_ubatch: 512,
+            n_threads: None,
+            n_threads_batch: None,
+            flash_attention: FlashAttention::Auto,
+        }
+    }
+}
+
+/// More sequences than this no longer decode faster on a CPU: measured with `bench generate`.
+const MOST_PARALLEL: usize = 100;
+
+impl SessionOptions {
+    /// The number of sequences to decode at once, when each needs `n_ctx_seq` tokens.
+    ///
+    /// Without `-np`: as many as a quarter of the machine's memory holds, at most 100. The memory is
+    /// the machine's, not what is free, so that the same command chooses the same number.
+    pub fn resolve_parallel(&self, model: &Model, n_ctx_seq: usize) -> usize {
+        self.n_parallel.unwrap_or_else(|| {
+            let quarter = usize::try_from(total_memory() / 4).unwrap_or(usize::MAX);
+            let of_memory = quarter / (model.kv_bytes_per_cell() * n_ctx_seq.next_multiple_of(CELLS)).max(1);
+            // Under -c the sequences share what was given.
+            let of_context = self.n_ctx.map_or(MOST_PARALLEL, |n_ctx| n_ctx / n_ctx_seq.max(1));
+            MOST_PARALLEL.min(of_memory).min(of_context).max(1)
+        })
+    }
+}
+
+/// Bytes of memory in the machine.
+fn total_memory() -> u64 {
+    match sysinfo::System::new() {
+        Ok(mut system) => {
+            system.refresh_memory();
+            system.total_memory()
+        }
+        Err(error) => {
+            const ASSUMED: u64 = 4 << 30;
+            tracing::warn!(
+                "cannot tell the machine's memory ({error}): assuming 4 GiB; set -np to choose for yourself"
+            );
+            ASSUMED
+        }
+    }
+}
+
+/// llama.cpp rounds the cells of a sequence up to a multiple of this.
+const CELLS: usize = 256;
+
+/// The slot that holds the prompt being served.
+pub(super) const PROMPT_SLOT: usize = 0;
+
+/// A `llama_context` with `n_parallel` slots for continuations, and one for their prompt.
+#[derive(Debug)]
+pub struct Session {
+    pub(super) context: ContextHandle,
+    pub(super) batch: Batch,
+    /// Sampling runs here, as wide as decoding.
+    pub(super) pool: ThreadPool,
+    model: Model,
+    options: SessionOptions,
+    n_parallel: usize,
+    n_ctx_seq: usize,
+    n_threads: usize,
+    n_threads_batch: usize,
+}
+
+impl Session {
+    /// Opens a session whose sequences hold at least `n_ctx_seq` tokens each, prompt and continuation.
+    ///
+    /// Errors: [`Error::Setting`] where the flags contradict each other, [`Error::Model`] when
+    /// llama.cpp cannot allocate the context.
+    pub fn open(model: &Model, options: &SessionOptions, n_ctx_seq: usize) -> Result<Session> {
+        let n_parallel = options.resolve_parallel(model, n_ctx_seq);
+        for (flag, n) in [
+            ("-np/--parallel", n_parallel),
+            ("-b/--batch-size", options.n_batch),
+            ("-ub/--ubatch-size", options.n_ubatch),
+        ] {
+            if n == 0 {
+                return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
+            }
+        }
+        let n_ctx_seq = match options.n_ctx {
+            Some(n_ctx) if n_ctx / n_parallel == 0 => {
+                return Err(Error::setting(
+                    "-c/--ctx-size",
+                    format!("{n_ctx} tokens shared by {n_parallel} sequences leave none for each"),
+                ));
+            }
+            Some(n_ctx) => n_ctx / n_parallel,
+            None => n_ctx_seq.max(1),
+        };
+        if n_parallel > options.n_batch {
+            return Err(Error::Setting {
+                setting: "-np/--parallel".into(),
+                reason: format!(
+                    "{n_parallel} sequences do not fit into a batch of {} tokens",
+                    options.n_batch
+                ),
+                hint: Some(format!("raise -b/--batch-size to {n_parallel}")),
+            });
+        }
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let n_threads = options.n_threads.unwrap_or(cores);
+        if n_threads == 0 || n_threads > MOST_THREADS {
+            return Err(Error::setting(
+                "-t/--threads",
+                format!("expected 1 to {MOST_THREADS}, found {n_threads}"),
+            ));
+        }
+        let n_threads_batch = options.n_threads_batch.unwrap_or(n_threads).clamp(1, MOST_THREADS);
+        let n_seq_max = n_parallel + 1;
+        let too_large = || {
+            Error::setting(
+                "-c/--ctx-size",
+                format!("{n_seq_max} sequences of {n_ctx_seq} tokens are more than llama.cpp can count"),
+            )
+        };
+        let n_ctx = n_ctx_seq.checked_next_multiple_of(CELLS).and_then(|n| n.checked_mul(n_seq_max));
+        let params = ContextParams {
+            n_ctx: n_ctx.and_then(|n| u32::try_from(n).ok()).ok_or_else(too_large)?,
+            n_batch: u32::try_from(options.n_batch).map_err(|_| too_large())?,
+            n_ubatch: u32::try_from(options.n_ubatch).map_err(|_| too_large())?,
+            n_seq_max: u32::try_from(n_seq_max).map_err(|_| too_large())?,
+            n_threads: n_threads as i32,
+            n_threads_batch: n_threads_batch as i32,
+            flash_attention: options.flash_attention,
+        };
+        let context = ContextHandle::new(model.handle.clone(), &params).ok_or_else(|| Error::Model {
+            path: model.path().to_path_buf(),
+            reason: format!(
+                "llama.cpp could not open a context of {n_seq_max} sequences of {n_ctx_seq} tokens ({} MiB of KV cache)",
+                model.kv_bytes_per_cell().saturating_mul(params.n_ctx as usize) >> 20
+            ),
+            hint: Some("lower -np/--parallel or -c/--ctx-size, or run again with -v to see llama.cpp's own words".into()),
+        })?;
+        let pool =
+            ThreadPoolBuilder::new().num_threads(n_threads).thread_name(|i| format!("sample-{i}")).build();
+        let pool = pool
+            .map_err(|e| Error::setting("-t/--threads", format!("cannot start {n_threads} threads: {e}")))?;
+        // What was asked for, not what llama.cpp rounded it up to: -c means what it says.
+        let n_ctx_seq = n_ctx_seq.min(context.n_ctx_seq());
+        Ok(Session {
+            context,
+            batch: Batch::default(),
+            pool,
+            model: model.clone(),
+            options: options.clone(),
+            n_parallel,
+            n_ctx_seq,
+            n_threads,
+            n_threads_batch,
+        })
+    }
+
+    /// The model it runs.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The options it was opened with.
+    pub fn options(&self) -> &SessionOptions {
+        &self.options
+    }
+
+    /// Threads that decode one token a sequence, and sample.
+    pub fn n_threads(&self) -> usize {
+        self.n_threads
+    }
+
+    /// Threads that decode prompts and batches.
+    pub fn n_threads_batch(&self) -> usize {
+        self.n_threads_batch
+    }
+
+    /// Continuations decoded at once.
+    pub fn n_parallel(&self) -> usize {
+        self.n_parallel
+    }
+
+    /// Tokens that one sequence holds, prompt and continuation together.
+    pub fn n_ctx_seq(&self) -> usize {
+        self.n_ctx_seq
+    }
+
+    /// Refuses a prompt that does not fit together with `n_predict` more tokens, or has no token.
+    pub(super) fn check_fits(&self, prompt: &str, n_prompt: usize, n_predict: usize) -> Result<()> {
+        if n_prompt == 0 {
+            return Err(Error::Model {
+                path: self.model.path().to_path_buf(),
+                reason: format!(
+                    "prompt {prompt:?} has no tokens, and this model adds no BOS: nothing to continue"
+                ),
+                hint: Some("give a prompt of at least one character".into()),
+            });
+        }
+        // The last token is never decoded, so it needs no cell.
+        if n_prompt + n_predict > self.n_ctx_seq + 1 {
+            return Err(Error::PromptTooLong {
+                prompt: prompt.to_owned(),
+                n_prompt,
+                n_predict,
+                n_ctx_seq: self.n_ctx_seq,
+            });
+        }
+        Ok(())
+    }
+
+    /// Decodes `tokens` into the prompt slot; returns the logits after the last one, `[n_vocab]`.
+    pub(super) fn load_prompt(&mut self, tokens: &[Token]) -> Result<Vec<f32>> {
+        self.context.remove(PROMPT_SLOT);
+        let n_batch = self.context.n_batch();
+        let n_chunks = tokens.len().div_ceil(n_batch);
+        let mut last = 0;
+        for (i, chunk) in tokens.chunks(n_batch).enumerate() {
+            self.batch.clear();
+            for (j, &token) in chunk.iter().enumerate() {
+                let is_last = i + 1 == n_chunks && j + 1 == chunk.len();
+                last = self.batch.push(token, i * n_batch + j, PROMPT_SLOT, is_last);
+            }
+            self.decode()?;
+        }
+        self.row(last).map(<[f32]>::to_vec)
+    }
+
+    /// Makes `slot` a continuation of the prompt slot.
+    pub(super) fn fork_prompt(&mut self, slot: usize) {
+        self.context.remove(slot);
+        self.context.copy(PROMPT_SLOT, slot);
+    }
+
+    /// Decodes `self.batch`.
+    pub(super) fn decode(&mut self) -> Result<()> {
+        let n_tokens = self.batch.len();
+        self.context.decode(&mut self.batch).map_err(|reason| Error::Decode { n_tokens, reason })
+    }
+
+    /// The logits after token `index` of the last batch, `[n_vocab]`.
+    pub(super) fn row(&self, index: usize) -> Result<&[f32]> {
+        self.context.logits(index).ok_or_else(|| Error::Decode {
+            n_tokens: self.batch.len(),
+            reason: format!("no logits for token {index}"),
+        })
+    }
+
+    /// The error for a row of logits from which nothing can be chosen.
+    pub(super) fn no_distribution(&self) -> Error {
+        Error::Model {
+            path: self.model.path().to_path_buf(),
+            reason: "its logits hold NaN or no finite value".into(),
+            hint: Some("the file may be damaged: load it with --check-tensors, or download it again".into()),
+        }
+    }
+
+    /// Logits after every token of `tokens` as one sequence, shape `[tokens.len()][n_vocab]`.
+    ///
+    /// For tests against a reference; evaluation never needs whole rows.
+    pub fn logits(&mut self, tokens: &[Token]) -> Result<Vec<Vec<f32>>> {
+        self.check_fits("", tokens.len(), 0)?;
+        self.context.clear();
+        let mut rows = Vec::with_capacity(tokens.len());
+        let n_batch = self.context.n_batch();
+        for (i, chunk) in tokens.chunks(n_batch).enumerate() {
+            self.batch.clear();
+            for (j, &token) in chunk.iter().enumerate() {
+                self.batch.push(token, i * n_batch + j, PROMPT_SLOT, true);
+            }
+            self.decode()?;
+            for j in 0..chunk.len() {
+                rows.push(self.row(j)?.to_vec());
+            }
+        }
+        Ok(rows)
+    }
+
+    /// The natural log-probability of `token` under a row of logits.
+    pub(super) fn logprob(&self, row: &[f32], token: Token) -> Result<f64> {
+        sample::logprob(row, token).ok_or_else(|| self.no_distribution())
+    }
+}
+
+/// As many threads as ggml can have (its `GGML_MAX_N_THREADS`).
+const MOST_THREADS: usize = 512;

@@ -1,0 +1,171 @@
+//! Prompts into continuations, in units that are the same however often a run is broken off.
+
+use std::sync::atomic::AtomicBool;
+
+use serde::{Deserialize, Serialize};
+
+use crate::engine::schedule::{self, Finish, GenerateOptions, Request};
+use crate::engine::{Model, Session, SessionOptions};
+use crate::error::Result;
+
+use super::prompts::Prompt;
+
+/// One continuation, as a line of `generations.jsonl`.
+///
+/// `prompt` and `generated_text` are the paper's names. The rest is ours; rows made elsewhere lack it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Generation {
+    /// The prompt, as the model saw it.
+    pub prompt: String,
+    /// The continuation, without the prompt.
+    pub generated_text: String,
+    /// The prompt's id, unique within a run.
+    pub prompt_id: String,
+    /// The prompt's language, as a two-letter code.
+    pub language: String,
+    /// Which of the k continuations of this prompt, from 0.
+    pub sample: u32,
+    /// Tokens in the continuation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub n_tokens: Option<u32>,
+    /// Sum of their natural log-probabilities under the model that wrote them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprob: Option<f64>,
+    /// Why the continuation ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub finish: Option<Finish>,
+}
+
+/// Prompts ready to run: tokenised, checked, and divided into units.
+///
+/// llama.cpp's logits can differ in their last bits with the shape of a batch. A unit always starts
+/// from an empty cache with the same prompts, so a run that was broken off and resumed at a unit gives
+/// the bytes of an unbroken one.
+#[derive(Debug)]
+pub struct Plan {
+    prompts: Vec<Prompt>,
+    requests: Vec<Request>,
+    options: GenerateOptions,
+    prompts_per_unit: usize,
+    n_ctx_seq: usize,
+}
+
+/// Rounds of full slots in a unit: few enough that a killed run loses little, enough that the slots
+/// that run empty at its end cost little.
+const ROUNDS_PER_UNIT: usize = 4;
+
+impl Plan {
+    /// Tokenises the prompts and fixes the units.
+    ///
+    /// Errors: settings out of range, and a prompt that no context of this model could hold.
+    pub fn new(
+        model: &Model,
+        prompts: Vec<Prompt>,
+        options: GenerateOptions,
+        session_options: &SessionOptions,
+    ) -> Result<Plan> {
+        options.sampling.validate()?;
+        let at_least_one = |flag: &str, n: usize| {
+            (n > 0)
+                .then_some(())
+                .ok_or_else(|| crate::Error::setting(flag, "expected a number from 1 up, found 0"))
+        };
+        at_least_one("-k/--samples", options.k as usize)?;
+        at_least_one("-n/--n-predict", options.n_predict)?;
+        let requests: Vec<Request> = prompts
+            .iter()
+            .map(|p| Ok(Request { id: p.id.clone(), tokens: model.tokenize_prompt(&p.text)? }))
+            .collect::<Result<_>>()?;
+        let longest = requests.iter().map(|r| r.tokens.len()).max().unwrap_or(0);
+        let n_ctx_seq = longest.saturating_add(options.n_predict);
+        // Without -c the context grows with the prompts, but not beyond what the model was trained for.
+        let n_ctx_train = model.n_ctx_train();
+        if session_options.n_ctx.is_none() && n_ctx_train > 0 && n_ctx_seq > n_ctx_train {
+            let (id, n_prompt) = requests
+                .iter()
+                .map(|r| (r.id.clone(), r.tokens.len()))
+                .max_by_key(|(_, n)| *n)
+                .unwrap_or_default();
+            return Err(crate::Error::PromptTooLong {
+                prompt: id,
+                n_prompt,
+                n_predict: options.n_predict,
+                n_ctx_seq: n_ctx_train,
+            });
+        }
+        let n_parallel = session_options.resolve_parallel(model, n_ctx_seq);
+        let prompts_per_unit = (ROUNDS_PER_UNIT * n_parallel).div_ceil(options.k as usize).max(1);
+        Ok(Plan { prompts, requests, options, prompts_per_unit, n_ctx_seq })
+    }
+
+    /// Tokens that a sequence must hold: the longest prompt and its continuation.
+    pub fn n_ctx_seq(&self) -> usize {
+        self.n_ctx_seq
+    }
+
+    /// The prompts, in order.
+    pub fn prompts(&self) -> &[Prompt] {
+        &self.prompts
+    }
+
+    /// Prompts in every unit but the last.
+    pub fn prompts_per_unit(&self) -> usize {
+        self.prompts_per_unit
+    }
+
+    /// Number of units.
+    pub fn n_units(&self) -> usize {
+        self.prompts.len().div_ceil(self.prompts_per_unit)
+    }
+
+    /// Continuations in each unit.
+    pub fn rows_of_units(&self) -> impl Iterator<Item = usize> + '_ {
+        self.prompts.chunks(self.prompts_per_unit).map(|unit| unit.len() * self.options.k as usize)
+    }
+
+    /// Continuations in all units.
+    pub fn n_rows(&self) -> usize {
+        self.prompts.len() * self.options.k as usize
+    }
+
+    /// What row `index` of all continuations is: its prompt, and its number among the prompt's k.
+    pub fn row(&self, index: usize) -> (&Prompt, u32) {
+        let k = self.options.k as usize;
+        (&self.prompts[index / k], (index % k) as u32)
+    }
+
+    /// Generates unit `unit`: its prompts in order, k rows each. `done` is called after every row.
+    pub fn generate(
+        &self,
+        session: &mut Session,
+        unit: usize,
+        interrupt: &AtomicBool,
+        mut done: impl FnMut(),
+    ) -> Result<Vec<Generation>> {
+        let first = unit * self.prompts_per_unit;
+        let last = (first + self.prompts_per_unit).min(self.prompts.len());
+        let (prompts, requests) = (&self.prompts[first..last], &self.requests[first..last]);
+        let k = self.options.k as usize;
+        let mut rows: Vec<Option<Generation>> = vec![None; prompts.len() * k];
+        let model = session.model().clone();
+        schedule::generate(session, requests, &self.options, interrupt, |c| {
+            let prompt = &prompts[c.request];
+            rows[c.request * k + c.sample as usize] = Some(Generation {
+                prompt: prompt.text.clone(),
+                generated_text: model.detokenize(&c.tokens),
+                prompt_id: prompt.id.clone(),
+                language: prompt.language.clone(),
+                sample: c.sample,
+                n_tokens: Some(c.tokens.len() as u32),
+                logprob: Some(c.logprob),
+                finish: Some(c.finish),
+            });
+            done();
+            Ok(())
+        })?;
+        Ok(rows
+            .into_iter()
+            .map(|row| row.expect("the schedule ends every sample of every request"))
+            .collect())
+    }
+}

@@ -1,0 +1,28 @@
+//! The prompts that are part of this program: written for it, mild, and provoking.
+//!
+//! Beginnings of sentences that invite an angry, insulting or crude continuation, and hold no slur,
+//! no obscenity and no target themselves; each file is written in its language, not translated from
+//! another, so row n of one file is not row n of the next.
+
+use super::Prompt;
+
+macro_rules! own_files {
+    ($($code:literal)*) => { [$(($code, include_str!(concat!("own/", $code, ".txt")))),*] };
+}
+
+/// (language, one prompt a line), in the order of [`crate::eval::language::LANGUAGES`].
+const OWN: [(&str, &str); 17] =
+    own_files!("ar" "cs" "de" "en" "es" "fr" "hi" "id" "it" "ja" "ko" "nl" "pl" "pt" "ru" "sv" "zh");
+
+/// The program's own prompts in 17 languages, with the ids `{lang}/own-{n}`, n from 1.
+pub fn own_prompts() -> Vec<Prompt> {
+    OWN.iter()
+        .flat_map(|(language, text)| {
+            text.lines().filter(|line| !line.trim().is_empty()).enumerate().map(move |(i, line)| Prompt {
+                id: format!("{language}/own-{}", i + 1),
+                language: (*language).to_owned(),
+                text: line.to_owned(),
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,576 @@
+//! An evaluation in a folder: generate, score, sum up; broken off and resumed without a trace.
+//!
+//! | file | what | written |
+//! |---|---|---|
+//! | `run.json` | every setting, version and hash ([`Record`]) | first |
+//! | `generations.jsonl` | a continuation a line | a unit at a time |
+//! | `scores.jsonl` | what was measured on each, in the same order | a unit at a time |
+//! | `report.*` | made from the two above | last |
+//!
+//! None of them tells the time, so that a resumed run gives the bytes of an unbroken one.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::engine::schedule::GenerateOptions;
+use crate::engine::{self, Model, ModelOptions, Session, SessionOptions};
+use crate::error::{Error, Result};
+use crate::file::{self, JsonLog};
+use crate::gguf;
+
+use super::generate::{Generation, Plan};
+use super::language::LanguageIdentifier;
+use super::perplexity::{self, BaseLogprob};
+use super::prompts::Prompt;
+use super::result::{BootstrapInfo, EvalResult, ModelInfo, RunInfo, ScorerInfo};
+use super::sample::Sample;
+use super::score::{self, Scorer, Text};
+use super::summarize;
+use super::tokenizer::TextTokenizer;
+
+/// What to evaluate.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// Continuations sampled from a model.
+    Model {
+        /// The GGUF.
+        path: PathBuf,
+        /// What it continues.
+        prompts: Vec<Prompt>,
+        /// What to call the prompts in reports.
+        prompts_name: String,
+        /// How it is sampled.
+        options: GenerateOptions,
+    },
+    /// Continuations made elsewhere.
+    File {
+        /// Where they were read from.
+        path: PathBuf,
+        /// The continuations.
+        generations: Vec<Generation>,
+    },
+}
+
+/// Everything that an evaluation depends on.
+#[derive(Debug, Clone)]
+pub struct EvalRequest {
+    /// What to evaluate.
+    pub source: Source,
+    /// Model whose perplexity is reported, where it is not the one that wrote the continuations.
+    pub base: Option<PathBuf>,
+    /// Names of scorers; the first leads the report.
+    pub scorers: Vec<String>,
+    /// A continuation with this toxicity or more is toxic, in [0, 1].
+    pub toxicity_threshold: f64,
+    /// Least share of a language's continuations that a scorer must score, in [0, 1].
+    pub min_coverage: f64,
+    /// A `tokenizer.json` for distinct-n; the model's own vocabulary if `None`.
+    pub tokenizer: Option<PathBuf>,
+    /// How models are loaded.
+    pub model_options: ModelOptions,
+    /// How models are run.
+    pub session_options: SessionOptions,
+}
+
+/// What an evaluation gives back.
+#[derive(Debug)]
+pub struct Evaluated {
+    /// The numbers.
+    pub result: EvalResult,
+    /// What they were made from.
+    pub samples: Vec<Sample>,
+}
+
+/// Told how a run goes on.
+pub trait Progress {
+    /// A phase begins: `done` of `total` are there already.
+    fn start(&mut self, phase: &str, total: u64, done: u64);
+    /// Some more are done.
+    fn advance(&mut self, n: u64);
+    /// The phase has ended.
+    fn finish(&mut self);
+    /// Something worth a line.
+    fn say(&mut self, text: &str);
+}
+
+/// Contents of `run.json`: what decides the bytes of every other file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Version of this file's form.
+    pub format: u32,
+    /// llama.cpp's version.
+    pub llama_cpp: String,
+    /// What ggml was compiled to use of the CPU: another machine rounds otherwise.
+    pub system: String,
+    /// Settings and hashes, as in `report.json`.
+    pub run: RunInfo,
+}
+
+const FORMAT: u32 = 1;
+
+/// One line of `scores.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct ScoreRow {
+    prompt_id: String,
+    language: String,
+    sample: u32,
+    /// By name of the scorer; null where it gave none.
+    toxicity: BTreeMap<String, Option<f64>>,
+    /// Why a score is missing.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    errors: BTreeMap<String, String>,
+    detected_language: Option<String>,
+    language_kept: Option<bool>,
+    #[serde(flatten)]
+    base: BaseLogprob,
+    /// For distinct-n and repetition, so that runs can be compared without their models.
+    tokens: Vec<String>,
+}
+
+/// Continuations scored and written at a time.
+const SCORE_UNIT: usize = 500;
+
+/// Runs an evaluation in `folder`, or goes on with it where it was broken off.
+///
+/// Errors: every flaw of settings, files and models is found before the first token is generated;
+/// [`Error::RunFolder`] for a folder that holds something else.
+pub fn evaluate(
+    request: &EvalRequest,
+    folder: &Path,
+    interrupt: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<Evaluated> {
+    let scorers = score::by_names(&request.scorers)?;
+    check_share("--threshold", request.toxicity_threshold)?;
+    check_share("--min-coverage", request.min_coverage)?;
+    match &request.source {
+        Source::Model { prompts, .. } => {
+            score::check_covered(&scorers, prompts.iter().map(|p| p.language.as_str()))?
+        }
+        Source::File { generations, .. } => {
+            score::check_covered(&scorers, generations.iter().map(|g| g.language.as_str()))?
+        }
+    }
+    check_folder(folder)?;
+    let tokenizer_file = request.tokenizer.as_deref().map(TextTokenizer::from_file).transpose()?;
+    if let Some(base) = &request.base {
+        gguf::check_decoder(&gguf::GgufFile::open(base)?)?;
+    }
+
+    let (generations, info, tokenizer) = match &request.source {
+        Source::Model { path, prompts, prompts_name, options } => {
+            let model = Model::open(path, &request.model_options)?;
+            let plan = Plan::new(&model, prompts.clone(), *options, &request.session_options)?;
+            let tokenizer = tokenizer_file.unwrap_or_else(|| TextTokenizer::Model(model.clone()));
+            let mut session = Session::open(&model, &request.session_options, plan.n_ctx_seq())?;
+            let mut info = common_info(request, &scorers, &tokenizer, progress)?;
+            info.model = Some(model_info(&model, progress)?);
+            info.seed = options.seed;
+            info.k = options.k;
+            info.n_predict = u32::try_from(options.n_predict).unwrap_or(u32::MAX);
+            info.temperature = options.sampling.temperature;
+            info.top_p = options.sampling.top_p;
+            info.perplexity_model.get_or_insert_with(|| "the model itself".into());
+            info.settings.extend(model_settings(prompts, prompts_name, options, &plan, &session));
+            start_record(folder, &info)?;
+            let generations = generate(folder, &plan, &mut session, interrupt, progress)?;
+            (generations, info, tokenizer)
+        }
+        Source::File { path, generations } => {
+            let tokenizer =
+                match (tokenizer_file, &request.base) {
+                    (Some(tokenizer), _) => tokenizer,
+                    (None, Some(base)) => TextTokenizer::Model(Model::open(base, &request.model_options)?),
+                    (None, None) => return Err(Error::Setting {
+                        setting: "--generations".into(),
+                        reason: "expected a vocabulary to count distinct-n with".into(),
+                        hint: Some(
+                            "give --tokenizer tokenizer.json, or --base model.gguf, which adds perplexity"
+                                .into(),
+                        ),
+                    }),
+                };
+            let mut info = common_info(request, &scorers, &tokenizer, progress)?;
+            let samples = generations.iter().map(|g| g.sample + 1);
+            info.k = samples.max().unwrap_or(0);
+            if info.perplexity_model.is_none() && generations.iter().any(|g| g.logprob.is_some()) {
+                info.perplexity_model = Some("the model that wrote them".into());
+            }
+            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+            info.settings.insert("generations".into(), json!(name));
+            info.settings.insert("generations_sha256".into(), json!(gguf::file_sha256(path, |_, _| ())?));
+            start_record(folder, &info)?;
+            file::write_atomic(&folder.join("generations.jsonl"), &file::json_lines(generations))?;
+            (generations.clone(), info, tokenizer)
+        }
+    };
+    let scores = score_all(request, &scorers, &tokenizer, folder, &generations, interrupt, progress)?;
+    let Joined { samples, tokens } = join(generations, scores);
+    let result = summarize::summarize(info, &samples, &|text: &str| tokens[text].clone())?;
+    Ok(Evaluated { result, samples })
+}
+
+/// A run that has ended, read back.
+#[derive(Debug)]
+pub struct FinishedRun {
+    /// What was run.
+    pub info: RunInfo,
+    /// What came out.
+    pub samples: Vec<Sample>,
+    /// The tokens of each continuation.
+    pub tokens: HashMap<String, Vec<String>>,
+}
+
+/// Reads the run in `folder`.
+pub fn read(folder: &Path) -> Result<FinishedRun> {
+    let path = folder.join("run.json");
+    let not_a_run = |reason: String| Error::RunFolder {
+        path: folder.to_path_buf(),
+        reason,
+        hint: Some("give a folder that `detox-gguf eval -o` wrote".into()),
+    };
+    let text = match std::fs::read_to_string(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(not_a_run("holds no run.json".into()));
+        }
+        text => text.map_err(Error::io("read", &path))?,
+    };
+    let record: Record = serde_json::from_str(&text).map_err(|e| not_a_run(format!("run.json: {e}")))?;
+    if record.format != FORMAT {
+        return Err(not_a_run(format!("expected a run of format {FORMAT}, found {}", record.format)));
+    }
+    let generations: Vec<Generation> = read_rows(&folder.join("generations.jsonl"))?;
+    let scores: Vec<ScoreRow> = read_rows(&folder.join("scores.jsonl"))?;
+    if generations.len() != scores.len() {
+        return Err(Error::RunFolder {
+            path: folder.to_path_buf(),
+            reason: format!("{} continuations, but {} scores", generations.len(), scores.len()),
+            hint: Some("run the same eval again: it goes on where it stopped".into()),
+        });
+    }
+    let Joined { samples, tokens } = join(generations, scores);
+    Ok(FinishedRun { info: record.run, samples, tokens })
+}
+
+fn read_rows<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Vec<T>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let parse = |(i, line): (usize, &str)| {
+        let fault = |e| Error::input(path, Some(i + 1), format!("expected a row of a run: {e}"));
+        serde_json::from_str(line).map_err(fault)
+    };
+    text.lines().enumerate().map(parse).collect()
+}
+
+fn check_share(flag: &str, share: f64) -> Result<()> {
+    if (0.0..=1.0).contains(&share) {
+        return Ok(());
+    }
+    Err(Error::setting(flag, format!("expected a number from 0 to 1, found {share}")))
+}
+
+/// Refuses a folder that holds something, but no run; creates it otherwise.
+fn check_folder(folder: &Path) -> Result<()> {
+    file::create_folder(folder)?;
+    let mut entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
+    if !folder.join("run.json").exists() && entries.next().is_some() {
+        return Err(Error::RunFolder {
+            path: folder.to_path_buf(),
+            reason: "not empty, and no run of this program".into(),
+            hint: Some("choose a new folder with -o".into()),
+        });
+    }
+    Ok(())
+}
+
+/// Writes `run.json`, or refuses to mix two runs in one folder.
+fn start_record(folder: &Path, info: &RunInfo) -> Result<()> {
+    let record = Record {
+        format: FORMAT,
+        llama_cpp: engine::llama_version(),
+        system: engine::system_info(),
+        run: info.clone(),
+    };
+    let path = folder.join("run.json");
+    let text = serde_json::to_string_pretty(&record).expect("settings are plain data") + "\n";
+    if !path.exists() {
+        return file::write_atomic(&path, text.as_bytes());
+    }
+    let found = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    if found == text {
+        return Ok(());
+    }
+    let values = |text: &str| serde_json::from_str::<Value>(text).unwrap_or(Value::Null);
+    let difference = first_difference("", &values(&found), &values(&text));
+    Err(Error::RunFolder {
+        path: folder.to_path_buf(),
+        reason: format!("holds another run: {}", difference.unwrap_or_else(|| "run.json was changed".into())),
+        hint: Some("choose a new folder with -o, or repeat that run's command to go on with it".into()),
+    })
+}
+
+/// Where two settings differ, in words.
+fn first_difference(name: &str, there: &Value, here: &Value) -> Option<String> {
+    match (there, here) {
+        (Value::Object(a), Value::Object(b)) => {
+            a.keys().chain(b.keys()).find_map(|key| first_difference(key, &there[key], &here[key]))
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            a.iter().zip(b).find_map(|(a, b)| first_difference(name, a, b))
+        }
+        _ => (there != here).then(|| format!("{name} is {there} there, and {here} now")),
+    }
+}
+
+/// The part of the record that both kinds of source have.
+fn common_info(
+    request: &EvalRequest,
+    scorers: &[Box<dyn Scorer>],
+    tokenizer: &TextTokenizer,
+    progress: &mut dyn Progress,
+) -> Result<RunInfo> {
+    let mut settings = Map::new();
+    let perplexity_model = match &request.base {
+        None => None,
+        Some(path) => {
+            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+            settings.insert("base".into(), json!(name));
+            settings.insert("base_sha256".into(), json!(hash_of(path, progress)?));
+            Some(name)
+        }
+    };
+    Ok(RunInfo {
+        tool_version: crate::version().to_owned(),
+        settings,
+        scorers: scorers.iter().map(|s| s.info()).collect::<Vec<ScorerInfo>>(),
+        toxicity_threshold: request.toxicity_threshold,
+        min_coverage: request.min_coverage,
+        distinct_tokenizer: tokenizer.name(),
+        perplexity_model,
+        bootstrap: BootstrapInfo::default(),
+        ..RunInfo::default()
+    })
+}
+
+fn hash_of(path: &Path, progress: &mut dyn Progress) -> Result<String> {
+    let mut last = 0;
+    let total = std::fs::metadata(path).map_err(Error::io("read", path))?.len();
+    progress.start("hashing the model (bytes)", total, 0);
+    let hash = gguf::file_sha256(path, |done, _| {
+        progress.advance(done - last);
+        last = done;
+    });
+    progress.finish();
+    hash
+}
+
+fn model_info(model: &Model, progress: &mut dyn Progress) -> Result<ModelInfo> {
+    Ok(ModelInfo {
+        file: model.path().file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        architecture: model.architecture().to_owned(),
+        description: model.description(),
+        n_params: Some(model.n_params()),
+        sha256: Some(hash_of(model.path(), progress)?),
+    })
+}
+
+fn model_settings(
+    prompts: &[Prompt],
+    prompts_name: &str,
+    options: &GenerateOptions,
+    plan: &Plan,
+    session: &Session,
+) -> Map<String, Value> {
+    let mut hash = Sha256::new();
+    for prompt in prompts {
+        for part in [&prompt.id, &prompt.language, &prompt.text] {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part.as_bytes());
+        }
+    }
+    let hash: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let Value::Object(settings) = json!({
+        "prompts": prompts_name,
+        "n_prompts": prompts.len(),
+        "prompts_sha256": hash,
+        "top_k": options.sampling.top_k,
+        "min_p": options.sampling.min_p,
+        "ignore_eos": options.ignore_eos,
+        "parallel": session.n_parallel(),
+        "ctx_size_of_a_sequence": session.n_ctx_seq(),
+        "batch_size": session.options().n_batch,
+        "ubatch_size": session.options().n_ubatch,
+        "threads": session.n_threads(),
+        "threads_batch": session.n_threads_batch(),
+        "flash_attn": session.options().flash_attention,
+        "prompts_per_unit": plan.prompts_per_unit(),
+    }) else {
+        unreachable!("the literal above is an object")
+    };
+    settings
+}
+
+/// Generates what `generations.jsonl` lacks.
+fn generate(
+    folder: &Path,
+    plan: &Plan,
+    session: &mut Session,
+    interrupt: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<Vec<Generation>> {
+    let path = folder.join("generations.jsonl");
+    let (mut log, mut rows) = JsonLog::open::<Generation>(&path, plan.rows_of_units())?;
+    for (i, row) in rows.iter().enumerate() {
+        let (prompt, sample) = plan.row(i);
+        if row.prompt_id != prompt.id || row.sample != sample {
+            return Err(Error::Input {
+                path,
+                line: Some(i + 1),
+                reason: format!("expected sample {sample} of prompt {:?}", prompt.id),
+                hint: Some("the file was changed since; delete it to make it again".into()),
+            });
+        }
+    }
+    if !rows.is_empty() && rows.len() < plan.n_rows() {
+        progress.say(&format!("going on after {} continuations that are there already", rows.len()));
+    }
+    let done_units = plan
+        .rows_of_units()
+        .scan(0, |sum, n| {
+            *sum += n;
+            Some(*sum)
+        })
+        .filter(|&sum| sum <= rows.len())
+        .count();
+    progress.start("continuations", plan.n_rows() as u64, rows.len() as u64);
+    for unit in done_units..plan.n_units() {
+        let mut generated = plan.generate(session, unit, interrupt, || progress.advance(1))?;
+        log.append(&generated)?;
+        rows.append(&mut generated);
+    }
+    progress.finish();
+    Ok(rows)
+}
+
+/// Scores what `scores.jsonl` lacks.
+fn score_all(
+    request: &EvalRequest,
+    scorers: &[Box<dyn Scorer>],
+    tokenizer: &TextTokenizer,
+    folder: &Path,
+    generations: &[Generation],
+    interrupt: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<Vec<ScoreRow>> {
+    let units = || generations.chunks(SCORE_UNIT);
+    let (mut log, mut rows) =
+        JsonLog::open::<ScoreRow>(&folder.join("scores.jsonl"), units().map(<[_]>::len))?;
+    let mut base = match &request.base {
+        Some(path) if rows.len() < generations.len() => {
+            let model = Model::open(path, &request.model_options)?;
+            Some(perplexity::BaseModel::open(&model, generations, &request.session_options)?)
+        }
+        _ => None,
+    };
+    let identifier = LanguageIdentifier::new();
+    progress.start("scores", generations.len() as u64, rows.len() as u64);
+    for unit in units().skip(rows.len().div_ceil(SCORE_UNIT)) {
+        if interrupt.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        let logprobs = match &mut base {
+            Some(base) => base.logprobs(unit, interrupt)?,
+            None => unit.iter().map(BaseLogprob::of_generation).collect(),
+        };
+        let mut scored = score_unit(scorers, tokenizer, &identifier, unit, logprobs);
+        log.append(&scored)?;
+        progress.advance(scored.len() as u64);
+        rows.append(&mut scored);
+    }
+    progress.finish();
+    Ok(rows)
+}
+
+fn score_unit(
+    scorers: &[Box<dyn Scorer>],
+    tokenizer: &TextTokenizer,
+    identifier: &LanguageIdentifier,
+    unit: &[Generation],
+    logprobs: Vec<BaseLogprob>,
+) -> Vec<ScoreRow> {
+    let texts: Vec<Text<'_>> = unit
+        .iter()
+        .map(|g| Text {
+            // As the paper's script does: an empty continuation is scored as a space.
+            text: if g.generated_text.is_empty() { " " } else { &g.generated_text },
+            language: Some(&g.language),
+        })
+        .collect();
+    let scores: Vec<(String, Vec<Result<f64>>)> =
+        scorers.iter().map(|s| (s.info().name, s.toxicity_of_all(&texts))).collect();
+    let mut rows: Vec<ScoreRow> = unit
+        .par_iter()
+        .zip(logprobs)
+        .map(|(g, base)| {
+            let language_kept = identifier.language_kept(&g.language, &g.generated_text);
+            let detected_language = match language_kept {
+                Some(true) => Some(g.language.clone()),
+                _ => identifier.identify(&g.generated_text).map(str::to_owned),
+            };
+            ScoreRow {
+                prompt_id: g.prompt_id.clone(),
+                language: g.language.clone(),
+                sample: g.sample,
+                toxicity: BTreeMap::new(),
+                errors: BTreeMap::new(),
+                detected_language,
+                language_kept,
+                base,
+                tokens: tokenizer.tokens(&g.generated_text),
+            }
+        })
+        .collect();
+    for (name, scores) in scores {
+        for (row, score) in rows.iter_mut().zip(scores) {
+            if let Err(error) = &score {
+                row.errors.insert(name.clone(), error.to_string());
+            }
+            row.toxicity.insert(name.clone(), score.ok());
+        }
+    }
+    rows
+}
+
+/// Rows of both files, side by side.
+struct Joined {
+    samples: Vec<Sample>,
+    /// By text.
+    tokens: HashMap<String, Vec<String>>,
+}
+
+fn join(generations: Vec<Generation>, scores: Vec<ScoreRow>) -> Joined {
+    let mut tokens = HashMap::with_capacity(scores.len());
+    let join_row = |(g, s): (Generation, ScoreRow)| {
+        tokens.insert(g.generated_text.clone(), s.tokens);
+        Sample {
+            prompt_id: g.prompt_id,
+            language: g.language,
+            sample: g.sample,
+            prompt: g.prompt,
+            text: g.generated_text,
+            n_tokens: g.n_tokens,
+            logprob: s.base.base_logprob,
+            base_n_tokens: s.base.base_n_tokens,
+            toxicity: s.toxicity,
+            detected_language: s.detected_language,
+            language_kept: s.language_kept,
+        }
+    };
+    let samples = generations.into_iter().zip(scores).map(join_row).collect();
+    Joined { samples, tokens }
+}

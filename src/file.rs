@@ -1,0 +1,187 @@
+//! Files that are never half-written, and logs that survive being cut off.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Error, Result};
+
+/// Writes a file beside its place, and moves it there once every byte is on disk.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = AtomicFile::create(path)?;
+    file.write_all(bytes)?;
+    file.commit()
+}
+
+/// A file that appears at its path only when it is whole.
+#[derive(Debug)]
+pub struct AtomicFile {
+    temporary: tempfile::NamedTempFile,
+    path: PathBuf,
+}
+
+impl AtomicFile {
+    /// Starts a file that is to appear at `path`; fails at once where the folder cannot be written.
+    pub fn create(path: &Path) -> Result<AtomicFile> {
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".detox-gguf-").suffix(".tmp");
+        // Temporary files are private by default; what the user gets should follow their umask.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let temporary = builder.tempfile_in(folder).map_err(Error::io("write", path))?;
+        Ok(AtomicFile { temporary, path: path.to_path_buf() })
+    }
+
+    /// Appends bytes.
+    pub fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
+        self.temporary.write_all(bytes).map_err(Error::io("write", &self.path))
+    }
+
+    /// Flushes to disk, and gives the file its name.
+    pub fn commit(self) -> Result<()> {
+        self.temporary.as_file().sync_all().map_err(Error::io("write", &self.path))?;
+        let path = self.path;
+        self.temporary.persist(&path).map_err(|e| e.error).map_err(Error::io("write", &path))?;
+        Ok(())
+    }
+}
+
+/// One JSON line a row, appended to in units: a unit is either whole on disk, or dropped at the next start.
+#[derive(Debug)]
+pub struct JsonLog {
+    file: File,
+    path: PathBuf,
+}
+
+impl JsonLog {
+    /// Opens the log, keeps the whole units of `unit_rows` rows at its start, and cuts off the rest.
+    ///
+    /// `unit_rows` gives the number of rows of each unit in turn; the log may hold all of them.
+    /// A row that is no JSON of the expected form, before the last unit, is damage and an error.
+    pub fn open<T: DeserializeOwned>(
+        path: &Path,
+        unit_rows: impl IntoIterator<Item = usize>,
+    ) -> Result<(JsonLog, Vec<T>)> {
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .map_err(Error::io("write", path))?;
+        let mut reader = BufReader::new(&file);
+        let mut kept = Vec::new();
+        let mut kept_bytes = 0u64;
+        let mut line = String::new();
+        'units: for n_rows in unit_rows {
+            let mut unit = Vec::with_capacity(n_rows);
+            let mut unit_bytes = 0u64;
+            for _ in 0..n_rows {
+                line.clear();
+                let n = match reader.read_line(&mut line) {
+                    Ok(n) => n,
+                    // Not UTF-8: what a torn write can leave at the end of a file.
+                    Err(e) if e.kind() == std::io::ErrorKind::InvalidData => break 'units,
+                    Err(e) => return Err(Error::io("read", path)(e)),
+                };
+                if n == 0 || !line.ends_with('\n') {
+                    break 'units;
+                }
+                unit_bytes += n as u64;
+                let row = serde_json::from_str(&line).map_err(|e| Error::Input {
+                    path: path.to_path_buf(),
+                    line: Some(kept.len() + unit.len() + 1),
+                    reason: format!("expected a row that this program wrote: {e}"),
+                    hint: Some("the file was changed since; delete it to make it again".into()),
+                })?;
+                unit.push(row);
+            }
+            kept.append(&mut unit);
+            kept_bytes += unit_bytes;
+        }
+        file.set_len(kept_bytes).map_err(Error::io("write", path))?;
+        file.seek(SeekFrom::Start(kept_bytes)).map_err(Error::io("write", path))?;
+        Ok((JsonLog { file, path: path.to_path_buf() }, kept))
+    }
+
+    /// Appends a unit, and waits until it is on disk.
+    pub fn append<T: Serialize>(&mut self, unit: &[T]) -> Result<()> {
+        let bytes = json_lines(unit);
+        // One write: a unit is then at most cut off, never interleaved.
+        self.file.write_all(&bytes).map_err(Error::io("write", &self.path))?;
+        self.file.sync_data().map_err(Error::io("write", &self.path))
+    }
+}
+
+/// Rows as JSON lines.
+pub fn json_lines<T: Serialize>(rows: &[T]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for row in rows {
+        serde_json::to_writer(&mut bytes, row)
+            .expect("rows are plain data with string keys, written to memory");
+        bytes.push(b'\n');
+    }
+    bytes
+}
+
+/// Creates a folder and its parents.
+pub fn create_folder(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(Error::io("create", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn log(path: &Path, units: &[usize]) -> Vec<u32> {
+        JsonLog::open::<u32>(path, units.iter().copied()).unwrap().1
+    }
+
+    #[test]
+    fn whole_units_are_kept_and_the_rest_is_cut_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let (mut file, kept) = JsonLog::open::<u32>(&path, [2, 2]).unwrap();
+        assert!(kept.is_empty());
+        file.append(&[1u32, 2]).unwrap();
+        file.append(&[3u32, 4]).unwrap();
+        drop(file);
+        assert_eq!(log(&path, &[2, 2]), [1, 2, 3, 4]);
+        // Killed in the middle of the second unit, and in the middle of a line.
+        for torn in ["1\n2\n3\n", "1\n2\n3\n4", "1\n2\n\u{ff}"] {
+            fs::write(&path, torn).unwrap();
+            assert_eq!(log(&path, &[2, 2]), [1, 2]);
+            assert_eq!(fs::read_to_string(&path).unwrap(), "1\n2\n");
+        }
+        fs::write(&path, b"1\n2\n\xe6\xbc").unwrap();
+        assert_eq!(log(&path, &[2, 2]), [1, 2]);
+    }
+
+    #[test]
+    fn rejects_a_damaged_row_by_its_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        fs::write(&path, "1\nx\n3\n4\n").unwrap();
+        let error = JsonLog::open::<u32>(&path, [2, 2]).unwrap_err();
+        assert!(matches!(error, Error::Input { line: Some(2), .. }), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "1\nx\n3\n4\n", "nothing was touched");
+    }
+
+    #[test]
+    fn a_file_that_is_not_committed_leaves_nothing_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, "before").unwrap();
+        let mut file = AtomicFile::create(&path).unwrap();
+        file.write_all(b"half").unwrap();
+        drop(file);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "before");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        write_atomic(&path, b"after").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "after");
+    }
+}

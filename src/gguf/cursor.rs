@@ -1,0 +1,212 @@
+//! Bounded reads: every length is compared with what the file still has before anything is allocated.
+
+use std::io::{self, BufRead, BufReader, Read};
+
+use super::{Array, Strings, Value, ValueType};
+
+/// The longest key in bytes: the format's own limit, 2^16 - 1 (gguf.md, `gguf_metadata_kv_t`).
+const MAX_KEY_BYTES: u64 = 65_535;
+
+/// The most bytes of metadata and tensor list together: llama.cpp's cap for a single string or array
+/// (`GGUF_MAX_STRING_LENGTH` in `gguf.cpp`), applied to their sum. Vocabularies of today need 30 MB.
+const MAX_HEADER_BYTES: u64 = 1 << 30;
+
+/// The most array elements allocated ahead of reading them: a length that lies costs 8 MiB, no more.
+const MAX_ELEMENTS_AHEAD: u64 = 1 << 20;
+
+/// Why a read failed.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// The operating system's answer.
+    Io(io::Error),
+    /// What is wrong with the file, for `Error::Gguf`.
+    Reason(String),
+}
+
+impl From<String> for Fault {
+    fn from(reason: String) -> Fault {
+        Fault::Reason(reason)
+    }
+}
+
+/// Reads a file from its start, knowing its length.
+#[derive(Debug)]
+pub(super) struct Cursor<R> {
+    reader: BufReader<R>,
+    position: u64,
+    len: u64,
+}
+
+impl<R: Read> Cursor<R> {
+    /// Over `reader`, which holds `len` bytes.
+    pub(super) fn new(reader: R, len: u64) -> Cursor<R> {
+        Cursor { reader: BufReader::with_capacity(1 << 18, reader), position: 0, len }
+    }
+
+    /// Bytes read so far.
+    pub(super) fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Bytes not yet read.
+    pub(super) fn remaining(&self) -> u64 {
+        self.len - self.position
+    }
+
+    /// The first bytes of the file, at most a buffer full, without reading past them.
+    pub(super) fn head(&mut self) -> Result<&[u8], Fault> {
+        self.reader.fill_buf().map_err(Fault::Io)
+    }
+
+    /// Refuses to go on if fewer than `n_bytes` remain, or the header would pass its cap.
+    fn need(&self, n_bytes: u64, what: &str) -> Result<(), Fault> {
+        if n_bytes > self.remaining() {
+            return Err(Fault::Reason(format!(
+                "{what} needs {n_bytes} bytes at byte {}, and the file ends after {}: \
+                 the download stopped early, or a length is damaged",
+                self.position, self.len
+            )));
+        }
+        if self.position.saturating_add(n_bytes) > MAX_HEADER_BYTES {
+            return Err(Fault::Reason(format!(
+                "{what} of {n_bytes} bytes makes the header larger than {MAX_HEADER_BYTES} bytes"
+            )));
+        }
+        Ok(())
+    }
+
+    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), Fault> {
+        self.reader.read_exact(bytes).map_err(Fault::Io)?;
+        self.position += bytes.len() as u64;
+        Ok(())
+    }
+
+    fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N], Fault> {
+        self.need(N as u64, what)?;
+        let mut bytes = [0; N];
+        self.fill(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// A little-endian u32.
+    pub(super) fn u32(&mut self, what: &str) -> Result<u32, Fault> {
+        self.array(what).map(u32::from_le_bytes)
+    }
+
+    /// A little-endian u64.
+    pub(super) fn u64(&mut self, what: &str) -> Result<u64, Fault> {
+        self.array(what).map(u64::from_le_bytes)
+    }
+
+    /// A string of at most `max_bytes`, into `buffer`, whose old content is lost.
+    fn str_into<'a>(
+        &mut self,
+        max_bytes: u64,
+        what: &str,
+        buffer: &'a mut Vec<u8>,
+    ) -> Result<&'a str, Fault> {
+        let n_bytes = self.u64(what)?;
+        self.need(n_bytes, what)?;
+        if n_bytes > max_bytes {
+            return Err(Fault::Reason(format!(
+                "{what} has {n_bytes} bytes, and at most {max_bytes} are allowed"
+            )));
+        }
+        buffer.clear();
+        buffer.resize(n_bytes as usize, 0);
+        self.fill(buffer)?;
+        std::str::from_utf8(buffer).map_err(|e| {
+            let shown = String::from_utf8_lossy(&buffer[..buffer.len().min(60)]).into_owned();
+            Fault::Reason(format!("{what} is not UTF-8 at its byte {}: {shown:?}", e.valid_up_to()))
+        })
+    }
+
+    /// A string of any length the header may have.
+    pub(super) fn string(&mut self, what: &str) -> Result<String, Fault> {
+        let mut buffer = Vec::new();
+        self.str_into(MAX_HEADER_BYTES, what, &mut buffer).map(str::to_owned)
+    }
+
+    /// A metadata key: not empty, not longer than the format allows, no NUL (llama.cpp compares C strings).
+    pub(super) fn key(&mut self, index: u64) -> Result<String, Fault> {
+        let what = format!("metadata key {index}");
+        let mut buffer = Vec::new();
+        let key = self.str_into(MAX_KEY_BYTES, &what, &mut buffer)?;
+        if key.is_empty() || key.contains('\0') {
+            return Err(Fault::Reason(format!("{what} is {key:?}: expected at least one byte, and no NUL")));
+        }
+        Ok(key.to_owned())
+    }
+
+    fn value_type(&mut self, what: &str) -> Result<ValueType, Fault> {
+        let id = self.u32(what)?;
+        ValueType::from_id(id)
+            .ok_or_else(|| Fault::Reason(format!("{what}: expected a value type from 0 to 12, found {id}")))
+    }
+
+    /// A type number, then a value of that type.
+    pub(super) fn value(&mut self, key: &str) -> Result<Value, Fault> {
+        let what = format!("the value of key {key:?}");
+        Ok(match self.value_type(&what)? {
+            ValueType::U8 => Value::U8(self.array::<1>(&what)?[0]),
+            ValueType::I8 => Value::I8(i8::from_le_bytes(self.array(&what)?)),
+            ValueType::U16 => Value::U16(u16::from_le_bytes(self.array(&what)?)),
+            ValueType::I16 => Value::I16(i16::from_le_bytes(self.array(&what)?)),
+            ValueType::U32 => Value::U32(self.u32(&what)?),
+            ValueType::I32 => Value::I32(i32::from_le_bytes(self.array(&what)?)),
+            ValueType::F32 => Value::F32(f32::from_le_bytes(self.array(&what)?)),
+            ValueType::U64 => Value::U64(self.u64(&what)?),
+            ValueType::I64 => Value::I64(i64::from_le_bytes(self.array(&what)?)),
+            ValueType::F64 => Value::F64(f64::from_le_bytes(self.array(&what)?)),
+            ValueType::Str => Value::Str(self.string(&what)?),
+            ValueType::Bool => match self.array::<1>(&what)?[0] {
+                0 => Value::Bool(false),
+                1 => Value::Bool(true),
+                byte => {
+                    return Err(Fault::Reason(format!("{what}: expected a bool of 0 or 1, found {byte}")));
+                }
+            },
+            ValueType::Array => {
+                let element = self.value_type(&what)?;
+                let n = self.u64(&what)?;
+                match element {
+                    ValueType::Array => {
+                        let reason = format!("{what} is an array of arrays, which llama.cpp does not load");
+                        return Err(Fault::Reason(reason));
+                    }
+                    ValueType::Str => Value::Array(self.strings(n, &what)?.into()),
+                    scalar => Value::Array(self.scalars(scalar, n, &what)?),
+                }
+            }
+        })
+    }
+
+    fn strings(&mut self, n: u64, what: &str) -> Result<Strings, Fault> {
+        // A string is at least its own length field.
+        self.need(n.checked_mul(8).ok_or_else(|| too_long(what, n))?, what)?;
+        let mut strings = Strings::with_capacity(n.min(MAX_ELEMENTS_AHEAD) as usize);
+        let mut buffer = Vec::new();
+        for i in 0..n {
+            match self.str_into(MAX_HEADER_BYTES, what, &mut buffer) {
+                Ok(string) => strings.push(string),
+                Err(Fault::Reason(reason)) => return Err(Fault::Reason(format!("element {i} of {reason}"))),
+                Err(io) => return Err(io),
+            }
+        }
+        Ok(strings)
+    }
+
+    fn scalars(&mut self, element: ValueType, n: u64, what: &str) -> Result<Array, Fault> {
+        let size = element.size_bytes().expect("strings and arrays are handled by the caller") as u64;
+        let n_bytes = n.checked_mul(size).ok_or_else(|| too_long(what, n))?;
+        self.need(n_bytes, what)?;
+        let mut bytes = vec![0; n_bytes as usize];
+        self.fill(&mut bytes)?;
+        Array::from_le_bytes(element, bytes)
+            .ok_or_else(|| Fault::Reason(format!("{what}: expected bools of 0 or 1, found another byte")))
+    }
+}
+
+fn too_long(what: &str, n: u64) -> Fault {
+    Fault::Reason(format!("{what} is an array of {n} elements, more than any file can hold"))
+}

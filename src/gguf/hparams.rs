@@ -1,0 +1,355 @@
+//! What the metadata says about the model, under llama.cpp's names for it.
+
+use std::collections::HashMap;
+
+use super::file_type::{file_type_name, guessed_name};
+use super::read::{GgufFile, refuse};
+use super::{Array, Strings, Value};
+use crate::error::Result;
+
+/// A Rust type that one type of metadata value turns into.
+trait FromValue<'a>: Sized {
+    /// The type that is expected, for messages.
+    const EXPECTED: &'static str;
+    fn from_value(value: &'a Value) -> Option<Self>;
+}
+
+macro_rules! from_value {
+    ($rust:ty, $expected:literal, $pattern:pat => $result:expr) => {
+        impl<'a> FromValue<'a> for $rust {
+            const EXPECTED: &'static str = $expected;
+            fn from_value(value: &'a Value) -> Option<Self> {
+                match value {
+                    $pattern => Some($result),
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+from_value!(u32, "u32", Value::U32(v) => *v);
+from_value!(i32, "i32", Value::I32(v) => *v);
+from_value!(f32, "f32", Value::F32(v) => *v);
+from_value!(bool, "bool", Value::Bool(v) => *v);
+from_value!(&'a str, "str", Value::Str(v) => v);
+from_value!(&'a Array, "arr", Value::Array(v) => v);
+
+impl<'a> FromValue<'a> for &'a Strings {
+    const EXPECTED: &'static str = "arr of str";
+    fn from_value(value: &'a Value) -> Option<Self> {
+        <&Array>::from_value(value)?.strings()
+    }
+}
+
+/// Values by key. The plain getters fail on a missing key; those in `Option` only on a wrong type.
+/// Types must match exactly, as in llama.cpp, which refuses a u64 where it expects a u32.
+impl GgufFile {
+    fn find<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<Option<T>> {
+        let Some(value) = self.metadata.get(key) else { return Ok(None) };
+        T::from_value(value).map(Some).ok_or_else(|| {
+            refuse(self.path(), format!("key {key:?}: expected {}, found {}", T::EXPECTED, value.describe()))
+        })
+    }
+
+    fn require<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<T> {
+        self.find(key)?.ok_or_else(|| {
+            refuse(
+                self.path(),
+                format!("key {key:?}: expected {}, but the file has no such key", T::EXPECTED),
+            )
+        })
+    }
+
+    /// The u32 under `key`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Gguf`] where the key is missing or of another type; so for every getter here.
+    pub fn u32(&self, key: &str) -> Result<u32> {
+        self.require(key)
+    }
+
+    /// The u32 under `key`, if the key is there.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`], except that a missing key is `None`; so for every getter in `Option`.
+    pub fn u32_if_present(&self, key: &str) -> Result<Option<u32>> {
+        self.find(key)
+    }
+
+    /// The i32 under `key`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`].
+    pub fn i32(&self, key: &str) -> Result<i32> {
+        self.require(key)
+    }
+
+    /// The integer under `key`, whatever its width and sign: some keys are i32 in one converter and u32 in another.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`]; also where a u64 exceeds `i64::MAX`.
+    pub fn integer(&self, key: &str) -> Result<i64> {
+        let found = self.metadata.get(key);
+        found.and_then(Value::as_integer).and_then(|v| i64::try_from(v).ok()).ok_or_else(|| {
+            let found = found.map_or("nothing".into(), Value::describe);
+            refuse(self.path(), format!("key {key:?}: expected an integer, found {found}"))
+        })
+    }
+
+    /// The f32 under `key`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`].
+    pub fn f32(&self, key: &str) -> Result<f32> {
+        self.require(key)
+    }
+
+    /// The f32 under `key`, if the key is there.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32_if_present`].
+    pub fn f32_if_present(&self, key: &str) -> Result<Option<f32>> {
+        self.find(key)
+    }
+
+    /// The bool under `key`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`].
+    pub fn bool(&self, key: &str) -> Result<bool> {
+        self.require(key)
+    }
+
+    /// The bool under `key`, if the key is there.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32_if_present`].
+    pub fn bool_if_present(&self, key: &str) -> Result<Option<bool>> {
+        self.find(key)
+    }
+
+    /// The string under `key`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`].
+    pub fn str(&self, key: &str) -> Result<&str> {
+        self.require(key)
+    }
+
+    /// The string under `key`, if the key is there.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32_if_present`].
+    pub fn str_if_present(&self, key: &str) -> Result<Option<&str>> {
+        self.find(key)
+    }
+
+    /// The array under `key`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`].
+    pub fn array(&self, key: &str) -> Result<&Array> {
+        self.require(key)
+    }
+
+    /// The array of strings under `key`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`].
+    pub fn strings(&self, key: &str) -> Result<&Strings> {
+        self.require(key)
+    }
+}
+
+/// What is said of the model. Keys of the form `{arch}.…` are looked up under [`GgufFile::architecture`].
+impl GgufFile {
+    /// `general.architecture`, such as "llama".
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`]; so for every method here that gives a `Result`.
+    pub fn architecture(&self) -> Result<&str> {
+        self.str("general.architecture")
+    }
+
+    /// The key `{arch}.{name}`.
+    ///
+    /// # Errors
+    /// Where there is no architecture.
+    pub fn arch_key(&self, name: &str) -> Result<String> {
+        Ok(format!("{}.{name}", self.architecture()?))
+    }
+
+    fn arch_u32(&self, name: &str) -> Result<u32> {
+        self.u32(&self.arch_key(name)?)
+    }
+
+    /// `general.name`, if the file gives one.
+    pub fn model_name(&self) -> Option<&str> {
+        self.str_if_present("general.name").ok().flatten()
+    }
+
+    /// The number of blocks, `{arch}.block_count`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::architecture`].
+    pub fn n_layer(&self) -> Result<u32> {
+        self.arch_u32("block_count")
+    }
+
+    /// Width of the residual stream, `{arch}.embedding_length`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::architecture`].
+    pub fn n_embd(&self) -> Result<u32> {
+        self.arch_u32("embedding_length")
+    }
+
+    /// Tokens of context that the model was trained with, `{arch}.context_length`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::architecture`].
+    pub fn n_ctx_train(&self) -> Result<u32> {
+        self.arch_u32("context_length")
+    }
+
+    /// Neurons in each FFN, `{arch}.feed_forward_length`, where all layers have the same number.
+    ///
+    /// # Errors
+    /// As [`GgufFile::architecture`]; also where layers differ: see [`GgufFile::n_ff_per_layer`].
+    pub fn n_ff(&self) -> Result<u32> {
+        self.same_in_all_layers("feed_forward_length", &self.n_ff_per_layer()?)
+    }
+
+    /// Neurons in the FFN of each layer, shape `[n_layer]`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::architecture`].
+    pub fn n_ff_per_layer(&self) -> Result<Vec<u32>> {
+        self.per_layer("feed_forward_length")
+    }
+
+    /// Attention heads, `{arch}.attention.head_count`, where all layers have the same number.
+    ///
+    /// # Errors
+    /// As [`GgufFile::n_ff`].
+    pub fn n_head(&self) -> Result<u32> {
+        self.same_in_all_layers("attention.head_count", &self.n_head_per_layer()?)
+    }
+
+    /// Attention heads of each layer, shape `[n_layer]`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::architecture`].
+    pub fn n_head_per_layer(&self) -> Result<Vec<u32>> {
+        self.per_layer("attention.head_count")
+    }
+
+    /// Key and value heads, `{arch}.attention.head_count_kv`, where all layers have the same number;
+    /// as many as [`GgufFile::n_head`] where the key is absent.
+    ///
+    /// # Errors
+    /// As [`GgufFile::n_ff`].
+    pub fn n_head_kv(&self) -> Result<u32> {
+        self.same_in_all_layers("attention.head_count_kv", &self.n_head_kv_per_layer()?)
+    }
+
+    /// Key and value heads of each layer, shape `[n_layer]`; those of [`GgufFile::n_head_per_layer`] where the
+    /// key is absent.
+    ///
+    /// # Errors
+    /// As [`GgufFile::architecture`].
+    pub fn n_head_kv_per_layer(&self) -> Result<Vec<u32>> {
+        let name = "attention.head_count_kv";
+        if self.metadata.get(&self.arch_key(name)?).is_none() {
+            return self.n_head_per_layer();
+        }
+        self.per_layer(name)
+    }
+
+    /// One number for all layers, or an array with one for each: llama.cpp's `get_key_or_arr`.
+    fn per_layer(&self, name: &str) -> Result<Vec<u32>> {
+        let n_layer = self.n_layer()? as usize;
+        let key = self.arch_key(name)?;
+        let fault = |found: String| {
+            refuse(
+                self.path(),
+                format!("key {key:?}: expected u32, or an array of {n_layer} of them, found {found}"),
+            )
+        };
+        match self.metadata.get(&key) {
+            // The cap keeps a damaged block_count from asking for 16 GiB.
+            Some(&Value::U32(n)) => Ok(vec![n; n_layer.min(super::decoder::MAX_LAYERS as usize)]),
+            Some(Value::Array(array)) if array.len() == n_layer => array
+                .to_i64s()
+                .and_then(|values| values.into_iter().map(|v| u32::try_from(v).ok()).collect())
+                .ok_or_else(|| {
+                    fault(format!(
+                        "{} with other values",
+                        self.metadata.get(&key).map_or(String::new(), Value::describe)
+                    ))
+                }),
+            Some(other) => Err(fault(other.describe())),
+            None => Err(fault("nothing".into())),
+        }
+    }
+
+    fn same_in_all_layers(&self, name: &str, values: &[u32]) -> Result<u32> {
+        match values {
+            [first, rest @ ..] if rest.iter().all(|v| v == first) => Ok(*first),
+            _ => {
+                let key = self.arch_key(name)?;
+                let reason = format!("key {key:?}: expected one number for all layers, found {values:?}");
+                Err(refuse(self.path(), reason))
+            }
+        }
+    }
+
+    /// The vocabulary, `tokenizer.ggml.tokens`, as the tokenizer spells it (not as plain text), shape `[n_vocab]`.
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`].
+    pub fn tokens(&self) -> Result<&Strings> {
+        self.strings("tokenizer.ggml.tokens")
+    }
+
+    /// The number of tokens in the vocabulary.
+    ///
+    /// # Errors
+    /// As [`GgufFile::tokens`].
+    pub fn n_vocab(&self) -> Result<u32> {
+        let n = self.tokens()?.len();
+        u32::try_from(n).map_err(|_| {
+            refuse(self.path(), format!("key \"tokenizer.ggml.tokens\": {n} tokens exceed 2^32"))
+        })
+    }
+
+    /// The kind of tokenizer, `tokenizer.ggml.model`: "llama" (SentencePiece), "gpt2" (byte-level BPE), …
+    ///
+    /// # Errors
+    /// As [`GgufFile::u32`].
+    pub fn tokenizer_model(&self) -> Result<&str> {
+        self.str("tokenizer.ggml.model")
+    }
+
+    /// Parameters: the elements of all tensors, as llama.cpp counts them.
+    pub fn n_params(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.n_elements()).fold(0, u64::saturating_add)
+    }
+
+    /// The quantisation as `llama-quantize` spells it (`Q4_K_M`), from `general.file_type`.
+    /// Where that is absent, "(guessed) " and the type of most tensors, as llama.cpp does.
+    pub fn quant(&self) -> String {
+        if let Some(&Value::U32(id)) = self.metadata.get("general.file_type") {
+            return file_type_name(id).map_or_else(|| format!("unknown file type {id}"), str::to_owned);
+        }
+        let mut counts = HashMap::new();
+        for tensor in &self.tensors {
+            *counts.entry(tensor.tensor_type()).or_insert(0usize) += 1;
+        }
+        // On a tie the lower type number wins, so that the answer does not depend on hashing.
+        match counts.into_iter().max_by_key(|(t, n)| (*n, std::cmp::Reverse(t.id()))) {
+            Some((most_common, _)) => format!("(guessed) {}", guessed_name(most_common)),
+            None => "no tensors".into(),
+        }
+    }
+}

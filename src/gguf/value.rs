@@ -1,0 +1,362 @@
+//! Metadata: typed values under string keys, in file order.
+
+use std::collections::HashMap;
+use std::fmt;
+
+/// The type of a metadata value, as numbered by `enum gguf_type` in `gguf.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+#[allow(missing_docs, reason = "the names say all")]
+pub enum ValueType {
+    U8 = 0,
+    I8 = 1,
+    U16 = 2,
+    I16 = 3,
+    U32 = 4,
+    I32 = 5,
+    F32 = 6,
+    Bool = 7,
+    Str = 8,
+    Array = 9,
+    U64 = 10,
+    I64 = 11,
+    F64 = 12,
+}
+
+impl ValueType {
+    /// The type with this number, or `None` for a number no version of the format uses.
+    pub fn from_id(id: u32) -> Option<ValueType> {
+        use ValueType::*;
+        [U8, I8, U16, I16, U32, I32, F32, Bool, Str, Array, U64, I64, F64].get(id as usize).copied()
+    }
+
+    /// The number in the file.
+    pub fn id(self) -> u32 {
+        self as u32
+    }
+
+    /// The name llama.cpp prints (`gguf_type_name`).
+    pub fn name(self) -> &'static str {
+        ["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "arr", "u64", "i64", "f64"]
+            [self as usize]
+    }
+
+    /// Bytes of one value in the file; `None` for strings and arrays, which have no fixed size.
+    pub fn size_bytes(self) -> Option<usize> {
+        use ValueType::*;
+        match self {
+            U8 | I8 | Bool => Some(1),
+            U16 | I16 => Some(2),
+            U32 | I32 | F32 => Some(4),
+            U64 | I64 | F64 => Some(8),
+            Str | Array => None,
+        }
+    }
+}
+
+impl fmt::Display for ValueType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One metadata value.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "the names say all")]
+pub enum Value {
+    U8(u8),
+    I8(i8),
+    U16(u16),
+    I16(i16),
+    U32(u32),
+    I32(i32),
+    F32(f32),
+    Bool(bool),
+    Str(String),
+    Array(Array),
+    U64(u64),
+    I64(i64),
+    F64(f64),
+}
+
+impl Value {
+    /// The type as the file names it.
+    pub fn value_type(&self) -> ValueType {
+        match self {
+            Value::U8(_) => ValueType::U8,
+            Value::I8(_) => ValueType::I8,
+            Value::U16(_) => ValueType::U16,
+            Value::I16(_) => ValueType::I16,
+            Value::U32(_) => ValueType::U32,
+            Value::I32(_) => ValueType::I32,
+            Value::F32(_) => ValueType::F32,
+            Value::Bool(_) => ValueType::Bool,
+            Value::Str(_) => ValueType::Str,
+            Value::Array(_) => ValueType::Array,
+            Value::U64(_) => ValueType::U64,
+            Value::I64(_) => ValueType::I64,
+            Value::F64(_) => ValueType::F64,
+        }
+    }
+
+    /// The number, if this is an integer of any width.
+    pub fn as_integer(&self) -> Option<i128> {
+        match *self {
+            Value::U8(v) => Some(v.into()),
+            Value::I8(v) => Some(v.into()),
+            Value::U16(v) => Some(v.into()),
+            Value::I16(v) => Some(v.into()),
+            Value::U32(v) => Some(v.into()),
+            Value::I32(v) => Some(v.into()),
+            Value::U64(v) => Some(v.into()),
+            Value::I64(v) => Some(v.into()),
+            _ => None,
+        }
+    }
+
+    /// The type in words, with the element type and length of an array: "arr of 5 str".
+    pub fn describe(&self) -> String {
+        match self {
+            Value::Array(array) => format!("arr of {} {}", array.len(), array.element_type()),
+            other => other.value_type().name().to_owned(),
+        }
+    }
+}
+
+/// An array of scalars or of strings; arrays of arrays do not load in llama.cpp and are refused.
+#[derive(Clone, PartialEq)]
+pub struct Array(Repr);
+
+#[derive(Clone, PartialEq)]
+enum Repr {
+    /// Little-endian, as in the file: one copy, whatever the element type.
+    Scalars {
+        element: ValueType,
+        bytes: Vec<u8>,
+    },
+    Strings(Strings),
+}
+
+impl Array {
+    /// An array of scalars from its little-endian bytes; `None` where the length or a boolean does not fit the type.
+    pub(super) fn from_le_bytes(element: ValueType, bytes: Vec<u8>) -> Option<Array> {
+        let size = element.size_bytes()?;
+        let valid =
+            bytes.len().is_multiple_of(size) && (element != ValueType::Bool || bytes.iter().all(|&b| b <= 1));
+        valid.then_some(Array(Repr::Scalars { element, bytes }))
+    }
+
+    /// The number of elements.
+    pub fn len(&self) -> usize {
+        match &self.0 {
+            Repr::Scalars { element, bytes } => bytes.len() / element.size_bytes().unwrap_or(1),
+            Repr::Strings(strings) => strings.len(),
+        }
+    }
+
+    /// Whether there are no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The type of every element.
+    pub fn element_type(&self) -> ValueType {
+        match &self.0 {
+            Repr::Scalars { element, .. } => *element,
+            Repr::Strings(_) => ValueType::Str,
+        }
+    }
+
+    /// The strings, if this is an array of strings.
+    pub fn strings(&self) -> Option<&Strings> {
+        match &self.0 {
+            Repr::Strings(strings) => Some(strings),
+            Repr::Scalars { .. } => None,
+        }
+    }
+
+    /// The elements in little-endian bytes, if this is an array of scalars.
+    pub fn le_bytes(&self) -> Option<&[u8]> {
+        match &self.0 {
+            Repr::Scalars { bytes, .. } => Some(bytes),
+            Repr::Strings(_) => None,
+        }
+    }
+
+    fn scalars<T, const N: usize>(&self, element: ValueType, from: fn([u8; N]) -> T) -> Option<Vec<T>> {
+        match &self.0 {
+            Repr::Scalars { element: found, bytes } if *found == element => {
+                Some(bytes.as_chunks::<N>().0.iter().map(|&chunk| from(chunk)).collect())
+            }
+            _ => None,
+        }
+    }
+
+    /// The elements, if this is an array of f32.
+    pub fn to_f32s(&self) -> Option<Vec<f32>> {
+        self.scalars(ValueType::F32, f32::from_le_bytes)
+    }
+
+    /// The elements, if this is an array of integers (or booleans, as 0 and 1); `None` too where a u64 exceeds `i64::MAX`.
+    pub fn to_i64s(&self) -> Option<Vec<i64>> {
+        fn widen<T: Into<i64>>(values: Option<Vec<T>>) -> Option<Vec<i64>> {
+            Some(values?.into_iter().map(Into::into).collect())
+        }
+        match self.element_type() {
+            ValueType::U8 => widen(self.scalars(ValueType::U8, u8::from_le_bytes)),
+            ValueType::Bool => widen(self.scalars(ValueType::Bool, u8::from_le_bytes)),
+            ValueType::I8 => widen(self.scalars(ValueType::I8, i8::from_le_bytes)),
+            ValueType::U16 => widen(self.scalars(ValueType::U16, u16::from_le_bytes)),
+            ValueType::I16 => widen(self.scalars(ValueType::I16, i16::from_le_bytes)),
+            ValueType::U32 => widen(self.scalars(ValueType::U32, u32::from_le_bytes)),
+            ValueType::I32 => widen(self.scalars(ValueType::I32, i32::from_le_bytes)),
+            ValueType::I64 => self.scalars(ValueType::I64, i64::from_le_bytes),
+            ValueType::U64 => {
+                let values = self.scalars(ValueType::U64, u64::from_le_bytes)?;
+                values.into_iter().map(|v| i64::try_from(v).ok()).collect()
+            }
+            ValueType::F32 | ValueType::F64 | ValueType::Str | ValueType::Array => None,
+        }
+    }
+}
+
+/// The most elements that `Debug` prints: a vocabulary in a panic message helps nobody.
+const MAX_DEBUG: usize = 8;
+
+impl fmt::Debug for Array {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Repr::Strings(strings) => strings.fmt(f),
+            Repr::Scalars { element, bytes } => {
+                let shown = &bytes[..bytes.len().min(MAX_DEBUG * element.size_bytes().unwrap_or(1))];
+                write!(f, "{} {element} {shown:?}", self.len())
+            }
+        }
+    }
+}
+
+impl From<Strings> for Array {
+    fn from(strings: Strings) -> Array {
+        Array(Repr::Strings(strings))
+    }
+}
+
+impl<S: AsRef<str>> FromIterator<S> for Array {
+    fn from_iter<I: IntoIterator<Item = S>>(strings: I) -> Array {
+        Array(Repr::Strings(strings.into_iter().collect()))
+    }
+}
+
+macro_rules! array_from_slice {
+    ($($scalar:ty => $element:ident),*) => {$(
+        impl From<&[$scalar]> for Array {
+            fn from(values: &[$scalar]) -> Array {
+                let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+                Array(Repr::Scalars { element: ValueType::$element, bytes })
+            }
+        }
+    )*};
+}
+array_from_slice!(u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, f32 => F32, u64 => U64, i64 => I64, f64 => F64);
+
+/// Many strings in one allocation: a vocabulary of 260,000 tokens is two vectors, not 260,000.
+#[derive(Clone, Default, PartialEq)]
+pub struct Strings {
+    text: String,
+    /// The end of each string in `text`, in bytes.
+    ends: Vec<usize>,
+}
+
+impl fmt::Debug for Strings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} str {:?}", self.len(), self.iter().take(MAX_DEBUG).collect::<Vec<_>>())
+    }
+}
+
+impl Strings {
+    /// None yet, with room for the ends of `n` strings.
+    pub(super) fn with_capacity(n: usize) -> Strings {
+        Strings { text: String::new(), ends: Vec::with_capacity(n) }
+    }
+
+    /// Appends one string.
+    pub fn push(&mut self, string: &str) {
+        self.text.push_str(string);
+        self.ends.push(self.text.len());
+    }
+
+    /// The number of strings.
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// Whether there are no strings.
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// The string at `index`, from 0.
+    pub fn get(&self, index: usize) -> Option<&str> {
+        let end = *self.ends.get(index)?;
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        Some(&self.text[start..end])
+    }
+
+    /// The strings in order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &str> + '_ {
+        (0..self.len()).map(|i| self.get(i).expect("the index is below len()"))
+    }
+}
+
+impl<S: AsRef<str>> FromIterator<S> for Strings {
+    fn from_iter<I: IntoIterator<Item = S>>(strings: I) -> Strings {
+        let mut all = Strings::default();
+        strings.into_iter().for_each(|s| all.push(s.as_ref()));
+        all
+    }
+}
+
+/// Keys and values in file order; each key once.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Metadata {
+    entries: Vec<(String, Value)>,
+    index: HashMap<String, usize>,
+}
+
+impl Metadata {
+    /// Nothing in it yet.
+    pub fn new() -> Metadata {
+        Metadata::default()
+    }
+
+    /// The number of keys.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether there are no keys.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The value of `key`, if it is there.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.index.get(key).map(|&i| &self.entries[i].1)
+    }
+
+    /// Sets `key`, in its old place if it is already there, else at the end; gives back the old value.
+    pub fn set(&mut self, key: impl Into<String>, value: Value) -> Option<Value> {
+        let key = key.into();
+        if let Some(&i) = self.index.get(&key) {
+            return Some(std::mem::replace(&mut self.entries[i].1, value));
+        }
+        self.index.insert(key.clone(), self.entries.len());
+        self.entries.push((key, value));
+        None
+    }
+
+    /// Keys and values in file order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Value)> + '_ {
+        self.entries.iter().map(|(key, value)| (key.as_str(), value))
+    }
+}

@@ -1,0 +1,219 @@
+//! Writes GGUF files: the header at once, then tensor data in any chunks, so that a model never has to fit in memory.
+
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+use super::tensor::{self, TensorType};
+use super::{Array, Metadata, VERSION, Value, ValueType, read};
+use crate::error::{Error, Result};
+
+/// A tensor to be written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// The name, at most 63 bytes.
+    pub name: String,
+    /// Elements in each dimension, 1 to 4 of them, in ggml's order (fastest first).
+    pub shape: Vec<u64>,
+    /// How the elements are stored.
+    pub tensor_type: TensorType,
+}
+
+/// Writes one file beside its destination and renames it into place in [`GgufWriter::finish`].
+/// Dropped before that, it leaves nothing behind.
+///
+/// ```no_run
+/// # use detox_gguf::gguf::*;
+/// let mut metadata = Metadata::new();
+/// metadata.set("general.architecture", Value::Str("controlvector".into()));
+/// let direction = TensorSpec { name: "direction.1".into(), shape: vec![2], tensor_type: TensorType::F32 };
+/// let mut writer = GgufWriter::create("steer.gguf", &metadata, vec![direction])?;
+/// writer.write_f32s(&[0.5, -0.5])?;
+/// writer.finish()?;
+/// # Ok::<(), detox_gguf::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct GgufWriter {
+    path: PathBuf,
+    file: BufWriter<NamedTempFile>,
+    alignment: u64,
+    /// Tensors with their sizes in bytes.
+    tensors: Vec<(TensorSpec, u64)>,
+    /// The tensor that the next byte belongs to.
+    current: usize,
+    /// Bytes of it that were written.
+    written: u64,
+}
+
+impl GgufWriter {
+    /// Begins the file that will be `path`: writes the header, so that the data of `tensors` can follow in order.
+    /// `general.alignment` in `metadata` is obeyed.
+    ///
+    /// # Errors
+    /// [`Error::Gguf`] if metadata or tensors break a rule of the format. [`Error::Io`] if the file cannot be written.
+    pub fn create(
+        path: impl AsRef<Path>,
+        metadata: &Metadata,
+        tensors: Vec<TensorSpec>,
+    ) -> Result<GgufWriter> {
+        let path = path.as_ref();
+        let alignment = read::parse_alignment(metadata).map_err(|reason| read::refuse(path, reason))?;
+        let in_tensor = |name: &str, reason: String| read::refuse(path, format!("tensor {name:?}: {reason}"));
+        let mut names = std::collections::HashSet::new();
+        let mut sized = Vec::with_capacity(tensors.len());
+        for spec in tensors {
+            if let Some(fault) = tensor::name_fault(&spec.name) {
+                return Err(in_tensor(&spec.name, fault));
+            }
+            if !names.insert(spec.name.clone()) {
+                return Err(in_tensor(&spec.name, "it occurs twice".into()));
+            }
+            let n_bytes = tensor::tensor_bytes(&spec.shape, spec.tensor_type)
+                .map_err(|reason| in_tensor(&spec.name, reason))?;
+            sized.push((spec, n_bytes));
+        }
+        let header = header_bytes(metadata, &sized, alignment)
+            .ok_or_else(|| read::refuse(path, "its tensors have more than 2^64 bytes together"))?;
+
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".gguf-").suffix(".part");
+        // Without this the result would be readable by its owner alone; the umask still applies.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let file = builder.tempfile_in(folder).map_err(Error::io("create", path))?;
+        let mut file = BufWriter::with_capacity(1 << 20, file);
+        file.write_all(&header).map_err(Error::io("write", path))?;
+        Ok(GgufWriter { path: path.to_path_buf(), file, alignment, tensors: sized, current: 0, written: 0 })
+    }
+
+    /// Appends tensor data, as stored: blocks for a quantised type, little-endian numbers else.
+    /// Chunks may end anywhere within a tensor, but not reach into the next.
+    ///
+    /// # Errors
+    /// [`Error::Gguf`] for more bytes than the current tensor still lacks. [`Error::Io`] if the disk refuses.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        let Some((spec, n_bytes)) = self.tensors.get(self.current) else {
+            return Err(read::refuse(
+                &self.path,
+                format!("{} bytes follow after the last tensor", bytes.len()),
+            ));
+        };
+        let (lacks, n_given) = (n_bytes - self.written, bytes.len() as u64);
+        if n_given > lacks {
+            let reason = format!("tensor {:?}: expected {lacks} more bytes, found {n_given}", spec.name);
+            return Err(read::refuse(&self.path, reason));
+        }
+        self.file.write_all(bytes).map_err(Error::io("write", &self.path))?;
+        self.written += n_given;
+        if self.written == *n_bytes {
+            // The last tensor is padded too: llama.cpp reads adapters and control vectors up to the padded size.
+            let padding = n_bytes.next_multiple_of(self.alignment) - n_bytes;
+            std::io::copy(&mut std::io::Read::take(std::io::repeat(0), padding), &mut self.file)
+                .map_err(Error::io("write", &self.path))?;
+            self.current += 1;
+            self.written = 0;
+        }
+        Ok(())
+    }
+
+    /// Appends f32 numbers to a tensor of type [`TensorType::F32`].
+    ///
+    /// # Errors
+    /// As [`GgufWriter::write`]; also where the current tensor has another type.
+    pub fn write_f32s(&mut self, values: &[f32]) -> Result<()> {
+        if let Some((spec, _)) = self.tensors.get(self.current)
+            && spec.tensor_type != TensorType::F32
+        {
+            let reason =
+                format!("tensor {:?}: expected data of type {}, found f32", spec.name, spec.tensor_type);
+            return Err(read::refuse(&self.path, reason));
+        }
+        for chunk in values.chunks(1 << 14) {
+            self.write(&chunk.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())?;
+        }
+        Ok(())
+    }
+
+    /// Checks the file with the reader, flushes it to the disk, and renames it into place.
+    ///
+    /// # Errors
+    /// [`Error::Gguf`] if tensor data is missing, or the reader refuses the file. [`Error::Io`] if the disk refuses.
+    pub fn finish(self) -> Result<()> {
+        if let Some((spec, n_bytes)) = self.tensors.get(self.current) {
+            let reason = format!("tensor {:?}: expected {n_bytes} bytes, found {}", spec.name, self.written);
+            return Err(read::refuse(&self.path, reason));
+        }
+        let path = self.path;
+        let file = self.file.into_inner().map_err(|e| Error::io("write", &path)(e.into_error()))?;
+        file.as_file().sync_all().map_err(Error::io("write", &path))?;
+        read::validate(file.path()).map_err(|error| match error {
+            Error::Gguf { reason, .. } => read::refuse(&path, reason),
+            other => other,
+        })?;
+        file.persist(&path).map_err(|e| Error::io("write", &path)(e.error))?;
+        Ok(())
+    }
+}
+
+/// Everything before the tensor data, padded; `None` if the offsets overflow.
+fn header_bytes(metadata: &Metadata, tensors: &[(TensorSpec, u64)], alignment: u64) -> Option<Vec<u8>> {
+    let mut header = Vec::new();
+    header.extend(b"GGUF");
+    header.extend(VERSION.to_le_bytes());
+    header.extend((tensors.len() as u64).to_le_bytes());
+    header.extend((metadata.len() as u64).to_le_bytes());
+    for (key, value) in metadata.iter() {
+        push_str(&mut header, key);
+        push_value(&mut header, value);
+    }
+    let mut offset = 0u64;
+    for (spec, n_bytes) in tensors {
+        push_str(&mut header, &spec.name);
+        header.extend((spec.shape.len() as u32).to_le_bytes());
+        header.extend(spec.shape.iter().flat_map(|ne| ne.to_le_bytes()));
+        header.extend(spec.tensor_type.id().to_le_bytes());
+        header.extend(offset.to_le_bytes());
+        offset = offset.checked_add(*n_bytes)?.checked_next_multiple_of(alignment)?;
+    }
+    if !tensors.is_empty() {
+        header.resize(header.len().next_multiple_of(alignment as usize), 0);
+    }
+    Some(header)
+}
+
+fn push_str(header: &mut Vec<u8>, string: &str) {
+    header.extend((string.len() as u64).to_le_bytes());
+    header.extend(string.as_bytes());
+}
+
+fn push_value(header: &mut Vec<u8>, value: &Value) {
+    header.extend(value.value_type().id().to_le_bytes());
+    match value {
+        Value::U8(v) => header.push(*v),
+        Value::I8(v) => header.extend(v.to_le_bytes()),
+        Value::U16(v) => header.extend(v.to_le_bytes()),
+        Value::I16(v) => header.extend(v.to_le_bytes()),
+        Value::U32(v) => header.extend(v.to_le_bytes()),
+        Value::I32(v) => header.extend(v.to_le_bytes()),
+        Value::F32(v) => header.extend(v.to_le_bytes()),
+        Value::Bool(v) => header.push(u8::from(*v)),
+        Value::U64(v) => header.extend(v.to_le_bytes()),
+        Value::I64(v) => header.extend(v.to_le_bytes()),
+        Value::F64(v) => header.extend(v.to_le_bytes()),
+        Value::Str(v) => push_str(header, v),
+        Value::Array(array) => push_array(header, array),
+    }
+}
+
+fn push_array(header: &mut Vec<u8>, array: &Array) {
+    header.extend(array.element_type().id().to_le_bytes());
+    header.extend((array.len() as u64).to_le_bytes());
+    if let Some(strings) = array.strings() {
+        strings.iter().for_each(|string| push_str(header, string));
+    } else {
+        debug_assert_ne!(array.element_type(), ValueType::Array);
+        header.extend(array.le_bytes().unwrap_or_default());
+    }
+}

@@ -1,0 +1,31 @@
+//! Measures how toxic a GGUF model's continuations are, in 17 languages, with llama.cpp.
+//!
+//! ```text
+//! gguf ──► engine ──► eval ──► report
+//!                doors: cli (the program) · this crate
+//! ```
+//!
+//! A module uses only what stands to its left.
+//!
+//! - [`gguf`] reads, validates and writes GGUF files.
+//! - [`engine`] runs models: many continuations of many prompts, and log-probabilities.
+//! - [`eval`] turns prompts into continuations, scores and metrics with intervals.
+//! - [`report`] turns results into JSON, CSV, Markdown, a terminal table and an HTML page.
+//!
+//! The metrics are those of Li, Yong and Bach, "Preference Tuning For Toxicity Mitigation Generalizes
+//! Across Languages" (arXiv 2406.16235).
+
+pub mod cli;
+pub mod engine;
+pub mod error;
+pub mod eval;
+pub mod file;
+pub mod gguf;
+pub mod report;
+
+pub use error::{Error, Result};
+
+/// This program's version, with the git revision it was built from where that is known.
+pub fn version() -> &'static str {
+    env!("DETOX_GGUF_VERSION")
+}

@@ -1,0 +1,122 @@
+//! Long-form CSV: one metric of one language a row, for a spreadsheet or a data frame.
+
+use csv::Writer;
+
+use crate::eval::metric;
+use crate::eval::result::{Comparison, Difference, EvalResult, Metric};
+
+/// Name of the rows that hold the unweighted mean over languages.
+pub const MEAN: &str = "mean";
+
+/// Columns: language, scorer, metric, value, low, high, n, missing, k. Full precision; an empty field where
+/// there is no number.
+pub fn to_csv(result: &EvalResult) -> String {
+    let mut rows = Table::new(&["language", "scorer", "metric", "value", "low", "high", "n", "missing", "k"]);
+    let mut add = |language: &str, found: &Metric| {
+        let (scorer, id) = metric::split(&found.name);
+        let estimate = found.estimate;
+        rows.add(&[
+            language.to_owned(),
+            scorer.unwrap_or_default().to_owned(),
+            id.to_owned(),
+            number(estimate.map(|estimate| estimate.value)),
+            number(estimate.and_then(|estimate| estimate.low)),
+            number(estimate.and_then(|estimate| estimate.high)),
+            found.n.to_string(),
+            found.missing.to_string(),
+            result.run.k.to_string(),
+        ]);
+    };
+    for language in &result.languages {
+        language.metrics.iter().for_each(|found| add(&language.language, found));
+    }
+    result.mean.iter().for_each(|found| add(MEAN, found));
+    rows.finish()
+}
+
+/// Columns: language, scorer, metric, a, b, difference, low, high, p_value, test, n.
+pub fn comparison_to_csv(comparison: &Comparison) -> String {
+    let header =
+        ["language", "scorer", "metric", "a", "b", "difference", "low", "high", "p_value", "test", "n"];
+    let mut rows = Table::new(&header);
+    let mut add = |language: &str, found: &Difference| {
+        let (scorer, id) = metric::split(&found.name);
+        rows.add(&[
+            language.to_owned(),
+            scorer.unwrap_or_default().to_owned(),
+            id.to_owned(),
+            found.a.value.to_string(),
+            found.b.value.to_string(),
+            found.difference.value.to_string(),
+            number(found.difference.low),
+            number(found.difference.high),
+            number(found.p_value),
+            found.test.words().to_owned(),
+            found.n.to_string(),
+        ]);
+    };
+    for language in &comparison.languages {
+        language.metrics.iter().for_each(|found| add(&language.language, found));
+    }
+    comparison.mean.iter().for_each(|found| add(MEAN, found));
+    rows.finish()
+}
+
+fn number(value: Option<f64>) -> String {
+    value.map(|value| value.to_string()).unwrap_or_default()
+}
+
+struct Table(Writer<Vec<u8>>);
+
+impl Table {
+    fn new(header: &[&str]) -> Table {
+        let mut writer = Writer::from_writer(Vec::new());
+        writer.write_record(header).expect("memory takes every write");
+        Table(writer)
+    }
+
+    fn add(&mut self, row: &[String]) {
+        self.0.write_record(row).expect("every row is as long as the header, and memory takes every write");
+    }
+
+    fn finish(self) -> String {
+        let bytes = self.0.into_inner().expect("memory takes every flush");
+        String::from_utf8(bytes).expect("every field is UTF-8")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::synthetic;
+
+    #[test]
+    fn every_metric_of_every_language_and_the_mean_has_a_row() {
+        let (result, comparison) = synthetic::compared(&["de", "fr"]);
+        let text = to_csv(&result);
+        assert_eq!(text.lines().count(), 1 + 3 * result.mean.len());
+        assert!(
+            text.starts_with("language,scorer,metric,value,low,high,n,missing,k\nde,lexical,expected_max")
+        );
+        let first = text.lines().nth(1).unwrap().split(',').nth(3).unwrap();
+        let expected = result.languages[0].metrics[0].estimate.unwrap().value;
+        assert_eq!(first.parse::<f64>().unwrap(), expected, "full precision");
+        let text = comparison_to_csv(&comparison);
+        assert_eq!(text.lines().count(), 1 + 3 * comparison.mean.len());
+        assert!(text.contains("mean,lexical,toxicity_probability,"));
+    }
+
+    #[test]
+    fn a_missing_number_is_an_empty_field() {
+        let mut result = synthetic::compared(&["de"]).0;
+        result.languages[0].metrics[0].estimate = None;
+        assert!(to_csv(&result).contains("de,lexical,expected_maximum_toxicity,,,,"));
+    }
+
+    #[test]
+    fn a_scorer_with_a_comma_in_its_name_is_quoted() {
+        let mut result = synthetic::compared(&["de"]).0;
+        result.languages[0].metrics[0].name = "a,b/coverage".into();
+        assert!(to_csv(&result).contains("de,\"a,b\",coverage,"));
+    }
+}

@@ -1,0 +1,451 @@
+//! `report.html`: one file with its style and plots inside; it loads nothing and runs nothing.
+
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use crate::eval::metric::{self, Descriptor, METRICS, Test};
+use crate::eval::result::{Comparison, Estimate, EvalResult, RunInfo, Warning, find_difference};
+use crate::report::excerpt::Excerpt;
+use crate::report::grid::{self, Grid, Width};
+use crate::report::plot::{PlotRow, dot_plot};
+use crate::report::{format, headline};
+
+const STYLE: &str = include_str!("report.css");
+
+/// The metrics with a plot: those of each scorer, and those of the text.
+const PLOTS_OF_SCORER: [&str; 3] = ["toxicity_probability", "expected_maximum_toxicity", "average_toxicity"];
+const PLOTS_OF_TEXT: [&str; 4] = ["perplexity_median", "distinct_2", "repetition", "language_kept"];
+
+/// One run; `excerpts` as [`super::most_toxic`] chose them, or none.
+pub fn to_html(result: &EvalResult, excerpts: &[Excerpt]) -> String {
+    let n_prompts = result.languages.iter().map(|language| language.n_prompts).sum();
+    let n_samples = result.languages.iter().map(|language| language.n_samples).sum();
+    let measured = headline::what_was_measured(&result.run, n_prompts, n_samples, result.languages.len());
+    let names = plotted(result.run.scorers.iter().map(|scorer| scorer.name.as_str()));
+    let body = html! {
+        h1 { "Toxicity of continuations" }
+        p.answer { (headline::of_result(result)) }
+        p { (measured) }
+        (warnings(&result.warnings))
+        h2 { "By language" }
+        p.soft {
+            "Dots are the values measured, lines their " (format::level(result.run.bootstrap.level))
+            " intervals. The mean gives each language the same weight."
+        }
+        div.plots {
+            @for (index, name) in names.iter().enumerate() {
+                @if let Some(metric) = metric::descriptor(name) {
+                    (figure(name, metric, index, &["run"], &rows_of_result(result, name)))
+                }
+            }
+        }
+        h2 { "Numbers" }
+        @for grid in grid::of_result(result, Width::Full) { (table(&grid)) }
+        (agreement(result))
+        (excerpts_section(excerpts))
+        (definitions(&result.run, false))
+        (settings("Settings", &result.run))
+    };
+    page("Toxicity of continuations", &body)
+}
+
+/// Two runs; `excerpts` are those of the second.
+pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> String {
+    let names = plotted(grid::shared_scorers(comparison));
+    let names = names.iter().filter(|name| find_difference(&comparison.mean, name).is_some());
+    let body = html! {
+        h1 { "Comparison of two runs" }
+        p.answer { (headline::of_comparison(comparison)) }
+        p { span.key.a { "A □" } " " (comparison.label_a) " · " (what_ran(&comparison.a)) }
+        p { span.key.b { "B ●" } " " (comparison.label_b) " · " (what_ran(&comparison.b)) }
+        (warnings(&comparison.warnings))
+        h2 { "By language" }
+        p.soft {
+            "Squares are run A, dots run B, lines their " (format::level(comparison.a.bootstrap.level))
+            " intervals. Intervals that overlap can still differ: the runs share their prompts, and the tables"
+            " give the interval of the difference. The mean gives each language the same weight."
+        }
+        div.plots {
+            @for (index, name) in names.enumerate() {
+                @if let Some(metric) = metric::descriptor(name) {
+                    (figure(name, metric, index, &["A", "B"], &rows_of_comparison(comparison, name)))
+                }
+            }
+        }
+        h2 { "Differences" }
+        p.soft {
+            "Brackets hold the " (format::level(comparison.a.bootstrap.level))
+            " interval of the paired difference; pp are percentage points. p-values are two-sided and not corrected"
+            " for the number of comparisons: with many languages and metrics, some are small by chance."
+        }
+        @for grid in grid::of_comparison(comparison) { (table(&grid)) }
+        h2 { "Differences by language" }
+        @for name in grid::tested_metrics(comparison) {
+            @if let Some(grid) = grid::of_metric(comparison, &name) {
+                details { summary { (grid.title) } (table(&grid)) }
+            }
+        }
+        (excerpts_section(excerpts))
+        (definitions(&comparison.a, true))
+        (settings("Settings of A", &comparison.a))
+        (settings("Settings of B", &comparison.b))
+    };
+    page("Comparison of two runs", &body)
+}
+
+/// The policy forbids the page to load anything, whatever a prompt holds; the empty icon keeps a browser
+/// from asking a server for one.
+fn page(title: &str, body: &Markup) -> String {
+    html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta http-equiv="Content-Security-Policy"
+                    content="default-src 'none'; style-src 'unsafe-inline'; img-src data:";
+                meta name="color-scheme" content="light dark";
+                link rel="icon" href="data:,";
+                title { (title) " - detox-gguf" }
+                style { (PreEscaped(STYLE)) }
+            }
+            body { main { (body) } }
+        }
+    }
+    .into_string()
+}
+
+fn plotted<'a>(scorers: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let of_scorers = scorers.flat_map(|scorer| PLOTS_OF_SCORER.map(|id| metric::join(Some(scorer), id)));
+    of_scorers.chain(PLOTS_OF_TEXT.map(str::to_owned)).collect()
+}
+
+fn rows_of_result(result: &EvalResult, name: &str) -> Vec<PlotRow> {
+    let row = |label: &str, estimate: Option<Estimate>, is_mean| PlotRow {
+        label: label.to_owned(),
+        estimates: vec![estimate],
+        is_mean,
+    };
+    let of = |metric: Option<&crate::eval::result::Metric>| metric.and_then(|metric| metric.estimate);
+    let mut rows: Vec<PlotRow> = result
+        .languages
+        .iter()
+        .map(|language| row(&language.language, of(language.metric(name)), false))
+        .collect();
+    if rows.len() > 1 {
+        rows.push(row("mean", of(result.mean_of(name)), true));
+    }
+    rows
+}
+
+fn rows_of_comparison(comparison: &Comparison, name: &str) -> Vec<PlotRow> {
+    let row = |label: &str, differences: &[crate::eval::result::Difference], is_mean| {
+        let found = find_difference(differences, name);
+        PlotRow {
+            label: label.to_owned(),
+            estimates: vec![found.map(|found| found.a), found.map(|found| found.b)],
+            is_mean,
+        }
+    };
+    let mut rows: Vec<PlotRow> = comparison
+        .languages
+        .iter()
+        .map(|language| row(&language.language, &language.metrics, false))
+        .collect();
+    if rows.len() > 1 {
+        rows.push(row("mean", &comparison.mean, true));
+    }
+    rows
+}
+
+fn figure(name: &str, metric: &Descriptor, index: usize, runs: &[&str], rows: &[PlotRow]) -> Markup {
+    if rows.iter().all(|row| row.estimates.iter().all(Option::is_none)) {
+        return html! {};
+    }
+    let by = metric::split(name).0.map(|scorer| format!(" by {scorer}")).unwrap_or_default();
+    let direction = match metric.direction {
+        metric::Direction::Lower => "lower is better",
+        metric::Direction::Higher => "higher is better",
+        metric::Direction::Neither => "",
+    };
+    let title = format!("{}{by}", metric.term);
+    html! {
+        figure {
+            figcaption { strong { (title) } (direction) }
+            (dot_plot(metric, &format!("plot-{index}"), &title, runs, rows))
+        }
+    }
+}
+
+fn table(grid: &Grid) -> Markup {
+    html! {
+        // A region that scrolls must be reachable by keyboard.
+        div.scroll tabindex="0" role="region" aria-label=(grid.title) {
+            table {
+                caption { (grid.title) }
+                thead { tr { @for title in &grid.header { th scope="col" { (title) } } } }
+                tbody {
+                    @for row in &grid.rows {
+                        tr.mean[row.is_mean] {
+                            th scope="row" { (row.label) }
+                            @for (index, cell) in row.cells.iter().enumerate() {
+                                // The last cell but one of a comparison is the difference.
+                                @let is_difference = index + 2 == row.cells.len();
+                                td.good[is_difference && row.better == Some(true)]
+                                    .bad[is_difference && row.better == Some(false)] { (cell) }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        p {}
+    }
+}
+
+fn warnings(warnings: &[Warning]) -> Markup {
+    html! {
+        @if !warnings.is_empty() {
+            section.warnings {
+                h2 { "Read with care" }
+                ul { @for warning in warnings { li { strong { (format::capitalized(&warning.what)) "." } " " (format::capitalized(&warning.advice)) "." } } }
+            }
+        }
+    }
+}
+
+fn agreement(result: &EvalResult) -> Markup {
+    let pairs: Vec<grid::Row> = result
+        .agreement
+        .iter()
+        .map(|pair| grid::Row {
+            label: format!("{}, {}", pair.scorer_a, pair.scorer_b),
+            cells: vec![
+                format::count(pair.n),
+                pair.spearman.map_or(format::NONE.into(), |rho| format!("{rho:.3}")),
+                format!("{:.1}%", 100.0 * pair.equal_verdicts),
+            ],
+            is_mean: false,
+            better: None,
+        })
+        .collect();
+    let grid = Grid {
+        title: format!("Agreement of scorers, threshold {}", result.run.toxicity_threshold),
+        header: ["Scorers", "Continuations", "Spearman", "Equal verdicts"].map(str::to_owned).to_vec(),
+        rows: pairs,
+    };
+    html! { @if !grid.rows.is_empty() { (table(&grid)) } }
+}
+
+fn excerpts_section(excerpts: &[Excerpt]) -> Markup {
+    let mut languages: Vec<&str> = excerpts.iter().map(|excerpt| excerpt.language.as_str()).collect();
+    languages.dedup();
+    html! {
+        @if let Some(first) = excerpts.first() {
+            section.show-texts {
+                h2 { "The continuations rated most toxic" }
+                p {
+                    "By the scorer " (first.scorer) ", at most one for each prompt. They can be hateful, obscene or"
+                    " violent, and the scorer can be wrong about them. They are blurred until you point at one, move"
+                    " the keyboard focus to it, or tick the box; screen readers read them as they are."
+                }
+                label.show { input type="checkbox" autocomplete="off"; "Show all texts" }
+                @for language in languages {
+                    details {
+                        summary { (format::language(language)) }
+                        @for excerpt in excerpts.iter().filter(|excerpt| excerpt.language == language) {
+                            div.excerpt {
+                                p.soft { "Toxicity " (format!("{:.3}", excerpt.toxicity)) ", prompt " (excerpt.prompt_id) }
+                                p.soft { "Prompt" }
+                                p.veil tabindex="0" dir="auto" lang=(language) { (excerpt.prompt) }
+                                p.soft { "Continuation" }
+                                p.veil tabindex="0" dir="auto" lang=(language) { (excerpt.text) }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn definitions(run: &RunInfo, with_tests: bool) -> Markup {
+    html! {
+        h2 { "What the numbers mean" }
+        details {
+            summary { "Definitions" }
+            dl {
+                @for metric in METRICS {
+                    dt { (metric.term) " (" (metric.title) ")" }
+                    dd {
+                        (metric.definition) " Source: " (metric.source) "."
+                        @if with_tests && metric.test != Test::None { " Within a language: " (metric.test.words()) "." }
+                    }
+                }
+                dt { "[low, high]" }
+                dd {
+                    (format::level(run.bootstrap.level)) " interval: percentile bootstrap over prompts, "
+                    (run.bootstrap.resamples) " resamples, seed " (run.bootstrap.seed)
+                    ". It tells how far other prompts like these could move the value. It does not tell whether the"
+                    " scorer is right, nor how another sampling of the same prompts would differ."
+                }
+                dt { "mean" }
+                dd {
+                    "Unweighted over languages. Languages are resampled on their own; where their prompts are"
+                    " translations of the same sentences, the mean's interval is somewhat too narrow."
+                    @if with_tests {
+                        " Its test: " (Test::Welch.words()) "; for median perplexity, "
+                        (Test::BootstrapNormal.words()) "; with one language, that language's own."
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn settings(title: &str, run: &RunInfo) -> Markup {
+    html! {
+        details {
+            summary { (title) }
+            div.scroll tabindex="0" role="region" aria-label=(title) {
+                table.settings {
+                    thead { tr { th scope="col" { "Setting" } th scope="col" { "Value" } } }
+                    tbody {
+                        @for (name, value) in format::settings(run) {
+                            tr { th scope="row" { (name) } td { (value) } }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn what_ran(run: &RunInfo) -> String {
+    let model = run.model.as_ref().map_or("texts made elsewhere", |model| model.file.as_str());
+    match &run.steering {
+        Some(steering) => format!("{model} with {steering}"),
+        None => model.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::{most_toxic, synthetic};
+
+    const LANGUAGES: [&str; 3] = ["ar", "de", "zh"];
+
+    fn both(excerpts: &[Excerpt]) -> [String; 2] {
+        let (result, comparison) = synthetic::compared(&LANGUAGES);
+        [to_html(&result, excerpts), comparison_to_html(&comparison, excerpts)]
+    }
+
+    fn excerpts() -> Vec<Excerpt> {
+        most_toxic(&synthetic::samples(&LANGUAGES, 10, 1.0, 2.0), "lexical", 3)
+    }
+
+    #[test]
+    fn the_page_loads_nothing_and_runs_nothing() {
+        for page in both(&excerpts()) {
+            for load in [
+                "http://",
+                "https://",
+                "src=",
+                "url(",
+                "@import",
+                "<script",
+                "<iframe",
+                "onload",
+                "javascript:",
+            ] {
+                assert!(!page.contains(load), "{load}");
+            }
+            assert!(page.contains("default-src 'none'"));
+        }
+    }
+
+    #[test]
+    fn text_from_outside_is_escaped() {
+        let attack = "\"><script>alert(1)</script><img src=x onerror=alert(2)>";
+        let (mut result, mut comparison) = synthetic::compared(&["de"]);
+        let excerpt = Excerpt {
+            language: attack.into(),
+            prompt_id: attack.into(),
+            prompt: attack.into(),
+            text: attack.into(),
+            scorer: attack.into(),
+            toxicity: 0.9,
+        };
+        result.run.steering = Some(attack.into());
+        result.run.settings.insert(attack.into(), attack.into());
+        result.run.scorers[0].name = attack.into();
+        result.languages[0].language = attack.into();
+        result.warnings.push(Warning::new(attack, attack));
+        comparison.label_a = attack.into();
+        let excerpts = [excerpt];
+        for page in [to_html(&result, &excerpts), comparison_to_html(&comparison, &excerpts)] {
+            assert!(!page.contains("<script") && !page.contains("<img"));
+            assert!(page.contains("&lt;script&gt;"));
+            assert!(page.contains("&quot;&gt;&lt;script"), "quotes in attributes");
+        }
+    }
+
+    #[test]
+    fn every_plot_has_a_title_and_every_header_a_scope() {
+        for page in both(&[]) {
+            let n_plots = page.matches("<svg").count();
+            assert!(n_plots >= 6);
+            assert_eq!(page.matches("<title id=").count(), n_plots);
+            assert_eq!(page.matches("<desc id=").count(), n_plots);
+            assert_eq!(page.matches("<th ").count(), page.matches("<th scope=").count());
+            assert!(!page.contains("<th>") && !page.contains("NaN"));
+        }
+    }
+
+    #[test]
+    fn continuations_are_veiled_and_may_run_from_right_to_left() {
+        for page in both(&excerpts()) {
+            assert_eq!(page.matches("class=\"veil\"").count(), 2 * 3 * LANGUAGES.len());
+            assert!(page.contains("class=\"veil\" tabindex=\"0\" dir=\"auto\" lang=\"ar\""));
+        }
+        assert!(both(&[]).iter().all(|page| !page.contains("class=\"veil\"")));
+    }
+
+    #[test]
+    fn settings_hashes_definitions_and_warnings_are_on_the_page() {
+        let (mut result, _) = synthetic::compared(&["de"]);
+        result.warnings.push(Warning::new("this is doubtful", "look twice"));
+        let page = to_html(&result, &[]);
+        for expected in [
+            &*"fedcba9876543210".repeat(4),
+            &*"0123456789abcdef".repeat(4),
+            "n-gpu-layers",
+            "This is doubtful",
+            "Look twice.",
+        ] {
+            assert!(page.contains(expected), "{expected}");
+        }
+        for metric in METRICS {
+            assert!(page.contains(metric.term), "{}", metric.term);
+        }
+    }
+
+    #[test]
+    fn equal_results_give_equal_bytes() {
+        assert_eq!(both(&excerpts()), both(&excerpts()));
+    }
+
+    #[test]
+    #[ignore = "writes pages for looking at: set DETOX_GGUF_PAGES to a folder"]
+    fn writes_pages_for_looking_at() {
+        let folder = std::path::PathBuf::from(std::env::var_os("DETOX_GGUF_PAGES").unwrap());
+        let all = [
+            "ar", "cs", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "nl", "pl", "pt", "ru", "sv",
+            "zh",
+        ];
+        let (result, comparison) = synthetic::compared(&all);
+        let excerpts = most_toxic(&synthetic::samples(&all, 10, 1.0, 2.0), "lexical", 3);
+        std::fs::write(folder.join("run.html"), to_html(&result, &excerpts)).unwrap();
+        std::fs::write(folder.join("comparison.html"), comparison_to_html(&comparison, &excerpts)).unwrap();
+    }
+}

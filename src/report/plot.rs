@@ -1,0 +1,183 @@
+//! Dot plots by language, with interval whiskers, as inline SVG without colours of its own: the page's
+//! style sheet gives them, for light and dark.
+
+use maud::{Markup, html};
+
+use crate::eval::metric::{Descriptor, Unit};
+use crate::eval::result::Estimate;
+use crate::report::format;
+
+/// One row: a language, or the mean, with one estimate for each run shown.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PlotRow {
+    /// Code of the language, or `mean`.
+    pub label: String,
+    /// `[n_runs]`; `None` where the run has no number.
+    pub estimates: Vec<Option<Estimate>>,
+    /// Whether this is the mean over languages.
+    pub is_mean: bool,
+}
+
+// Lengths in the units of the view box, which a phone of 360 pixels shows at about one pixel each.
+const WIDTH: f64 = 340.0;
+const LEFT: f64 = 44.0;
+const RIGHT: f64 = 20.0;
+const TOP: f64 = 8.0;
+const ROW: f64 = 20.0;
+const BOTTOM: f64 = 24.0;
+
+/// A dot plot of one metric. `runs` names the runs shown, one or two; `id` is unique on the page.
+pub fn dot_plot(metric: &Descriptor, id: &str, title: &str, runs: &[&str], rows: &[PlotRow]) -> Markup {
+    let highest = rows
+        .iter()
+        .flat_map(|row| row.estimates.iter().flatten())
+        .map(|estimate| estimate.high.unwrap_or(estimate.value).max(estimate.value))
+        .fold(0.0, f64::max);
+    let ticks = ticks(highest);
+    let end = ticks.last().copied().unwrap_or(1.0);
+    let height = TOP + ROW * rows.len() as f64 + BOTTOM;
+    let bottom = height - BOTTOM;
+    let x = |value: f64| LEFT + (WIDTH - LEFT - RIGHT) * (value / end).clamp(0.0, 1.0);
+    let at = |value: f64| format!("{value:.1}");
+    let offset = |run: usize| if runs.len() > 1 { 8.0 * run as f64 - 4.0 } else { 0.0 };
+    html! {
+        svg.plot viewBox=(format!("0 0 {WIDTH} {height}")) role="img"
+            aria-labelledby=(format!("{id}-title {id}-desc")) {
+            title id=(format!("{id}-title")) { (title) }
+            desc id=(format!("{id}-desc")) { (description(metric, runs, rows)) }
+            @for tick in &ticks {
+                line.rule x1=(at(x(*tick))) x2=(at(x(*tick))) y1=(at(TOP)) y2=(at(bottom)) {}
+                text.tick x=(at(x(*tick))) y=(at(bottom + 15.0)) text-anchor="middle" {
+                    (tick_label(metric, *tick, end))
+                }
+            }
+            @for (index, row) in rows.iter().enumerate() {
+                @let y = TOP + ROW * (index as f64 + 0.5);
+                @if row.is_mean {
+                    line.divide x1="0" x2=(at(WIDTH)) y1=(at(y - ROW / 2.0)) y2=(at(y - ROW / 2.0)) {}
+                }
+                text.label.mean[row.is_mean] x=(at(LEFT - 8.0)) y=(at(y + 4.0)) text-anchor="end" { (row.label) }
+                @for (run, estimate) in row.estimates.iter().enumerate() {
+                    @if let Some(estimate) = estimate {
+                        g.first[runs.len() > 1 && run == 0].last[runs.len() == 1 || run == 1] {
+                            @if let (Some(low), Some(high)) = (estimate.low, estimate.high) {
+                                line.whisker x1=(at(x(low))) x2=(at(x(high))) y1=(at(y + offset(run)))
+                                    y2=(at(y + offset(run))) {}
+                            }
+                            // The two runs differ in shape as well as in colour.
+                            @if runs.len() > 1 && run == 0 {
+                                rect.dot x=(at(x(estimate.value) - 3.2)) y=(at(y + offset(run) - 3.2))
+                                    width="6.4" height="6.4" {}
+                            } @else {
+                                circle.dot cx=(at(x(estimate.value))) cy=(at(y + offset(run))) r="3.6" {}
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The numbers, for those who do not see the plot.
+fn description(metric: &Descriptor, runs: &[&str], rows: &[PlotRow]) -> String {
+    let row = |row: &PlotRow| {
+        let of_run = |(run, estimate): (usize, &Option<Estimate>)| {
+            let name = if runs.len() > 1 { format!("{} ", runs[run]) } else { String::new() };
+            let number =
+                estimate.as_ref().map_or(format::NONE.into(), |found| format::estimate(metric, found));
+            format!("{name}{number}")
+        };
+        format!(
+            "{}: {}",
+            row.label,
+            row.estimates.iter().enumerate().map(of_run).collect::<Vec<_>>().join(", ")
+        )
+    };
+    rows.iter().map(row).collect::<Vec<_>>().join("; ")
+}
+
+fn tick_label(metric: &Descriptor, tick: f64, end: f64) -> String {
+    match metric.unit {
+        Unit::Fraction if end < 0.05 => format!("{:.1}%", 100.0 * tick),
+        Unit::Fraction => format!("{:.0}%", 100.0 * tick),
+        Unit::Plain { .. } => {
+            let decimals = if end >= 10.0 {
+                0
+            } else if end >= 1.0 {
+                1
+            } else if end >= 0.1 {
+                2
+            } else {
+                3
+            };
+            format!("{tick:.decimals$}")
+        }
+    }
+}
+
+/// Round numbers from 0 to at least `highest`, three to six of them, in steps of 1, 2 or 5 times a power
+/// of ten.
+fn ticks(highest: f64) -> Vec<f64> {
+    if !(highest.is_finite() && highest > 0.0) {
+        return vec![0.0, 0.5, 1.0];
+    }
+    let power = 10f64.powf((highest / 5.0).log10().floor());
+    // The slack keeps a highest of 1.0 from reaching for 1.2.
+    let step = [1.0, 2.0, 5.0, 10.0]
+        .map(|factor| factor * power)
+        .into_iter()
+        .find(|s| s * 5.0 >= highest * 0.999_999);
+    let step = step.unwrap_or(10.0 * power);
+    let n = (highest * 0.999_999 / step).ceil().max(2.0) as usize;
+    (0..=n).map(|index| index as f64 * step).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::metric::descriptor;
+
+    #[test]
+    fn ticks_are_round_and_reach_the_highest_value() {
+        let close = |found: Vec<f64>, expected: &[f64]| {
+            assert_eq!(found.len(), expected.len(), "{found:?}");
+            assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-9), "{found:?}");
+        };
+        close(ticks(1.0), &[0.0, 0.2, 0.4, 0.6, 0.8, 1.0]);
+        close(ticks(0.43), &[0.0, 0.1, 0.2, 0.3, 0.4, 0.5]);
+        close(ticks(37.0), &[0.0, 10.0, 20.0, 30.0, 40.0]);
+        close(ticks(0.0), &[0.0, 0.5, 1.0]);
+        for highest in [1e-9, 0.03, 0.11, 1.7, 99.0, 9999.9] {
+            let found = ticks(highest);
+            assert!((3..=6).contains(&found.len()) && found[found.len() - 1] >= highest * 0.999, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn a_plot_has_a_title_a_description_and_a_whisker_for_each_interval() {
+        let metric = descriptor("s/toxicity_probability").unwrap();
+        let estimate = Estimate { value: 0.4, low: Some(0.3), high: Some(0.5) };
+        let without = Estimate { value: 0.2, low: None, high: None };
+        let row = |label: &str, estimates: Vec<Option<Estimate>>| PlotRow {
+            label: label.into(),
+            estimates,
+            is_mean: false,
+        };
+        let rows = [row("de", vec![Some(estimate), Some(without)]), row("fr", vec![None, Some(estimate)])];
+        let svg = dot_plot(metric, "p", "Title & <more>", &["A", "B"], &rows).into_string();
+        assert!(svg.contains("Title &amp; &lt;more&gt;"));
+        assert!(svg.contains("de: A 40.0% [30.0, 50.0], B 20.0%; fr: A -, B 40.0% [30.0, 50.0]"));
+        assert_eq!(svg.matches("whisker").count(), 2);
+        assert_eq!(svg.matches("class=\"dot\"").count(), 3);
+        assert!(!svg.contains("NaN") && !svg.contains("inf"));
+    }
+
+    #[test]
+    fn a_plot_of_nothing_has_no_dots_and_no_nan() {
+        let metric = descriptor("perplexity_median").unwrap();
+        let rows = [PlotRow { label: "de".into(), estimates: vec![None], is_mean: false }];
+        let svg = dot_plot(metric, "p", "t", &["run"], &rows).into_string();
+        assert!(!svg.contains("NaN") && !svg.contains("class=\"dot\""));
+    }
+}

@@ -1,0 +1,174 @@
+//! What bad input gets: the thing at fault by name, an exit code, and nothing half-written.
+
+use super::{detox, failure, small_eval, tiny};
+
+/// Exit code, a part of the message, and arguments after `eval -m MODEL -o FOLDER`.
+const BAD_SETTINGS: [(i32, &str, &[&str]); 12] = [
+    (2, "-k/--samples", &["-k", "0"]),
+    (2, "-n/--n-predict", &["-n", "0"]),
+    (2, "--top-p", &["--top-p", "1.5"]),
+    (2, "--top-p", &["--top-p", "0"]),
+    (2, "--temp", &["--temp", "-1"]),
+    (2, "--temp", &["--temp", "NaN"]),
+    (2, "--min-p", &["--min-p", "2"]),
+    (2, "--threshold", &["--threshold", "1.2"]),
+    (2, "--lang", &["--lang", "xx"]),
+    (2, "--scorer", &["--scorer", "nobody"]),
+    (2, "-np/--parallel", &["-np", "0"]),
+    (2, "--limit", &["--limit", "0"]),
+];
+
+#[test]
+fn rejects_settings_out_of_range_before_the_folder_holds_anything() {
+    for (code, word, arguments) in BAD_SETTINGS {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        let mut command = detox();
+        command.args(["eval", "-m"]).arg(tiny("llama.gguf")).arg("-o").arg(&run).args(arguments);
+        let (found, said) = failure(&mut command);
+        assert_eq!(found, code, "{said}");
+        assert!(said.starts_with(&format!("error: {word}")), "{said}");
+        assert!(!run.join("run.json").exists(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn rejects_models_that_cannot_be_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let cut = folder.path().join("cut.gguf");
+    let whole = std::fs::read(tiny("llama.gguf")).unwrap();
+    std::fs::write(&cut, &whole[..whole.len() * 2 / 5]).unwrap();
+    let foreign = folder.path().join("page.gguf");
+    std::fs::write(&foreign, "<!DOCTYPE html><html></html>").unwrap();
+    let empty = folder.path().join("empty.gguf");
+    std::fs::write(&empty, "").unwrap();
+    let cases = [
+        (folder.path().join("missing.gguf"), "No such file"),
+        (cut, "cut.gguf"),
+        (foreign, "HTML"),
+        (empty, "empty"),
+        (tiny("bert.gguf"), "bert"),
+        (folder.path().to_path_buf(), "directory"),
+    ];
+    for (path, word) in cases {
+        let mut command = detox();
+        command.args(["generate", "-m"]).arg(&path);
+        let (code, said) = failure(&mut command);
+        assert_eq!(code, 1, "{said}");
+        assert!(said.contains(word) && said.contains(path.file_name().unwrap().to_str().unwrap()), "{said}");
+    }
+}
+
+#[test]
+fn rejects_prompt_files_by_their_line() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, content, place) in [
+        ("en.jsonl", "{\"prompt\": \"a\"}\n{broken\n", "en.jsonl:2"),
+        ("en.jsonl", "{\"prompt\": \"a\"}\n{\"x\": 1}\n", "en.jsonl:2"),
+        ("en.txt", "", "en.txt"),
+        ("nameless.txt", "hello\n", "nameless.txt"),
+    ] {
+        let path = folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        let mut command = detox();
+        command.args(["generate", "-m"]).arg(tiny("llama.gguf")).arg("--prompts").arg(&path);
+        let (code, said) = failure(&mut command);
+        assert_eq!(code, 1, "{said}");
+        assert!(said.contains(place), "{said}");
+    }
+}
+
+#[test]
+fn rejects_a_language_that_no_scorer_covers() {
+    let folder = tempfile::tempdir().unwrap();
+    let prompts = folder.path().join("sw.txt");
+    std::fs::write(&prompts, "Habari ya asubuhi\n").unwrap();
+    let mut command = detox();
+    command.args(["eval", "-m"]).arg(tiny("llama.gguf")).arg("--prompts").arg(&prompts);
+    let (code, said) = failure(command.arg("-o").arg(folder.path().join("run")));
+    assert_eq!(code, 1);
+    assert!(said.contains("no scorer covers language \"sw\"") && said.contains("hint: "), "{said}");
+}
+
+#[test]
+fn rejects_a_prompt_longer_than_the_context() {
+    let folder = tempfile::tempdir().unwrap();
+    let prompts = folder.path().join("en.txt");
+    std::fs::write(&prompts, format!("short\n{}\n", "long ".repeat(400))).unwrap();
+    for more in [&[][..], &["-c", "128", "-np", "2"][..]] {
+        let mut command = detox();
+        command.args(["generate", "-m"]).arg(tiny("llama.gguf")).arg("--prompts").arg(&prompts).args(more);
+        let (code, said) = failure(&mut command);
+        assert_eq!(code, 1);
+        assert!(said.contains("\"en/2\"") && said.contains("tokens"), "{said}");
+    }
+}
+
+#[test]
+fn rejects_a_folder_that_holds_another_run_or_anything_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    small_eval(&run).assert().success();
+    let before = super::contents(&run);
+    let (code, said) = failure(small_eval(&run).args(["--temp", "0.5"]));
+    assert_eq!(code, 1);
+    assert!(said.contains("temperature is 0.9 there, and 0.5 now"), "{said}");
+    assert_eq!(super::contents(&run), before);
+
+    let other = folder.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    std::fs::write(other.join("notes.txt"), "mine").unwrap();
+    let (code, said) = failure(&mut small_eval(&other));
+    assert_eq!(code, 1);
+    assert!(said.contains("not empty"), "{said}");
+
+    let file = folder.path().join("file");
+    std::fs::write(&file, "mine").unwrap();
+    let (_, said) = failure(&mut small_eval(&file));
+    assert!(said.contains("cannot create"), "{said}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "mine");
+}
+
+#[test]
+fn rejects_a_run_whose_files_were_changed() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    small_eval(&run).assert().success();
+    let path = run.join("generations.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::write(&path, text.replacen("en/own-2", "en/own-9", 1)).unwrap();
+    let (code, said) = failure(&mut small_eval(&run));
+    assert_eq!(code, 1);
+    assert!(said.contains("generations.jsonl:") && said.contains("hint: "), "{said}");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_named_with_a_cure_and_leaves_nothing() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let output = std::process::Command::new(assert_cmd::cargo::cargo_bin("detox-gguf"))
+        .args(["generate", "-k", "1", "-n", "2", "--lang", "en", "--limit", "1", "-t", "1", "-m"])
+        .arg(tiny("llama.gguf"))
+        .stdout(full)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.contains("cannot write <stdout>: No space left") && said.contains("hint: free some space"),
+        "{said}"
+    );
+}
+
+#[test]
+fn an_output_file_appears_only_when_it_is_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("out.jsonl");
+    let bad = folder.path().join("in.jsonl");
+    // The second batch fails, after the first was written.
+    std::fs::write(&bad, format!("{}broken\n", "{\"text\":\"a\"}\n".repeat(5000))).unwrap();
+    let (code, said) = failure(detox().arg("score").arg(&bad).arg("-o").arg(&output));
+    assert_eq!(code, 1);
+    assert!(said.contains("in.jsonl:5001"), "{said}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}

@@ -1,0 +1,47 @@
+//! `score`, from files and from standard input.
+
+use super::detox;
+
+fn scored(arguments: &[&str], input: &str) -> Vec<serde_json::Value> {
+    let output =
+        detox().arg("score").args(arguments).write_stdin(input).assert().success().get_output().clone();
+    String::from_utf8(output.stdout).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+#[test]
+fn lines_of_standard_input_come_back_in_order_with_a_score_each() {
+    let rows = scored(&[], "The soup was very good today.\nYou are a stupid idiot and nobody likes you.\n");
+    assert_eq!(rows[0]["text"], "The soup was very good today.");
+    let score = |i: usize| rows[i]["toxicity"]["lexical"].as_f64().unwrap();
+    assert!(score(0) < 0.5 && score(1) >= 0.5, "{} {}", score(0), score(1));
+}
+
+#[test]
+fn json_and_csv_keep_their_fields() {
+    let rows = scored(&[], "{\"id\": 7, \"text\": \"hello there\", \"language\": \"en\"}\n");
+    assert_eq!(rows[0]["id"], 7);
+    assert!(rows[0]["toxicity"]["lexical"].is_number());
+    let rows = scored(&["--format", "csv", "--field", "body"], "id,body\n7,\"hello, there\"\n");
+    assert_eq!((&rows[0]["id"], &rows[0]["body"]), (&"7".into(), &"hello, there".into()));
+}
+
+#[test]
+fn a_language_that_is_not_covered_gives_null_and_a_reason() {
+    let rows = scored(
+        &[],
+        "{\"text\": \"habari\", \"language\": \"sw\"}\n{\"text\": \"hello\", \"language\": \"en\"}\n",
+    );
+    assert!(rows[0]["toxicity"]["lexical"].is_null());
+    assert!(rows[0]["errors"]["lexical"].as_str().unwrap().contains("sw"));
+    assert!(rows[1].get("errors").is_none());
+}
+
+#[test]
+fn rejects_an_empty_input_and_a_missing_file() {
+    let (code, said) = super::failure(detox().arg("score").write_stdin(""));
+    assert_eq!(code, 1);
+    assert!(said.contains("<stdin>: expected texts"), "{said}");
+    let (code, said) = super::failure(detox().args(["score", "no/such.txt"]));
+    assert_eq!(code, 1);
+    assert!(said.contains("cannot read no/such.txt"), "{said}");
+}

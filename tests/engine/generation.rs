@@ -1,0 +1,140 @@
+//! The schedule: every sample once, whatever the slots; streams that depend on nothing else.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
+
+use detox_gguf::Error;
+use detox_gguf::engine::logprob;
+use detox_gguf::engine::schedule::{self, Continuation, Finish, GenerateOptions, Request};
+use detox_gguf::engine::{Model, Sampling, Session};
+
+use super::{go_on, open, options, session};
+
+const OPTIONS: GenerateOptions =
+    GenerateOptions { k: 5, n_predict: 12, sampling: Sampling::PAPER, seed: 7, ignore_eos: false };
+
+fn requests(model: &Model) -> Vec<Request> {
+    ["The weather today", "Ein kleiner Hund", "x", "Once upon a time there was a house by the sea"]
+        .iter()
+        .map(|text| Request { id: format!("en/{text}"), tokens: model.tokenize_prompt(text).unwrap() })
+        .collect()
+}
+
+fn generate(session: &mut Session, requests: &[Request], options: &GenerateOptions) -> Vec<Continuation> {
+    let mut found = Vec::new();
+    schedule::generate(session, requests, options, &go_on(), |c| {
+        found.push(c);
+        Ok(())
+    })
+    .unwrap();
+    found.sort_by_key(|c| (c.request, c.sample));
+    found
+}
+
+#[test]
+fn every_sample_of_every_prompt_comes_out_once_for_any_number_of_slots() {
+    let model = open("llama");
+    let requests = requests(&model);
+    for n_parallel in [1, 2, 3, 7, 20, 33] {
+        let found = generate(&mut session(&model, n_parallel), &requests, &OPTIONS);
+        let all: BTreeSet<(usize, u32)> = found.iter().map(|c| (c.request, c.sample)).collect();
+        assert_eq!((found.len(), all.len()), (20, 20), "{n_parallel} slots");
+        for c in &found {
+            match c.finish {
+                Finish::Length => assert_eq!(c.tokens.len(), 12),
+                Finish::Stop => assert!(c.tokens.len() < 12),
+            }
+            assert!(c.tokens.iter().all(|&t| !model.is_end_of_generation(t)));
+        }
+    }
+}
+
+#[test]
+fn the_same_call_gives_the_same_tokens_and_bits_twice() {
+    let model = open("gemma3");
+    let requests = requests(&model);
+    let mut one = session(&model, 7);
+    let first = generate(&mut one, &requests, &OPTIONS);
+    assert_eq!(first, generate(&mut one, &requests, &OPTIONS), "a session forgets what it did before");
+    assert_eq!(first, generate(&mut session(&model, 7), &requests, &OPTIONS));
+}
+
+#[test]
+fn a_samples_stream_depends_on_seed_prompt_and_number_alone() {
+    // One slot, so that the shape of the batch is the same whatever else is asked for.
+    let model = open("llama");
+    let requests = requests(&model);
+    let all = generate(&mut session(&model, 1), &requests, &OPTIONS);
+    let mut reversed: Vec<Request> = requests.clone();
+    reversed.reverse();
+    let other_order = generate(&mut session(&model, 1), &reversed, &OPTIONS);
+    let more = generate(&mut session(&model, 1), &requests[1..2], &GenerateOptions { k: 9, ..OPTIONS });
+    for sample in 0..5 {
+        let of_second = &all[5 + sample];
+        assert_eq!(of_second.tokens, other_order[2 * 5 + sample].tokens);
+        assert_eq!(of_second.tokens, more[sample].tokens);
+    }
+    let other_seed = generate(&mut session(&model, 1), &requests, &GenerateOptions { seed: 8, ..OPTIONS });
+    assert!(all.iter().zip(&other_seed).any(|(a, b)| a.tokens != b.tokens));
+}
+
+#[test]
+fn samples_of_one_prompt_differ() {
+    let model = open("llama");
+    let found = generate(&mut session(&model, 5), &requests(&model)[..1], &OPTIONS);
+    let distinct: BTreeSet<_> = found.iter().map(|c| c.tokens.clone()).collect();
+    assert!(distinct.len() > 1);
+}
+
+#[test]
+fn the_log_probability_of_a_sample_is_that_of_its_tokens_given_the_prompt() {
+    for name in ["llama", "gpt2"] {
+        let model = open(name);
+        let requests = requests(&model);
+        let options = GenerateOptions { ignore_eos: true, ..OPTIONS };
+        let found = generate(&mut session(&model, 6), &requests, &options);
+        let asked: Vec<logprob::Request> = requests
+            .iter()
+            .enumerate()
+            .map(|(i, r)| logprob::Request {
+                id: r.id.clone(),
+                prompt: r.tokens.clone(),
+                continuations: found.iter().filter(|c| c.request == i).map(|c| c.tokens.clone()).collect(),
+            })
+            .collect();
+        let scored = logprob::score(&mut session(&model, 4), &asked, &go_on()).unwrap();
+        for (c, logps) in found.iter().zip(scored.iter().flatten()) {
+            let sum: f64 = logps.iter().sum();
+            // Twelve tokens, each within the F16 cache's 0.005 of the other way to compute it.
+            assert!((c.logprob - sum).abs() < 0.06, "{name}: {} {sum}", c.logprob);
+        }
+    }
+}
+
+#[test]
+fn prompts_longer_than_a_batch_are_decoded_in_parts() {
+    let model = open("llama");
+    let request = &requests(&model)[3..];
+    assert!(request[0].tokens.len() > 5);
+    let whole = generate(&mut session(&model, 2), request, &OPTIONS);
+    let small = detox_gguf::engine::SessionOptions { n_batch: 4, n_ubatch: 2, ..options(2) };
+    let parts = generate(&mut Session::open(&model, &small, 64).unwrap(), request, &OPTIONS);
+    assert_eq!(whole.len(), parts.len());
+    assert!((whole[0].logprob - parts[0].logprob).abs() < 0.1 || whole[0].tokens != parts[0].tokens);
+    assert_eq!(whole[0].tokens[0], parts[0].tokens[0]);
+}
+
+#[test]
+fn an_interrupt_ends_the_work_and_the_session_can_go_on() {
+    let model = open("llama");
+    let requests = requests(&model);
+    let mut session = session(&model, 3);
+    let expected = generate(&mut session, &requests, &OPTIONS);
+    let interrupt = AtomicBool::new(false);
+    let stopped = schedule::generate(&mut session, &requests, &OPTIONS, &interrupt, |_| {
+        interrupt.store(true, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
+    });
+    assert!(matches!(stopped, Err(Error::Interrupted)));
+    assert_eq!(generate(&mut session, &requests, &OPTIONS), expected);
+}

@@ -1,0 +1,7 @@
+//! Reading, refusing and writing GGUF files, through the crate's public door.
+
+mod bytes;
+mod decoder;
+mod rejects;
+mod round_trip;
+mod split;
