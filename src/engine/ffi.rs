@@ -39,6 +39,13 @@ pub(super) fn system_info() -> String {
     unsafe { text(sys::llama_print_system_info()) }
 }
 
+/// Whether this build can compute elsewhere than on the CPU.
+pub(super) fn supports_offload() -> bool {
+    start_backend();
+    // SAFETY: asks the registered backends, which `start_backend` has registered; changes nothing.
+    unsafe { sys::llama_supports_gpu_offload() }
+}
+
 /// # Safety
 /// `pointer` is null or points to a terminated string that lives during the call.
 unsafe fn text(pointer: *const c_char) -> String {
@@ -272,6 +279,17 @@ impl Batch {
     }
 }
 
+/// The KV of one sequence, outside of any context.
+#[derive(Debug)]
+pub(super) struct SequenceState {
+    bytes: Vec<u8>,
+    /// Whose it is; compared, never followed.
+    model: *const ModelHandle,
+}
+
+// SAFETY: the pointer is only compared with others.
+unsafe impl Send for SequenceState {}
+
 /// A context over a model, with its KV cache: one KV stream a sequence.
 #[derive(Debug)]
 pub(super) struct ContextHandle {
@@ -432,6 +450,35 @@ impl ContextHandle {
                 sys::llama_memory_seq_rm(memory, sequence as i32, -1, -1);
             }
         }
+    }
+
+    /// Takes a copy of a sequence's KV, of the cells it uses; `None` when llama.cpp cannot.
+    pub(super) fn save(&mut self, sequence: usize) -> Option<SequenceState> {
+        let sequence = i32::try_from(sequence).ok().filter(|&s| (s as usize) < self.n_seq_max)?;
+        // SAFETY: the context is alive and the sequence in range.
+        let n_bytes = unsafe { sys::llama_state_seq_get_size(self.context.as_ptr(), sequence) };
+        let mut bytes = vec![0u8; n_bytes];
+        // SAFETY: as above; the buffer is as long as said, and llama.cpp writes at most that.
+        let n = unsafe {
+            sys::llama_state_seq_get_data(self.context.as_ptr(), bytes.as_mut_ptr(), n_bytes, sequence)
+        };
+        (n > 0 && n == n_bytes).then_some(SequenceState { bytes, model: Arc::as_ptr(&self.model) })
+    }
+
+    /// Makes `sequence` what was saved; false when llama.cpp cannot, and the sequence is then empty.
+    #[must_use]
+    pub(super) fn restore(&mut self, state: &SequenceState, sequence: usize) -> bool {
+        let SequenceState { bytes, model } = state;
+        // Another model's bytes would be read as ours: they come from a context over this very model.
+        if sequence >= self.n_seq_max || !std::ptr::eq(*model, Arc::as_ptr(&self.model)) {
+            return false;
+        }
+        // SAFETY: the context is alive, the sequence in range, and the bytes are as long as said and were
+        // written by `save` for this model, so their header and sizes are what llama.cpp expects.
+        let n = unsafe {
+            sys::llama_state_seq_set_data(self.context.as_ptr(), bytes.as_ptr(), bytes.len(), sequence as i32)
+        };
+        n > 0
     }
 
     /// Makes `to` a copy of `from`; the bytes are copied at the next decode.

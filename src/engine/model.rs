@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile};
 
 use super::Token;
-use super::ffi::{LoadParams, ModelHandle};
+use super::ffi::{self, LoadParams, ModelHandle};
 
 /// How to load a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +31,7 @@ pub struct Model {
     path: PathBuf,
     architecture: String,
     kv_bytes_per_cell: usize,
+    on_cpu: bool,
 }
 
 impl Model {
@@ -63,7 +64,14 @@ impl Model {
             ));
         }
         let kv_bytes_per_cell = kv_bytes_per_cell(&file);
-        Ok(Model { handle: Arc::new(handle), path: path.to_path_buf(), architecture, kv_bytes_per_cell })
+        let on_cpu = options.n_gpu_layers == 0 || !ffi::supports_offload();
+        Ok(Model {
+            handle: Arc::new(handle),
+            path: path.to_path_buf(),
+            architecture,
+            kv_bytes_per_cell,
+            on_cpu,
+        })
     }
 
     /// The file it was loaded from.
@@ -99,6 +107,11 @@ impl Model {
     /// Bytes of F16 KV cache that one token takes over all layers.
     pub fn kv_bytes_per_cell(&self) -> usize {
         self.kv_bytes_per_cell
+    }
+
+    /// Whether every layer is computed on the CPU.
+    pub fn on_cpu(&self) -> bool {
+        self.on_cpu
     }
 
     /// Tokens of a prompt, as it is: with the model's own BOS if its metadata asks for one, and with

@@ -85,23 +85,23 @@ pub struct Choice {
 ///
 /// Returns `None` if the row holds a NaN or no finite value: no token can be chosen from that.
 pub fn choose(logits: &[f32], sampling: &Sampling, random: &mut ChaCha8Rng) -> Option<Choice> {
-    let top = max(logits)?;
-    let log_sum = log_sum_exp(logits, top);
+    let peaks = Peaks::of(logits)?;
+    let log_sum = log_sum_exp(logits, peaks.top);
     let logprob = |token: usize| f64::from(logits[token]) - log_sum;
 
     if sampling.temperature == 0.0 {
-        let token = logits.iter().position(|&l| l == top)?;
+        let token = logits.iter().position(|&l| l == peaks.top)?;
         return Some(Choice { token: token as Token, logprob: logprob(token) });
     }
 
-    let token = Nucleus::new(logits, top, sampling).draw(uniform(random))?;
+    let token = Nucleus::new(logits, &peaks, sampling).draw(uniform(random))?;
     Some(Choice { token: token as Token, logprob: logprob(token as usize) })
 }
 
 /// The natural log-probability of `token` under one row of logits; `None` for a row without a distribution.
 pub fn logprob(logits: &[f32], token: Token) -> Option<f64> {
     let logit = *logits.get(usize::try_from(token).ok()?)?;
-    Some(f64::from(logit) - log_sum_exp(logits, max(logits)?))
+    Some(f64::from(logit) - log_sum_exp(logits, Peaks::of(logits)?.top))
 }
 
 /// A token that may be chosen, with its unnormalised probability: 1 for the most probable token.
@@ -129,7 +129,7 @@ const BINS_PER_NAT: f32 = (BINS - 1) as f32 / REACH;
 /// What top-k, top-p and min-p leave of a vocabulary: all of the first bins, and part of one more.
 struct Nucleus<'a> {
     logits: &'a [f32],
-    top: f32,
+    peaks: &'a Peaks,
     scale: f32,
     /// Mass in each bin, and number of tokens where top-k asks for it.
     mass: Box<[f64; BINS]>,
@@ -141,11 +141,11 @@ struct Nucleus<'a> {
 }
 
 impl<'a> Nucleus<'a> {
-    fn new(logits: &'a [f32], top: f32, sampling: &Sampling) -> Nucleus<'a> {
+    fn new(logits: &'a [f32], peaks: &'a Peaks, sampling: &Sampling) -> Nucleus<'a> {
         let Sampling { temperature, top_k, top_p, min_p } = *sampling;
         let mut nucleus = Nucleus {
             logits,
-            top,
+            peaks,
             scale: 1.0 / temperature,
             mass: Box::new([0.0; BINS]),
             count: Box::new([0; BINS]),
@@ -168,24 +168,28 @@ impl<'a> Nucleus<'a> {
 
     /// How far below the best, in nats after the temperature.
     fn depth(&self, logit: f32) -> f32 {
-        (self.top - logit) * self.scale
+        (self.peaks.top - logit) * self.scale
     }
 
     /// `counted`: whether the number of tokens in each bin is asked for, too.
     fn fill_bins(&mut self, counted: bool) {
-        let (chunks, rest) = self.logits.as_chunks::<LANES>();
         let mut weights = [0.0f32; LANES];
         let mut bins = [0u32; LANES];
         let mut halves = Box::new([[0.0f64; BINS]; 2]);
-        for chunk in chunks {
-            let mut any_near = false;
-            for i in 0..LANES {
-                let depth = self.depth(chunk[i]);
-                weights[i] = exp_of_nonpositive(-depth);
-                bins[i] = bin_of(depth);
-                any_near |= depth < REACH;
+        for (group, &peak) in self.logits.chunks(GROUP).zip(&self.peaks.of_groups) {
+            if self.depth(peak) >= REACH {
+                self.mass[BINS - 1] += sum_exp(group, self.peaks.top, self.scale);
+                self.count[BINS - 1] += group.len() as u32;
+                continue;
             }
-            if any_near {
+            let (chunks, rest) = group.as_chunks::<LANES>();
+            for chunk in chunks {
+                // A plain loop over arrays: `map` with closures was not turned into vectors.
+                for i in 0..LANES {
+                    let depth = self.depth(chunk[i]);
+                    weights[i] = exp_of_nonpositive(-depth);
+                    bins[i] = bin_of(depth);
+                }
                 // Two sums a bin: neighbours often fall into one, and would wait for each other.
                 for i in 0..LANES {
                     halves[i % 2][bins[i] as usize % BINS] += f64::from(weights[i]);
@@ -193,15 +197,12 @@ impl<'a> Nucleus<'a> {
                 if counted {
                     bins.iter().for_each(|&bin| self.count[bin as usize % BINS] += 1);
                 }
-            } else {
-                self.mass[BINS - 1] += f64::from(weights.iter().sum::<f32>());
-                self.count[BINS - 1] += LANES as u32;
             }
-        }
-        for &logit in rest {
-            let depth = self.depth(logit);
-            self.mass[bin_of(depth) as usize] += f64::from(exp_of_nonpositive(-depth));
-            self.count[bin_of(depth) as usize] += 1;
+            for &logit in rest {
+                let depth = self.depth(logit);
+                self.mass[bin_of(depth) as usize] += f64::from(exp_of_nonpositive(-depth));
+                self.count[bin_of(depth) as usize] += 1;
+            }
         }
         for half in halves.iter() {
             self.mass.iter_mut().zip(half).for_each(|(mass, half)| *mass += half);
@@ -211,16 +212,22 @@ impl<'a> Nucleus<'a> {
     /// The tokens of one bin, by id.
     fn tokens_of(&self, bin: usize) -> Vec<Candidate> {
         let mut found = Vec::new();
-        for (i, chunk) in self.logits.chunks(LANES).enumerate() {
-            // Most chunks have none: one vector comparison each.
-            if !chunk.iter().fold(false, |any, &l| any | (bin_of(self.depth(l)) == bin as u32)) {
+        for ((i, group), &peak) in self.logits.chunks(GROUP).enumerate().zip(&self.peaks.of_groups) {
+            // Most groups have nothing that is as probable.
+            if bin_of(self.depth(peak)) > bin as u32 {
                 continue;
             }
-            for (j, &logit) in chunk.iter().enumerate() {
-                let depth = self.depth(logit);
-                if bin_of(depth) == bin as u32 {
-                    let token = (i * LANES + j) as u32;
-                    found.push(Candidate { token, logit, weight: exp_of_nonpositive(-depth) });
+            for (j, chunk) in group.chunks(LANES).enumerate() {
+                // Of the others, most chunks: one vector comparison each.
+                if !chunk.iter().fold(false, |any, &l| any | (bin_of(self.depth(l)) == bin as u32)) {
+                    continue;
+                }
+                for (l, &logit) in chunk.iter().enumerate() {
+                    let depth = self.depth(logit);
+                    if bin_of(depth) == bin as u32 {
+                        let token = (i * GROUP + j * LANES + l) as u32;
+                        found.push(Candidate { token, logit, weight: exp_of_nonpositive(-depth) });
+                    }
                 }
             }
         }
@@ -338,20 +345,39 @@ fn uniform(random: &mut ChaCha8Rng) -> f64 {
 /// the same on every machine.
 const LANES: usize = 32;
 
-/// The largest logit; `None` if any is NaN, or none is finite.
-fn max(logits: &[f32]) -> Option<f32> {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let mut ordered = [true; LANES];
-    let (chunks, rest) = logits.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            ordered[i] &= !chunk[i].is_nan();
-            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+/// Logits that share a peak: few enough that one high logit hides few others, and enough that finding
+/// the peak costs no more than reading them.
+const GROUP: usize = 8 * LANES;
+
+/// The largest logit, of all and of each [`GROUP`].
+#[derive(Debug)]
+struct Peaks {
+    top: f32,
+    of_groups: Vec<f32>,
+}
+
+impl Peaks {
+    /// `None` if any logit is NaN, or none is finite.
+    fn of(logits: &[f32]) -> Option<Peaks> {
+        let mut of_groups = Vec::with_capacity(logits.len().div_ceil(GROUP));
+        let mut no_number = [false; LANES];
+        let mut has_nan = false;
+        for group in logits.chunks(GROUP) {
+            let mut lanes = [f32::NEG_INFINITY; LANES];
+            let (chunks, rest) = group.as_chunks::<LANES>();
+            for chunk in chunks {
+                for i in 0..LANES {
+                    no_number[i] |= chunk[i].is_nan();
+                    lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+                }
+            }
+            has_nan |= rest.iter().any(|logit| logit.is_nan());
+            of_groups.push(lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max));
         }
+        let has_nan = has_nan || no_number.contains(&true);
+        let top = of_groups.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        (!has_nan && top.is_finite()).then_some(Peaks { top, of_groups })
     }
-    let top = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
-    let no_nan = ordered.iter().all(|&o| o) && rest.iter().all(|l| !l.is_nan());
-    (no_nan && top.is_finite()).then_some(top)
 }
 
 /// ln of the sum of e^logit.
@@ -455,7 +481,7 @@ mod tests {
         for (i, sampling) in cases.iter().enumerate() {
             for seed in 0..20 {
                 let row = logits(1000 + 17 * seed as usize, seed);
-                let found = tokens(&Nucleus::new(&row, max(&row).unwrap(), sampling));
+                let found = tokens(&Nucleus::new(&row, &Peaks::of(&row).unwrap(), sampling));
                 assert_eq!(found, nucleus_by_sorting(&row, sampling), "case {i}, seed {seed}");
             }
         }
@@ -467,7 +493,7 @@ mod tests {
         let row: Vec<f32> = [0.5f32, 0.3, 0.15, 0.05].iter().map(|p| p.ln()).collect();
         let kept = |top_p| {
             let sampling = Sampling { temperature: 1.0, top_p, ..Sampling::PAPER };
-            tokens(&Nucleus::new(&row, max(&row).unwrap(), &sampling)).len()
+            tokens(&Nucleus::new(&row, &Peaks::of(&row).unwrap(), &sampling)).len()
         };
         assert_eq!(kept(0.79), 2);
         assert_eq!(kept(0.81), 3);
@@ -502,7 +528,7 @@ mod tests {
     fn log_sums_agree_with_double_precision() {
         for n in [1, 31, 32, 33, 2048, 49_152, 262_144] {
             let row = logits(n, n as u64);
-            let top = max(&row).unwrap();
+            let top = Peaks::of(&row).unwrap().top;
             let exact: f64 = row.iter().map(|&l| (f64::from(l) - f64::from(top)).exp()).sum::<f64>().ln();
             assert!((log_sum_exp(&row, top) - f64::from(top) - exact).abs() < 1e-6, "{n}");
         }

@@ -4,7 +4,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
 
-use super::ffi::{Batch, ContextHandle, ContextParams};
+use super::ffi::{Batch, ContextHandle, ContextParams, SequenceState};
 use super::model::Model;
 use super::{Token, sample};
 
@@ -103,6 +103,8 @@ pub struct Session {
     pub(super) batch: Batch,
     /// Sampling runs here, as wide as decoding.
     pub(super) pool: ThreadPool,
+    /// KV of the prompt slot, on the CPU.
+    prompt_state: Option<SequenceState>,
     model: Model,
     options: SessionOptions,
     n_parallel: usize,
@@ -191,6 +193,7 @@ impl Session {
             context,
             batch: Batch::default(),
             pool,
+            prompt_state: None,
             model: model.clone(),
             options: options.clone(),
             n_parallel,
@@ -267,13 +270,19 @@ impl Session {
             }
             self.decode()?;
         }
+        // llama.cpp copies a whole stream, used or not, which on a CPU takes as long as a decode step or
+        // two; the cells in use alone are copied through the host. A device copies faster by itself.
+        self.prompt_state = if self.model.on_cpu() { self.context.save(PROMPT_SLOT) } else { None };
         self.row(last).map(<[f32]>::to_vec)
     }
 
     /// Makes `slot` a continuation of the prompt slot.
     pub(super) fn fork_prompt(&mut self, slot: usize) {
         self.context.remove(slot);
-        self.context.copy(PROMPT_SLOT, slot);
+        let restored = self.prompt_state.as_ref().is_some_and(|state| self.context.restore(state, slot));
+        if !restored {
+            self.context.copy(PROMPT_SLOT, slot);
+        }
     }
 
     /// Decodes `self.batch`.
