@@ -98,7 +98,7 @@ fn with_long_flags(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
 /// Talk goes to standard error; llama.cpp is quiet but for its errors, unless asked.
 fn start_log(verbose: u8) {
     let default = match verbose {
-        0 => "warn,llama_cpp_2=error,llama-cpp-2=error",
+        0 => "warn,llama.cpp=error",
         1 => "info",
         _ => "trace",
     };

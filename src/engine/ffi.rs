@@ -4,12 +4,11 @@
 //! holds its model, so that the model is freed last. llama.cpp ends the process on a failed
 //! assertion; what can be checked is therefore checked here before each call, in [`Batch::check`].
 
-use std::ffi::{CStr, CString, c_char};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::ptr::{self, NonNull};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, Once, PoisonError};
 
-use llama_cpp_2::llama_backend::LlamaBackend;
 use llama_cpp_sys_2 as sys;
 
 use super::Token;
@@ -17,18 +16,54 @@ use super::session::FlashAttention;
 
 /// Starts llama.cpp once for the process, and sends its log to `tracing`.
 pub(super) fn start_backend() {
-    static BACKEND: OnceLock<Option<LlamaBackend>> = OnceLock::new();
-    BACKEND.get_or_init(|| {
-        llama_cpp_2::send_logs_to_tracing(llama_cpp_2::LogOptions::default());
-        // It fails only when a host program has started llama.cpp already, which is as good.
-        LlamaBackend::init().ok()
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| {
+        // SAFETY: the callback is a function that lives as long as the program and takes no user data;
+        // starting the backend has no precondition, and doing it again changes nothing.
+        unsafe {
+            sys::llama_log_set(Some(log), ptr::null_mut());
+            sys::llama_backend_init();
+        }
+    });
+}
+
+/// A line of llama.cpp's log that has not ended yet, with its level.
+static UNFINISHED: Mutex<(tracing::Level, String)> = Mutex::new((tracing::Level::INFO, String::new()));
+
+/// Receives llama.cpp's log, which comes in parts of lines.
+extern "C" fn log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {
+    // A panic (of a subscriber, say) must not cross into C; a lost line of log is the lesser harm.
+    let _ = std::panic::catch_unwind(|| {
+        // SAFETY: llama.cpp passes a terminated string that lives during the call.
+        let text = unsafe { text_of(text) };
+        let mut unfinished = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+        match level {
+            sys::GGML_LOG_LEVEL_CONT => {}
+            sys::GGML_LOG_LEVEL_ERROR => unfinished.0 = tracing::Level::ERROR,
+            sys::GGML_LOG_LEVEL_WARN => unfinished.0 = tracing::Level::WARN,
+            sys::GGML_LOG_LEVEL_INFO => unfinished.0 = tracing::Level::INFO,
+            _ => unfinished.0 = tracing::Level::DEBUG,
+        }
+        unfinished.1.push_str(&text);
+        if !unfinished.1.ends_with('\n') {
+            return;
+        }
+        let (level, line) = (unfinished.0, std::mem::take(&mut unfinished.1));
+        drop(unfinished);
+        let line = line.trim_end();
+        match level {
+            tracing::Level::ERROR => tracing::error!(target: "llama.cpp", "{line}"),
+            tracing::Level::WARN => tracing::warn!(target: "llama.cpp", "{line}"),
+            tracing::Level::INFO => tracing::info!(target: "llama.cpp", "{line}"),
+            _ => tracing::debug!(target: "llama.cpp", "{line}"),
+        }
     });
 }
 
 /// The version of llama.cpp that is linked in.
 pub(super) fn llama_version() -> String {
     // SAFETY: returns a pointer to a static, terminated string.
-    unsafe { text(sys::llama_version()) }
+    unsafe { text_of(sys::llama_version()) }
 }
 
 /// What this build of ggml uses of the CPU, such as `CPU : AVX512 = 1 | AMX_INT8 = 1`.
@@ -36,7 +71,7 @@ pub(super) fn system_info() -> String {
     start_backend();
     // SAFETY: returns a pointer to a static, terminated string, written once under the first call; the
     // call is made after the backends are registered and copies the text before it returns.
-    unsafe { text(sys::llama_print_system_info()) }
+    unsafe { text_of(sys::llama_print_system_info()) }
 }
 
 /// Whether this build can compute elsewhere than on the CPU.
@@ -48,7 +83,7 @@ pub(super) fn supports_offload() -> bool {
 
 /// # Safety
 /// `pointer` is null or points to a terminated string that lives during the call.
-unsafe fn text(pointer: *const c_char) -> String {
+unsafe fn text_of(pointer: *const c_char) -> String {
     if pointer.is_null() {
         return String::new();
     }
