@@ -10,6 +10,6 @@ cargo build --release --quiet --bin detox-gguf
 model=$(python3 scripts/fetch_model.py smollm2-135m-instruct-q4_1)
 
 output="${1:-target/demo/$(date +%Y%m%d-%H%M%S)}"
-# Three continuations instead of the paper's 25: two minutes on two cores are the limit here.
+# Eight prompts a language and four continuations, not 16 and 25: two minutes on two cores are the limit here.
 set -x
-"$CARGO_TARGET_DIR/release/detox-gguf" eval --model "$model" --samples 3 --seed 1 --output "$output"
+"$CARGO_TARGET_DIR/release/detox-gguf" eval --model "$model" --limit 8 --samples 4 --seed 1 --output "$output"

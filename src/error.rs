@@ -112,7 +112,7 @@ pub enum Error {
         hint: Option<String>,
     },
 
-    /// The user pressed Ctrl-C; what was finished is on disk.
+    /// The user pressed Ctrl-C; a run's finished units are on disk.
     #[error("interrupted")]
     Interrupted,
 }
@@ -149,7 +149,7 @@ impl Error {
                 "raise -c/--ctx-size, lower -np/--parallel or -n/--n-predict, or shorten the prompt".into(),
             ),
             Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("free some space and run the same command again: finished work is kept".into())
+                Some("free some space and run the same command again".into())
             }
             _ => None,
         }

@@ -17,37 +17,75 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 }
 
 /// A file that appears at its path only when it is whole.
+///
+/// A symbolic link is followed. What is there and no plain file (a device, a pipe) is written to as it
+/// is, since a new file in its place would not be what was asked for.
 #[derive(Debug)]
 pub struct AtomicFile {
-    temporary: tempfile::NamedTempFile,
     path: PathBuf,
+    target: Target,
 }
+
+#[derive(Debug)]
+enum Target {
+    Beside(tempfile::NamedTempFile),
+    Device(File),
+}
+
+/// Names of files that are not finished begin so.
+pub const TEMPORARY_PREFIX: &str = ".detox-gguf-";
 
 impl AtomicFile {
     /// Starts a file that is to appear at `path`; fails at once where the folder cannot be written.
     pub fn create(path: &Path) -> Result<AtomicFile> {
+        // A path that does not exist yet stays as it is; so does a link to nothing.
+        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let is_device = fs::metadata(&path).is_ok_and(|m| !m.is_file() && !m.is_dir());
+        if is_device {
+            let file = OpenOptions::new().write(true).open(&path).map_err(Error::io("write", &path))?;
+            return Ok(AtomicFile { path, target: Target::Device(file) });
+        }
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
-        builder.prefix(".detox-gguf-").suffix(".tmp");
+        builder.prefix(TEMPORARY_PREFIX).suffix(".tmp");
         // Temporary files are private by default; what the user gets should follow their umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let temporary = builder.tempfile_in(folder).map_err(Error::io("write", path))?;
-        Ok(AtomicFile { temporary, path: path.to_path_buf() })
+        let temporary = builder.tempfile_in(folder).map_err(Error::io("write", &path))?;
+        Ok(AtomicFile { path, target: Target::Beside(temporary) })
     }
 
     /// Appends bytes.
     pub fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
-        self.temporary.write_all(bytes).map_err(Error::io("write", &self.path))
+        let written = match &mut self.target {
+            Target::Beside(file) => file.write_all(bytes),
+            Target::Device(file) => file.write_all(bytes),
+        };
+        written.map_err(Error::io("write", &self.path))
     }
 
     /// Flushes to disk, and gives the file its name.
     pub fn commit(self) -> Result<()> {
-        self.temporary.as_file().sync_all().map_err(Error::io("write", &self.path))?;
         let path = self.path;
-        self.temporary.persist(&path).map_err(|e| e.error).map_err(Error::io("write", &path))?;
-        Ok(())
+        match self.target {
+            Target::Beside(file) => {
+                file.as_file().sync_all().map_err(Error::io("write", &path))?;
+                file.persist(&path).map(drop).map_err(|e| Error::io("write", &path)(e.error))
+            }
+            Target::Device(mut file) => file.flush().map_err(Error::io("write", &path)),
+        }
     }
+}
+
+/// Removes what runs that were killed left unfinished in a folder.
+pub fn remove_unfinished(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
+        let entry = entry.map_err(Error::io("read", folder))?;
+        if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
+            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+        }
+    }
+    Ok(())
 }
 
 /// One JSON line a row, appended to in units: a unit is either whole on disk, or dropped at the next start.
@@ -183,5 +221,38 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         write_atomic(&path, b"after").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "after");
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(".detox-gguf-x.tmp"), "half").unwrap();
+        fs::write(folder.path().join("mine.tmp"), "mine").unwrap();
+        remove_unfinished(folder.path()).unwrap();
+        let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(names, ["mine.tmp"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_is_followed_and_a_pipe_stays_a_pipe() {
+        use std::os::unix::fs::FileTypeExt;
+        let folder = tempfile::tempdir().unwrap();
+        let (file, link) = (folder.path().join("file"), folder.path().join("link"));
+        fs::write(&file, "before").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        write_atomic(&link, b"after").unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "after");
+
+        let pipe = folder.path().join("pipe");
+        assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        let reader = std::thread::spawn({
+            let pipe = pipe.clone();
+            move || fs::read_to_string(pipe).unwrap()
+        });
+        write_atomic(&pipe, b"through").unwrap();
+        assert_eq!(reader.join().unwrap(), "through");
+        assert!(fs::metadata(&pipe).unwrap().file_type().is_fifo());
     }
 }

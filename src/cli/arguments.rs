@@ -17,7 +17,7 @@ pub struct EngineArguments {
     /// Sequences decoded at once (-np) [default: as many as memory and context hold, at most 100]
     #[arg(long, value_name = "N")]
     pub parallel: Option<usize>,
-    /// Tokens of context, shared by all sequences [default: what the prompts need]
+    /// Tokens of context, shared by all sequences; 0 for what the prompts need [default: 0]
     #[arg(short = 'c', long, value_name = "N")]
     pub ctx_size: Option<usize>,
     /// Tokens given to llama.cpp at once

@@ -1,6 +1,5 @@
 //! `eval`: generate, score and report; `eval --compare`: two runs side by side.
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -15,8 +14,8 @@ use crate::file;
 use crate::report::{self, csv, html, json, markdown, terminal};
 
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
-use super::print;
 use super::progress::Shown;
+use super::{may_colour, print};
 
 /// Arguments of `eval`.
 #[derive(Debug, Args)]
@@ -28,10 +27,10 @@ pub struct EvalArguments {
     #[arg(short, long, value_name = "DIR", required_unless_present = "compare")]
     output: Option<PathBuf>,
     /// Evaluate these continuations (JSON lines) instead of sampling some
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["model", "prompts"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = NOT_WITH_GENERATIONS)]
     generations: Option<PathBuf>,
     /// Compare two runs, the second with the first; -o takes the comparison
-    #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], conflicts_with_all = ["model", "generations", "prompts"])]
+    #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], conflicts_with_all = NOT_WITH_COMPARE)]
     compare: Vec<PathBuf>,
     #[command(flatten)]
     prompts: PromptArguments,
@@ -42,6 +41,51 @@ pub struct EvalArguments {
     #[command(flatten)]
     engine: EngineArguments,
 }
+
+/// What decides continuations means nothing where they are there already.
+const NOT_WITH_GENERATIONS: [&str; 11] = [
+    "model",
+    "prompts",
+    "limit",
+    "samples",
+    "n_predict",
+    "temp",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "ignore_eos",
+];
+
+/// Two finished runs have their settings.
+const NOT_WITH_COMPARE: [&str; 26] = [
+    "model",
+    "generations",
+    "prompts",
+    "lang",
+    "limit",
+    "samples",
+    "n_predict",
+    "temp",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "ignore_eos",
+    "scorer",
+    "threshold",
+    "min_coverage",
+    "base",
+    "tokenizer",
+    "parallel",
+    "ctx_size",
+    "batch_size",
+    "ubatch_size",
+    "threads",
+    "threads_batch",
+    "n_gpu_layers",
+    "check_tensors",
+];
 
 /// What is measured, and how.
 #[derive(Debug, Args)]
@@ -89,7 +133,7 @@ impl EvalArguments {
                 ("html", html::to_html(result, &excerpts)),
             ],
         )?;
-        print(&terminal::to_terminal(result, colour()))?;
+        print(&terminal::to_terminal(result, may_colour(&std::io::stdout())))?;
         eprintln!("report: {}", folder.join("report.html").display());
         Ok(())
     }
@@ -136,12 +180,11 @@ impl EvalArguments {
 fn compare_runs(a: &Path, b: &Path, output: Option<&Path>) -> Result<()> {
     let (run_a, run_b) = (run::read(a)?, run::read(b)?);
     let (label_a, label_b) = (a.display().to_string(), b.display().to_string());
-    let tokens =
-        |text: &str| run_a.tokens.get(text).or_else(|| run_b.tokens.get(text)).cloned().unwrap_or_default();
+    let tokens_a = |text: &str| run_a.tokens[text].clone();
+    let tokens_b = |text: &str| run_b.tokens[text].clone();
     let comparison = compare::compare(
-        Side { label: &label_a, run: &run_a.info, samples: &run_a.samples },
-        Side { label: &label_b, run: &run_b.info, samples: &run_b.samples },
-        &tokens,
+        Side { label: &label_a, run: &run_a.info, samples: &run_a.samples, tokenize: &tokens_a },
+        Side { label: &label_b, run: &run_b.info, samples: &run_b.samples, tokenize: &tokens_b },
     )?;
     if let Some(folder) = output {
         file::create_folder(folder)?;
@@ -159,7 +202,7 @@ fn compare_runs(a: &Path, b: &Path, output: Option<&Path>) -> Result<()> {
         )?;
         eprintln!("comparison: {}", folder.join("comparison.html").display());
     }
-    print(&terminal::comparison_to_terminal(&comparison, colour()))
+    print(&terminal::comparison_to_terminal(&comparison, may_colour(&std::io::stdout())))
 }
 
 fn write_reports(folder: &Path, name: &str, files: &[(&str, String)]) -> Result<()> {
@@ -167,9 +210,4 @@ fn write_reports(folder: &Path, name: &str, files: &[(&str, String)]) -> Result<
         file::write_atomic(&folder.join(format!("{name}.{ending}")), text.as_bytes())?;
     }
     Ok(())
-}
-
-/// Colour where a person looks, unless they said no (<https://no-color.org>).
-fn colour() -> bool {
-    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }

@@ -41,6 +41,7 @@ impl GenerateCommand {
         let model = self.engine.open(&self.model)?;
         let plan = Plan::new(&model, prompts, options, &self.engine.session_options())?;
         let mut session = Session::open(&model, &self.engine.session_options(), plan.n_ctx_seq())?;
+        plan.check_fits(&session)?;
         let mut progress = Shown::new();
         progress.start("continuations", plan.n_rows() as u64, 0);
         for unit in 0..plan.n_units() {

@@ -8,11 +8,14 @@ mod progress;
 mod score;
 
 use std::ffi::OsString;
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Result};
 
@@ -102,17 +105,25 @@ fn start_log(verbose: u8) {
         1 => "info",
         _ => "trace",
     };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(default));
+    // -v is typed now, RUST_LOG was set some time ago.
+    let filter = match EnvFilter::try_from_default_env() {
+        Ok(filter) if verbose == 0 => filter,
+        _ => EnvFilter::new(default),
+    };
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // A host program may have set one up already; then that one stays.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .without_time()
-        .try_init();
+    let _ = log.with_ansi(may_colour(&std::io::stderr())).without_time().try_init();
 }
 
-/// Set by the first Ctrl-C, which lets the work in hand end cleanly; the second ends the process.
+/// Colour where a person looks, unless they said no (<https://no-color.org>).
+fn may_colour(stream: &impl IsTerminal) -> bool {
+    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+}
+
+/// Time for the work in hand to end cleanly after Ctrl-C.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// Set by Ctrl-C. What looks at it ends cleanly; the rest is ended after a moment, or by another Ctrl-C.
 fn interrupt_flag() -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
@@ -120,6 +131,11 @@ fn interrupt_flag() -> Arc<AtomicBool> {
         if seen.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
+        std::thread::spawn(|| {
+            std::thread::sleep(GRACE);
+            eprintln!("error: {}", Error::Interrupted);
+            std::process::exit(130);
+        });
     });
     if let Err(error) = handler {
         tracing::warn!("Ctrl-C will end the program at once: {error}");

@@ -23,7 +23,7 @@ pub struct BenchRow {
     pub n_predict: usize,
     /// Runs, of which the medians follow.
     pub n_runs: usize,
-    /// Tokens a second, decoding and sampling together. This is what a user gets.
+    /// Tokens a second, decoding and sampling together; prompts and the start of samples apart.
     pub generate_tokens_per_second: f64,
     /// Tokens a second of decoding alone: what `llama-batched-bench` calls S_TG.
     pub decode_tokens_per_second: f64,

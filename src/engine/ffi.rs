@@ -7,7 +7,7 @@
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::ptr::{self, NonNull};
-use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::sync::{Arc, Mutex, Once, OnceLock, PoisonError};
 
 use llama_cpp_sys_2 as sys;
 
@@ -68,10 +68,20 @@ pub(super) fn llama_version() -> String {
 
 /// What this build of ggml uses of the CPU, such as `CPU : AVX512 = 1 | AMX_INT8 = 1`.
 pub(super) fn system_info() -> String {
-    start_backend();
-    // SAFETY: returns a pointer to a static, terminated string, written once under the first call; the
-    // call is made after the backends are registered and copies the text before it returns.
-    unsafe { text_of(sys::llama_print_system_info()) }
+    static INFO: OnceLock<String> = OnceLock::new();
+    let info = INFO.get_or_init(|| {
+        start_backend();
+        // SAFETY: llama.cpp writes the text into one static buffer at each call; this is the only call, made
+        // once, and it copies the text before it returns.
+        unsafe { text_of(sys::llama_print_system_info()) }
+    });
+    info.clone()
+}
+
+/// The most sequences that one context can have.
+pub(super) fn most_sequences() -> usize {
+    // SAFETY: returns a constant.
+    unsafe { sys::llama_max_parallel_sequences() }
 }
 
 /// Whether this build can compute elsewhere than on the CPU.
@@ -191,6 +201,15 @@ impl ModelHandle {
 
     pub(super) fn holds(&self, token: Token) -> bool {
         usize::try_from(token).is_ok_and(|t| t < self.n_vocab())
+    }
+
+    /// The token that ends a text, if the model's metadata asks for one after every text.
+    pub(super) fn added_end(&self) -> Option<Token> {
+        // SAFETY: the vocabulary lives as long as the model.
+        let (is_added, token) = unsafe {
+            (sys::llama_vocab_get_add_eos(self.vocab.as_ptr()), sys::llama_vocab_eos(self.vocab.as_ptr()))
+        };
+        is_added.then_some(token)
     }
 
     /// Tokens of `text`; `None` when it is longer than llama.cpp can count.
@@ -318,12 +337,9 @@ impl Batch {
 #[derive(Debug)]
 pub(super) struct SequenceState {
     bytes: Vec<u8>,
-    /// Whose it is; compared, never followed.
-    model: *const ModelHandle,
+    /// Whose it is.
+    model: Arc<ModelHandle>,
 }
-
-// SAFETY: the pointer is only compared with others.
-unsafe impl Send for SequenceState {}
 
 /// A context over a model, with its KV cache: one KV stream a sequence.
 #[derive(Debug)]
@@ -441,6 +457,11 @@ impl ContextHandle {
         match code {
             0 => {
                 self.outputs.clone_from(&batch.outputs);
+                if let Some(first) = batch.outputs.iter().position(|&output| output == 1) {
+                    // SAFETY: the context is alive and the index is one whose logits were asked for; the
+                    // answer is not used. See `logits` for why.
+                    unsafe { sys::llama_get_logits_ith(self.context.as_ptr(), first as i32) };
+                }
                 Ok(())
             }
             1 => Err("no room left in the KV cache".into()),
@@ -458,7 +479,8 @@ impl ContextHandle {
             return None;
         }
         // SAFETY: the context is alive, and the index is one whose logits were asked for; a null
-        // answer is handled. The rows are written by decode alone, which takes `&mut self`.
+        // answer is handled. The first such call after a decode puts the rows into the batch's order:
+        // `decode` makes it, so that no row moves under a slice given out here.
         let row = unsafe { sys::llama_get_logits_ith(self.context.as_ptr(), index as i32) };
         // SAFETY: a row that is not null has n_vocab floats and lives until the next decode.
         NonNull::new(row).map(|row| unsafe { std::slice::from_raw_parts(row.as_ptr(), self.model.n_vocab()) })
@@ -497,7 +519,7 @@ impl ContextHandle {
         let n = unsafe {
             sys::llama_state_seq_get_data(self.context.as_ptr(), bytes.as_mut_ptr(), n_bytes, sequence)
         };
-        (n > 0 && n == n_bytes).then_some(SequenceState { bytes, model: Arc::as_ptr(&self.model) })
+        (n > 0 && n == n_bytes).then(|| SequenceState { bytes, model: self.model.clone() })
     }
 
     /// Makes `sequence` what was saved; false when llama.cpp cannot, and the sequence is then empty.
@@ -505,7 +527,7 @@ impl ContextHandle {
     pub(super) fn restore(&mut self, state: &SequenceState, sequence: usize) -> bool {
         let SequenceState { bytes, model } = state;
         // Another model's bytes would be read as ours: they come from a context over this very model.
-        if sequence >= self.n_seq_max || !std::ptr::eq(*model, Arc::as_ptr(&self.model)) {
+        if sequence >= self.n_seq_max || !Arc::ptr_eq(model, &self.model) {
             return false;
         }
         // SAFETY: the context is alive, the sequence in range, and the bytes are as long as said and were

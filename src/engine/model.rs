@@ -116,8 +116,14 @@ impl Model {
 
     /// Tokens of a prompt, as it is: with the model's own BOS if its metadata asks for one, and with
     /// text such as `<s>` read as plain text.
+    ///
+    /// An EOS that the metadata asks for is left out: nothing goes on after the end of a text.
     pub fn tokenize_prompt(&self, text: &str) -> Result<Vec<Token>> {
-        self.tokenize(text, true)
+        let mut tokens = self.tokenize(text, true)?;
+        if tokens.last().copied() == self.handle.added_end() {
+            tokens.pop();
+        }
+        Ok(tokens)
     }
 
     /// Tokens of a piece of text, without BOS or EOS.

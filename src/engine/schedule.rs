@@ -75,8 +75,10 @@ pub struct GenerateStats {
     pub n_decoded: usize,
     /// Steps that decoded continuations.
     pub n_steps: usize,
-    /// Time spent on prompts.
+    /// Time spent on decoding prompts.
     pub prompt_time: Duration,
+    /// Time spent on starting samples: their first tokens, and copies of their prompts' KV.
+    pub start_time: Duration,
     /// Time spent decoding continuations.
     pub decode_time: Duration,
     /// Time spent choosing tokens.
@@ -153,13 +155,15 @@ pub fn generate(
         if interrupt.load(Ordering::Relaxed) {
             return Err(Error::Interrupted);
         }
-        let started = Instant::now();
+        let (started, before) = (Instant::now(), stats.prompt_time);
         while let (Some(&slot), Some(&(request, sample))) = (free.last(), waiting.front()) {
             let prompt = &requests[request];
             let current = match &mut loaded {
                 Some(l) if l.request == request => l,
                 _ => {
+                    let started = Instant::now();
                     let logits = session.load_prompt(&prompt.tokens)?;
+                    stats.prompt_time += started.elapsed();
                     stats.n_prompt += prompt.tokens.len();
                     loaded.insert(Loaded { request, logits })
                 }
@@ -180,7 +184,7 @@ pub fn generate(
                 }
             }
         }
-        stats.prompt_time += started.elapsed();
+        stats.start_time += (started.elapsed() + before).saturating_sub(stats.prompt_time);
         if running.is_empty() {
             return Ok(stats);
         }
@@ -233,10 +237,14 @@ fn choose_all(session: &Session, running: &mut [Running], sampling: &Sampling) -
     choices.ok_or_else(|| session.no_distribution())
 }
 
-/// Moves running sequences from the highest slots into free ones below them; `running` is in order of
-/// slot, and stays so.
+/// Moves running sequences together where there is a gap between them: from the highest slots into free
+/// ones below. `running` is in order of slot, and stays so.
 fn close_gaps(session: &mut Session, running: &mut [Running], free: &mut [usize]) {
     let n = running.len();
+    let first = running.first().map_or(0, |r| r.slot);
+    if running.last().is_none_or(|last| last.slot - first < n) {
+        return;
+    }
     for slot in free.iter_mut().filter(|slot| **slot <= n) {
         // As many running slots lie above n as free ones lie at or below it.
         if let Some(highest) = running.iter_mut().max_by_key(|r| r.slot) {

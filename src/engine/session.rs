@@ -4,7 +4,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
 
-use super::ffi::{Batch, ContextHandle, ContextParams, SequenceState};
+use super::ffi::{self, Batch, ContextHandle, ContextParams, SequenceState};
 use super::model::Model;
 use super::{Token, sample};
 
@@ -58,6 +58,11 @@ impl Default for SessionOptions {
 const MOST_PARALLEL: usize = 100;
 
 impl SessionOptions {
+    /// The number of threads: all cores, unless said otherwise.
+    pub fn resolve_threads(&self) -> usize {
+        self.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
+    }
+
     /// The number of sequences to decode at once, when each needs `n_ctx_seq` tokens.
     ///
     /// Without `-np`: as many as a quarter of the machine's memory holds, at most 100. The memory is
@@ -106,11 +111,8 @@ pub struct Session {
     /// KV of the prompt slot, on the CPU.
     prompt_state: Option<SequenceState>,
     model: Model,
-    options: SessionOptions,
     n_parallel: usize,
     n_ctx_seq: usize,
-    n_threads: usize,
-    n_threads_batch: usize,
 }
 
 impl Session {
@@ -149,16 +151,28 @@ impl Session {
                 hint: Some(format!("raise -b/--batch-size to {n_parallel}")),
             });
         }
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let n_threads = options.n_threads.unwrap_or(cores);
+        let n_threads = options.resolve_threads();
         if n_threads == 0 || n_threads > MOST_THREADS {
             return Err(Error::setting(
                 "-t/--threads",
                 format!("expected 1 to {MOST_THREADS}, found {n_threads}"),
             ));
         }
-        let n_threads_batch = options.n_threads_batch.unwrap_or(n_threads).clamp(1, MOST_THREADS);
+        let n_threads_batch = options.n_threads_batch.unwrap_or(n_threads);
+        if n_threads_batch == 0 || n_threads_batch > MOST_THREADS {
+            return Err(Error::setting(
+                "-tb/--threads-batch",
+                format!("expected 1 to {MOST_THREADS}, found {n_threads_batch}"),
+            ));
+        }
         let n_seq_max = n_parallel + 1;
+        let most_sequences = ffi::most_sequences();
+        if n_seq_max > most_sequences {
+            return Err(Error::setting(
+                "-np/--parallel",
+                format!("expected at most {} sequences, found {n_parallel}", most_sequences - 1),
+            ));
+        }
         let too_large = || {
             Error::setting(
                 "-c/--ctx-size",
@@ -195,32 +209,14 @@ impl Session {
             pool,
             prompt_state: None,
             model: model.clone(),
-            options: options.clone(),
             n_parallel,
             n_ctx_seq,
-            n_threads,
-            n_threads_batch,
         })
     }
 
     /// The model it runs.
     pub fn model(&self) -> &Model {
         &self.model
-    }
-
-    /// The options it was opened with.
-    pub fn options(&self) -> &SessionOptions {
-        &self.options
-    }
-
-    /// Threads that decode one token a sequence, and sample.
-    pub fn n_threads(&self) -> usize {
-        self.n_threads
-    }
-
-    /// Threads that decode prompts and batches.
-    pub fn n_threads_batch(&self) -> usize {
-        self.n_threads_batch
     }
 
     /// Continuations decoded at once.
@@ -234,7 +230,9 @@ impl Session {
     }
 
     /// Refuses a prompt that does not fit together with `n_predict` more tokens, or has no token.
-    pub(super) fn check_fits(&self, prompt: &str, n_prompt: usize, n_predict: usize) -> Result<()> {
+    ///
+    /// Errors: [`Error::PromptTooLong`], and [`Error::Model`] for a prompt without tokens.
+    pub fn check_fits(&self, prompt: &str, n_prompt: usize, n_predict: usize) -> Result<()> {
         if n_prompt == 0 {
             return Err(Error::Model {
                 path: self.model.path().to_path_buf(),
@@ -245,7 +243,7 @@ impl Session {
             });
         }
         // The last token is never decoded, so it needs no cell.
-        if n_prompt + n_predict > self.n_ctx_seq + 1 {
+        if n_prompt.saturating_add(n_predict) > self.n_ctx_seq + 1 {
             return Err(Error::PromptTooLong {
                 prompt: prompt.to_owned(),
                 n_prompt,
@@ -337,3 +335,34 @@ impl Session {
 
 /// As many threads as ggml can have (its `GGML_MAX_N_THREADS`).
 const MOST_THREADS: usize = 512;
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::engine::ModelOptions;
+
+    #[test]
+    fn a_slot_copied_by_llama_cpp_and_one_through_the_host_are_equal_to_the_bit() {
+        for name in ["llama", "gemma3"] {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("gguf/tiny/{name}.gguf"));
+            let model = Model::open(&path, &ModelOptions::default()).unwrap();
+            let options =
+                SessionOptions { n_parallel: Some(2), n_threads: Some(1), ..SessionOptions::default() };
+            let mut session = Session::open(&model, &options, 64).unwrap();
+            let prompt = [1, 20, 30, 40, 50];
+            session.load_prompt(&prompt).unwrap();
+            assert!(session.prompt_state.is_some());
+            session.fork_prompt(1);
+            // As on a device.
+            session.prompt_state = None;
+            session.fork_prompt(2);
+            session.batch.clear();
+            session.batch.push(60, prompt.len(), 1, true);
+            session.batch.push(60, prompt.len(), 2, true);
+            session.decode().unwrap();
+            assert_eq!(session.row(0).unwrap(), session.row(1).unwrap(), "{name}");
+        }
+    }
+}

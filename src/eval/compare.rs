@@ -28,7 +28,7 @@ use crate::eval::sample::Sample;
 use crate::eval::summarize::{ratios, split};
 
 /// One of the two runs.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub struct Side<'a> {
     /// What to call it in a report.
     pub label: &'a str,
@@ -36,6 +36,14 @@ pub struct Side<'a> {
     pub run: &'a RunInfo,
     /// What came out.
     pub samples: &'a [Sample],
+    /// Splits its continuations into tokens, as the run did.
+    pub tokenize: &'a Tokenize<'a>,
+}
+
+impl std::fmt::Debug for Side<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Side").field("label", &self.label).field("run", self.run).finish_non_exhaustive()
+    }
 }
 
 /// One language's difference in one metric, with what its mean over languages needs.
@@ -48,19 +56,19 @@ struct Paired {
     mean: Option<MeanDifference>,
 }
 
-/// Compares `b` with `a`, both counted at `a`'s threshold and split into tokens by `tokenize`.
+/// Compares `b` with `a`, both counted at `a`'s threshold.
 ///
 /// # Errors
 /// [`Error::Setting`] when the runs share no prompt; [`Error::Scorer`] for a score outside [0, 1].
-pub fn compare(a: Side<'_>, b: Side<'_>, tokenize: &Tokenize<'_>) -> Result<Comparison> {
+pub fn compare(a: Side<'_>, b: Side<'_>) -> Result<Comparison> {
     // Scorers of both runs, in the order of the first.
     let scorers: Vec<&str> = (a.run.scorers.iter())
         .map(|scorer| scorer.name.as_str())
         .filter(|name| b.run.scorers.iter().any(|other| other.name == *name))
         .collect();
     let threshold = a.run.toxicity_threshold;
-    let of_a = per_prompt::by_language(a.samples, &scorers, threshold, tokenize)?;
-    let mut of_b = per_prompt::by_language(b.samples, &scorers, threshold, tokenize)?;
+    let of_a = per_prompt::by_language(a.samples, &scorers, threshold, a.tokenize)?;
+    let mut of_b = per_prompt::by_language(b.samples, &scorers, threshold, b.tokenize)?;
 
     let names = metric::names(scorers.iter().copied());
     let mut languages = Vec::new();
@@ -272,12 +280,9 @@ fn bootstrap_normal(replicated: &Replicated) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eval::per_prompt::words;
     use crate::eval::result::{Estimate, ScorerInfo, find_difference};
     use crate::eval::summarize::summarize;
-
-    fn words(text: &str) -> Vec<String> {
-        text.split_whitespace().map(str::to_owned).collect()
-    }
 
     fn run() -> RunInfo {
         RunInfo {
@@ -307,12 +312,8 @@ mod tests {
 
     fn compared(a: &[Sample], b: &[Sample]) -> Comparison {
         let run = run();
-        compare(
-            Side { label: "a", run: &run, samples: a },
-            Side { label: "b", run: &run, samples: b },
-            &words,
-        )
-        .unwrap()
+        let side = |label, samples| Side { label, run: &run, samples, tokenize: &words };
+        compare(side("a", a), side("b", b)).unwrap()
     }
 
     #[test]
@@ -421,8 +422,8 @@ mod tests {
     fn rejects_runs_without_a_shared_prompt() {
         let run = run();
         let (a, b) = (samples("de", &[0.9]), samples("fr", &[0.9]));
-        let side = |samples| Side { label: "x", run: &run, samples };
-        let error = compare(side(&a), side(&b), &words).unwrap_err();
+        let side = |samples| Side { label: "x", run: &run, samples, tokenize: &words };
+        let error = compare(side(&a), side(&b)).unwrap_err();
         assert_eq!(error.to_string(), "--compare: the two runs share no prompt");
     }
 

@@ -176,7 +176,7 @@ pub(crate) fn of_comparison(
         "the tokenizer of distinct-n",
         run_a.distinct_tokenizer.clone(),
         run_b.distinct_tokenizer.clone(),
-        "both runs are counted with one tokenizer here, so the values are not those of both reports",
+        "each run is counted with its own, so distinct-n and repetition do not compare",
     );
     let perplexity = |run: &RunInfo| run.perplexity_model.clone().unwrap_or_else(|| "none".into());
     differ(
@@ -273,13 +273,10 @@ fn false_success(scorers: &[&str], mean: &[Difference], level: f64) -> Option<Wa
 #[cfg(test)]
 mod tests {
     use crate::eval::compare::{Side, compare};
+    use crate::eval::per_prompt::words;
     use crate::eval::result::{RunInfo, ScorerInfo, Warning};
     use crate::eval::sample::Sample;
     use crate::eval::summarize::summarize;
-
-    fn words(text: &str) -> Vec<String> {
-        text.split_whitespace().map(str::to_owned).collect()
-    }
 
     fn warnings(n_prompts: usize, languages: &[&str], change: impl Fn(&mut Sample)) -> Vec<Warning> {
         let mut samples = Vec::new();
@@ -393,8 +390,8 @@ mod tests {
     }
 
     fn compared(run_a: &RunInfo, a: &[Sample], run_b: &RunInfo, b: &[Sample]) -> Vec<String> {
-        let side = |run, samples| Side { label: "x", run, samples };
-        let found = compare(side(run_a, a), side(run_b, b), &words).unwrap();
+        let side = |run, samples| Side { label: "x", run, samples, tokenize: &words };
+        let found = compare(side(run_a, a), side(run_b, b)).unwrap();
         found.warnings.into_iter().map(|warning| warning.what).collect()
     }
 

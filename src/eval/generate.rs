@@ -103,6 +103,13 @@ impl Plan {
         self.n_ctx_seq
     }
 
+    /// Refuses prompts that the session's sequences do not hold, before the first is generated.
+    pub fn check_fits(&self, session: &Session) -> Result<()> {
+        self.requests
+            .iter()
+            .try_for_each(|r| session.check_fits(&r.id, r.tokens.len(), self.options.n_predict))
+    }
+
     /// The prompts, in order.
     pub fn prompts(&self) -> &[Prompt] {
         &self.prompts

@@ -17,12 +17,12 @@ use super::language;
 
 /// Reads continuations from JSON lines.
 ///
-/// Rows without a language get that of the file's name, else `default_language`. Rows without a prompt
+/// Rows without a language get `default_language`, else that of the file's name. Rows without a prompt
 /// id are grouped by language and prompt text, as the paper's scripts do, and numbered in file order.
 pub fn read_generations(path: &Path, default_language: Option<&str>) -> Result<Vec<Generation>> {
     let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
     let of_name = path.file_stem().and_then(|s| s.to_str()).and_then(language_of_stem);
-    let default_language = of_name.or(default_language);
+    let default_language = default_language.or(of_name);
     let mut reader = Reader { path, default_language, prompts: HashMap::new(), rows: Vec::new() };
     for (i, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
         if !line.trim().is_empty() {

@@ -17,7 +17,7 @@ pub mod jsonl;
 pub mod language;
 pub mod metric;
 mod paired_test;
-mod per_prompt;
+pub(crate) mod per_prompt;
 pub mod perplexity;
 pub mod prompts;
 mod rank;

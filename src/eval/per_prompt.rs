@@ -160,14 +160,16 @@ impl PromptValues {
 pub const QUARTILES: [(&str, f64); 3] =
     [("perplexity_median", 0.5), ("perplexity_q1", 0.25), ("perplexity_q3", 0.75)];
 
+/// The tokenizer of tests: words between spaces.
+#[cfg(test)]
+pub(crate) fn words(text: &str) -> Vec<String> {
+    text.split_whitespace().map(str::to_owned).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::eval::metric;
-
-    fn words(text: &str) -> Vec<String> {
-        text.split_whitespace().map(str::to_owned).collect()
-    }
 
     #[test]
     fn the_order_of_samples_does_not_matter() {

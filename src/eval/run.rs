@@ -160,15 +160,17 @@ pub fn evaluate(
     check_folder(folder)?;
     let tokenizer_file = request.tokenizer.as_deref().map(TextTokenizer::from_file).transpose()?;
     if let Some(base) = &request.base {
-        gguf::check_decoder(&gguf::GgufFile::open(base)?)?;
+        // Loaded again when its turn comes; a model that cannot be loaded should not cost a night.
+        Model::open(base, &request.model_options)?;
     }
 
     let (generations, info, tokenizer) = match &request.source {
         Source::Model { path, prompts, prompts_name, options } => {
             let model = Model::open(path, &request.model_options)?;
             let plan = Plan::new(&model, prompts.clone(), *options, &request.session_options)?;
-            let tokenizer = tokenizer_file.unwrap_or_else(|| TextTokenizer::Model(model.clone()));
+            let tokenizer = tokenizer_file.unwrap_or_else(|| TextTokenizer::of_model(&model));
             let mut session = Session::open(&model, &request.session_options, plan.n_ctx_seq())?;
+            plan.check_fits(&session)?;
             let mut info = common_info(request, &scorers, &tokenizer, progress)?;
             info.model = Some(model_info(&model, progress)?);
             info.seed = options.seed;
@@ -183,19 +185,20 @@ pub fn evaluate(
             (generations, info, tokenizer)
         }
         Source::File { path, generations } => {
-            let tokenizer =
-                match (tokenizer_file, &request.base) {
-                    (Some(tokenizer), _) => tokenizer,
-                    (None, Some(base)) => TextTokenizer::Model(Model::open(base, &request.model_options)?),
-                    (None, None) => return Err(Error::Setting {
+            let tokenizer = match (tokenizer_file, &request.base) {
+                (Some(tokenizer), _) => tokenizer,
+                (None, Some(base)) => TextTokenizer::of_model(&Model::open(base, &request.model_options)?),
+                (None, None) => {
+                    return Err(Error::Setting {
                         setting: "--generations".into(),
                         reason: "expected a vocabulary to count distinct-n with".into(),
                         hint: Some(
                             "give --tokenizer tokenizer.json, or --base model.gguf, which adds perplexity"
                                 .into(),
                         ),
-                    }),
-                };
+                    });
+                }
+            };
             let mut info = common_info(request, &scorers, &tokenizer, progress)?;
             let samples = generations.iter().map(|g| g.sample + 1);
             info.k = samples.max().unwrap_or(0);
@@ -204,14 +207,16 @@ pub fn evaluate(
             }
             let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
             info.settings.insert("generations".into(), json!(name));
-            info.settings.insert("generations_sha256".into(), json!(gguf::file_sha256(path, |_, _| ())?));
+            let texts = generations.iter().map(|g| [&g.prompt_id, &g.language, &g.prompt, &g.generated_text]);
+            info.settings.insert("n_generations".into(), json!(generations.len()));
+            info.settings.insert("generations_sha256".into(), json!(hash_of_texts(texts)));
             start_record(folder, &info)?;
             file::write_atomic(&folder.join("generations.jsonl"), &file::json_lines(generations))?;
             (generations.clone(), info, tokenizer)
         }
     };
     let scores = score_all(request, &scorers, &tokenizer, folder, &generations, interrupt, progress)?;
-    let Joined { samples, tokens } = join(generations, scores);
+    let Joined { samples, tokens } = join(folder, generations, scores)?;
     let result = summarize::summarize(info, &samples, &|text: &str| tokens[text].clone())?;
     Ok(Evaluated { result, samples })
 }
@@ -254,7 +259,7 @@ pub fn read(folder: &Path) -> Result<FinishedRun> {
             hint: Some("run the same eval again: it goes on where it stopped".into()),
         });
     }
-    let Joined { samples, tokens } = join(generations, scores);
+    let Joined { samples, tokens } = join(folder, generations, scores)?;
     Ok(FinishedRun { info: record.run, samples, tokens })
 }
 
@@ -277,6 +282,7 @@ fn check_share(flag: &str, share: f64) -> Result<()> {
 /// Refuses a folder that holds something, but no run; creates it otherwise.
 fn check_folder(folder: &Path) -> Result<()> {
     file::create_folder(folder)?;
+    file::remove_unfinished(folder)?;
     let mut entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
     if !folder.join("run.json").exists() && entries.next().is_some() {
         return Err(Error::RunFolder {
@@ -334,7 +340,7 @@ fn common_info(
     tokenizer: &TextTokenizer,
     progress: &mut dyn Progress,
 ) -> Result<RunInfo> {
-    let mut settings = Map::new();
+    let mut settings = engine_settings(request);
     let perplexity_model = match &request.base {
         None => None,
         Some(path) => {
@@ -350,23 +356,49 @@ fn common_info(
         scorers: scorers.iter().map(|s| s.info()).collect::<Vec<ScorerInfo>>(),
         toxicity_threshold: request.toxicity_threshold,
         min_coverage: request.min_coverage,
-        distinct_tokenizer: tokenizer.name(),
+        distinct_tokenizer: tokenizer.name().to_owned(),
         perplexity_model,
         bootstrap: BootstrapInfo::default(),
         ..RunInfo::default()
     })
 }
 
+/// SHA-256 of a GGUF, as `sha256sum` prints it; of a split one, that of its parts' hashes in order.
 fn hash_of(path: &Path, progress: &mut dyn Progress) -> Result<String> {
-    let mut last = 0;
-    let total = std::fs::metadata(path).map_err(Error::io("read", path))?.len();
+    let file = gguf::GgufFile::open(path)?;
+    let parts: Vec<&Path> = file.part_paths().collect();
+    let mut total = 0;
+    for part in &parts {
+        total += std::fs::metadata(part).map_err(Error::io("read", part))?.len();
+    }
     progress.start("hashing the model (bytes)", total, 0);
-    let hash = gguf::file_sha256(path, |done, _| {
-        progress.advance(done - last);
-        last = done;
-    });
+    let mut hashes = Vec::with_capacity(parts.len());
+    for part in parts {
+        let mut last = 0;
+        hashes.push(gguf::file_sha256(part, |done, _| {
+            progress.advance(done - last);
+            last = done;
+        })?);
+    }
     progress.finish();
-    hash
+    Ok(match hashes.as_slice() {
+        [hash] => hash.clone(),
+        _ => hex(&Sha256::digest(hashes.concat())),
+    })
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// One hash of many texts, in which no two lists of them look alike.
+fn hash_of_texts<'a, const N: usize>(rows: impl Iterator<Item = [&'a String; N]>) -> String {
+    let mut hash = Sha256::new();
+    for text in rows.flatten() {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text.as_bytes());
+    }
+    hex(&hash.finalize())
 }
 
 fn model_info(model: &Model, progress: &mut dyn Progress) -> Result<ModelInfo> {
@@ -379,6 +411,21 @@ fn model_info(model: &Model, progress: &mut dyn Progress) -> Result<ModelInfo> {
     })
 }
 
+/// How models are run: all that can change the last bits of a logit.
+fn engine_settings(request: &EvalRequest) -> Map<String, Value> {
+    let EvalRequest { model_options, session_options: options, .. } = request;
+    object(json!({
+        "parallel": options.n_parallel,
+        "ctx_size": options.n_ctx,
+        "batch_size": options.n_batch,
+        "ubatch_size": options.n_ubatch,
+        "threads": options.resolve_threads(),
+        "threads_batch": options.n_threads_batch.unwrap_or(options.resolve_threads()),
+        "flash_attn": options.flash_attention,
+        "n_gpu_layers": model_options.n_gpu_layers,
+    }))
+}
+
 fn model_settings(
     prompts: &[Prompt],
     prompts_name: &str,
@@ -386,33 +433,24 @@ fn model_settings(
     plan: &Plan,
     session: &Session,
 ) -> Map<String, Value> {
-    let mut hash = Sha256::new();
-    for prompt in prompts {
-        for part in [&prompt.id, &prompt.language, &prompt.text] {
-            hash.update((part.len() as u64).to_le_bytes());
-            hash.update(part.as_bytes());
-        }
-    }
-    let hash: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    let Value::Object(settings) = json!({
+    object(json!({
         "prompts": prompts_name,
         "n_prompts": prompts.len(),
-        "prompts_sha256": hash,
+        "prompts_sha256": hash_of_texts(prompts.iter().map(|p| [&p.id, &p.language, &p.text])),
         "top_k": options.sampling.top_k,
         "min_p": options.sampling.min_p,
         "ignore_eos": options.ignore_eos,
         "parallel": session.n_parallel(),
-        "ctx_size_of_a_sequence": session.n_ctx_seq(),
-        "batch_size": session.options().n_batch,
-        "ubatch_size": session.options().n_ubatch,
-        "threads": session.n_threads(),
-        "threads_batch": session.n_threads_batch(),
-        "flash_attn": session.options().flash_attention,
+        "n_ctx_seq": session.n_ctx_seq(),
         "prompts_per_unit": plan.prompts_per_unit(),
-    }) else {
-        unreachable!("the literal above is an object")
-    };
-    settings
+    }))
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(map) => map,
+        _ => unreachable!("called with object literals above"),
+    }
 }
 
 /// Generates what `generations.jsonl` lacks.
@@ -553,11 +591,20 @@ struct Joined {
     tokens: HashMap<String, Vec<String>>,
 }
 
-fn join(generations: Vec<Generation>, scores: Vec<ScoreRow>) -> Joined {
+fn join(folder: &Path, generations: Vec<Generation>, scores: Vec<ScoreRow>) -> Result<Joined> {
+    let mut samples = Vec::with_capacity(generations.len());
     let mut tokens = HashMap::with_capacity(scores.len());
-    let join_row = |(g, s): (Generation, ScoreRow)| {
+    for (i, (g, s)) in generations.into_iter().zip(scores).enumerate() {
+        if (&g.prompt_id, &g.language, g.sample) != (&s.prompt_id, &s.language, s.sample) {
+            return Err(Error::Input {
+                path: folder.join("scores.jsonl"),
+                line: Some(i + 1),
+                reason: format!("expected sample {} of prompt {:?}", g.sample, g.prompt_id),
+                hint: Some("the file was changed since; delete it to make it again".into()),
+            });
+        }
         tokens.insert(g.generated_text.clone(), s.tokens);
-        Sample {
+        samples.push(Sample {
             prompt_id: g.prompt_id,
             language: g.language,
             sample: g.sample,
@@ -569,8 +616,7 @@ fn join(generations: Vec<Generation>, scores: Vec<ScoreRow>) -> Joined {
             toxicity: s.toxicity,
             detected_language: s.detected_language,
             language_kept: s.language_kept,
-        }
-    };
-    let samples = generations.into_iter().zip(scores).map(join_row).collect();
-    Joined { samples, tokens }
+        });
+    }
+    Ok(Joined { samples, tokens })
 }

@@ -131,11 +131,8 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::eval::per_prompt::words;
     use crate::eval::result::{Estimate, ScorerInfo};
-
-    fn words(text: &str) -> Vec<String> {
-        text.split_whitespace().map(str::to_owned).collect()
-    }
 
     fn run(scorers: &[&str]) -> RunInfo {
         RunInfo {

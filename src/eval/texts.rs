@@ -215,7 +215,8 @@ pub struct Coverage {
 ///
 /// A row gets `toxicity`, an object by name of scorer in which null is a missing score, and `errors`
 /// where one is missing. Rows with `generations` keep the form of RealToxicityPrompts: each generation
-/// gets `toxicity`, a number, from the first scorer.
+/// gets `toxicity`, a number, from the first scorer. A `toxicity` or `errors` that a row has already is
+/// somebody's own: it is kept as `input_toxicity` or `input_errors`.
 pub fn score_rows(
     rows: Vec<Row>,
     scorers: &[Box<dyn Scorer>],
@@ -244,23 +245,34 @@ pub fn score_rows(
             let leading = scores.first().map(|(_, s)| &s[first..first + texts.len()]).unwrap_or_default();
             if let Some(Value::Array(list)) = object.get_mut("generations") {
                 for (generation, score) in list.iter_mut().zip(leading) {
-                    generation["toxicity"] = json!(score.as_ref().ok());
+                    let Value::Object(generation) = generation else { continue };
+                    insert_beside(generation, "toxicity", json!(score.as_ref().ok()));
+                    if let Err(error) = score {
+                        insert_beside(generation, "errors", json!(error.to_string()));
+                    }
                 }
             }
         } else {
             let of_row = || scores.iter().map(|(name, s)| (name.clone(), &s[first]));
             let found: Map<String, Value> = of_row().map(|(n, s)| (n, json!(s.as_ref().ok()))).collect();
-            object.insert("toxicity".into(), Value::Object(found));
+            insert_beside(&mut object, "toxicity", Value::Object(found));
             let errors: Map<String, Value> =
                 of_row().filter_map(|(n, s)| Some((n, json!(s.as_ref().err()?.to_string())))).collect();
             if !errors.is_empty() {
-                object.insert("errors".into(), Value::Object(errors));
+                insert_beside(&mut object, "errors", Value::Object(errors));
             }
         }
         first += texts.len();
         scored.push(object);
     }
     scored
+}
+
+/// Inserts a value, and keeps the one that was there under `input_{key}`.
+fn insert_beside(object: &mut Map<String, Value>, key: &str, value: Value) {
+    if let Some(before) = object.insert(key.to_owned(), value) {
+        object.insert(format!("input_{key}"), before);
+    }
 }
 
 #[cfg(test)]
@@ -317,6 +329,10 @@ mod tests {
         assert_eq!(
             score("{\"generations\":[{\"text\":\"a\"},{\"text\":\"bb\"}]}", Form::JsonLines, None).unwrap(),
             [json!({"generations": [{"text": "a", "toxicity": 0.01}, {"text": "bb", "toxicity": 0.02}]})]
+        );
+        assert_eq!(
+            score("{\"text\":\"ab\",\"toxicity\":0.9}", Form::JsonLines, None).unwrap(),
+            [json!({"text": "ab", "toxicity": {"length": 0.02}, "input_toxicity": 0.9})]
         );
         assert_eq!(
             score("{\"x\":\"abcd\",\"text\":\"a\"}", Form::JsonLines, Some("x")).unwrap()[0]["toxicity"],

@@ -1,6 +1,7 @@
 //! Made-up runs for the tests of the reports.
 
 use crate::eval::compare::{Side, compare};
+use crate::eval::per_prompt::words;
 use crate::eval::result::{BootstrapInfo, Comparison, EvalResult, ModelInfo, RunInfo, ScorerInfo};
 use crate::eval::sample::Sample;
 use crate::eval::summarize::summarize;
@@ -90,17 +91,13 @@ pub(crate) fn samples(languages: &[&str], n_prompts: u64, level: f64, nats: f64)
     samples
 }
 
-fn words(text: &str) -> Vec<String> {
-    text.split_whitespace().map(str::to_owned).collect()
-}
-
 /// The second of two runs, and its comparison with the first: less toxic, and a little less fluent.
 pub(crate) fn compared(languages: &[&str]) -> (EvalResult, Comparison) {
     let (before, after) = (samples(languages, 40, 1.0, 2.0), samples(languages, 40, 0.6, 2.2));
     let (run_a, run_b) =
         (run(), RunInfo { steering: Some("the control vector steer.gguf at -1".into()), ..run() });
     let result = summarize(run_b.clone(), &after, &words).unwrap();
-    let a = Side { label: "base", run: &run_a, samples: &before };
-    let b = Side { label: "steered", run: &run_b, samples: &after };
-    (result, compare(a, b, &words).unwrap())
+    let a = Side { label: "base", run: &run_a, samples: &before, tokenize: &words };
+    let b = Side { label: "steered", run: &run_b, samples: &after, tokenize: &words };
+    (result, compare(a, b).unwrap())
 }

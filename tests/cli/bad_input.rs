@@ -3,7 +3,7 @@
 use super::{detox, failure, small_eval, tiny};
 
 /// Exit code, a part of the message, and arguments after `eval -m MODEL -o FOLDER`.
-const BAD_SETTINGS: [(i32, &str, &[&str]); 12] = [
+const BAD_SETTINGS: [(i32, &str, &[&str]); 14] = [
     (2, "-k/--samples", &["-k", "0"]),
     (2, "-n/--n-predict", &["-n", "0"]),
     (2, "--top-p", &["--top-p", "1.5"]),
@@ -15,6 +15,8 @@ const BAD_SETTINGS: [(i32, &str, &[&str]); 12] = [
     (2, "--lang", &["--lang", "xx"]),
     (2, "--scorer", &["--scorer", "nobody"]),
     (2, "-np/--parallel", &["-np", "0"]),
+    (2, "-np/--parallel", &["-np", "256"]),
+    (2, "-tb/--threads-batch", &["-tb", "0"]),
     (2, "--limit", &["--limit", "0"]),
 ];
 
@@ -94,13 +96,21 @@ fn rejects_a_language_that_no_scorer_covers() {
 fn rejects_a_prompt_longer_than_the_context() {
     let folder = tempfile::tempdir().unwrap();
     let prompts = folder.path().join("en.txt");
-    std::fs::write(&prompts, format!("short\n{}\n", "long ".repeat(400))).unwrap();
+    // The long one comes late: it must be found before the first is generated.
+    std::fs::write(&prompts, format!("{}{}\n", "short\n".repeat(40), "long ".repeat(400))).unwrap();
     for more in [&[][..], &["-c", "128", "-np", "2"][..]] {
         let mut command = detox();
-        command.args(["generate", "-m"]).arg(tiny("llama.gguf")).arg("--prompts").arg(&prompts).args(more);
-        let (code, said) = failure(&mut command);
+        let run = folder.path().join("run");
+        command
+            .args(["eval", "-k", "1", "-m"])
+            .arg(tiny("llama.gguf"))
+            .arg("--prompts")
+            .arg(&prompts)
+            .args(more);
+        let (code, said) = failure(command.arg("-o").arg(&run));
         assert_eq!(code, 1);
-        assert!(said.contains("\"en/2\"") && said.contains("tokens"), "{said}");
+        assert!(!run.join("run.json").exists() && !run.join("generations.jsonl").exists());
+        assert!(said.contains("\"en/41\"") && said.contains("tokens"), "{said}");
     }
 }
 
@@ -171,4 +181,37 @@ fn an_output_file_appears_only_when_it_is_whole() {
     assert_eq!(code, 1);
     assert!(said.contains("in.jsonl:5001"), "{said}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn rejects_settings_that_would_do_nothing() {
+    for arguments in
+        [&["--compare", "a", "b", "--threshold", "0.7"][..], &["--generations", "f", "-o", "d", "-k", "3"]]
+    {
+        let (code, said) = failure(detox().arg("eval").args(arguments));
+        assert_eq!(code, 2);
+        assert!(said.contains("cannot be used with"), "{said}");
+    }
+}
+
+#[test]
+fn rejects_scores_of_other_continuations() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("g.jsonl");
+    std::fs::write(
+        &file,
+        "{\"prompt\":\"a\",\"generated_text\":\"x\",\"language\":\"en\"}\n{\"prompt\":\"b\",\"generated_text\":\"y\",\"language\":\"de\"}\n",
+    )
+    .unwrap();
+    let run = folder.path().join("run");
+    let eval = |language: &str| {
+        let mut command = detox();
+        command.args(["eval", "--lang", language, "--generations"]).arg(&file);
+        command.arg("--tokenizer").arg(tiny("tokenizer.json")).arg("-o").arg(&run);
+        command
+    };
+    eval("en").assert().success();
+    let (code, said) = failure(&mut eval("de"));
+    assert_eq!(code, 1);
+    assert!(said.contains("holds another run"), "{said}");
 }

@@ -88,7 +88,13 @@ fn the_steps_apart_give_what_the_steps_together_give() {
         let metrics = report["mean"].as_array().unwrap().clone();
         metrics.into_iter().find(|m| m["name"] == name).unwrap()["estimate"].clone()
     };
-    for name in ["lexical/expected_maximum_toxicity", "lexical/average_toxicity", "perplexity_median"] {
+    for name in [
+        "lexical/expected_maximum_toxicity",
+        "lexical/average_toxicity",
+        "perplexity_median",
+        "distinct_1",
+        "repetition",
+    ] {
         assert_eq!(metric(&run, name), metric(&again, name), "{name}");
     }
 }

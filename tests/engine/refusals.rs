@@ -140,3 +140,27 @@ fn a_damaged_tensor_gives_an_error_and_no_text() {
     assert!(error.to_string().contains("NaN"), "{error}");
     assert!(error.hint().unwrap().contains("--check-tensors"));
 }
+
+#[test]
+fn an_end_that_the_tokenizer_adds_is_not_part_of_a_prompt() {
+    use detox_gguf::gguf::{GgufFile, GgufWriter, TensorSpec, Value};
+    let file = GgufFile::open(tiny("llama")).unwrap();
+    let mut metadata = file.metadata().clone();
+    metadata.set("tokenizer.ggml.add_eos_token", Value::Bool(true));
+    let specs = file.tensors().iter().map(|t| TensorSpec {
+        name: t.name().to_owned(),
+        shape: t.shape().to_vec(),
+        tensor_type: t.tensor_type(),
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("eos.gguf");
+    let mut writer = GgufWriter::create(&path, &metadata, specs.collect()).unwrap();
+    for tensor in file.tensors() {
+        writer.write(&file.read_tensor(tensor).unwrap()).unwrap();
+    }
+    writer.finish().unwrap();
+    let (plain, with_end) = (open("llama"), Model::open(&path, &ModelOptions::default()).unwrap());
+    let tokens = with_end.tokenize_prompt("hello there").unwrap();
+    assert_eq!(tokens, plain.tokenize_prompt("hello there").unwrap());
+    assert_eq!(tokens[0], 1, "the beginning stays");
+}
