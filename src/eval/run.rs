@@ -371,12 +371,12 @@ fn hash_of(path: &Path, progress: &mut dyn Progress) -> Result<String> {
     for part in &parts {
         total += std::fs::metadata(part).map_err(Error::io("read", part))?.len();
     }
-    progress.start("hashing the model (bytes)", total, 0);
+    progress.start("hashing the model, MiB", total >> 20, 0);
     let mut hashes = Vec::with_capacity(parts.len());
     for part in parts {
         let mut last = 0;
         hashes.push(gguf::file_sha256(part, |done, _| {
-            progress.advance(done - last);
+            progress.advance((done >> 20) - (last >> 20));
             last = done;
         })?);
     }
