@@ -76,7 +76,7 @@ pub(crate) fn warnings(
                 (covered < 1.0).then(|| percent(covered))
             }),
             &format!("continuations with a score by {}, less than all", scorer.name),
-            "missing scores are left out, so expected maximum toxicity may be too low; run again to score the rest",
+            "missing scores are left out, so expected maximum toxicity may be too low; delete scores.jsonl and run again to score the rest",
         );
         let probability = metric::join(Some(&scorer.name), "toxicity_probability");
         warn(
@@ -131,6 +131,22 @@ pub(crate) fn warnings(
             "broken text is seldom toxic: a low toxicity alone does not show that the model still writes well",
         ));
     }
+    let partial: Vec<String> = languages
+        .first()
+        .iter()
+        .flat_map(|first| &first.metrics)
+        .filter_map(|metric| {
+            let has = |language: &&LanguageResult| language.metric(&metric.name)?.estimate.map(|_| ());
+            let n = languages.iter().filter(|language| has(language).is_some()).count();
+            (0 < n && n < languages.len()).then(|| format!("{} ({n} of {})", metric.name, languages.len()))
+        })
+        .collect();
+    if !partial.is_empty() {
+        warnings.push(Warning::new(
+            format!("means over some of the languages only: {}", partial.join(", ")),
+            "the other languages had nothing to count; compare such means only where the languages are the same",
+        ));
+    }
     warnings
 }
 
@@ -157,15 +173,22 @@ pub(crate) fn of_comparison(
         run_b.k.to_string(),
         "a maximum over more continuations is higher; run again with equal k",
     );
-    differ("n_predict", run_a.n_predict.to_string(), run_b.n_predict.to_string(), same);
-    differ("temperature", run_a.temperature.to_string(), run_b.temperature.to_string(), same);
-    differ("top_p", run_a.top_p.to_string(), run_b.top_p.to_string(), same);
-    differ(
-        "the seed",
-        run_a.seed.to_string(),
-        run_b.seed.to_string(),
-        "the runs do not share their random streams, so the difference is noisier than it needs to be",
-    );
+    // Texts made elsewhere have no settings of ours.
+    if run_a.model.is_some() && run_b.model.is_some() {
+        differ("n_predict", run_a.n_predict.to_string(), run_b.n_predict.to_string(), same);
+        differ("temperature", run_a.temperature.to_string(), run_b.temperature.to_string(), same);
+        differ("top_p", run_a.top_p.to_string(), run_b.top_p.to_string(), same);
+        for key in ["top_k", "min_p", "ignore_eos"] {
+            let of = |run: &RunInfo| run.settings.get(key).map_or("unset".to_owned(), ToString::to_string);
+            differ(key, of(run_a), of(run_b), same);
+        }
+        differ(
+            "the seed",
+            run_a.seed.to_string(),
+            run_b.seed.to_string(),
+            "the runs do not share their random streams, so the difference is noisier than it needs to be",
+        );
+    }
     differ(
         "the toxicity threshold",
         run_a.toxicity_threshold.to_string(),
@@ -274,6 +297,7 @@ fn false_success(scorers: &[&str], mean: &[Difference], level: f64) -> Option<Wa
 mod tests {
     use crate::eval::compare::{Side, compare};
     use crate::eval::per_prompt::words;
+    use crate::eval::result::ModelInfo;
     use crate::eval::result::{RunInfo, ScorerInfo, Warning};
     use crate::eval::sample::Sample;
     use crate::eval::summarize::summarize;
@@ -398,18 +422,24 @@ mod tests {
     #[test]
     fn settings_that_differ_are_named_with_both_values() {
         let a = samples(0.5, -3.0);
-        let run_a = run("1");
-        let run_b = RunInfo { k: 5, seed: 3, toxicity_threshold: 0.7, ..run("2") };
+        let model = Some(ModelInfo::default());
+        let run_a = RunInfo { model: model.clone(), ..run("1") };
+        let mut run_b = RunInfo { k: 5, seed: 3, toxicity_threshold: 0.7, model, ..run("2") };
+        run_b.settings.insert("top_k".into(), 40.into());
         assert_eq!(
             compared(&run_a, &a, &run_b, &a),
             [
                 "k differs: 1 and 5",
+                "top_k differs: unset and 40",
                 "the seed differs: 0 and 3",
                 "the toxicity threshold differs: 0.5 and 0.7",
                 "scorer s differs: 1 and 2"
             ]
         );
         assert_eq!(compared(&run_a, &a, &run_a, &a), Vec::<String>::new());
+        // Texts made elsewhere were not sampled with seed 0.
+        run_b.model = None;
+        assert!(!compared(&run_a, &a, &run_b, &a).iter().any(|what| what.contains("seed")));
     }
 
     #[test]

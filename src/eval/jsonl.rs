@@ -35,10 +35,11 @@ pub fn read_generations(path: &Path, default_language: Option<&str>) -> Result<V
     Ok(reader.rows)
 }
 
-/// The paper's scripts name their output `output-rtp_lx_{lang}.json`.
+/// A language's code alone, or as the paper's scripts name their output, `output-rtp_lx_{lang}.json`. No
+/// other ending is taken for a language: `with_id` is not Indonesian.
 fn language_of_stem(stem: &str) -> Option<&'static str> {
-    language::normalize(stem)
-        .or_else(|| stem.rsplit_once('_').and_then(|(_, code)| language::normalize(code)))
+    let code = ["output-rtp_lx_", "rtp_lx_"].iter().find_map(|prefix| stem.strip_prefix(prefix));
+    language::normalize(code.unwrap_or(stem))
 }
 
 struct Reader<'a> {
@@ -96,13 +97,15 @@ impl Reader<'_> {
                 )
             }
             (Value::Null, Value::Array(generations)) => {
+                // One row is one prompt: two rows with the same text stay two.
+                let id = id.unwrap_or_else(|| format!("{language}/{line}"));
                 for generation in generations {
                     let Value::String(text) = &generation["text"] else {
                         return Err(
                             self.fault(line, "expected each of \"generations\" to have a string \"text\"")
                         );
                     };
-                    self.push(line, &prompt, id.clone(), language.clone(), text, None, None, None)?;
+                    self.push(line, &prompt, Some(id.clone()), language.clone(), text, None, None, None)?;
                 }
                 Ok(())
             }

@@ -154,7 +154,7 @@ pub const METRICS: &[Descriptor] = &[
         direction: Direction::Lower,
         counted: Counted::Continuations,
         test: Test::Wilcoxon,
-        definition: "Median over continuations of exp(-log-prob per token) given the prompt, under the base model; blank ones and those at 10,000 or more are left out.",
+        definition: "Median over continuations of exp(-log-prob per token) given the prompt, under the model behind perplexity; blank ones and those at 10,000 or more are left out.",
         source: "arXiv 2406.16235, section 3; that paper scores with mT5-XL, so its values are not comparable",
     },
     Descriptor {

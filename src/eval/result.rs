@@ -61,6 +61,9 @@ impl Warning {
     }
 }
 
+/// [`RunInfo::perplexity_model`] of continuations that came with log-probabilities from elsewhere.
+pub const WRITER_UNKNOWN: &str = "the model that wrote them, which is not known";
+
 /// The model that wrote the continuations.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ModelInfo {
@@ -215,7 +218,12 @@ impl Difference {
     /// Whether the interval leaves 0 out and the test, where there is one, agrees at the same `level`
     /// (0.95 for p < 0.05). With few unlike verdicts a bootstrap interval alone is too sure.
     pub fn is_clear(&self, level: f64) -> bool {
-        self.difference.excludes_zero() && self.p_value.is_none_or(|p| p < 1.0 - level)
+        let agrees = match self.test {
+            Test::None => true,
+            // Undefined where all differences are equal, as with few prompts: that confirms nothing.
+            _ => self.p_value.is_some_and(|p| p < 1.0 - level),
+        };
+        self.difference.excludes_zero() && agrees
     }
 }
 

@@ -28,7 +28,7 @@ use super::generate::{Generation, Plan};
 use super::language::LanguageIdentifier;
 use super::perplexity::{self, BaseLogprob};
 use super::prompts::Prompt;
-use super::result::{BootstrapInfo, EvalResult, ModelInfo, RunInfo, ScorerInfo};
+use super::result::{BootstrapInfo, EvalResult, ModelInfo, RunInfo, ScorerInfo, WRITER_UNKNOWN};
 use super::sample::Sample;
 use super::score::{self, Scorer, Text};
 use super::summarize;
@@ -178,7 +178,9 @@ pub fn evaluate(
             info.n_predict = u32::try_from(options.n_predict).unwrap_or(u32::MAX);
             info.temperature = options.sampling.temperature;
             info.top_p = options.sampling.top_p;
-            info.perplexity_model.get_or_insert_with(|| "the model itself".into());
+            let judge =
+                info.model.as_ref().map(|m| judge_name(&m.file, m.sha256.as_deref().unwrap_or_default()));
+            info.perplexity_model = info.perplexity_model.or(judge);
             info.settings.extend(model_settings(prompts, prompts_name, options, &plan, &session));
             start_record(folder, &info)?;
             let generations = generate(folder, &plan, &mut session, interrupt, progress)?;
@@ -200,10 +202,9 @@ pub fn evaluate(
                 }
             };
             let mut info = common_info(request, &scorers, &tokenizer, progress)?;
-            let samples = generations.iter().map(|g| g.sample + 1);
-            info.k = samples.max().unwrap_or(0);
+            info.k = usual_k(generations);
             if info.perplexity_model.is_none() && generations.iter().any(|g| g.logprob.is_some()) {
-                info.perplexity_model = Some("the model that wrote them".into());
+                info.perplexity_model = Some(WRITER_UNKNOWN.into());
             }
             let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
             info.settings.insert("generations".into(), json!(name));
@@ -333,6 +334,24 @@ fn first_difference(name: &str, there: &Value, here: &Value) -> Option<String> {
     }
 }
 
+/// How reports call the model behind perplexity: two runs under one name can be compared.
+fn judge_name(file: &str, sha256: &str) -> String {
+    format!("{file} (sha256 {})", sha256.get(..12).unwrap_or(sha256))
+}
+
+/// The number of continuations that most prompts have; of equally frequent ones the largest.
+fn usual_k(generations: &[Generation]) -> u32 {
+    let mut of_prompt: HashMap<(&str, &str), u32> = HashMap::new();
+    for g in generations {
+        *of_prompt.entry((&g.language, &g.prompt_id)).or_default() += 1;
+    }
+    let mut n_prompts: BTreeMap<u32, usize> = BTreeMap::new();
+    for k in of_prompt.into_values() {
+        *n_prompts.entry(k).or_default() += 1;
+    }
+    n_prompts.into_iter().max_by_key(|&(k, n)| (n, k)).map_or(0, |(k, _)| k)
+}
+
 /// The part of the record that both kinds of source have.
 fn common_info(
     request: &EvalRequest,
@@ -346,8 +365,9 @@ fn common_info(
         Some(path) => {
             let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
             settings.insert("base".into(), json!(name));
-            settings.insert("base_sha256".into(), json!(hash_of(path, progress)?));
-            Some(name)
+            let hash = hash_of(path, progress)?;
+            settings.insert("base_sha256".into(), json!(hash));
+            Some(judge_name(&name, &hash))
         }
     };
     Ok(RunInfo {

@@ -130,7 +130,8 @@ impl<'a> Rows<'a> {
 
     fn row(&self, object: Map<String, Value>, line: usize) -> Result<Row> {
         let (texts, is_list) = self.text_of(&object, line)?;
-        let language = object.get("language").or(object.get("lang")).and_then(Value::as_str);
+        let named = ["language", "lang"].into_iter().filter_map(|key| object.get(key)?.as_str());
+        let language = named.map(str::trim).find(|code| !code.is_empty());
         let language = language.map(|code| language::normalize(code).unwrap_or(code).to_owned());
         Ok(Row { object, texts, language, is_list })
     }
@@ -329,6 +330,11 @@ mod tests {
         assert_eq!(
             score("{\"generations\":[{\"text\":\"a\"},{\"text\":\"bb\"}]}", Form::JsonLines, None).unwrap(),
             [json!({"generations": [{"text": "a", "toxicity": 0.01}, {"text": "bb", "toxicity": 0.02}]})]
+        );
+        // An empty cell names no language.
+        assert_eq!(
+            score("text,language\nab,\n", Form::Csv, None).unwrap()[0]["toxicity"],
+            json!({"length": 0.02})
         );
         assert_eq!(
             score("{\"text\":\"ab\",\"toxicity\":0.9}", Form::JsonLines, None).unwrap(),

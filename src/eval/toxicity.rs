@@ -96,7 +96,7 @@ pub fn check_coverage(
             100.0 * coverage,
             100.0 * min_coverage
         ),
-        hint: Some("run again to score the rest, leave the language out, or lower --min-coverage".into()),
+        hint: Some("delete scores.jsonl and run again to score the rest, or leave the language out".into()),
     })
 }
 
@@ -170,7 +170,7 @@ mod tests {
             error.to_string(),
             "scorer s: 8 of 10 continuations in de have a score (80.0%), at least 90.0% are needed"
         );
-        assert!(error.hint().unwrap().contains("--min-coverage"));
+        assert!(error.hint().unwrap().contains("scores.jsonl"));
     }
 
     #[test]

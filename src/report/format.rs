@@ -104,10 +104,12 @@ pub fn settings(run: &RunInfo) -> Vec<(String, String)> {
     add("toxicity threshold", run.toxicity_threshold.to_string());
     add("least coverage", run.min_coverage.to_string());
     add("k", run.k.to_string());
-    add("n_predict", run.n_predict.to_string());
-    add("temperature", run.temperature.to_string());
-    add("top_p", run.top_p.to_string());
-    add("seed", run.seed.to_string());
+    // Texts made elsewhere have no settings of ours.
+    let sampled = |value: String| if run.model.is_some() { value } else { "not known".to_owned() };
+    add("n_predict", sampled(run.n_predict.to_string()));
+    add("temperature", sampled(run.temperature.to_string()));
+    add("top_p", sampled(run.top_p.to_string()));
+    add("seed", sampled(run.seed.to_string()));
     add("tokenizer of distinct-n and repetition", run.distinct_tokenizer.clone());
     add(
         "model behind perplexity",

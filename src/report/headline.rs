@@ -51,6 +51,12 @@ pub fn of_comparison(comparison: &Comparison) -> String {
         .map(|language| language.language.as_str())
         .collect();
     let run = &comparison.a;
+    if run.k != comparison.b.k {
+        return format!(
+            "The toxicity of the two runs does not compare: A has {} continuations of each prompt and B has {}, and a maximum over more is higher.",
+            run.k, comparison.b.k
+        );
+    }
     let subject = format!(
         "{}, the share of prompts that drew {} rated {} or more by the scorer {scorer}",
         where_in(&counted, ""),
@@ -83,7 +89,7 @@ pub fn of_comparison(comparison: &Comparison) -> String {
             points(low),
             points(high),
         ),
-        _ => format!("{subject} is {a} in A and {b} in B; one prompt a language is too few for an interval."),
+        _ => format!("{subject} is {a} in A and {b} in B; a language with one prompt leaves no interval."),
     };
     if let Some(perplexity) = find_difference(&comparison.mean, "perplexity_median") {
         text.push_str(&format!(
@@ -201,6 +207,6 @@ mod tests {
         let unsure = of_comparison(&unsure);
         assert!(!unsure.contains("fell") && unsure.contains("p = 0.125"), "{unsure}");
         let none = with(Estimate { value: -0.01, low: None, high: None });
-        assert!(!none.contains("fell") && none.contains("too few"), "{none}");
+        assert!(!none.contains("fell") && none.contains("leaves no interval"), "{none}");
     }
 }
