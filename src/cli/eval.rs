@@ -30,7 +30,7 @@ pub struct EvalArguments {
     #[arg(long, value_name = "FILE", conflicts_with_all = NOT_WITH_GENERATIONS)]
     generations: Option<PathBuf>,
     /// Compare two runs, the second with the first; -o takes the comparison
-    #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], conflicts_with_all = NOT_WITH_COMPARE)]
+    #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], conflicts_with_all = NOT_WITH_GENERATIONS, conflicts_with_all = ALSO_NOT_WITH_COMPARE)]
     compare: Vec<PathBuf>,
     #[command(flatten)]
     prompts: PromptArguments,
@@ -57,21 +57,10 @@ const NOT_WITH_GENERATIONS: [&str; 11] = [
     "ignore_eos",
 ];
 
-/// Two finished runs have their settings.
-const NOT_WITH_COMPARE: [&str; 26] = [
-    "model",
+/// Nor do these where two runs are finished: they have their settings.
+const ALSO_NOT_WITH_COMPARE: [&str; 15] = [
     "generations",
-    "prompts",
     "lang",
-    "limit",
-    "samples",
-    "n_predict",
-    "temp",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "ignore_eos",
     "scorer",
     "threshold",
     "min_coverage",
