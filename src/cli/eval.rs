@@ -108,7 +108,12 @@ impl EvalArguments {
         }
         let folder =
             self.output.as_deref().ok_or_else(|| Error::setting("-o/--output", "expected a folder"))?;
-        let evaluated = run::evaluate(&self.request()?, folder, interrupt, &mut Shown::new())?;
+        let evaluated = run::evaluate(&self.request()?, folder, interrupt, &mut Shown::new());
+        let evaluated = evaluated.inspect_err(|error| {
+            if matches!(error, Error::Interrupted) {
+                eprintln!("the same command goes on after the last whole unit in {}", folder.display());
+            }
+        })?;
         let result = &evaluated.result;
         let leading = self.measure.scorer.first().map_or(score::LEXICAL, String::as_str);
         let excerpts = report::most_toxic(&evaluated.samples, leading, EXCERPTS);

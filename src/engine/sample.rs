@@ -404,8 +404,8 @@ fn sum_exp(logits: &[f32], top: f32, scale: f32) -> f64 {
     sum
 }
 
-/// e^x for x <= 0 with a relative error under 5e-6 (2e-7 near 0), in operations that compilers turn
-/// into vectors; the library's `exp` is a call for each element.
+/// e^x for x <= 0 with a relative error under 5e-6, in operations that compilers turn into
+/// vectors; the library's `exp` is a call for each element.
 ///
 /// 2^(n + f) with n whole and f in [-1/2, 1/2]: n goes into the exponent bits, 2^f is a polynomial.
 fn exp_of_nonpositive(x: f32) -> f32 {

@@ -268,8 +268,8 @@ impl Session {
             }
             self.decode()?;
         }
-        // llama.cpp copies a whole stream, used or not, which on a CPU takes as long as a decode step or
-        // two; the cells in use alone are copied through the host. A device copies faster by itself.
+        // llama.cpp copies a whole stream, used or not. On a CPU the cells in use alone are copied, through
+        // the host; a device copies faster by itself.
         self.prompt_state = if self.model.on_cpu() { self.context.save(PROMPT_SLOT) } else { None };
         self.row(last).map(<[f32]>::to_vec)
     }
