@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use crate::engine::schedule::GenerateOptions;
-use crate::engine::{FlashAttention, Model, ModelOptions, Sampling, SessionOptions};
+use crate::engine::{CacheType, FlashAttention, Model, ModelOptions, Sampling, SessionOptions};
 use crate::error::Result;
 use crate::eval::language;
 use crate::eval::prompts::{Prompt, PromptSource};
@@ -38,9 +38,37 @@ pub struct EngineArguments {
     /// Fused attention (-fa)
     #[arg(long, value_enum, default_value = "auto")]
     pub flash_attn: FlashAttentionArgument,
+    /// Keys in the KV cache (-ctk)
+    #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
+    pub cache_type_k: CacheTypeArgument,
+    /// Values in the KV cache (-ctv)
+    #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
+    pub cache_type_v: CacheTypeArgument,
     /// Look for values that are no numbers while loading
     #[arg(long)]
     pub check_tensors: bool,
+}
+
+/// llama.cpp's names of types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, non_camel_case_types, reason = "ggml's own spelling")]
+pub enum CacheTypeArgument {
+    F32,
+    F16,
+    Bf16,
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl CacheTypeArgument {
+    fn cache_type(self) -> CacheType {
+        match self {
+            CacheTypeArgument::F32 => CacheType::F32,
+            CacheTypeArgument::F16 => CacheType::F16,
+            CacheTypeArgument::Bf16 => CacheType::Bf16,
+            CacheTypeArgument::Q8_0 => CacheType::Q8_0,
+        }
+    }
 }
 
 /// `on`, `off` or `auto`.
@@ -74,6 +102,8 @@ impl EngineArguments {
                 FlashAttentionArgument::Off => FlashAttention::Off,
                 FlashAttentionArgument::Auto => FlashAttention::Auto,
             },
+            cache_type_k: self.cache_type_k.cache_type(),
+            cache_type_v: self.cache_type_v.cache_type(),
         }
     }
 

@@ -1,13 +1,13 @@
-//! `bench generate`: how fast does this build generate?
+//! `bench`: how fast does this build generate, and what does steering cost?
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use clap::{Args, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
 
-use crate::engine::bench::{self, BenchRow};
-use crate::engine::{self, Sampling};
+use crate::engine::bench::{self, BenchRow, SteeringRow};
+use crate::engine::{self, Model, Sampling};
 use crate::error::Result;
 
 use super::arguments::EngineArguments;
@@ -18,6 +18,92 @@ use super::print;
 pub enum BenchCommand {
     /// Tokens a second at several numbers of sequences
     Generate(BenchGenerate),
+    /// Tokens a second unsteered, under a control vector, and with the callback on few and on all layers
+    Steer(BenchSteer),
+}
+
+impl BenchCommand {
+    /// Measures and prints.
+    pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+        match self {
+            BenchCommand::Generate(arguments) => arguments.run(interrupt),
+            BenchCommand::Steer(arguments) => arguments.run(interrupt),
+        }
+    }
+}
+
+/// Arguments of `bench steer`.
+#[derive(Debug, Args)]
+pub struct BenchSteer {
+    /// Model (GGUF)
+    #[arg(short, long, value_name = "FILE")]
+    model: PathBuf,
+    /// Sequences
+    #[arg(long, value_name = "N", default_value_t = 25)]
+    sequences: usize,
+    /// Tokens in the prompt
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    n_prompt: usize,
+    /// Tokens decoded in each sequence
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    n_predict: usize,
+    /// Rounds through all ways, after one that is not counted; medians are shown
+    #[arg(long, value_name = "N", default_value_t = 9)]
+    runs: usize,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+impl BenchSteer {
+    fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+        let model = self.engine.open(&self.model)?;
+        let rows = bench::bench_steering(
+            &model,
+            &self.engine.session_options(),
+            self.sequences,
+            self.n_prompt,
+            self.n_predict,
+            self.runs,
+            interrupt,
+        )?;
+        if self.json {
+            return print(&format!("{:#}\n", described(&model, &self.model, &rows)));
+        }
+        print(&format!("{}, {} sequences\n{}\n", model.description(), self.sequences, steering_table(&rows)))
+    }
+}
+
+/// The measurements with what they were made on.
+fn described<T: serde::Serialize>(model: &Model, path: &Path, rows: &[T]) -> serde_json::Value {
+    serde_json::json!({
+        "model": path.file_name().map(|f| f.to_string_lossy()),
+        "description": model.description(),
+        "n_vocab": model.n_vocab(),
+        "version": crate::version(),
+        "llama_cpp": engine::llama_version(),
+        "system": engine::system_info(),
+        "rows": rows,
+    })
+}
+
+fn steering_table(rows: &[SteeringRow]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["", "tokens/s", "time against unsteered"]);
+    for row in rows {
+        table.add_row([
+            row.way.to_owned(),
+            format!("{:.1}", row.tokens_per_second),
+            format!("{:+.1}%", 100.0 * (row.relative_time - 1.0)),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
 }
 
 /// Arguments of `bench generate`.
@@ -46,8 +132,7 @@ pub struct BenchGenerate {
 }
 
 impl BenchGenerate {
-    /// Measures and prints.
-    pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+    fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let model = self.engine.open(&self.model)?;
         let rows = bench::bench(
             &model,
@@ -60,16 +145,7 @@ impl BenchGenerate {
             interrupt,
         )?;
         if self.json {
-            let report = serde_json::json!({
-                "model": self.model.file_name().map(|f| f.to_string_lossy()),
-                "description": model.description(),
-                "n_vocab": model.n_vocab(),
-                "version": crate::version(),
-                "llama_cpp": engine::llama_version(),
-                "system": engine::system_info(),
-                "rows": rows,
-            });
-            return print(&format!("{report:#}\n"));
+            return print(&format!("{:#}\n", described(&model, &self.model, &rows)));
         }
         print(&format!(
             "{}, {} tokens in the vocabulary\n{}\n",

@@ -58,7 +58,7 @@ const NOT_WITH_GENERATIONS: [&str; 11] = [
 ];
 
 /// Nor do these where two runs are finished: they have their settings.
-const ALSO_NOT_WITH_COMPARE: [&str; 15] = [
+const ALSO_NOT_WITH_COMPARE: [&str; 17] = [
     "generations",
     "lang",
     "scorer",
@@ -73,6 +73,8 @@ const ALSO_NOT_WITH_COMPARE: [&str; 15] = [
     "threads",
     "threads_batch",
     "n_gpu_layers",
+    "cache_type_k",
+    "cache_type_v",
     "check_tensors",
 ];
 

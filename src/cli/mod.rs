@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
     name = "detox-gguf",
     version = crate::version(),
     about = "Measure how toxic a GGUF model's continuations are, in 17 languages",
-    after_help = "llama.cpp's flags keep their names and meanings, the two-letter ones (-ngl -np -ub -tb -fa) included."
+    after_help = "llama.cpp's flags keep their names and meanings, the short ones (-ngl -np -ub -tb -fa …) included."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -58,7 +58,7 @@ pub fn main() -> ExitCode {
         Command::Eval(arguments) => arguments.run(&interrupt),
         Command::Generate(arguments) => arguments.run(&interrupt),
         Command::Score(arguments) => arguments.run(),
-        Command::Bench(bench::BenchCommand::Generate(arguments)) => arguments.run(&interrupt),
+        Command::Bench(command) => command.run(&interrupt),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -78,13 +78,15 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// llama.cpp's flags of two letters behind one dash, which no parser of ours knows.
-const TWO_LETTER_FLAGS: [(&str, &str); 5] = [
+/// llama.cpp's flags of several letters behind one dash, which no parser of ours knows.
+const SHORT_FLAGS: [(&str, &str); 7] = [
     ("-ngl", "--n-gpu-layers"),
     ("-np", "--parallel"),
     ("-ub", "--ubatch-size"),
     ("-tb", "--threads-batch"),
     ("-fa", "--flash-attn"),
+    ("-ctk", "--cache-type-k"),
+    ("-ctv", "--cache-type-v"),
 ];
 
 fn with_long_flags(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
@@ -92,7 +94,7 @@ fn with_long_flags(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
     arguments
         .map(|argument| {
             only_values |= argument == "--";
-            let long = TWO_LETTER_FLAGS.iter().find(|(short, _)| !only_values && argument == *short);
+            let long = SHORT_FLAGS.iter().find(|(short, _)| !only_values && argument == *short);
             long.map_or(argument, |(_, long)| OsString::from(long))
         })
         .collect()
@@ -161,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn two_letter_flags_of_llama_cpp_are_understood_where_they_are_flags() {
+    fn short_flags_of_llama_cpp_are_understood_where_they_are_flags() {
         let typed = ["x", "-np", "4", "-n", "p", "--", "-np"].map(OsString::from);
         let long: Vec<OsString> = with_long_flags(typed.into_iter());
         assert_eq!(long, ["x", "--parallel", "4", "-n", "p", "--", "-np"].map(OsString::from));

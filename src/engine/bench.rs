@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use super::model::Model;
 use super::schedule::{self, GenerateOptions, GenerateStats, Request};
 use super::session::{Session, SessionOptions};
+use super::steering::{Change, ControlVector, Edit, Operation, Steering, When};
 use super::{Sampling, Token, sample};
 
 /// One line of the table: `n_parallel` continuations of one prompt, decoded together.
@@ -88,11 +89,7 @@ fn bench_row(
             runs.push(stats);
         }
     }
-    let median_of = |rate: &dyn Fn(&GenerateStats) -> f64| {
-        let mut rates: Vec<f64> = runs.iter().map(rate).collect();
-        rates.sort_by(f64::total_cmp);
-        rates[rates.len() / 2]
-    };
+    let median_of = |rate: &dyn Fn(&GenerateStats) -> f64| median(runs.iter().map(rate).collect());
     Ok(BenchRow {
         n_parallel,
         n_prompt,
@@ -107,6 +104,105 @@ fn bench_row(
         }),
         prompt_tokens_per_second: median_of(&|s| s.n_prompt as f64 / s.prompt_time.as_secs_f64()),
     })
+}
+
+/// What one way of steering costs.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SteeringRow {
+    /// The way.
+    pub way: &'static str,
+    /// Tokens a second, decoding and sampling together: the median.
+    pub tokens_per_second: f64,
+    /// The median over rounds of its time in a round as a multiple of the unsteered time in that round.
+    pub relative_time: f64,
+}
+
+/// Measures generation unsteered and steered in several ways, in turns, so that all meet the same machine.
+///
+/// The steering changes next to nothing (offsets of 1e-6), but costs what any steering of its kind does:
+/// a control vector on all layers, and the callback on one layer, on a quarter of them, and on all, each
+/// with 8 neurons a layer. Prompt and continuations as in [`bench`]. The first round is not counted.
+///
+/// Errors: as [`bench`]; [`Error::Model`] for an architecture that the callback does not know.
+pub fn bench_steering(
+    model: &Model,
+    options: &SessionOptions,
+    n_parallel: usize,
+    n_prompt: usize,
+    n_predict: usize,
+    n_runs: usize,
+    interrupt: &AtomicBool,
+) -> Result<Vec<SteeringRow>> {
+    for (flag, n) in [("--n-prompt", n_prompt), ("-n/--n-predict", n_predict), ("--runs", n_runs)] {
+        if n == 0 {
+            return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
+        }
+    }
+    const OFFSET: f32 = 1e-6;
+    let n_layer = model.n_layer();
+    let neurons_of = |layers: std::ops::Range<usize>| Steering {
+        edits: layers
+            .flat_map(|layer| (0..8).map(move |index| (layer, index)))
+            .map(|(layer, index)| Edit {
+                layer,
+                when: When::Both,
+                coefficient: 1.0,
+                change: Change::Neuron { index, operation: Operation::Offset(OFFSET) },
+            })
+            .collect(),
+        ..Steering::default()
+    };
+    let n_embd = model.n_embd();
+    let rows = vec![OFFSET; n_embd * n_layer.saturating_sub(1)];
+    let ways = [
+        ("unsteered", Steering::default()),
+        (
+            "control vector, all layers",
+            Steering { control_vector: Some(ControlVector { n_embd, rows }), ..Steering::default() },
+        ),
+        ("callback, 1 layer", neurons_of(n_layer / 2..n_layer / 2 + 1)),
+        ("callback, a quarter of the layers", neurons_of(0..n_layer.div_ceil(4))),
+        ("callback, all layers", neurons_of(0..n_layer)),
+    ];
+    let options = SessionOptions { n_parallel: Some(n_parallel), ..options.clone() };
+    let mut sessions = ways
+        .into_iter()
+        .map(|(way, steering)| {
+            let steered = model.with_steering(steering)?;
+            Ok((way, Session::open(&steered, &options, n_prompt + n_predict + 1)?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let requests = [Request { id: "bench".into(), tokens: random_tokens(model, n_prompt) }];
+    let generate = GenerateOptions {
+        k: u32::try_from(n_parallel).unwrap_or(u32::MAX),
+        n_predict: n_predict + 1,
+        sampling: Sampling::PAPER,
+        seed: 0,
+        ignore_eos: true,
+    };
+    // Seconds a token, `[n_ways][n_runs]`.
+    let mut times = vec![Vec::with_capacity(n_runs); sessions.len()];
+    for run in 0..=n_runs {
+        for ((_, session), times) in sessions.iter_mut().zip(&mut times) {
+            let stats = schedule::generate(session, &requests, &generate, interrupt, |_| Ok(()))?;
+            if run > 0 {
+                times.push((stats.decode_time + stats.sample_time).as_secs_f64() / stats.n_decoded as f64);
+            }
+        }
+    }
+    let rows = sessions.iter().zip(&times).map(|((way, _), of_way)| SteeringRow {
+        way,
+        tokens_per_second: 1.0 / median(of_way.clone()),
+        relative_time: median(
+            of_way.iter().zip(&times[0]).map(|(time, unsteered)| time / unsteered).collect(),
+        ),
+    });
+    Ok(rows.collect())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// Tokens that stand for text, chosen by a fixed seed.

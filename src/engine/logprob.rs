@@ -20,7 +20,7 @@ pub struct Request {
 }
 
 /// The rows of logits that one decode may produce: 256 MiB, whatever the vocabulary.
-const MOST_LOGIT_BYTES: usize = 256 << 20;
+pub(super) const MOST_LOGIT_BYTES: usize = 256 << 20;
 
 /// A continuation in a slot, of which `n_done` tokens have been decoded.
 struct Task {

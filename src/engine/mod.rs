@@ -1,26 +1,39 @@
 //! Models and sessions over llama.cpp: many continuations of many prompts, and log-probabilities.
 //!
 //! ```text
-//! Model ──► Session ──► schedule::generate   k sampled continuations a prompt
-//!                  └──► logprob::score       log-probabilities of given continuations
+//! Model ──► Session ──► schedule::generate     k sampled continuations a prompt
+//!   ▲              ├──► logprob::score         log-probabilities of given continuations
+//! Steering         ├──► activation::record     mean activations of neurons over greedy continuations
+//!                  └──► residual::record       mean residual streams of texts, by layer
 //! ```
 //!
 //! A [`Model`] is shared; each [`Session`] owns one `llama_context`. Its sequences are slots: slot 0
 //! holds the prompt that is being served, slots 1 to `n_parallel` the continuations. Every slot has a
 //! KV stream of its own, so a token attends over its own sequence only; a prompt is decoded once, in
 //! slot 0, and its KV is copied to the slots that continue it.
+//!
+//! [`Steering`] describes what changes a model while it runs. A [`Model`] carries one to every session
+//! opened over it; [`Session::steer`] changes it between two decodes. Values inside the graph are read and
+//! written by llama.cpp's eval callback, which only sessions that need it have.
 
+pub mod activation;
+pub mod architecture;
 pub mod bench;
 mod ffi;
 pub mod logprob;
 pub mod model;
+pub mod residual;
 pub mod sample;
 pub mod schedule;
 pub mod session;
+pub mod steering;
+mod watch;
 
-pub use model::{Model, ModelOptions};
+pub use architecture::Architecture;
+pub use model::{LoadedSteering, Model, ModelOptions, Vocabulary};
 pub use sample::Sampling;
-pub use session::{FlashAttention, Session, SessionOptions};
+pub use session::{CacheType, FlashAttention, Session, SessionOptions};
+pub use steering::Steering;
 
 /// A token id, as llama.cpp counts them: `0..n_vocab`.
 pub type Token = i32;

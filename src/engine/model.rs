@@ -1,4 +1,4 @@
-//! A loaded model: its sizes and its tokenizer.
+//! A loaded model: its sizes, its tokenizer, and what steers it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -7,7 +7,9 @@ use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile};
 
 use super::Token;
-use super::ffi::{self, LoadParams, ModelHandle};
+use super::architecture::Architecture;
+use super::ffi::{self, LoadParams, LoraHandle, ModelHandle};
+use super::steering::{Change, Operation, Steering};
 
 /// How to load a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +32,27 @@ pub struct Model {
     pub(super) handle: Arc<ModelHandle>,
     path: PathBuf,
     architecture: String,
+    n_layer: usize,
+    /// Neurons of each layer, `[n_layer]`.
+    n_ff: Vec<usize>,
     kv_bytes_per_cell: usize,
     on_cpu: bool,
+    steering: Arc<LoadedSteering>,
+}
+
+/// A [`Steering`] that was checked against a model, with its adapters in memory.
+#[derive(Debug)]
+pub struct LoadedSteering {
+    steering: Steering,
+    pub(super) loras: Vec<(Arc<LoraHandle>, f32)>,
+    pub(super) model: Arc<ModelHandle>,
+}
+
+impl LoadedSteering {
+    /// What it does.
+    pub fn steering(&self) -> &Steering {
+        &self.steering
+    }
 }
 
 impl Model {
@@ -49,7 +70,13 @@ impl Model {
             reason,
             hint: Some(hint.to_owned()),
         };
-        let params = LoadParams { n_gpu_layers: options.n_gpu_layers, check_tensors: options.check_tensors };
+        let n_layer = file.n_layer()? as usize;
+        let n_ff = file.n_ff_per_layer().unwrap_or_default().into_iter().map(|n| n as usize).collect();
+        let params = LoadParams {
+            n_gpu_layers: options.n_gpu_layers,
+            check_tensors: options.check_tensors,
+            vocab_only: false,
+        };
         file.check_unchanged()?;
         let handle = ModelHandle::load(path, params).ok_or_else(|| {
             refused(
@@ -65,13 +92,136 @@ impl Model {
         }
         let kv_bytes_per_cell = kv_bytes_per_cell(&file);
         let on_cpu = options.n_gpu_layers == 0 || !ffi::supports_offload();
+        let handle = Arc::new(handle);
+        let steering =
+            LoadedSteering { steering: Steering::default(), loras: Vec::new(), model: handle.clone() };
         Ok(Model {
-            handle: Arc::new(handle),
+            handle,
             path: path.to_path_buf(),
             architecture,
+            n_layer,
+            n_ff,
             kv_bytes_per_cell,
             on_cpu,
+            steering: Arc::new(steering),
         })
+    }
+
+    /// Checks what is to steer this model, and loads its adapters.
+    ///
+    /// Errors: [`Error::Model`] for an architecture that edits do not know, and for layers, neurons or
+    /// lengths that the model has not; also where llama.cpp refuses an adapter.
+    pub fn load_steering(&self, steering: Steering) -> Result<LoadedSteering> {
+        self.check_steering(&steering)?;
+        let loras = steering
+            .loras
+            .iter()
+            .map(|lora| {
+                let handle = LoraHandle::load(&self.handle, &lora.path).ok_or_else(|| Error::Model {
+                    path: lora.path.clone(),
+                    reason: format!("llama.cpp refused it as a LoRA adapter of {}", self.path.display()),
+                    hint: Some("run again with -v to see llama.cpp's own words".into()),
+                })?;
+                Ok((Arc::new(handle), lora.scale))
+            })
+            .collect::<Result<_>>()?;
+        Ok(LoadedSteering { steering, loras, model: self.handle.clone() })
+    }
+
+    /// The same model, steered in every session that is opened over it.
+    ///
+    /// Errors: as [`Model::load_steering`].
+    pub fn with_steering(&self, steering: Steering) -> Result<Model> {
+        let steering = Arc::new(self.load_steering(steering)?);
+        Ok(Model { steering, ..self.clone() })
+    }
+
+    /// What steers it.
+    pub fn steering(&self) -> &Arc<LoadedSteering> {
+        &self.steering
+    }
+
+    /// What llama.cpp's graph of it is like.
+    ///
+    /// Errors: [`Error::Model`] for an architecture that interventions and recordings do not know.
+    pub fn graph(&self) -> Result<&'static Architecture> {
+        Architecture::require(&self.architecture, &self.path)
+    }
+
+    fn check_steering(&self, steering: &Steering) -> Result<()> {
+        let refuse = |reason: String| Error::Model { path: self.path.clone(), reason, hint: None };
+        if let Some(vector) = &steering.control_vector {
+            let (n_embd, n_values) = (self.n_embd(), self.n_embd() * self.n_layer.saturating_sub(1));
+            if vector.n_embd != n_embd || vector.rows.len() != n_values {
+                return Err(refuse(format!(
+                    "expected a control vector of {} rows of {n_embd} values, found {} values in rows of {}",
+                    self.n_layer.saturating_sub(1),
+                    vector.rows.len(),
+                    vector.n_embd
+                )));
+            }
+            if vector.rows.iter().any(|v| !v.is_finite()) {
+                return Err(refuse("a control vector holds NaN or infinite values".into()));
+            }
+        }
+        if let Some(lora) = steering.loras.iter().find(|lora| !lora.scale.is_finite()) {
+            return Err(refuse(format!(
+                "expected a finite scale for adapter {}, found {}",
+                lora.path.display(),
+                lora.scale
+            )));
+        }
+        if !steering.edits.is_empty() {
+            self.graph()?;
+        }
+        for edit in &steering.edits {
+            if edit.layer >= self.n_layer {
+                let n_layer = self.n_layer;
+                return Err(refuse(format!(
+                    "an edit of layer {}, and it has layers 0 to {}",
+                    edit.layer,
+                    n_layer - 1
+                )));
+            }
+            let operation = match &edit.change {
+                Change::Neuron { index, operation } => {
+                    let n_ff = self.n_ff.get(edit.layer).copied().unwrap_or(0);
+                    if *index >= n_ff {
+                        return Err(refuse(format!(
+                            "an edit of neuron {index} of layer {}, which has {n_ff} neurons",
+                            edit.layer
+                        )));
+                    }
+                    operation
+                }
+                Change::Direction { vector, operation } => {
+                    if vector.len() != self.n_embd() {
+                        return Err(refuse(format!(
+                            "expected a direction of {} values, found {}",
+                            self.n_embd(),
+                            vector.len()
+                        )));
+                    }
+                    if vector.iter().any(|v| !v.is_finite()) || vector.iter().all(|&v| v == 0.0) {
+                        return Err(refuse("a direction is zero, or holds NaN or infinite values".into()));
+                    }
+                    operation
+                }
+            };
+            let is_sound = edit.coefficient.is_finite()
+                && match *operation {
+                    Operation::Offset(x) | Operation::Assign(x) | Operation::Scale(x) => x.is_finite(),
+                    // One bound may be infinite.
+                    Operation::Clamp { min, max } => min <= max,
+                };
+            if !is_sound {
+                return Err(refuse(format!(
+                    "expected finite numbers in an edit of layer {}, found {operation:?} with coefficient {}",
+                    edit.layer, edit.coefficient
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The file it was loaded from.
@@ -92,6 +242,21 @@ impl Model {
     /// Tokens in the vocabulary.
     pub fn n_vocab(&self) -> usize {
         self.handle.n_vocab()
+    }
+
+    /// Blocks.
+    pub fn n_layer(&self) -> usize {
+        self.n_layer
+    }
+
+    /// Width of the residual stream.
+    pub fn n_embd(&self) -> usize {
+        self.handle.n_embd()
+    }
+
+    /// Neurons of each layer's FFN, shape `[n_layer]`; empty where the file does not say.
+    pub fn n_ff(&self) -> &[usize] {
+        &self.n_ff
     }
 
     /// Tokens of context that the model was trained with.
@@ -159,6 +324,35 @@ impl Model {
     /// Whether `token` ends a generation.
     pub fn is_end_of_generation(&self, token: Token) -> bool {
         self.handle.is_end_of_generation(token)
+    }
+}
+
+/// A model's tokens alone: loaded in a moment, whatever the size of the model.
+#[derive(Debug)]
+pub struct Vocabulary {
+    handle: ModelHandle,
+}
+
+impl Vocabulary {
+    /// Loads the vocabulary of the GGUF at `path`.
+    ///
+    /// Errors: as [`Model::open`].
+    pub fn open(path: &Path) -> Result<Vocabulary> {
+        let file = GgufFile::open(path)?;
+        gguf::check_decoder(&file)?;
+        file.check_unchanged()?;
+        let params = LoadParams { n_gpu_layers: 0, check_tensors: false, vocab_only: true };
+        let handle = ModelHandle::load(path, params).ok_or_else(|| Error::Model {
+            path: path.to_path_buf(),
+            reason: format!("llama.cpp {} refused its vocabulary", super::llama_version()),
+            hint: Some("run again with -v to see llama.cpp's own words".into()),
+        })?;
+        Ok(Vocabulary { handle })
+    }
+
+    /// The text of one token, with bytes that are no UTF-8 replaced; empty for control tokens.
+    pub fn text(&self, token: Token) -> String {
+        String::from_utf8_lossy(&self.handle.piece(token)).into_owned()
     }
 }
 

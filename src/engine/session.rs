@@ -4,8 +4,10 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
 
+use super::architecture::Architecture;
 use super::ffi::{self, Batch, ContextHandle, ContextParams, SequenceState};
-use super::model::Model;
+use super::model::{LoadedSteering, Model};
+use super::watch::{Phase, Recording, Watch};
 use super::{Token, sample};
 
 /// Whether attention runs in one fused operation (`-fa`).
@@ -19,6 +21,30 @@ pub enum FlashAttention {
     /// Where the backend supports it.
     #[default]
     Auto,
+}
+
+/// How keys or values are kept in the KV cache (`-ctk`, `-ctv`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, non_camel_case_types, reason = "ggml's own spelling")]
+pub enum CacheType {
+    F32,
+    #[default]
+    F16,
+    Bf16,
+    Q8_0,
+}
+
+impl CacheType {
+    /// Bits of one number.
+    fn bits(self) -> usize {
+        match self {
+            CacheType::F32 => 32,
+            CacheType::F16 | CacheType::Bf16 => 16,
+            // Blocks of 32 have a scale of two bytes; half a bit a number, rounded up.
+            CacheType::Q8_0 => 9,
+        }
+    }
 }
 
 /// llama.cpp's flags for a context, with llama.cpp's meanings.
@@ -38,6 +64,10 @@ pub struct SessionOptions {
     pub n_threads_batch: Option<usize>,
     /// Fused attention (`-fa`).
     pub flash_attention: FlashAttention,
+    /// Keys in the cache (`-ctk`).
+    pub cache_type_k: CacheType,
+    /// Values in the cache (`-ctv`).
+    pub cache_type_v: CacheType,
 }
 
 impl Default for SessionOptions {
@@ -50,6 +80,8 @@ impl Default for SessionOptions {
             n_threads: None,
             n_threads_batch: None,
             flash_attention: FlashAttention::Auto,
+            cache_type_k: CacheType::default(),
+            cache_type_v: CacheType::default(),
         }
     }
 }
@@ -63,6 +95,12 @@ impl SessionOptions {
         self.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
     }
 
+    /// Bytes of KV cache that one token takes over all layers.
+    fn kv_bytes_per_cell(&self, model: &Model) -> usize {
+        // Keys and values have nearly the same width in every model: their mean type is close enough.
+        model.kv_bytes_per_cell() * (self.cache_type_k.bits() + self.cache_type_v.bits()) / 32
+    }
+
     /// The number of sequences to decode at once, when each needs `n_ctx_seq` tokens.
     ///
     /// Without `-np`: as many as a quarter of the machine's memory holds, at most 100. The memory is
@@ -70,7 +108,8 @@ impl SessionOptions {
     pub fn resolve_parallel(&self, model: &Model, n_ctx_seq: usize) -> usize {
         self.n_parallel.unwrap_or_else(|| {
             let quarter = usize::try_from(total_memory() / 4).unwrap_or(usize::MAX);
-            let of_memory = quarter / (model.kv_bytes_per_cell() * n_ctx_seq.next_multiple_of(CELLS)).max(1);
+            let of_memory =
+                quarter / (self.kv_bytes_per_cell(model) * n_ctx_seq.next_multiple_of(CELLS)).max(1);
             // Under -c the sequences share what was given.
             let of_context = self.n_ctx.map_or(MOST_PARALLEL, |n_ctx| n_ctx / n_ctx_seq.max(1));
             MOST_PARALLEL.min(of_memory).min(of_context).max(1)
@@ -113,14 +152,44 @@ pub struct Session {
     model: Model,
     n_parallel: usize,
     n_ctx_seq: usize,
+    has_control_vector: bool,
+    /// Sequences that are exempt from edits.
+    n_exempt: usize,
+}
+
+fn control_vector_is_for_all() -> Error {
+    Error::Setting {
+        setting: "steering".into(),
+        reason: "llama.cpp adds a control vector to all sequences, and some are to be exempt".into(),
+        hint: Some("compile the intervention for the callback (steer::compile, Route::Callback)".into()),
+    }
 }
 
 impl Session {
-    /// Opens a session whose sequences hold at least `n_ctx_seq` tokens each, prompt and continuation.
+    /// Opens a session whose sequences hold at least `n_ctx_seq` tokens each, prompt and continuation,
+    /// steered as `model` is.
     ///
     /// Errors: [`Error::Setting`] where the flags contradict each other, [`Error::Model`] when
     /// llama.cpp cannot allocate the context.
     pub fn open(model: &Model, options: &SessionOptions, n_ctx_seq: usize) -> Result<Session> {
+        let needs_callback = !model.steering().steering().edits.is_empty();
+        Session::open_as(model, options, n_ctx_seq, needs_callback)
+    }
+
+    /// As [`Session::open`], with the eval callback installed: needed to record values, to make edits that
+    /// the model was not steered by at the start, and to exempt sequences from them.
+    ///
+    /// Errors: also [`Error::Model`] for an architecture that the callback does not know.
+    pub fn open_with_callback(model: &Model, options: &SessionOptions, n_ctx_seq: usize) -> Result<Session> {
+        Session::open_as(model, options, n_ctx_seq, true)
+    }
+
+    fn open_as(
+        model: &Model,
+        options: &SessionOptions,
+        n_ctx_seq: usize,
+        has_callback: bool,
+    ) -> Result<Session> {
         let n_parallel = options.resolve_parallel(model, n_ctx_seq);
         for (flag, n) in [
             ("-np/--parallel", n_parallel),
@@ -188,12 +257,18 @@ impl Session {
             n_threads: n_threads as i32,
             n_threads_batch: n_threads_batch as i32,
             flash_attention: options.flash_attention,
+            cache_type_k: options.cache_type_k,
+            cache_type_v: options.cache_type_v,
         };
-        let context = ContextHandle::new(model.handle.clone(), &params).ok_or_else(|| Error::Model {
+        let watch = match has_callback {
+            true => Some(Watch::new(model.graph()?, model.n_layer(), n_seq_max)),
+            false => None,
+        };
+        let context = ContextHandle::new(model.handle.clone(), &params, watch).ok_or_else(|| Error::Model {
             path: model.path().to_path_buf(),
             reason: format!(
                 "llama.cpp could not open a context of {n_seq_max} sequences of {n_ctx_seq} tokens ({} MiB of KV cache)",
-                model.kv_bytes_per_cell().saturating_mul(params.n_ctx as usize) >> 20
+                options.kv_bytes_per_cell(model).saturating_mul(params.n_ctx as usize) >> 20
             ),
             hint: Some("lower -np/--parallel or -c/--ctx-size, or run again with -v to see llama.cpp's own words".into()),
         })?;
@@ -203,7 +278,7 @@ impl Session {
             .map_err(|e| Error::setting("-t/--threads", format!("cannot start {n_threads} threads: {e}")))?;
         // What was asked for, not what llama.cpp rounded it up to: -c means what it says.
         let n_ctx_seq = n_ctx_seq.min(context.n_ctx_seq());
-        Ok(Session {
+        let mut session = Session {
             context,
             batch: Batch::default(),
             pool,
@@ -211,7 +286,110 @@ impl Session {
             model: model.clone(),
             n_parallel,
             n_ctx_seq,
+            has_control_vector: false,
+            n_exempt: 0,
+        };
+        if !model.steering().steering().is_empty() {
+            session.steer(&model.steering().clone())?;
+        }
+        Ok(session)
+    }
+
+    /// Steers what is decoded from now on, in place of what did until now. KV that was computed before
+    /// stays as it is.
+    ///
+    /// Errors: [`Error::Model`] for a steering loaded for another model, and for a control vector on an
+    /// architecture that ignores it; [`Error::Setting`] for edits in a session without the eval callback,
+    /// and for a control vector while sequences are exempt.
+    pub fn steer(&mut self, loaded: &LoadedSteering) -> Result<()> {
+        if !std::sync::Arc::ptr_eq(&loaded.model, &self.model.handle) {
+            return Err(self.refusal("the steering was loaded for another model".into()));
+        }
+        let steering = loaded.steering();
+        let rows = steering.control_vector.as_ref().map(|vector| vector.rows.as_slice());
+        // Rows of zeros add nothing, and cost nothing when they are left out.
+        let rows = rows.filter(|rows| rows.iter().any(|&v| v != 0.0));
+        if rows.is_some() && self.n_exempt > 0 {
+            return Err(control_vector_is_for_all());
+        }
+        match self.context.watch() {
+            Some(watch) => watch.set_edits(&steering.edits),
+            None if steering.edits.is_empty() => {}
+            None => {
+                return Err(Error::setting(
+                    "steering",
+                    "these edits need the eval callback, which this session was opened without",
+                ));
+            }
+        }
+        self.context.set_loras(&loaded.loras);
+        if rows.is_some() && Architecture::find(self.model.architecture()).is_none() {
+            self.prove_control_vector(rows)?;
+        }
+        self.set_control_vector(rows)
+    }
+
+    fn set_control_vector(&mut self, rows: Option<&[f32]>) -> Result<()> {
+        if rows.is_none() && !self.has_control_vector {
+            return Ok(());
+        }
+        if !self.context.set_control_vector(rows, self.model.n_layer()) {
+            return Err(self.refusal("llama.cpp refused the control vector".into()));
+        }
+        self.has_control_vector = rows.is_some();
+        Ok(())
+    }
+
+    /// Some graphs have no place for a control vector, and ignore it: then logits do not change.
+    fn prove_control_vector(&mut self, rows: Option<&[f32]>) -> Result<()> {
+        let tokens = [0];
+        self.set_control_vector(None)?;
+        let without = self.logits(&tokens)?;
+        self.set_control_vector(rows)?;
+        let with = self.logits(&tokens)?;
+        self.context.clear();
+        if without != with {
+            return Ok(());
+        }
+        Err(Error::Model {
+            path: self.model.path().to_path_buf(),
+            reason: format!(
+                "llama.cpp ignores control vectors on architecture {:?}: logits do not change",
+                self.model.architecture()
+            ),
+            hint: Some("use a LoRA adapter instead, or a model of another architecture".into()),
         })
+    }
+
+    /// Exempts a sequence from all edits, or no longer. Slot 0 holds prompts, 1 to `n_parallel` what
+    /// continues them.
+    ///
+    /// Errors: [`Error::Setting`] without the eval callback, and under a control vector, which llama.cpp
+    /// adds to all sequences: compile the intervention for the callback.
+    pub fn set_exempt(&mut self, slot: usize, is_exempt: bool) -> Result<()> {
+        if slot > self.n_parallel {
+            let reason = format!("expected a slot from 0 to {}, found {slot}", self.n_parallel);
+            return Err(Error::setting("slot", reason));
+        }
+        if is_exempt && self.has_control_vector {
+            return Err(control_vector_is_for_all());
+        }
+        let Some(watch) = self.context.watch() else {
+            return Err(Error::setting(
+                "slot",
+                "sequences can be exempt only in a session with the eval callback",
+            ));
+        };
+        match (watch.set_exempt(slot, is_exempt), is_exempt) {
+            (true, true) => self.n_exempt += 1,
+            (true, false) => self.n_exempt -= 1,
+            (false, _) => {}
+        }
+        Ok(())
+    }
+
+    fn refusal(&self, reason: String) -> Error {
+        Error::Model { path: self.model.path().to_path_buf(), reason, hint: None }
     }
 
     /// The model it runs.
@@ -266,7 +444,7 @@ impl Session {
                 let is_last = i + 1 == n_chunks && j + 1 == chunk.len();
                 last = self.batch.push(token, i * n_batch + j, PROMPT_SLOT, is_last);
             }
-            self.decode()?;
+            self.decode_as(Phase::Prompt)?;
         }
         // llama.cpp copies a whole stream, used or not. On a CPU the cells in use alone are copied, through
         // the host; a device copies faster by itself.
@@ -283,9 +461,17 @@ impl Session {
         }
     }
 
-    /// Decodes `self.batch`.
+    /// Decodes `self.batch`, which continues prompts.
     pub(super) fn decode(&mut self) -> Result<()> {
+        self.decode_as(Phase::Generation)
+    }
+
+    /// Decodes `self.batch`.
+    pub(super) fn decode_as(&mut self, phase: Phase) -> Result<()> {
         let n_tokens = self.batch.len();
+        if let Some(watch) = self.context.watch() {
+            watch.set_phase(phase);
+        }
         self.context.decode(&mut self.batch).map_err(|reason| Error::Decode { n_tokens, reason })
     }
 
@@ -294,6 +480,31 @@ impl Session {
         self.context.logits(index).ok_or_else(|| Error::Decode {
             n_tokens: self.batch.len(),
             reason: format!("no logits for token {index}"),
+        })
+    }
+
+    /// Records at each decode from now on; with `stops_early` the graph ends at the last of the places.
+    pub(super) fn start_recording(&mut self, recordings: Vec<Recording>, stops_early: bool) -> Result<()> {
+        let Some(watch) = self.context.watch() else {
+            return Err(Error::setting("recording", "this session was opened without the eval callback"));
+        };
+        watch.set_recordings(recordings, stops_early);
+        Ok(())
+    }
+
+    pub(super) fn stop_recording(&mut self) {
+        if let Some(watch) = self.context.watch() {
+            watch.set_recordings(Vec::new(), false);
+        }
+    }
+
+    /// What recording `recording` saw at token `index` of the last batch.
+    pub(super) fn recorded(&mut self, recording: usize, index: usize) -> Result<&[f32]> {
+        let n_tokens = self.batch.len();
+        let recordings = self.context.watch().map(|watch| watch.recordings()).unwrap_or_default();
+        recordings.get(recording).and_then(|r| r.row(index)).ok_or_else(|| Error::Decode {
+            n_tokens,
+            reason: format!("recording {recording} has nothing of token {index}"),
         })
     }
 
@@ -308,20 +519,37 @@ impl Session {
 
     /// Logits after every token of `tokens` as one sequence, shape `[tokens.len()][n_vocab]`.
     ///
-    /// For tests against a reference; evaluation never needs whole rows.
+    /// For comparisons with a reference; evaluation never needs whole rows.
     pub fn logits(&mut self, tokens: &[Token]) -> Result<Vec<Vec<f32>>> {
-        self.check_fits("", tokens.len(), 0)?;
+        let mut of_sequences = self.logits_of_each(&[tokens])?;
+        Ok(of_sequences.pop().unwrap_or_default())
+    }
+
+    /// As [`Session::logits`] for several sequences in one batch, in slots 0, 1, …: shape
+    /// `[sequences][tokens][n_vocab]`. The tokens count as prompts.
+    pub fn logits_of_each(&mut self, sequences: &[&[Token]]) -> Result<Vec<Vec<Vec<f32>>>> {
+        if sequences.len() > self.n_parallel + 1 {
+            let reason =
+                format!("{} sequences, and there are {} slots", sequences.len(), self.n_parallel + 1);
+            return Err(Error::setting("-np/--parallel", reason));
+        }
+        for tokens in sequences {
+            self.check_fits("", tokens.len(), 0)?;
+        }
         self.context.clear();
-        let mut rows = Vec::with_capacity(tokens.len());
-        let n_batch = self.context.n_batch();
-        for (i, chunk) in tokens.chunks(n_batch).enumerate() {
+        let tokens = sequences.iter().enumerate().flat_map(|(slot, tokens)| {
+            tokens.iter().enumerate().map(move |(position, &token)| (slot, position, token))
+        });
+        let tokens: Vec<(usize, usize, Token)> = tokens.collect();
+        let mut rows = vec![Vec::new(); sequences.len()];
+        for chunk in tokens.chunks(self.context.n_batch()) {
             self.batch.clear();
-            for (j, &token) in chunk.iter().enumerate() {
-                self.batch.push(token, i * n_batch + j, PROMPT_SLOT, true);
+            for &(slot, position, token) in chunk {
+                self.batch.push(token, position, slot, true);
             }
-            self.decode()?;
-            for j in 0..chunk.len() {
-                rows.push(self.row(j)?.to_vec());
+            self.decode_as(Phase::Prompt)?;
+            for (i, &(slot, ..)) in chunk.iter().enumerate() {
+                rows[slot].push(self.row(i)?.to_vec());
             }
         }
         Ok(rows)

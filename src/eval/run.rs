@@ -442,6 +442,8 @@ fn engine_settings(request: &EvalRequest) -> Map<String, Value> {
         "threads": options.resolve_threads(),
         "threads_batch": options.n_threads_batch.unwrap_or(options.resolve_threads()),
         "flash_attn": options.flash_attention,
+        "cache_type_k": options.cache_type_k,
+        "cache_type_v": options.cache_type_v,
         "n_gpu_layers": model_options.n_gpu_layers,
     }))
 }

@@ -4,8 +4,6 @@
 //! deviation 2.8) by at most 0.013, measured; 0.05 is the bound. Q8_0 weights are multiplied with
 //! activations rounded to 8 bits, which moves logits by 0.24; there the bound is 0.5.
 
-use std::path::Path;
-
 use detox_gguf::engine::logprob::{self, Request};
 use detox_gguf::engine::schedule::{self, Finish, GenerateOptions};
 use detox_gguf::engine::{Sampling, Token};
@@ -42,8 +40,7 @@ struct Continuation {
 }
 
 fn golden(name: &str) -> Golden {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/tiny_{name}.json"));
-    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    super::golden(name)
 }
 
 /// Largest difference of a logit, and of a log-probability.

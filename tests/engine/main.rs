@@ -2,12 +2,14 @@
 
 mod generation;
 mod golden;
+mod recording;
 mod refusals;
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
-use detox_gguf::engine::{FlashAttention, Model, ModelOptions, Session, SessionOptions};
+use detox_gguf::engine::{CacheType, FlashAttention, Model, ModelOptions, Session, SessionOptions};
+use serde::de::DeserializeOwned;
 
 fn tiny(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("gguf/tiny").join(format!("{name}.gguf"))
@@ -33,4 +35,29 @@ fn session(model: &Model, n_parallel: usize) -> Session {
 
 fn go_on() -> AtomicBool {
     AtomicBool::new(false)
+}
+
+/// As [`options`], with an F32 cache and without fused attention: what is left of the difference to
+/// PyTorch is the order of sums, and ggml's table of GELU in F16.
+fn exact(n_parallel: usize) -> SessionOptions {
+    SessionOptions {
+        flash_attention: FlashAttention::Off,
+        cache_type_k: CacheType::F32,
+        cache_type_v: CacheType::F32,
+        ..options(n_parallel)
+    }
+}
+
+/// Largest difference to PyTorch of a value in the residual stream or a logit, under [`exact`].
+fn tolerance(name: &str) -> f32 {
+    match name {
+        "gpt2" | "bloom" | "gemma3" => 0.03,
+        _ => 1e-3,
+    }
+}
+
+/// A file of goldens.
+fn golden<T: DeserializeOwned>(name: &str) -> T {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/tiny_{name}.json"));
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
 }

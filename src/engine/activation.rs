@@ -1,0 +1,152 @@
+//! Records neuron activations while a model continues prompts greedily.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, Result};
+
+use super::schedule::Request;
+use super::watch::{InBlock, Place, Recording};
+use super::{Sampling, Session, Token, sample};
+
+/// What one prompt gave.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptActivations {
+    /// The mean activation of each neuron over the steps, shape `[n_neurons]`, in the order asked for.
+    pub mean: Vec<f32>,
+    /// The greedy continuation, one token a step.
+    pub tokens: Vec<Token>,
+}
+
+/// Mean activations of `neurons`, each a layer and an index, over the next `n_predict` greedy tokens of each
+/// prompt: the mean over steps of the activation at the last position, that is at the last token of the
+/// prompt and at all tokens generated but the last (the paper's protocol, section 4.2, as its script
+/// collects them). The steps are `n_predict` for every prompt: an end-of-generation token does not end them.
+///
+/// The session must have been opened with [`Session::open_with_callback`]. `done` is called after every
+/// group of prompts with the number of prompts that are finished.
+///
+/// Errors: [`Error::PromptTooLong`] before anything runs; [`Error::Setting`] for a neuron that the model has
+/// not, or a session without callback; [`Error::Interrupted`].
+pub fn record(
+    session: &mut Session,
+    prompts: &[Request],
+    neurons: &[(usize, usize)],
+    n_predict: usize,
+    interrupt: &AtomicBool,
+    mut done: impl FnMut(usize),
+) -> Result<Vec<PromptActivations>> {
+    if n_predict == 0 {
+        return Err(Error::setting("-n/--n-predict", "expected a number from 1 up, found 0"));
+    }
+    for prompt in prompts {
+        session.check_fits(&prompt.id, prompt.tokens.len(), n_predict)?;
+    }
+    let n_ff = session.model().n_ff();
+    if let Some((il, i)) = neurons.iter().find(|&&(il, i)| n_ff.get(il).is_none_or(|&n| i >= n)) {
+        return Err(Error::setting(
+            "--neurons",
+            format!("the model has no neuron {i} in layer {il}: {} layers of {n_ff:?} neurons", n_ff.len()),
+        ));
+    }
+    // One recording a layer; `columns[n]` is where neuron n stands: its recording and its column there.
+    let mut layers: Vec<usize> = neurons.iter().map(|&(il, _)| il).collect();
+    layers.sort_unstable();
+    layers.dedup();
+    let mut of_layers: Vec<Vec<usize>> = vec![Vec::new(); layers.len()];
+    let mut columns = Vec::with_capacity(neurons.len());
+    for &(il, i) in neurons {
+        let recording = layers.partition_point(|&l| l < il);
+        columns.push((recording, of_layers[recording].len()));
+        of_layers[recording].push(i);
+    }
+    let recordings = layers
+        .iter()
+        .zip(of_layers)
+        .map(|(&il, of_layer)| Recording::new(Place::Block(il, InBlock::Neurons), Some(of_layer)))
+        .collect();
+    session.start_recording(recordings, false)?;
+    let mut all = Vec::with_capacity(prompts.len());
+    let mut result = Ok(());
+    for group in prompts.chunks(session.n_parallel()) {
+        match record_group(session, group, &columns, n_predict, interrupt) {
+            Ok(mut recorded) => all.append(&mut recorded),
+            Err(error) => {
+                result = Err(error);
+                break;
+            }
+        }
+        done(all.len());
+    }
+    session.stop_recording();
+    result.map(|()| all)
+}
+
+/// A prompt in its slot.
+struct Running {
+    slot: usize,
+    n_prompt: usize,
+    tokens: Vec<Token>,
+    sums: Vec<f64>,
+}
+
+fn record_group(
+    session: &mut Session,
+    prompts: &[Request],
+    columns: &[(usize, usize)],
+    n_predict: usize,
+    interrupt: &AtomicBool,
+) -> Result<Vec<PromptActivations>> {
+    session.context.clear();
+    let mut running = Vec::with_capacity(prompts.len());
+    for (i, prompt) in prompts.iter().enumerate() {
+        stop_if(interrupt)?;
+        let row = session.load_prompt(&prompt.tokens)?;
+        let mut new = Running {
+            slot: i + 1,
+            n_prompt: prompt.tokens.len(),
+            tokens: vec![greedy(session, &row)?],
+            sums: vec![0.0; columns.len()],
+        };
+        // The prompt's last piece of a batch ends with its last token.
+        let last = (prompt.tokens.len() - 1) % session.context.n_batch();
+        new.add(session, columns, last)?;
+        session.fork_prompt(new.slot);
+        running.push(new);
+    }
+    for _ in 1..n_predict {
+        stop_if(interrupt)?;
+        session.batch.clear();
+        for r in &running {
+            // A running prompt has the token that its prompt's logits gave.
+            let last = *r.tokens.last().expect("a running prompt has a token");
+            session.batch.push(last, r.n_prompt + r.tokens.len() - 1, r.slot, true);
+        }
+        session.decode()?;
+        for (index, r) in running.iter_mut().enumerate() {
+            r.add(session, columns, index)?;
+            r.tokens.push(greedy(session, session.row(index)?)?);
+        }
+    }
+    let mean = |sums: &[f64]| sums.iter().map(|sum| (sum / n_predict as f64) as f32).collect();
+    Ok(running.into_iter().map(|r| PromptActivations { mean: mean(&r.sums), tokens: r.tokens }).collect())
+}
+
+impl Running {
+    /// Adds what was recorded at token `index` of the last batch.
+    fn add(&mut self, session: &mut Session, columns: &[(usize, usize)], index: usize) -> Result<()> {
+        for (sum, &(recording, column)) in self.sums.iter_mut().zip(columns) {
+            *sum += f64::from(session.recorded(recording, index)?[column]);
+        }
+        Ok(())
+    }
+}
+
+fn greedy(session: &Session, row: &[f32]) -> Result<Token> {
+    let mut unused = sample::random_stream(0, "", 0);
+    let choice = sample::choose(row, &Sampling::GREEDY, &mut unused);
+    choice.map(|choice| choice.token).ok_or_else(|| session.no_distribution())
+}
+
+fn stop_if(interrupt: &AtomicBool) -> Result<()> {
+    if interrupt.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+}

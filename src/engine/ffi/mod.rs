@@ -1,0 +1,109 @@
+//! Every `unsafe` over llama.cpp: owned handles whose methods cannot be called wrongly.
+//!
+//! Three handles: [`ModelHandle`] owns a `llama_model`, [`LoraHandle`] an adapter to it, and
+//! [`ContextHandle`] a `llama_context`; the last two hold their model, so that it is freed last. llama.cpp
+//! ends the process on a failed assertion; what can be checked is therefore checked here before each call,
+//! in `Batch::check` above all. [`Node`] is what llama.cpp's eval callback sees.
+
+mod adapter;
+mod callback;
+mod context;
+mod model;
+
+use std::ffi::{CStr, c_char, c_void};
+use std::ptr;
+use std::sync::{Mutex, Once, OnceLock, PoisonError};
+
+use llama_cpp_sys_2 as sys;
+
+pub(super) use adapter::LoraHandle;
+pub(super) use callback::Node;
+pub(super) use context::{Batch, ContextHandle, ContextParams, SequenceState};
+pub(super) use model::{LoadParams, ModelHandle};
+
+/// Starts llama.cpp once for the process, and sends its log to `tracing`.
+pub(super) fn start_backend() {
+    static STARTED: Once = Once::new();
+    STARTED.call_once(|| {
+        // SAFETY: the callback is a function that lives as long as the program and takes no user data;
+        // starting the backend has no precondition, and doing it again changes nothing.
+        unsafe {
+            sys::llama_log_set(Some(log), ptr::null_mut());
+            sys::llama_backend_init();
+        }
+    });
+}
+
+/// A line of llama.cpp's log that has not ended yet, with its level.
+static UNFINISHED: Mutex<(tracing::Level, String)> = Mutex::new((tracing::Level::INFO, String::new()));
+
+/// Receives llama.cpp's log, which comes in parts of lines.
+extern "C" fn log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {
+    // A panic (of a subscriber, say) must not cross into C; a lost line of log is the lesser harm.
+    let _ = std::panic::catch_unwind(|| {
+        // SAFETY: llama.cpp passes a terminated string that lives during the call.
+        let text = unsafe { text_of(text) };
+        let mut unfinished = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
+        match level {
+            sys::GGML_LOG_LEVEL_CONT => {}
+            sys::GGML_LOG_LEVEL_ERROR => unfinished.0 = tracing::Level::ERROR,
+            sys::GGML_LOG_LEVEL_WARN => unfinished.0 = tracing::Level::WARN,
+            sys::GGML_LOG_LEVEL_INFO => unfinished.0 = tracing::Level::INFO,
+            _ => unfinished.0 = tracing::Level::DEBUG,
+        }
+        unfinished.1.push_str(&text);
+        if !unfinished.1.ends_with('\n') {
+            return;
+        }
+        let (level, line) = (unfinished.0, std::mem::take(&mut unfinished.1));
+        drop(unfinished);
+        let line = line.trim_end();
+        match level {
+            tracing::Level::ERROR => tracing::error!(target: "llama.cpp", "{line}"),
+            tracing::Level::WARN => tracing::warn!(target: "llama.cpp", "{line}"),
+            tracing::Level::INFO => tracing::info!(target: "llama.cpp", "{line}"),
+            _ => tracing::debug!(target: "llama.cpp", "{line}"),
+        }
+    });
+}
+
+/// The version of llama.cpp that is linked in.
+pub(super) fn llama_version() -> String {
+    // SAFETY: returns a pointer to a static, terminated string.
+    unsafe { text_of(sys::llama_version()) }
+}
+
+/// What this build of ggml uses of the CPU, such as `CPU : AVX512 = 1 | AMX_INT8 = 1`.
+pub(super) fn system_info() -> String {
+    static INFO: OnceLock<String> = OnceLock::new();
+    let info = INFO.get_or_init(|| {
+        start_backend();
+        // SAFETY: llama.cpp writes the text into one static buffer at each call; this is the only call, made
+        // once, and it copies the text before it returns.
+        unsafe { text_of(sys::llama_print_system_info()) }
+    });
+    info.clone()
+}
+
+/// The most sequences that one context can have.
+pub(super) fn most_sequences() -> usize {
+    // SAFETY: returns a constant.
+    unsafe { sys::llama_max_parallel_sequences() }
+}
+
+/// Whether this build can compute elsewhere than on the CPU.
+pub(super) fn supports_offload() -> bool {
+    start_backend();
+    // SAFETY: asks the registered backends, which `start_backend` has registered; changes nothing.
+    unsafe { sys::llama_supports_gpu_offload() }
+}
+
+/// # Safety
+/// `pointer` is null or points to a terminated string that lives during the call.
+unsafe fn text_of(pointer: *const c_char) -> String {
+    if pointer.is_null() {
+        return String::new();
+    }
+    // SAFETY: not null, and terminated by the contract above.
+    unsafe { CStr::from_ptr(pointer) }.to_string_lossy().into_owned()
+}

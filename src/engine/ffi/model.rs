@@ -1,0 +1,196 @@
+//! An owned `llama_model`.
+
+use std::ffi::{CStr, CString};
+use std::path::Path;
+use std::ptr::NonNull;
+use std::sync::Mutex;
+
+use llama_cpp_sys_2 as sys;
+
+use super::start_backend;
+use crate::engine::Token;
+
+/// Loading parameters, in llama.cpp's own terms.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::engine) struct LoadParams {
+    pub n_gpu_layers: i32,
+    pub check_tensors: bool,
+    /// Only the vocabulary: such a model has a tokenizer, and cannot run.
+    pub vocab_only: bool,
+}
+
+/// A loaded model.
+#[derive(Debug)]
+pub(in crate::engine) struct ModelHandle {
+    pub(super) model: NonNull<sys::llama_model>,
+    vocab: NonNull<sys::llama_vocab>,
+    /// Held while llama.cpp writes to the model's list of adapters.
+    pub(super) adapters: Mutex<()>,
+}
+
+// SAFETY: a `llama_model` is not written to after it was loaded, but for its list of adapters, which
+// `adapters` guards; llama.cpp itself shares one between threads that each have their own context.
+unsafe impl Send for ModelHandle {}
+// SAFETY: as above: every method here only reads.
+unsafe impl Sync for ModelHandle {}
+
+impl Drop for ModelHandle {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from llama_model_load_from_file, is freed once, and every context
+        // over it holds an `Arc` of this handle, so that none is left.
+        unsafe { sys::llama_model_free(self.model.as_ptr()) }
+    }
+}
+
+impl ModelHandle {
+    /// Loads a GGUF that `gguf::GgufFile::open` has validated; `None` when llama.cpp refuses it.
+    pub(in crate::engine) fn load(path: &Path, params: LoadParams) -> Option<ModelHandle> {
+        start_backend();
+        let path = CString::new(path.to_str()?).ok()?;
+        // SAFETY: returns a plain struct.
+        let mut raw = unsafe { sys::llama_model_default_params() };
+        raw.n_gpu_layers = params.n_gpu_layers;
+        raw.check_tensors = params.check_tensors;
+        raw.vocab_only = params.vocab_only;
+        // SAFETY: `path` is terminated and lives during the call; the pointers inside `raw` are the
+        // defaults (null), and the backend was started above.
+        let model = NonNull::new(unsafe { sys::llama_model_load_from_file(path.as_ptr(), raw) })?;
+        // SAFETY: the model is alive; the vocabulary belongs to it and lives as long.
+        let vocab = unsafe { sys::llama_model_get_vocab(model.as_ptr()) };
+        match NonNull::new(vocab.cast_mut()) {
+            Some(vocab) => Some(ModelHandle { model, vocab, adapters: Mutex::new(()) }),
+            None => {
+                // SAFETY: the model came from llama_model_load_from_file and is not used again.
+                unsafe { sys::llama_model_free(model.as_ptr()) };
+                None
+            }
+        }
+    }
+
+    pub(in crate::engine) fn n_vocab(&self) -> usize {
+        // SAFETY: the vocabulary lives as long as the model.
+        unsafe { sys::llama_vocab_n_tokens(self.vocab.as_ptr()) }.try_into().unwrap_or(0)
+    }
+
+    /// Width of the residual stream.
+    pub(in crate::engine) fn n_embd(&self) -> usize {
+        // SAFETY: the model is alive.
+        unsafe { sys::llama_model_n_embd(self.model.as_ptr()) }.try_into().unwrap_or(0)
+    }
+
+    pub(in crate::engine) fn n_ctx_train(&self) -> usize {
+        // SAFETY: the model is alive.
+        unsafe { sys::llama_model_n_ctx_train(self.model.as_ptr()) }.try_into().unwrap_or(0)
+    }
+
+    pub(in crate::engine) fn n_params(&self) -> u64 {
+        // SAFETY: the model is alive.
+        unsafe { sys::llama_model_n_params(self.model.as_ptr()) }
+    }
+
+    /// Whether tokens are generated one after the other by a decoder alone.
+    pub(in crate::engine) fn is_decoder_only(&self) -> bool {
+        // SAFETY: the model is alive.
+        unsafe {
+            let model = self.model.as_ptr();
+            sys::llama_model_has_decoder(model)
+                && !sys::llama_model_has_encoder(model)
+                && !sys::llama_model_is_diffusion(model)
+        }
+    }
+
+    /// llama.cpp's description, such as `llama 134.52M Q4_1`.
+    pub(in crate::engine) fn description(&self) -> String {
+        let mut buffer = [0u8; 256];
+        // SAFETY: the buffer is as long as said; llama.cpp writes at most that and terminates it.
+        unsafe { sys::llama_model_desc(self.model.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
+        CStr::from_bytes_until_nul(&buffer).map(|s| s.to_string_lossy().into_owned()).unwrap_or_default()
+    }
+
+    pub(in crate::engine) fn is_end_of_generation(&self, token: Token) -> bool {
+        self.holds(token)
+            // SAFETY: the token is inside the vocabulary, which lives as long as the model.
+            && unsafe { sys::llama_vocab_is_eog(self.vocab.as_ptr(), token) }
+    }
+
+    pub(in crate::engine) fn is_control(&self, token: Token) -> bool {
+        self.holds(token)
+            // SAFETY: the token is inside the vocabulary, which lives as long as the model.
+            && unsafe { sys::llama_vocab_is_control(self.vocab.as_ptr(), token) }
+    }
+
+    pub(in crate::engine) fn holds(&self, token: Token) -> bool {
+        usize::try_from(token).is_ok_and(|t| t < self.n_vocab())
+    }
+
+    /// The token that ends a text, if the model's metadata asks for one after every text.
+    pub(in crate::engine) fn added_end(&self) -> Option<Token> {
+        // SAFETY: the vocabulary lives as long as the model.
+        let (is_added, token) = unsafe {
+            (sys::llama_vocab_get_add_eos(self.vocab.as_ptr()), sys::llama_vocab_eos(self.vocab.as_ptr()))
+        };
+        is_added.then_some(token)
+    }
+
+    /// Tokens of `text`; `None` when it is longer than llama.cpp can count.
+    pub(in crate::engine) fn tokenize(
+        &self,
+        text: &str,
+        add_special: bool,
+        parse_special: bool,
+    ) -> Option<Vec<Token>> {
+        let n_bytes = i32::try_from(text.len()).ok()?;
+        // A token covers at least a byte but for a few special ones; a negative answer gives the need.
+        let mut tokens = vec![0 as Token; text.len() + 8];
+        for _ in 0..2 {
+            let room = i32::try_from(tokens.len()).ok()?;
+            // SAFETY: text and token buffers are as long as said, and live during the call.
+            let n = unsafe {
+                sys::llama_tokenize(
+                    self.vocab.as_ptr(),
+                    text.as_ptr().cast(),
+                    n_bytes,
+                    tokens.as_mut_ptr(),
+                    room,
+                    add_special,
+                    parse_special,
+                )
+            };
+            if n == i32::MIN {
+                return None;
+            }
+            let needed = n.unsigned_abs() as usize;
+            tokens.resize(needed, 0);
+            if n >= 0 {
+                return Some(tokens);
+            }
+        }
+        None
+    }
+
+    /// The bytes of one token; nothing for control tokens.
+    pub(in crate::engine) fn piece(&self, token: Token) -> Vec<u8> {
+        if !self.holds(token) {
+            return Vec::new();
+        }
+        let mut bytes = vec![0u8; 32];
+        for _ in 0..2 {
+            // SAFETY: the token is inside the vocabulary; the buffer is as long as said.
+            let n = unsafe {
+                sys::llama_token_to_piece(
+                    self.vocab.as_ptr(),
+                    token,
+                    bytes.as_mut_ptr().cast(),
+                    bytes.len() as i32,
+                    0,
+                    false,
+                )
+            };
+            bytes.resize(n.unsigned_abs() as usize, 0);
+            if n >= 0 {
+                return bytes;
+            }
+        }
+        Vec::new()
+    }
+}

@@ -1,0 +1,123 @@
+//! Records the residual stream of texts, as its mean over each text's tokens.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, Result};
+
+use super::logprob::MOST_LOGIT_BYTES;
+use super::watch::{InBlock, Phase, Place, Recording};
+use super::{Session, Token};
+
+/// Where the residual stream is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ResidualPlace {
+    /// Before the first block: the embeddings, as the first block gets them.
+    Embedding,
+    /// After this block, from 0.
+    AfterBlock(usize),
+    /// After the last block and the final norm: what the output matrix gets.
+    AfterFinalNorm,
+}
+
+impl ResidualPlace {
+    /// All places of a model in order, `n_layer + 2` of them.
+    pub fn all(n_layer: usize) -> Vec<ResidualPlace> {
+        let blocks = (0..n_layer).map(ResidualPlace::AfterBlock);
+        [ResidualPlace::Embedding].into_iter().chain(blocks).chain([ResidualPlace::AfterFinalNorm]).collect()
+    }
+
+    fn place(self) -> Place {
+        match self {
+            ResidualPlace::Embedding => Place::Embedding,
+            ResidualPlace::AfterBlock(il) => Place::Block(il, InBlock::Output),
+            ResidualPlace::AfterFinalNorm => Place::FinalNorm,
+        }
+    }
+}
+
+/// The mean residual stream of each text at each of `places`, shape `[texts][places][n_embd]`.
+///
+/// The mean is over all tokens of a text, a BOS included. The session must have been opened with
+/// [`Session::open_with_callback`]; the graph ends at the last place, so that logits cost nothing. `done` is
+/// called after every batch with the number of texts that are finished.
+///
+/// Errors: [`Error::PromptTooLong`] before anything runs, [`Error::Setting`] for a place that the model has
+/// not or a session without callback, [`Error::Interrupted`].
+pub fn record(
+    session: &mut Session,
+    texts: &[Vec<Token>],
+    places: &[ResidualPlace],
+    interrupt: &AtomicBool,
+    mut done: impl FnMut(usize),
+) -> Result<Vec<Vec<Vec<f32>>>> {
+    for (i, text) in texts.iter().enumerate() {
+        session.check_fits(&format!("text {}", i + 1), text.len(), 0)?;
+    }
+    let n_layer = session.model().n_layer();
+    for place in places {
+        if let ResidualPlace::AfterBlock(il) = place
+            && *il >= n_layer
+        {
+            let reason = format!("expected a layer from 0 to {}, found {il}", n_layer - 1);
+            return Err(Error::setting("--layer", reason));
+        }
+    }
+    let recordings = places.iter().map(|place| Recording::new(place.place(), None)).collect();
+    session.start_recording(recordings, true)?;
+    let result = record_all(session, texts, places.len(), interrupt, &mut done);
+    session.stop_recording();
+    result
+}
+
+fn record_all(
+    session: &mut Session,
+    texts: &[Vec<Token>],
+    n_places: usize,
+    interrupt: &AtomicBool,
+    done: &mut impl FnMut(usize),
+) -> Result<Vec<Vec<Vec<f32>>>> {
+    // llama.cpp has room for the logits of every output, also where none are computed.
+    let row_bytes = session.model().n_vocab() * size_of::<f32>();
+    let most_tokens = (MOST_LOGIT_BYTES / row_bytes.max(1)).clamp(1, session.context.n_batch());
+    let n_slots = session.n_parallel() + 1;
+    let n_embd = session.model().n_embd();
+    let mut sums = vec![vec![vec![0f64; n_embd]; n_places]; texts.len()];
+    let mut start = 0;
+    while start < texts.len() {
+        // As many whole texts as fit; a text that is longer than a batch has it to itself, in pieces.
+        let mut end = start + 1;
+        let mut n_tokens = texts[start].len();
+        while end < texts.len() && end - start < n_slots && n_tokens + texts[end].len() <= most_tokens {
+            n_tokens += texts[end].len();
+            end += 1;
+        }
+        session.context.clear();
+        let tokens: Vec<(usize, usize, Token)> = (start..end)
+            .flat_map(|text| texts[text].iter().enumerate().map(move |(at, &token)| (text, at, token)))
+            .collect();
+        for chunk in tokens.chunks(most_tokens) {
+            if interrupt.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            session.batch.clear();
+            for &(text, at, token) in chunk {
+                session.batch.push(token, at, text - start, true);
+            }
+            session.decode_as(Phase::Prompt)?;
+            for (index, &(text, ..)) in chunk.iter().enumerate() {
+                for (place, sum) in sums[text].iter_mut().enumerate() {
+                    let row = session.recorded(place, index)?;
+                    sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
+                }
+            }
+        }
+        start = end;
+        done(start);
+    }
+    let mean = |sum: Vec<f64>, n: usize| sum.into_iter().map(|x| (x / n as f64) as f32).collect();
+    Ok(sums
+        .into_iter()
+        .zip(texts)
+        .map(|(sums, text)| sums.into_iter().map(|sum| mean(sum, text.len())).collect())
+        .collect())
+}
