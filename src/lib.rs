@@ -21,6 +21,7 @@ pub mod error;
 pub mod eval;
 pub mod file;
 pub mod gguf;
+pub mod progress;
 pub mod report;
 
 pub use error::{Error, Result};

@@ -156,7 +156,14 @@ impl EvalArguments {
             (Some(path), None) => {
                 let options = self.sampling.options()?;
                 let (prompts, prompts_name) = self.prompts.read()?;
-                Source::Model { path: path.clone(), prompts, prompts_name, options }
+                Source::Model {
+                    path: path.clone(),
+                    prompts,
+                    prompts_name,
+                    options,
+                    steering: Default::default(),
+                    steered_by: Vec::new(),
+                }
             }
             (None, None) => return Err(Error::setting("-m/--model", "expected a GGUF file")),
         };

@@ -8,8 +8,8 @@ use clap::Args;
 use crate::engine::Session;
 use crate::error::Result;
 use crate::eval::generate::Plan;
-use crate::eval::run::Progress;
 use crate::file::{self, AtomicFile};
+use crate::progress::Progress;
 
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
 use super::print;

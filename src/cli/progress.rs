@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::eval::run::Progress;
+use crate::progress::Progress;
 
 /// Shows how a run goes on.
 pub struct Shown {

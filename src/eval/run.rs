@@ -19,10 +19,11 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::engine::schedule::GenerateOptions;
-use crate::engine::{self, Model, ModelOptions, Session, SessionOptions};
+use crate::engine::{self, Model, ModelOptions, Session, SessionOptions, Steering};
 use crate::error::{Error, Result};
 use crate::file::{self, JsonLog};
 use crate::gguf;
+use crate::progress::Progress;
 
 use super::generate::{Generation, Plan};
 use super::language::LanguageIdentifier;
@@ -47,6 +48,10 @@ pub enum Source {
         prompts_name: String,
         /// How it is sampled.
         options: GenerateOptions,
+        /// What changes it while it runs.
+        steering: Steering,
+        /// What `run.json` says of that: files with their hashes, and coefficients.
+        steered_by: Vec<Value>,
     },
     /// Continuations made elsewhere.
     File {
@@ -85,18 +90,6 @@ pub struct Evaluated {
     pub result: EvalResult,
     /// What they were made from.
     pub samples: Vec<Sample>,
-}
-
-/// Told how a run goes on.
-pub trait Progress {
-    /// A phase begins: `done` of `total` are there already.
-    fn start(&mut self, phase: &str, total: u64, done: u64);
-    /// Some more are done.
-    fn advance(&mut self, n: u64);
-    /// The phase has ended.
-    fn finish(&mut self);
-    /// Something worth a line.
-    fn say(&mut self, text: &str);
 }
 
 /// Contents of `run.json`: what decides the bytes of every other file.
@@ -165,8 +158,8 @@ pub fn evaluate(
     }
 
     let (generations, info, tokenizer) = match &request.source {
-        Source::Model { path, prompts, prompts_name, options } => {
-            let model = Model::open(path, &request.model_options)?;
+        Source::Model { path, prompts, prompts_name, options, steering, steered_by } => {
+            let model = Model::open(path, &request.model_options)?.with_steering(steering.clone())?;
             let plan = Plan::new(&model, prompts.clone(), *options, &request.session_options)?;
             let tokenizer = tokenizer_file.unwrap_or_else(|| TextTokenizer::of_model(&model));
             let mut session = Session::open(&model, &request.session_options, plan.n_ctx_seq())?;
@@ -182,6 +175,9 @@ pub fn evaluate(
                 info.model.as_ref().map(|m| judge_name(&m.file, m.sha256.as_deref().unwrap_or_default()));
             info.perplexity_model = info.perplexity_model.or(judge);
             info.settings.extend(model_settings(prompts, prompts_name, options, &plan, &session));
+            if !steered_by.is_empty() {
+                info.settings.insert("steering".into(), json!(steered_by));
+            }
             start_record(folder, &info)?;
             let generations = generate(folder, &plan, &mut session, interrupt, progress)?;
             (generations, info, tokenizer)
@@ -383,32 +379,20 @@ fn common_info(
     })
 }
 
-/// SHA-256 of a GGUF, as `sha256sum` prints it; of a split one, that of its parts' hashes in order.
+/// SHA-256 of a model, with its progress shown.
 fn hash_of(path: &Path, progress: &mut dyn Progress) -> Result<String> {
-    let file = gguf::GgufFile::open(path)?;
-    let parts: Vec<&Path> = file.part_paths().collect();
-    let mut total = 0;
-    for part in &parts {
-        total += std::fs::metadata(part).map_err(Error::io("read", part))?.len();
+    let mut shown = 0;
+    let hash = gguf::model_sha256(path, |done, total| {
+        if shown == 0 {
+            progress.start("hashing the model, MiB", total >> 20, 0);
+        }
+        progress.advance((done >> 20) - (shown >> 20));
+        shown = done;
+    })?;
+    if shown > 0 {
+        progress.finish();
     }
-    progress.start("hashing the model, MiB", total >> 20, 0);
-    let mut hashes = Vec::with_capacity(parts.len());
-    for part in parts {
-        let mut last = 0;
-        hashes.push(gguf::file_sha256(part, |done, _| {
-            progress.advance((done >> 20) - (last >> 20));
-            last = done;
-        })?);
-    }
-    progress.finish();
-    Ok(match hashes.as_slice() {
-        [hash] => hash.clone(),
-        _ => hex(&Sha256::digest(hashes.concat())),
-    })
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    Ok(hash)
 }
 
 /// One hash of many texts, in which no two lists of them look alike.
@@ -418,7 +402,7 @@ fn hash_of_texts<'a, const N: usize>(rows: impl Iterator<Item = [&'a String; N]>
         hash.update((text.len() as u64).to_le_bytes());
         hash.update(text.as_bytes());
     }
-    hex(&hash.finalize())
+    file::hex(&hash.finalize())
 }
 
 fn model_info(model: &Model, progress: &mut dyn Progress) -> Result<ModelInfo> {

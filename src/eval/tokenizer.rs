@@ -93,7 +93,7 @@ impl TextTokenizer {
 
 /// The first 12 digits of a SHA-256, in hex.
 fn short_hash(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+    crate::file::hex(&Sha256::digest(bytes)[..6])
 }
 
 /// The text of a token, or its bytes in hex where they are no text by themselves.

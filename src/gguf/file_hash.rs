@@ -1,12 +1,17 @@
-//! The sha256 of a whole file.
+//! The sha256 of a whole file, and of a model of one file or several.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
+use super::GgufFile;
 use crate::error::{Error, Result};
+use crate::file::hex;
 
 /// Bytes read at a time: large enough for a system call to cost nothing, small enough to stay in the L2 cache.
 const CHUNK_BYTES: usize = 1 << 18;
@@ -35,5 +40,45 @@ pub fn file_sha256(path: impl AsRef<Path>, mut progress: impl FnMut(u64, u64)) -
         done += n as u64;
         progress(done, total);
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(&hash.finalize()))
+}
+
+/// What a file was when it was hashed: path, bytes, time of change.
+type Stamp = (PathBuf, u64, Option<SystemTime>);
+
+/// Hashes of this process: a sweep names the same model in each of its runs.
+static KNOWN: Mutex<Option<HashMap<Stamp, String>>> = Mutex::new(None);
+
+/// The sha256 of the GGUF at `path`; of a split one, that of its parts' hashes in order, as hex.
+///
+/// A file that this process has hashed before, and whose length and time of change are the same, is not
+/// read again. `progress` is as for [`file_sha256`], over all parts; it is not called for those.
+///
+/// # Errors
+/// As [`GgufFile::open`] and [`file_sha256`].
+pub fn model_sha256(path: impl AsRef<Path>, mut progress: impl FnMut(u64, u64)) -> Result<String> {
+    let file = GgufFile::open(path)?;
+    let total = file.n_bytes();
+    let mut hashes = Vec::new();
+    let mut before = 0;
+    for part in file.part_paths() {
+        let found = std::fs::metadata(part).map_err(Error::io("read", part))?;
+        let stamp = (part.to_path_buf(), found.len(), found.modified().ok());
+        let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        let hash = known().get_or_insert_default().get(&stamp).cloned();
+        let hash = match hash {
+            Some(hash) => hash,
+            None => {
+                let hash = file_sha256(part, |done, _| progress(before + done, total))?;
+                known().get_or_insert_default().insert(stamp, hash.clone());
+                hash
+            }
+        };
+        before += found.len();
+        hashes.push(hash);
+    }
+    Ok(match hashes.as_slice() {
+        [hash] => hash.clone(),
+        _ => hex(&Sha256::digest(hashes.concat())),
+    })
 }

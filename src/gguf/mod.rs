@@ -39,7 +39,7 @@ mod value;
 mod write;
 
 pub use decoder::check_decoder;
-pub use file_hash::file_sha256;
+pub use file_hash::{file_sha256, model_sha256};
 pub use file_type::file_type_name;
 pub use read::GgufFile;
 pub use tensor::{TensorInfo, TensorType};

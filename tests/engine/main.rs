@@ -4,6 +4,7 @@ mod generation;
 mod golden;
 mod recording;
 mod refusals;
+mod steering;
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;

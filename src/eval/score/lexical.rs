@@ -134,7 +134,7 @@ impl Lexical {
             return Err(WeightsError::Header("the calibration is not finite and positive"));
         }
         let entries = bytes[HEADER..].chunks_exact(2).map(|e| u16::from_le_bytes([e[0], e[1]])).collect();
-        let sha256 = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = crate::file::hex(&Sha256::digest(bytes));
         Ok(Lexical { version, sha256, entries, shift: 32 - bits, damping, slope, offset, crowding, offsets })
     }
 
