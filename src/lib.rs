@@ -1,7 +1,7 @@
 //! Measures how toxic a GGUF model's continuations are, in 17 languages, with llama.cpp.
 //!
 //! ```text
-//! gguf ──► engine ──► eval ──► report
+//! gguf ──► engine ──► steer ──► { eval | interp } ──► report
 //!                doors: cli (the program) · this crate
 //! ```
 //!
@@ -9,6 +9,8 @@
 //!
 //! - [`gguf`] reads, validates and writes GGUF files.
 //! - [`engine`] runs models: many continuations of many prompts, and log-probabilities.
+//! - [`steer`] reads, combines and compiles what changes a model while it runs.
+//! - [`interp`] finds what to change: probes, value vectors, activations, retrieval.
 //! - [`eval`] turns prompts into continuations, scores and metrics with intervals.
 //! - [`report`] turns results into JSON, CSV, Markdown, a terminal table and an HTML page.
 //!
@@ -21,8 +23,10 @@ pub mod error;
 pub mod eval;
 pub mod file;
 pub mod gguf;
+pub mod interp;
 pub mod progress;
 pub mod report;
+pub mod steer;
 
 pub use error::{Error, Result};
 

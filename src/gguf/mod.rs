@@ -1,4 +1,4 @@
-//! Reads, validates and writes GGUF files, with no help from llama.cpp.
+//! Reads, validates and writes GGUF files, with no help from llama.cpp but for the numbers in blocks.
 //!
 //! llama.cpp ends the process on a failed assertion, so a file is read here first:
 //!
@@ -28,6 +28,7 @@
 
 mod cursor;
 mod decoder;
+mod dequantize;
 mod file_hash;
 mod file_type;
 mod foreign;
@@ -39,6 +40,7 @@ mod value;
 mod write;
 
 pub use decoder::check_decoder;
+pub use dequantize::dequantize;
 pub use file_hash::{file_sha256, model_sha256};
 pub use file_type::file_type_name;
 pub use read::GgufFile;

@@ -1,0 +1,1 @@
+//! Finds what to change in a model.

@@ -1,0 +1,420 @@
+//! Directions that tell toxic from benign, from residual streams: functions of numbers, without a model.
+//!
+//! The mean difference is the plain contrast (Rimsky et al. 2023, "Steering Llama 2 via Contrastive
+//! Activation Addition", arXiv 2312.06681, section 3). The principal component is that of representation
+//! engineering (Zou et al. 2023, arXiv 2310.01405, section 3.1).
+
+use rand_chacha::ChaCha8Rng;
+use rand_core::{Rng, SeedableRng};
+
+/// Why vectors give no direction. The caller knows their layer and file, and says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum DirectionError {
+    /// There are none of one side.
+    #[error("expected toxic and benign vectors, found {n_toxic} and {n_benign}")]
+    NoVectors {
+        /// Toxic vectors.
+        n_toxic: usize,
+        /// Benign vectors.
+        n_benign: usize,
+    },
+    /// Two vectors have different lengths, or none has any.
+    #[error("expected vectors of one length, found {expected} and {found} numbers")]
+    Lengths {
+        /// Numbers in the first vector.
+        expected: usize,
+        /// Numbers in the first one that differs.
+        found: usize,
+    },
+    /// A number is NaN or infinite.
+    #[error("expected finite numbers, found another in a {side} vector")]
+    NotFinite {
+        /// "toxic" or "benign".
+        side: &'static str,
+    },
+    /// There is no difference to take a direction from.
+    #[error("toxic and benign vectors do not differ")]
+    NoDifference,
+    /// The direction with most variance does not tell the two apart, so that it has no sign.
+    #[error("toxic and benign vectors project equally, on average, on their first principal component")]
+    NoSign,
+}
+
+/// A first principal component.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PrincipalComponent {
+    /// Shape `[n_embd]`, of length 1; toxic vectors project higher on it than benign ones, on average.
+    pub direction: Vec<f32>,
+    /// Its share of the sum of squares, a fraction in (0, 1].
+    pub explained: f64,
+    /// Whether it is one of differences of pairs, not of deviations from the common mean.
+    pub paired: bool,
+}
+
+/// Mean of the toxic vectors minus mean of the benign ones, shape `[n_embd]`; not of length 1.
+///
+/// `toxic` and `benign` have shapes `[n_toxic][n_embd]` and `[n_benign][n_embd]`.
+///
+/// # Errors
+/// [`DirectionError`], all but [`DirectionError::NoSign`].
+pub fn mean_difference(toxic: &[Vec<f32>], benign: &[Vec<f32>]) -> Result<Vec<f32>, DirectionError> {
+    let n_embd = check(toxic, benign)?;
+    let difference: Vec<f32> =
+        mean(toxic, n_embd).iter().zip(mean(benign, n_embd)).map(|(t, b)| (t - b) as f32).collect();
+    if difference.iter().all(|&value| value == 0.0) {
+        return Err(DirectionError::NoDifference);
+    }
+    Ok(difference)
+}
+
+/// The first principal component of what is toxic.
+///
+/// With as many benign vectors as toxic ones, vector i of one is taken as the counterpart of vector i of
+/// the other, and the component is that of the differences toxic - benign about zero, not about their
+/// mean, as llama.cpp's cvector-generator takes it: what the differences have in common is what is looked
+/// for. With other numbers it is that of all vectors about their common mean.
+///
+/// `toxic` and `benign` have shapes `[n_toxic][n_embd]` and `[n_benign][n_embd]`.
+///
+/// # Errors
+/// [`DirectionError`].
+pub fn principal_component(
+    toxic: &[Vec<f32>],
+    benign: &[Vec<f32>],
+) -> Result<PrincipalComponent, DirectionError> {
+    let n_embd = check(toxic, benign)?;
+    let (mean_toxic, mean_benign) = (mean(toxic, n_embd), mean(benign, n_embd));
+    let paired = toxic.len() == benign.len();
+    let rows: Vec<Vec<f64>> = if paired {
+        let difference = |(t, b): (&Vec<f32>, &Vec<f32>)| {
+            t.iter().zip(b).map(|(&t, &b)| f64::from(t) - f64::from(b)).collect()
+        };
+        toxic.iter().zip(benign).map(difference).collect()
+    } else {
+        let (n_toxic, n_benign) = (toxic.len() as f64, benign.len() as f64);
+        let common: Vec<f64> = mean_toxic
+            .iter()
+            .zip(&mean_benign)
+            .map(|(t, b)| (n_toxic * t + n_benign * b) / (n_toxic + n_benign))
+            .collect();
+        let deviation = |v: &Vec<f32>| v.iter().zip(&common).map(|(&x, m)| f64::from(x) - m).collect();
+        toxic.iter().chain(benign).map(deviation).collect()
+    };
+    let (mut direction, explained) = top_right_singular(&rows).ok_or(DirectionError::NoDifference)?;
+
+    let gap: f64 = (0..n_embd).map(|o| (mean_toxic[o] - mean_benign[o]) * direction[o]).sum();
+    // A gap that is nothing but rounding has no sign; rows are as long as what is rounded.
+    let longest = rows.iter().map(|row| dot(row, row)).fold(0.0, f64::max).sqrt();
+    if gap.abs() <= 1e-12 * longest {
+        return Err(DirectionError::NoSign);
+    }
+    direction.iter_mut().for_each(|value| *value *= gap.signum());
+    Ok(PrincipalComponent {
+        direction: direction.iter().map(|&value| value as f32).collect(),
+        explained,
+        paired,
+    })
+}
+
+/// The length of the vectors, if all have one and are finite.
+fn check(toxic: &[Vec<f32>], benign: &[Vec<f32>]) -> Result<usize, DirectionError> {
+    let (Some(first), false) = (toxic.first(), benign.is_empty()) else {
+        return Err(DirectionError::NoVectors { n_toxic: toxic.len(), n_benign: benign.len() });
+    };
+    let n_embd = first.len();
+    let other_length = toxic.iter().chain(benign).map(Vec::len).find(|&n| n != n_embd || n == 0);
+    if let Some(found) = other_length {
+        return Err(DirectionError::Lengths { expected: n_embd, found });
+    }
+    for (side, vectors) in [("toxic", toxic), ("benign", benign)] {
+        if vectors.iter().flatten().any(|value| !value.is_finite()) {
+            return Err(DirectionError::NotFinite { side });
+        }
+    }
+    Ok(n_embd)
+}
+
+fn mean(vectors: &[Vec<f32>], n_embd: usize) -> Vec<f64> {
+    let mut sum = vec![0.0; n_embd];
+    for vector in vectors {
+        sum.iter_mut().zip(vector).for_each(|(sum, &value)| *sum += f64::from(value));
+    }
+    sum.iter_mut().for_each(|sum| *sum /= vectors.len() as f64);
+    sum
+}
+
+/// In eight sums, which is one order on every machine and leaves no addition waiting for the one before.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    let mut sums = [0.0; 8];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..8 {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    sums.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f64>()
+}
+
+/// The unit vector v with the largest `|X v|`, for the rows of X, shape `[n][n_embd]`, and its share of the
+/// sum of squares; `None` if X is zero.
+///
+/// Works on the smaller of `X X^T` and `X^T X`, which have the same eigenvalues.
+fn top_right_singular(rows: &[Vec<f64>]) -> Option<(Vec<f64>, f64)> {
+    let largest = rows.iter().flatten().fold(0.0, |largest: f64, value| largest.max(value.abs()));
+    if largest == 0.0 {
+        return None;
+    }
+    // Of order 1, so that no square over- or underflows.
+    let rows: Vec<Vec<f64>> =
+        rows.iter().map(|row| row.iter().map(|value| value / largest).collect()).collect();
+    let n_embd = rows[0].len();
+    let by_rows = rows.len() <= n_embd;
+    let columns: Vec<Vec<f64>> =
+        if by_rows { Vec::new() } else { (0..n_embd).map(|o| rows.iter().map(|r| r[o]).collect()).collect() };
+    let gram = Symmetric::gram(if by_rows { &rows } else { &columns });
+    let trace = gram.trace();
+    let top = gram.top_eigenvector();
+    let eigenvalue = dot(&top, &gram.times(&top));
+    let mut direction = if by_rows {
+        let mut sum = vec![0.0; n_embd];
+        for (weight, row) in top.iter().zip(&rows) {
+            sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += weight * value);
+        }
+        sum
+    } else {
+        top
+    };
+    normalize(&mut direction);
+    Some((direction, (eigenvalue / trace).min(1.0)))
+}
+
+fn normalize(vector: &mut [f64]) {
+    let norm = dot(vector, vector).sqrt();
+    vector.iter_mut().for_each(|value| *value /= norm);
+}
+
+/// A symmetric matrix, positive semidefinite and not zero, `[n][n]`.
+struct Symmetric {
+    n: usize,
+    values: Vec<f64>,
+}
+
+impl Symmetric {
+    /// Products of every vector with every other.
+    fn gram(vectors: &[Vec<f64>]) -> Symmetric {
+        let n = vectors.len();
+        let mut values = vec![0.0; n * n];
+        for i in 0..n {
+            for j in 0..=i {
+                let product = dot(&vectors[i], &vectors[j]);
+                values[i * n + j] = product;
+                values[j * n + i] = product;
+            }
+        }
+        Symmetric { n, values }
+    }
+
+    fn row(&self, i: usize) -> &[f64] {
+        &self.values[i * self.n..(i + 1) * self.n]
+    }
+
+    fn trace(&self) -> f64 {
+        (0..self.n).map(|i| self.row(i)[i]).sum()
+    }
+
+    fn times(&self, vector: &[f64]) -> Vec<f64> {
+        (0..self.n).map(|i| dot(self.row(i), vector)).collect()
+    }
+
+    /// The square of the matrix, divided by the square of its trace: the same eigenvectors, with the ratios of
+    /// eigenvalues squared.
+    fn squared(&self) -> Symmetric {
+        // The square of a symmetric matrix holds the products of its rows.
+        let rows: Vec<Vec<f64>> = (0..self.n).map(|i| self.row(i).to_vec()).collect();
+        let mut square = Symmetric::gram(&rows);
+        let scale = self.trace().powi(-2);
+        square.values.iter_mut().for_each(|value| *value *= scale);
+        square
+    }
+
+    /// The unit eigenvector of the largest eigenvalue, by power iteration; where that is slow, since two
+    /// eigenvalues are close, on the square of the matrix, and again.
+    fn top_eigenvector(&self) -> Vec<f64> {
+        // Iterations on one matrix: a square costs as much as n of them.
+        const ITERATIONS: usize = 300;
+        // After these, eigenvalues that agree to one part in a million are told apart; closer ones stand for
+        // a plane, of which any vector will do.
+        const SQUARES: usize = 16;
+        const TOLERANCE: f64 = 1e-13;
+        // A start that is random, if always the same, has a part along every eigenvector; one that is
+        // regular, such as all ones, may have none along the one that is looked for.
+        let mut random = ChaCha8Rng::seed_from_u64(0);
+        let mut vector: Vec<f64> =
+            (0..self.n).map(|_| random.next_u64() as f64 / u64::MAX as f64 - 0.5).collect();
+        vector = self.times(&vector);
+        normalize(&mut vector);
+        let mut power = None;
+        for _ in 0..SQUARES {
+            let matrix: &Symmetric = power.as_ref().unwrap_or(self);
+            for _ in 0..ITERATIONS {
+                let mut next = matrix.times(&vector);
+                normalize(&mut next);
+                let step: f64 = next.iter().zip(&vector).map(|(a, b)| (a - b).powi(2)).sum();
+                vector = next;
+                if step.sqrt() <= TOLERANCE {
+                    return vector;
+                }
+            }
+            power = Some(matrix.squared());
+        }
+        vector
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn assert_near(found: &[f32], expected: &[f32]) {
+        assert_eq!(found.len(), expected.len());
+        for (f, e) in found.iter().zip(expected) {
+            assert!((f - e).abs() < 1e-6, "{found:?} {expected:?}");
+        }
+    }
+
+    #[test]
+    fn the_mean_difference_is_the_difference_of_the_means() {
+        let toxic = [vec![1.0, 2.0], vec![3.0, 6.0]];
+        let benign = [vec![1.0, 1.0]];
+        assert_eq!(mean_difference(&toxic, &benign).unwrap(), [1.0, 3.0]);
+    }
+
+    #[test]
+    fn paired_differences_have_the_component_that_is_worked_out_by_hand() {
+        // Differences [3, 0], [3, 0], [0, 1], [0, 1]: X^T X = diag(18, 2), so the component is [1, 0] with
+        // 18 of 20. Shifting a pair together changes nothing.
+        let toxic = [vec![13.0, 10.0], vec![3.0, 0.0], vec![0.0, 1.0], vec![5.0, 6.0]];
+        let benign = [vec![10.0, 10.0], vec![0.0, 0.0], vec![0.0, 0.0], vec![5.0, 5.0]];
+        let found = principal_component(&toxic, &benign).unwrap();
+        assert_near(&found.direction, &[1.0, 0.0]);
+        assert!((found.explained - 0.9).abs() < 1e-12 && found.paired);
+        // Swapped, it points the other way.
+        assert_near(&principal_component(&benign, &toxic).unwrap().direction, &[-1.0, 0.0]);
+    }
+
+    #[test]
+    fn what_all_differences_share_is_their_component() {
+        // About their mean these two differences would leave [0, 1]: what tells the pairs apart.
+        let found = principal_component(&[vec![4.0, 1.0], vec![4.0, -1.0]], &[vec![0.0; 2], vec![0.0; 2]]);
+        assert_near(&found.unwrap().direction, &[1.0, 0.0]);
+    }
+
+    #[test]
+    fn without_pairs_deviations_from_the_common_mean_are_taken() {
+        // Mean of all three: [2, 1]. Deviations [2, 2], [-1, -1], [-1, -1], all along [1, 1].
+        let found = principal_component(&[vec![4.0, 3.0]], &[vec![1.0, 0.0], vec![1.0, 0.0]]).unwrap();
+        let half = 0.5f32.sqrt();
+        assert_near(&found.direction, &[half, half]);
+        assert!((found.explained - 1.0).abs() < 1e-12 && !found.paired);
+    }
+
+    #[test]
+    fn more_vectors_than_numbers_and_fewer_give_the_same_component() {
+        // Ten pairs in two dimensions go by columns; the same in 16 dimensions, padded with zeros, by rows.
+        let mut random = ChaCha8Rng::seed_from_u64(1);
+        let mut draw = || random.next_u64() as f64 / u64::MAX as f64;
+        let toxic: Vec<Vec<f32>> = (0..10).map(|_| vec![(3.0 * draw()) as f32, draw() as f32]).collect();
+        let benign = vec![vec![0.0, 0.0]; 10];
+        let pad = |vectors: &[Vec<f32>]| -> Vec<Vec<f32>> {
+            vectors.iter().map(|v| v.iter().copied().chain([0.0; 14]).collect()).collect()
+        };
+        let narrow = principal_component(&toxic, &benign).unwrap();
+        let wide = principal_component(&pad(&toxic), &pad(&benign)).unwrap();
+        assert_near(&wide.direction[..2], &narrow.direction);
+        assert!((wide.explained - narrow.explained).abs() < 1e-12);
+        // tan(2 angle) = 2 xy / (xx - yy) for the sums of squares and products.
+        let sum = |i: usize, j: usize| toxic.iter().map(|v| f64::from(v[i]) * f64::from(v[j])).sum::<f64>();
+        let angle = 0.5 * (2.0 * sum(0, 1)).atan2(sum(0, 0) - sum(1, 1));
+        assert_near(&narrow.direction, &[angle.cos() as f32, angle.sin() as f32]);
+    }
+
+    #[test]
+    fn eigenvalues_that_are_close_are_told_apart() {
+        // Sums of squares in the ratio 1 to 0.99998 along [1, 1] and [1, -1].
+        let (a, b) = (1.0f32, 0.99999f32);
+        let toxic = [vec![a, a, 0.0], vec![b, -b, 0.0]];
+        let found = principal_component(&toxic, &[vec![0.0; 3], vec![0.0; 3]]).unwrap();
+        let half = 0.5f32.sqrt();
+        for (f, e) in found.direction.iter().zip([half, half, 0.0]) {
+            assert!((f - e).abs() < 1e-5, "{found:?}");
+        }
+        assert!((found.explained - 0.500005).abs() < 1e-6, "{found:?}");
+    }
+
+    #[test]
+    fn eigenvalues_that_are_equal_give_the_same_direction_every_time() {
+        let toxic = [vec![1.0, 0.0], vec![0.0, 1.0]];
+        let benign = [vec![0.0; 2], vec![0.0; 2]];
+        let found = principal_component(&toxic, &benign).unwrap();
+        assert!((found.explained - 0.5).abs() < 1e-12);
+        assert_eq!(found, principal_component(&toxic, &benign).unwrap());
+    }
+
+    #[test]
+    fn sizes_far_from_one_are_no_obstacle() {
+        for scale in [1e-30f32, 1e30] {
+            let found = principal_component(&[vec![3.0 * scale, 4.0 * scale]], &[vec![0.0, 0.0]]).unwrap();
+            assert_near(&found.direction, &[0.6, 0.8]);
+        }
+    }
+
+    type Both = fn(&[Vec<f32>], &[Vec<f32>]) -> Result<(), DirectionError>;
+    const BOTH: [Both; 2] =
+        [|t, b| mean_difference(t, b).map(drop), |t, b| principal_component(t, b).map(drop)];
+
+    #[test]
+    fn rejects_no_vectors() {
+        for function in BOTH {
+            for (toxic, benign) in [(vec![], vec![vec![1.0]]), (vec![vec![1.0]], vec![]), (vec![], vec![])] {
+                let error = function(&toxic, &benign).unwrap_err();
+                assert!(matches!(error, DirectionError::NoVectors { .. }), "{error}");
+            }
+        }
+    }
+
+    #[test]
+    fn rejects_vectors_of_two_lengths_or_none() {
+        for function in BOTH {
+            let error = function(&[vec![1.0, 2.0]], &[vec![1.0, 2.0], vec![1.0]]).unwrap_err();
+            assert_eq!(error, DirectionError::Lengths { expected: 2, found: 1 });
+            assert!(matches!(function(&[vec![]], &[vec![]]), Err(DirectionError::Lengths { .. })));
+        }
+    }
+
+    #[test]
+    fn rejects_numbers_that_are_not_finite() {
+        for function in BOTH {
+            for value in [f32::NAN, f32::INFINITY] {
+                let error = function(&[vec![1.0]], &[vec![value]]).unwrap_err();
+                assert_eq!(error, DirectionError::NotFinite { side: "benign" });
+            }
+        }
+    }
+
+    #[test]
+    fn rejects_vectors_that_do_not_differ() {
+        for function in BOTH {
+            let same = [vec![1.0, 2.0], vec![1.0, 2.0]];
+            assert_eq!(function(&same, &same), Err(DirectionError::NoDifference));
+            assert_eq!(function(&same, &same[..1]), Err(DirectionError::NoDifference));
+        }
+    }
+
+    #[test]
+    fn rejects_a_component_that_tells_nothing_apart() {
+        // The differences are opposite: along [1, 0], with means that are equal there.
+        let toxic = [vec![5.0, 0.1], vec![-5.0, 0.1]];
+        let error = principal_component(&toxic, &[vec![0.0; 2], vec![0.0; 2]]).unwrap_err();
+        assert_eq!(error, DirectionError::NoSign);
+    }
+}

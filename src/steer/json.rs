@@ -1,0 +1,146 @@
+//! JSON files of this program, which people also write by hand: read with a cap, and told apart by their head.
+
+use std::io::Read;
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// The most bytes of one file. Ours: a hundred thousand neurons with thirty tokens each are less.
+const MAX_BYTES: u64 = 64 << 20;
+
+/// The format that is written, and the newest that is read.
+pub(super) const FORMAT: u32 = 1;
+
+/// The text of a file, without a byte order mark.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be read, [`Error::Input`] if it is empty, too large or no UTF-8.
+pub(super) fn read_text(path: &Path) -> Result<String> {
+    let file = std::fs::File::open(path).map_err(Error::io("open", path))?;
+    let mut bytes = Vec::new();
+    // A pipe has no size to ask for, so the cap is on what is read.
+    file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    if bytes.len() as u64 > MAX_BYTES {
+        let reason = format!("expected at most {} MiB of JSON, found more", MAX_BYTES >> 20);
+        return Err(Error::input(path, None, reason));
+    }
+    let text = String::from_utf8(bytes).map_err(|e| {
+        let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
+        let line = valid.iter().filter(|&&byte| byte == b'\n').count() + 1;
+        Error::input(path, Some(line), "expected JSON, found bytes that are no UTF-8")
+    })?;
+    let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
+    if text.trim().is_empty() {
+        return Err(Error::input(path, None, "expected JSON, found an empty file"));
+    }
+    Ok(text)
+}
+
+/// Parses `text`, the content of `path`; `expected` says what should be there, for the message.
+pub(super) fn parse<T: DeserializeOwned>(path: &Path, text: &str, expected: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|e| {
+        let line = Some(e.line()).filter(|&line| line > 0);
+        Error::input(path, line, format!("expected {expected}: {e}"))
+    })
+}
+
+/// What says of an object which of this program's files it is.
+#[derive(Deserialize)]
+struct Head {
+    detox_gguf: Option<String>,
+    format: Option<u32>,
+}
+
+/// The kind of file that an object says it is, such as "neurons"; `None` where it does not say.
+///
+/// # Errors
+/// [`Error::Input`] for what is no JSON object, or was written by a later version of this program.
+pub(super) fn kind(path: &Path, text: &str) -> Result<Option<String>> {
+    let head: Head = parse(path, text, "a JSON object")?;
+    if let (Some(_), Some(format)) = (&head.detox_gguf, head.format)
+        && format != FORMAT
+    {
+        return Err(Error::Input {
+            path: path.to_path_buf(),
+            line: None,
+            reason: format!("\"format\": expected {FORMAT}, found {format}"),
+            hint: Some("it may be from a newer detox-gguf: use that, or make the file again".into()),
+        });
+    }
+    Ok(head.detox_gguf)
+}
+
+/// Parses one kind of this program's files, and refuses the others by name.
+pub(super) fn parse_kind<T: DeserializeOwned>(
+    path: &Path,
+    text: &str,
+    expected: &str,
+    what: &str,
+) -> Result<T> {
+    match kind(path, text)? {
+        Some(found) if found == expected => parse(path, text, what),
+        Some(found) => {
+            let reason = format!("\"detox_gguf\": expected {expected:?}, found {found:?}");
+            Err(Error::input(path, None, reason))
+        }
+        None => Err(Error::input(
+            path,
+            None,
+            format!("expected {what}, an object with \"detox_gguf\": {expected:?}; found another object"),
+        )),
+    }
+}
+
+/// A file's content, indented for people, with a line break at its end.
+pub(super) fn to_bytes<T: Serialize>(form: &T) -> Vec<u8> {
+    let mut bytes =
+        serde_json::to_vec_pretty(form).expect("forms are plain data with string keys, written to memory");
+    bytes.push(b'\n');
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(bytes: &[u8]) -> Result<String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file.json");
+        std::fs::write(&path, bytes).unwrap();
+        read_text(&path)
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_the_text() {
+        assert_eq!(read(b"\xef\xbb\xbf[1]").unwrap(), "[1]");
+    }
+
+    #[test]
+    fn rejects_a_file_that_is_empty_or_no_text() {
+        for bytes in [&b""[..], b" \n\t"] {
+            assert!(read(bytes).unwrap_err().to_string().contains("empty"));
+        }
+        let error = read(b"[\n\xff]").unwrap_err();
+        assert!(matches!(error, Error::Input { line: Some(2), .. }), "{error}");
+    }
+
+    #[test]
+    fn rejects_a_file_without_end() {
+        // Twice the cap in a sparse file takes no disk.
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("huge.json");
+        std::fs::File::create(&path).unwrap().set_len(2 * MAX_BYTES).unwrap();
+        assert!(read_text(&path).unwrap_err().to_string().contains("64 MiB"));
+    }
+
+    #[test]
+    fn rejects_a_later_format() {
+        let text = "{\"detox_gguf\": \"neurons\", \"format\": 2}";
+        let error = kind(Path::new("f"), text).unwrap_err();
+        assert!(error.to_string().contains("expected 1, found 2"), "{error}");
+        assert!(error.hint().is_some());
+    }
+}

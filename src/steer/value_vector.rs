@@ -1,0 +1,232 @@
+//! Value vectors: what each FFN neuron writes to the residual stream, a column of its block's `ffn_down`.
+//!
+//! `blk.N.ffn_down.weight` has shape `[n_ff, n_embd]`, and its quantisation blocks run along `n_ff`: a value
+//! vector is a column that crosses one block of each row.
+
+use std::collections::BTreeMap;
+
+use crate::engine::steering::LoraScaled;
+use crate::error::{Error, Result};
+use crate::gguf::{self, GgufFile, TensorInfo};
+
+/// The down projections of a model, all of whose blocks have a plain FFN.
+#[derive(Debug)]
+pub struct ValueVectors<'a> {
+    file: &'a GgufFile,
+    n_embd: usize,
+    /// `ffn_down` of each block, `[n_layer]`.
+    tensors: Vec<&'a TensorInfo>,
+}
+
+impl<'a> ValueVectors<'a> {
+    /// Finds the down projection of every block.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a mixture of experts, whose neurons no list of (layer, index) names; else
+    /// [`Error::Gguf`] where a block has no down projection of the expected shape.
+    pub fn open(file: &'a GgufFile) -> Result<ValueVectors<'a>> {
+        let (n_layer, n_embd) = (file.n_layer()? as usize, u64::from(file.n_embd()?));
+        let n_ff = file.n_ff_per_layer()?;
+        let tensors = (0..n_layer).map(|il| {
+            let name = tensor_name(il);
+            if let Some(expert) = file.tensor(&format!("blk.{il}.ffn_down_exps.weight")) {
+                return Err(Error::Model {
+                    path: file.path().to_path_buf(),
+                    reason: format!(
+                        "a mixture of experts ({}): interventions know neurons of plain FFNs",
+                        expert.name()
+                    ),
+                    hint: None,
+                });
+            }
+            let expected = [u64::from(n_ff.get(il).copied().unwrap_or(0)), n_embd];
+            match file.tensor(&name) {
+                Some(tensor) if tensor.shape() == expected => Ok(tensor),
+                found => {
+                    let found = found.map_or("nothing".into(), |tensor| format!("{:?}", tensor.shape()));
+                    Err(Error::Gguf {
+                        path: file.path().to_path_buf(),
+                        reason: format!("tensor {name:?}: expected shape {expected:?}, found {found}"),
+                    })
+                }
+            }
+        });
+        let tensors = tensors.collect::<Result<_>>()?;
+        Ok(ValueVectors { file, n_embd: n_embd as usize, tensors })
+    }
+
+    /// Blocks.
+    pub fn n_layer(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Width of the residual stream: numbers in a value vector.
+    pub fn n_embd(&self) -> usize {
+        self.n_embd
+    }
+
+    /// Neurons of a block: its value vectors.
+    pub fn n_ff(&self, layer: usize) -> usize {
+        self.tensors[layer].shape()[0] as usize
+    }
+
+    /// The sum of some value vectors of a block, each times its weight, shape `[n_embd]`. Reads the blocks
+    /// that they cross, and no others.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a neuron that the model has not; [`Error::Io`]; [`Error::Gguf`] for a type
+    /// that has no numbers.
+    pub fn weighted_sum(&self, layer: usize, weights: &[(usize, f32)]) -> Result<Vec<f32>> {
+        self.weighted_sum_with_loras(layer, weights, &[])
+    }
+
+    /// As [`ValueVectors::weighted_sum`] for the matrix that adapters make of `ffn_down`:
+    /// `W + scale * alpha / rank * B A` for each that has a pair for it.
+    ///
+    /// # Errors
+    /// As [`ValueVectors::weighted_sum`], and those of reading an adapter, which
+    /// [`super::lora::check`] has found to fit.
+    pub fn weighted_sum_with_loras(
+        &self,
+        layer: usize,
+        weights: &[(usize, f32)],
+        loras: &[LoraScaled],
+    ) -> Result<Vec<f32>> {
+        let Some(&tensor) = self.tensors.get(layer) else {
+            let reason = format!("expected a layer below {}, found {layer}", self.n_layer());
+            return Err(Error::setting("--neurons", reason));
+        };
+        let n_ff = self.n_ff(layer);
+        if let Some((index, _)) = weights.iter().find(|(index, _)| *index >= n_ff) {
+            let reason = format!("expected an index below {n_ff} in layer {layer}, found {index}");
+            return Err(Error::setting("--neurons", reason));
+        }
+        let mut sum = vec![0f64; self.n_embd];
+        let block_len = tensor.tensor_type().block_len() as usize;
+        let block_bytes = tensor.tensor_type().block_bytes();
+        // Neurons that share a block are read together: by block, the columns in it with their weights.
+        let mut blocks: BTreeMap<usize, Vec<(usize, f64)>> = BTreeMap::new();
+        for &(index, weight) in weights {
+            blocks.entry(index / block_len).or_default().push((index % block_len, f64::from(weight)));
+        }
+        let mut bytes = vec![0; block_bytes as usize];
+        let mut values = vec![0f32; block_len];
+        for (row, sum) in sum.iter_mut().enumerate() {
+            for (block, columns) in &blocks {
+                let offset = row as u64 * tensor.row_bytes() + *block as u64 * block_bytes;
+                self.file.read_tensor_at(tensor, offset, &mut bytes)?;
+                dequantize(self.file, tensor, &bytes, &mut values)?;
+                *sum += columns.iter().map(|&(at, weight)| weight * f64::from(values[at])).sum::<f64>();
+            }
+        }
+        for lora in loras {
+            add_lora(lora, layer, weights, &mut sum)?;
+        }
+        Ok(sum.into_iter().map(|x| x as f32).collect())
+    }
+
+    /// Calls `each` with the rows of a block's down projection in order, some at a time: the first row's
+    /// number, and values of shape `[n_rows][n_ff]`. At most `most_values` values are in memory, or one row.
+    ///
+    /// # Errors
+    /// As [`ValueVectors::weighted_sum`], and those of `each`.
+    pub fn for_each_rows(
+        &self,
+        layer: usize,
+        most_values: usize,
+        mut each: impl FnMut(usize, &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let tensor = self.tensors[layer];
+        let n_ff = self.n_ff(layer);
+        let n_rows = (most_values / n_ff).clamp(1, self.n_embd);
+        let mut bytes = vec![0; n_rows * tensor.row_bytes() as usize];
+        let mut values = vec![0f32; n_rows * n_ff];
+        for first in (0..self.n_embd).step_by(n_rows) {
+            let n_rows = n_rows.min(self.n_embd - first);
+            let bytes = &mut bytes[..n_rows * tensor.row_bytes() as usize];
+            let values = &mut values[..n_rows * n_ff];
+            self.file.read_tensor_at(tensor, first as u64 * tensor.row_bytes(), bytes)?;
+            dequantize(self.file, tensor, bytes, values)?;
+            each(first, values)?;
+        }
+        Ok(())
+    }
+}
+
+fn tensor_name(layer: usize) -> String {
+    format!("blk.{layer}.ffn_down.weight")
+}
+
+/// Adds an adapter's part of the columns: `scale * B A[:, index]`.
+fn add_lora(lora: &LoraScaled, layer: usize, weights: &[(usize, f32)], sum: &mut [f64]) -> Result<()> {
+    let file = GgufFile::open(&lora.path)?;
+    let name = tensor_name(layer);
+    let pair = (file.tensor(&format!("{name}.lora_a")), file.tensor(&format!("{name}.lora_b")));
+    let (Some(a), Some(b)) = pair else { return Ok(()) };
+    // A is [n_ff, rank], B is [rank, n_embd].
+    let (n_ff, rank) = (a.shape()[0] as usize, b.shape()[0] as usize);
+    let (a, b) = (numbers(&file, a)?, numbers(&file, b)?);
+    let alpha = f64::from(file.f32_if_present("adapter.lora.alpha")?.unwrap_or(0.0));
+    let scale = f64::from(lora.scale) * if alpha == 0.0 { 1.0 } else { alpha / rank as f64 };
+    let inner: Vec<f64> = (0..rank)
+        .map(|r| weights.iter().map(|&(i, w)| f64::from(w) * f64::from(a[r * n_ff + i])).sum())
+        .collect();
+    for (sum, row) in sum.iter_mut().zip(b.chunks_exact(rank)) {
+        *sum += scale * row.iter().zip(&inner).map(|(&b, inner)| f64::from(b) * inner).sum::<f64>();
+    }
+    Ok(())
+}
+
+fn numbers(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>> {
+    let mut values = vec![0.0; tensor.n_elements() as usize];
+    dequantize(file, tensor, &file.read_tensor(tensor)?, &mut values)?;
+    Ok(values)
+}
+
+fn dequantize(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8], values: &mut [f32]) -> Result<()> {
+    gguf::dequantize(tensor.tensor_type(), bytes, values).map_err(|reason| Error::Gguf {
+        path: file.path().to_path_buf(),
+        reason: format!("tensor {:?}: {reason}", tensor.name()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tiny(name: &str) -> GgufFile {
+        GgufFile::open(format!("{}/gguf/tiny/{name}.gguf", env!("CARGO_MANIFEST_DIR"))).unwrap()
+    }
+
+    #[test]
+    fn a_weighted_sum_is_that_of_the_columns() {
+        for name in ["llama", "gpt2", "llama-q8_0"] {
+            let file = tiny(name);
+            let vectors = ValueVectors::open(&file).unwrap();
+            let n_ff = vectors.n_ff(1);
+            let weights = [(0, 2.0), (n_ff - 1, -1.0), (33, 0.5)];
+            let mut expected = vec![0f32; vectors.n_embd()];
+            vectors
+                .for_each_rows(1, 5 * n_ff, |first, values| {
+                    for (i, row) in values.chunks_exact(n_ff).enumerate() {
+                        expected[first + i] = weights.iter().map(|&(column, w)| w * row[column]).sum();
+                    }
+                    Ok(())
+                })
+                .unwrap();
+            assert!(expected.iter().all(|&x| x != 0.0));
+            let found = vectors.weighted_sum(1, &weights).unwrap();
+            for (a, b) in found.iter().zip(&expected) {
+                assert!((a - b).abs() < 1e-6, "{name}: {a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn rejects_neurons_that_the_model_has_not() {
+        let file = tiny("llama");
+        let vectors = ValueVectors::open(&file).unwrap();
+        assert!(vectors.weighted_sum(3, &[]).unwrap_err().to_string().contains("below 3"));
+        assert!(vectors.weighted_sum(0, &[(96, 1.0)]).unwrap_err().to_string().contains("below 96"));
+    }
+}
