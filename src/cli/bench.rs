@@ -12,6 +12,7 @@ use crate::error::Result;
 
 use super::arguments::EngineArguments;
 use super::print;
+use super::steering::SteeringArguments;
 
 /// What to measure.
 #[derive(Debug, Subcommand)]
@@ -128,12 +129,14 @@ pub struct BenchGenerate {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    steering: SteeringArguments,
+    #[command(flatten)]
     engine: EngineArguments,
 }
 
 impl BenchGenerate {
     fn run(&self, interrupt: &AtomicBool) -> Result<()> {
-        let model = self.engine.open(&self.model)?;
+        let model = self.steering.open(&self.model, &self.engine)?;
         let rows = bench::bench(
             &model,
             &self.engine.session_options(),

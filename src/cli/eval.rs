@@ -15,6 +15,7 @@ use crate::report::{self, csv, html, json, markdown, terminal};
 
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
 use super::progress::Shown;
+use super::steering::{STEERING_FLAGS, Steered, SteeringArguments};
 use super::{may_colour, print};
 
 /// Arguments of `eval`.
@@ -27,10 +28,10 @@ pub struct EvalArguments {
     #[arg(short, long, value_name = "DIR", required_unless_present = "compare")]
     output: Option<PathBuf>,
     /// Evaluate these continuations (JSON lines) instead of sampling some
-    #[arg(long, value_name = "FILE", conflicts_with_all = NOT_WITH_GENERATIONS)]
+    #[arg(long, value_name = "FILE", conflicts_with_all = NOT_WITH_GENERATIONS, conflicts_with_all = STEERING_FLAGS)]
     generations: Option<PathBuf>,
     /// Compare two runs, the second with the first; -o takes the comparison
-    #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], conflicts_with_all = NOT_WITH_GENERATIONS, conflicts_with_all = ALSO_NOT_WITH_COMPARE)]
+    #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], conflicts_with_all = NOT_WITH_GENERATIONS, conflicts_with_all = ALSO_NOT_WITH_COMPARE, conflicts_with_all = STEERING_FLAGS)]
     compare: Vec<PathBuf>,
     #[command(flatten)]
     prompts: PromptArguments,
@@ -38,6 +39,8 @@ pub struct EvalArguments {
     sampling: SamplingArguments,
     #[command(flatten)]
     measure: MeasureArguments,
+    #[command(flatten)]
+    steering: SteeringArguments,
     #[command(flatten)]
     engine: EngineArguments,
 }
@@ -81,7 +84,7 @@ const ALSO_NOT_WITH_COMPARE: [&str; 17] = [
 /// What is measured, and how.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Measurement")]
-struct MeasureArguments {
+pub struct MeasureArguments {
     /// Scorer; may be repeated, the first leads the report
     #[arg(long, value_name = "NAME", default_value = score::LEXICAL)]
     scorer: Vec<String>,
@@ -91,12 +94,28 @@ struct MeasureArguments {
     /// Least share of a language's continuations that a scorer must score
     #[arg(long, value_name = "SHARE", default_value_t = 0.95, allow_negative_numbers = true)]
     min_coverage: f64,
-    /// Model for perplexity [default: the model itself]
+    /// Model for perplexity [default: the model itself, unsteered]
     #[arg(long, value_name = "FILE")]
-    base: Option<PathBuf>,
+    pub base: Option<PathBuf>,
     /// tokenizer.json for distinct-n and repetition [default: the model's own vocabulary]
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
+}
+
+impl MeasureArguments {
+    /// The evaluation of `source` that these ask for.
+    pub fn request(&self, source: Source, base: Option<PathBuf>, engine: &EngineArguments) -> EvalRequest {
+        EvalRequest {
+            source,
+            base,
+            scorers: self.scorer.clone(),
+            toxicity_threshold: self.threshold,
+            min_coverage: self.min_coverage,
+            tokenizer: self.tokenizer.clone(),
+            model_options: engine.model_options(),
+            session_options: engine.session_options(),
+        }
+    }
 }
 
 /// Continuations shown for each language in the HTML report.
@@ -135,6 +154,7 @@ impl EvalArguments {
     }
 
     fn request(&self) -> Result<EvalRequest> {
+        let mut base = self.measure.base.clone();
         let source = match (&self.model, &self.generations) {
             (_, Some(path)) => {
                 let languages = self.prompts.languages()?;
@@ -156,27 +176,14 @@ impl EvalArguments {
             (Some(path), None) => {
                 let options = self.sampling.options()?;
                 let (prompts, prompts_name) = self.prompts.read()?;
-                Source::Model {
-                    path: path.clone(),
-                    prompts,
-                    prompts_name,
-                    options,
-                    steering: Default::default(),
-                    steered_by: Vec::new(),
-                }
+                let Steered { steering, by } = self.steering.compile(path)?;
+                // A steered model is no judge of its own text: that is the one it was before.
+                base = base.or((!by.is_empty()).then(|| path.clone()));
+                Source::Model { path: path.clone(), prompts, prompts_name, options, steering, steered_by: by }
             }
             (None, None) => return Err(Error::setting("-m/--model", "expected a GGUF file")),
         };
-        Ok(EvalRequest {
-            source,
-            base: self.measure.base.clone(),
-            scorers: self.measure.scorer.clone(),
-            toxicity_threshold: self.measure.threshold,
-            min_coverage: self.measure.min_coverage,
-            tokenizer: self.measure.tokenizer.clone(),
-            model_options: self.engine.model_options(),
-            session_options: self.engine.session_options(),
-        })
+        Ok(self.measure.request(source, base, &self.engine))
     }
 }
 
@@ -208,7 +215,8 @@ fn compare_runs(a: &Path, b: &Path, output: Option<&Path>) -> Result<()> {
     print(&terminal::comparison_to_terminal(&comparison, may_colour(&std::io::stdout())))
 }
 
-fn write_reports(folder: &Path, name: &str, files: &[(&str, String)]) -> Result<()> {
+/// Writes reports, each whole, as `name.ending`.
+pub fn write_reports(folder: &Path, name: &str, files: &[(&str, String)]) -> Result<()> {
     for (ending, text) in files {
         file::write_atomic(&folder.join(format!("{name}.{ending}")), text.as_bytes())?;
     }

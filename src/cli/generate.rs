@@ -14,6 +14,7 @@ use crate::progress::Progress;
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
 use super::print;
 use super::progress::Shown;
+use super::steering::SteeringArguments;
 
 /// Arguments of `generate`.
 #[derive(Debug, Args)]
@@ -29,6 +30,8 @@ pub struct GenerateCommand {
     #[command(flatten)]
     sampling: SamplingArguments,
     #[command(flatten)]
+    steering: SteeringArguments,
+    #[command(flatten)]
     engine: EngineArguments,
 }
 
@@ -38,7 +41,7 @@ impl GenerateCommand {
         let options = self.sampling.options()?;
         let (prompts, _) = self.prompts.read()?;
         let mut output = self.output.as_deref().map(AtomicFile::create).transpose()?;
-        let model = self.engine.open(&self.model)?;
+        let model = self.steering.open(&self.model, &self.engine)?;
         let plan = Plan::new(&model, prompts, options, &self.engine.session_options())?;
         let mut session = Session::open(&model, &self.engine.session_options(), plan.n_ctx_seq())?;
         plan.check_fits(&session)?;

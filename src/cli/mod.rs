@@ -4,8 +4,12 @@ mod arguments;
 mod bench;
 mod eval;
 mod generate;
+mod locate;
+mod probe;
 mod progress;
 mod score;
+mod steer;
+mod steering;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -44,6 +48,12 @@ enum Command {
     Generate(Box<generate::GenerateCommand>),
     /// Score texts, as JSON lines
     Score(score::ScoreCommand),
+    /// Train a linear probe of toxicity on the residual stream
+    Probe(Box<probe::ProbeCommand>),
+    /// Find the FFN neurons that write toxicity
+    Locate(Box<locate::LocateCommand>),
+    /// Make, combine and bake interventions
+    Steer(Box<steer::SteerCommand>),
     /// Measure the speed of this build
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -58,6 +68,9 @@ pub fn main() -> ExitCode {
         Command::Eval(arguments) => arguments.run(&interrupt),
         Command::Generate(arguments) => arguments.run(&interrupt),
         Command::Score(arguments) => arguments.run(),
+        Command::Probe(command) => command.run(&interrupt),
+        Command::Locate(command) => command.run(&interrupt),
+        Command::Steer(command) => command.run(&interrupt),
         Command::Bench(command) => command.run(&interrupt),
     };
     match result {

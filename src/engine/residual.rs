@@ -82,29 +82,36 @@ fn record_all(
     let n_slots = session.n_parallel() + 1;
     let n_embd = session.model().n_embd();
     let mut sums = vec![vec![vec![0f64; n_embd]; n_places]; texts.len()];
+    // A micro-batch takes as many tokens of each of its sequences: texts of one length go well together.
+    let mut order: Vec<usize> = (0..texts.len()).collect();
+    order.sort_by_key(|&text| texts[text].len());
     let mut start = 0;
-    while start < texts.len() {
+    while start < order.len() {
         // As many whole texts as fit; a text that is longer than a batch has it to itself, in pieces.
         let mut end = start + 1;
-        let mut n_tokens = texts[start].len();
-        while end < texts.len() && end - start < n_slots && n_tokens + texts[end].len() <= most_tokens {
-            n_tokens += texts[end].len();
+        let mut n_tokens = texts[order[start]].len();
+        while end < order.len() && end - start < n_slots && n_tokens + texts[order[end]].len() <= most_tokens
+        {
+            n_tokens += texts[order[end]].len();
             end += 1;
         }
         session.context.clear();
-        let tokens: Vec<(usize, usize, Token)> = (start..end)
-            .flat_map(|text| texts[text].iter().enumerate().map(move |(at, &token)| (text, at, token)))
+        let of_slots = order[start..end].iter().enumerate();
+        let tokens: Vec<(usize, usize, usize, Token)> = of_slots
+            .flat_map(|(slot, &text)| {
+                texts[text].iter().enumerate().map(move |(at, &token)| (slot, text, at, token))
+            })
             .collect();
         for chunk in tokens.chunks(most_tokens) {
             if interrupt.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
             session.batch.clear();
-            for &(text, at, token) in chunk {
-                session.batch.push(token, at, text - start, true);
+            for &(slot, _, at, token) in chunk {
+                session.batch.push(token, at, slot, true);
             }
             session.decode_as(Phase::Prompt)?;
-            for (index, &(text, ..)) in chunk.iter().enumerate() {
+            for (index, &(_, text, ..)) in chunk.iter().enumerate() {
                 for (place, sum) in sums[text].iter_mut().enumerate() {
                     let row = session.recorded(place, index)?;
                     sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));

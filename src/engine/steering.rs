@@ -91,6 +91,15 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// What becomes of the neuron, or of the component.
+    pub fn operation(&self) -> Operation {
+        match self {
+            Change::Neuron { operation, .. } | Change::Direction { operation, .. } => *operation,
+        }
+    }
+}
+
 /// What becomes of a number.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]

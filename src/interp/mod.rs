@@ -1,1 +1,19 @@
-//! Finds what to change in a model.
+//! Finds what to change in a model, and what a change did inside it.
+//!
+//! ```text
+//! labelled text ─► residual streams ─► probe ─► locate ─► neurons ─► activations
+//!                        │                        └─► vocabulary (what they say)
+//! aligned text ──────────┴─► retrieval
+//! ```
+//!
+//! - [`probe`] trains a linear probe on residual streams: the direction of toxicity.
+//! - [`locate`] ranks every FFN value vector by its cosine with the probe vector.
+//! - [`vocabulary`] projects vectors of the residual stream to tokens.
+//! - [`activations`] sums up how active neurons are, language by language.
+//! - [`retrieval`] tells how alike a model represents translations.
+
+pub mod activations;
+pub mod locate;
+pub mod probe;
+pub mod retrieval;
+pub mod vocabulary;

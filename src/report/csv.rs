@@ -34,6 +34,13 @@ pub fn to_csv(result: &EvalResult) -> String {
     rows.finish()
 }
 
+/// Any rows under any header.
+pub fn table_to_csv(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new(header);
+    rows.into_iter().for_each(|row| table.add(&row));
+    table.finish()
+}
+
 /// Columns: language, scorer, metric, a, b, difference, low, high, p_value, test, n.
 pub fn comparison_to_csv(comparison: &Comparison) -> String {
     let header =

@@ -59,7 +59,7 @@ impl Fingerprint {
             n_layer,
             n_embd: model.n_embd()?,
             n_ff: if has_n_ff { model.n_ff_per_layer()? } else { Vec::new() },
-            ffn_down_sha256: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+            ffn_down_sha256: crate::file::hex(&hash.finalize()),
         })
     }
 

@@ -153,6 +153,15 @@ impl Intervention {
         self.layers.is_none_or(|(start, end)| (start as usize..=end as usize).contains(&layer))
     }
 
+    /// The same, with the coefficient multiplied.
+    ///
+    /// # Errors
+    /// As [`Intervention::new`]: the product may not be finite.
+    pub fn times(&self, coefficient: f32) -> Result<Intervention, String> {
+        let Intervention { target, operation, when, layers, coefficient: own } = self.clone();
+        Intervention::new(target, operation, when, layers, own * coefficient)
+    }
+
     /// The share of the change that is made.
     pub fn coefficient(&self) -> f32 {
         self.coefficient

@@ -23,6 +23,7 @@
 //! - [`compile`] finds the cheapest exact way, and says which it took.
 //! - [`bake`] puts the edit into a model's own tensors.
 //! - [`direction`] computes directions from residual streams.
+//! - [`exact_check`] measures how far two ways of steering agree.
 //!
 //! Layers count from 0 everywhere. `direction.N` of a control vector is added after block N, as
 //! llama.cpp's runtime has it; see [`control_vector`] for a tool that means it otherwise.
@@ -33,6 +34,7 @@ mod choice;
 pub mod compile;
 pub mod control_vector;
 pub mod direction;
+pub mod exact_check;
 pub mod fingerprint;
 pub mod intervention;
 mod json;

@@ -1,0 +1,480 @@
+//! `steer`: makes interventions from neurons, from text or from a probe, and combines them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+
+use crate::engine::residual::ResidualPlace;
+use crate::engine::steering::{Change, ControlVector, Edit, Operation, When};
+use crate::engine::{Steering, Token};
+use crate::error::{Error, Result};
+use crate::eval::prompts::PromptSource;
+use crate::gguf::{GgufFile, Metadata, Value};
+use crate::interp::probe::{Probe, ProbePlace};
+use crate::progress::Progress;
+use crate::steer::compile::{self, Compiled, Route};
+use crate::steer::exact_check::{self, Difference};
+use crate::steer::intervention::Directions;
+use crate::steer::{
+    ControlVectorFile, Fingerprint, Intervention, Interventions, Neuron, SteerFile, Target, bake,
+    control_vector, direction,
+};
+
+use super::arguments::EngineArguments;
+use super::locate::read_neurons;
+use super::print;
+use super::probe::mean_residual_streams;
+use super::progress::Shown;
+use super::steering::SteeringArguments;
+
+/// Arguments of `steer`.
+#[derive(Debug, Args)]
+pub struct SteerCommand {
+    /// Model (GGUF)
+    #[arg(short, long, value_name = "FILE")]
+    model: PathBuf,
+    /// File to write: a control vector (.gguf), interventions (.json), or with --bake a model
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// Write a copy of the model with the steering inside, as biases of its down projections
+    #[arg(long)]
+    bake: bool,
+    /// Leave neurons of layer 0 out, which no control vector can hold
+    #[arg(long, conflicts_with = "bake")]
+    without_layer_0: bool,
+    /// Compare the ways of steering on the program's own prompts
+    #[arg(long)]
+    exact_check: bool,
+    #[command(flatten)]
+    neurons: NeuronArguments,
+    #[command(flatten)]
+    text: TextArguments,
+    #[command(flatten)]
+    steering: SteeringArguments,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+/// An intervention on neurons.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "From neurons")]
+struct NeuronArguments {
+    /// Neurons: [[layer, index], …], or what `locate` wrote
+    #[arg(long, value_name = "FILE")]
+    neurons: Option<PathBuf>,
+    /// Add this to their activations
+    #[arg(long, value_name = "X", allow_negative_numbers = true, requires = "neurons")]
+    offset: Option<f32>,
+    /// Set their activations to this
+    #[arg(
+        long,
+        value_name = "X",
+        allow_negative_numbers = true,
+        requires = "neurons",
+        conflicts_with = "offset"
+    )]
+    assign: Option<f32>,
+    /// Multiply their activations by this; 0 switches them off
+    #[arg(long, value_name = "X", allow_negative_numbers = true, requires = "neurons", conflicts_with_all = ["offset", "assign"])]
+    scale: Option<f32>,
+    /// Keep their activations between two values
+    #[arg(long, num_args = 2, value_names = ["MIN", "MAX"], allow_negative_numbers = true, requires = "neurons", conflicts_with_all = ["offset", "assign", "scale"])]
+    clamp: Vec<f32>,
+    /// On which tokens
+    #[arg(long, value_enum, default_value = "both", requires = "neurons")]
+    when: WhenArgument,
+}
+
+/// `prompt`, `generation` or `both`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum WhenArgument {
+    /// Those of the prompt
+    Prompt,
+    /// Those that follow it
+    Generation,
+    /// All
+    Both,
+}
+
+/// Directions computed from text or a probe.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "From text")]
+struct TextArguments {
+    /// Directions from toxic to benign text: JSON lines with toxic and benign [without FILE: the program's own]
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    contrast: Option<Option<PathBuf>>,
+    /// Mean difference, or first principal component of the differences
+    #[arg(long, value_enum, default_value = "mean", requires = "contrast")]
+    method: MethodArgument,
+    /// The direction of a probe, of length 1
+    #[arg(long, value_name = "FILE", conflicts_with = "contrast")]
+    probe: Option<PathBuf>,
+    /// Layers that get a direction, both ends included [default: all from 1; with --probe the one it reads]
+    #[arg(long, num_args = 2, value_names = ["START", "END"])]
+    layers: Vec<usize>,
+}
+
+/// How a contrastive direction is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum MethodArgument {
+    /// Mean of the toxic minus mean of the benign
+    Mean,
+    /// First principal component, as long as the mean difference is along it
+    Pca,
+}
+
+impl SteerCommand {
+    /// Makes, combines, writes, and if asked compares.
+    pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+        let model = GgufFile::open(&self.model)?;
+        if self.bake {
+            bake::check_architecture(&model)?;
+        }
+        let fingerprint = Fingerprint::of(&model)?;
+        let mut sources = self.steering.sources()?;
+        if let Some(path) = &self.neurons.neurons {
+            sources.push((self.of_neurons(path, &model, &fingerprint)?, 1.0));
+        }
+        if let Some(directions) = self.directions(&model, interrupt)? {
+            let file = ControlVectorFile {
+                path: self.output.clone(),
+                model_hint: Some(fingerprint.architecture.clone()),
+                fingerprint: Some(fingerprint.clone()),
+                directions,
+                metadata: Metadata::new(),
+            };
+            sources.push((SteerFile::ControlVector(file), 1.0));
+        }
+        if sources.is_empty() {
+            return Err(Error::Setting {
+                setting: "steer".into(),
+                reason: "expected something to make a steering of".into(),
+                hint: Some("give --neurons FILE --offset X, --contrast, --probe FILE, or files to combine with --steer FILE:COEF".into()),
+            });
+        }
+        let ending = self.output.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        match (self.bake, ending) {
+            (true, _) => self.write_baked(&model, &sources)?,
+            (false, "gguf") => self.write_control_vector(&model, &fingerprint, &sources)?,
+            (false, "json") => self.write_interventions(&fingerprint, &sources)?,
+            _ => {
+                return Err(Error::setting(
+                    "-o/--output",
+                    format!("expected a name ending in .gguf or .json, found {}", self.output.display()),
+                ));
+            }
+        }
+        eprintln!("{}: {}", if self.bake { "model" } else { "steering" }, self.output.display());
+        if self.exact_check { self.compare_ways(&model, &sources) } else { Ok(()) }
+    }
+
+    fn of_neurons(&self, path: &Path, model: &GgufFile, fingerprint: &Fingerprint) -> Result<SteerFile> {
+        let arguments = &self.neurons;
+        let operation = match (arguments.offset, arguments.assign, arguments.scale, &arguments.clamp[..]) {
+            (Some(x), ..) => Operation::Offset(x),
+            (_, Some(x), ..) => Operation::Assign(x),
+            (_, _, Some(x), _) => Operation::Scale(x),
+            (.., &[min, max]) => Operation::Clamp { min, max },
+            _ => {
+                return Err(Error::Setting {
+                    setting: "--neurons".into(),
+                    reason: "expected what to do with them".into(),
+                    hint: Some("add --offset X (the paper's intervention; negative suppresses), --assign, --scale or --clamp".into()),
+                });
+            }
+        };
+        let mut neurons: Vec<Neuron> = read_neurons(path, model, self.steering.force)?.neurons();
+        if self.without_layer_0 {
+            let n = neurons.len();
+            neurons.retain(|neuron| neuron.layer > 0);
+            eprintln!("{} of {n} neurons are in layer 0 and were left out", n - neurons.len());
+        }
+        let when = match arguments.when {
+            WhenArgument::Prompt => When::Prompt,
+            WhenArgument::Generation => When::Generation,
+            WhenArgument::Both => When::Both,
+        };
+        let intervention = Intervention::new(Target::Neurons(neurons), operation, when, None, 1.0)
+            .map_err(|reason| Error::input(path, None, reason))?;
+        Ok(SteerFile::Interventions(Interventions {
+            path: path.to_path_buf(),
+            fingerprint: Some(fingerprint.clone()),
+            list: vec![intervention],
+        }))
+    }
+
+    /// Directions from text or a probe, by layer, if asked for.
+    fn directions(
+        &self,
+        model: &GgufFile,
+        interrupt: &AtomicBool,
+    ) -> Result<Option<BTreeMap<usize, Vec<f32>>>> {
+        let last = (model.n_layer()? as usize).saturating_sub(1);
+        let layers = |default: (usize, usize)| -> Result<std::ops::RangeInclusive<usize>> {
+            let (start, end) = match self.text.layers[..] {
+                [start, end] => (start, end),
+                _ => default,
+            };
+            if start < 1 || end > last || start > end {
+                let reason = format!("expected layers from 1 to {last}, found {start} to {end}");
+                return Err(Error::setting("--layers", reason));
+            }
+            Ok(start..=end)
+        };
+        if let Some(path) = &self.text.probe {
+            let probe = Probe::read(path)?;
+            probe.check(model, path, self.steering.force)?;
+            let read = match probe.place {
+                ProbePlace::Block(il) => il as usize,
+                ProbePlace::Embedding => 1,
+                ProbePlace::FinalNorm => last,
+            };
+            let norm = probe.weight.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>().sqrt();
+            let unit: Vec<f32> = probe.weight.iter().map(|&w| (f64::from(w) / norm) as f32).collect();
+            return Ok(Some(layers((read, read))?.map(|layer| (layer, unit.clone())).collect()));
+        }
+        let Some(file) = &self.text.contrast else { return Ok(None) };
+        let pairs = match file {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+                read_contrast(path, &text)?
+            }
+            None => read_contrast(Path::new("contrast.jsonl"), include_str!("../interp/contrast.jsonl"))?,
+        };
+        let layers = layers((1, last))?;
+        let places: Vec<ResidualPlace> = layers.clone().map(ResidualPlace::AfterBlock).collect();
+        let texts: Vec<&str> = pairs.iter().flat_map(|p| [p.toxic.as_str(), p.benign.as_str()]).collect();
+        let opened = self.engine.open(&self.model)?;
+        let recorded = mean_residual_streams(&opened, &self.engine, &texts, &places, 512, interrupt)?;
+        let refuse = |error: direction::DirectionError| Error::setting("--contrast", error.to_string());
+        let mut directions = BTreeMap::new();
+        for (at, layer) in layers.enumerate() {
+            let side = |side: usize| -> Vec<Vec<f32>> {
+                recorded.iter().skip(side).step_by(2).map(|places| places[at].clone()).collect()
+            };
+            let (toxic, benign) = (side(0), side(1));
+            let mean = direction::mean_difference(&toxic, &benign).map_err(refuse)?;
+            let direction = match self.text.method {
+                MethodArgument::Mean => mean,
+                MethodArgument::Pca => {
+                    let first = direction::principal_component(&toxic, &benign).map_err(refuse)?;
+                    // So that coefficient 1 is the mean distance of the two kinds of text, as with the mean.
+                    let along = mean.iter().zip(&first.direction).map(|(&m, &d)| f64::from(m) * f64::from(d));
+                    let along = along.sum::<f64>() as f32;
+                    first.direction.iter().map(|d| d * along).collect()
+                }
+            };
+            directions.insert(layer, direction);
+        }
+        Ok(Some(directions))
+    }
+
+    fn compile(&self, model: &GgufFile, sources: &[(SteerFile, f32)], route: Route) -> Result<Compiled> {
+        let options = self.steering.compile_options(route);
+        compile::compile(model, sources, &self.steering.loras()?, &options)
+    }
+
+    fn write_control_vector(
+        &self,
+        model: &GgufFile,
+        fingerprint: &Fingerprint,
+        sources: &[(SteerFile, f32)],
+    ) -> Result<()> {
+        let Compiled { steering, choices } = self.compile(model, sources, Route::Cheapest)?;
+        if let Some(edit) = steering.edits.first() {
+            return Err(Error::Setting {
+                setting: "-o/--output".into(),
+                reason: format!(
+                    "a control vector cannot hold all of it, layer {} for one: {}",
+                    edit.layer,
+                    choices.join("; ")
+                ),
+                hint: Some(
+                    "write interventions (-o steer.json, for --steer), bake a model (--bake), or leave layer 0 out (--without-layer-0)"
+                        .into(),
+                ),
+            });
+        }
+        let rows = steering.control_vector.unwrap_or(ControlVector { n_embd: 1, rows: Vec::new() });
+        let directions = rows.rows.chunks_exact(rows.n_embd).enumerate();
+        let directions: BTreeMap<usize, Vec<f32>> = directions
+            .filter(|(_, row)| row.iter().any(|&x| x != 0.0))
+            .map(|(i, row)| (i + 1, row.to_vec()))
+            .collect();
+        control_vector::write(&self.output, fingerprint, &directions, &self.provenance(sources))
+    }
+
+    fn provenance(&self, sources: &[(SteerFile, f32)]) -> Metadata {
+        let mut metadata = Metadata::new();
+        metadata.set("detox_gguf.version", Value::Str(crate::version().into()));
+        metadata.set("detox_gguf.source", Value::Str(self.described(sources)));
+        metadata
+    }
+
+    /// What it was made from, in words.
+    fn described(&self, sources: &[(SteerFile, f32)]) -> String {
+        let of_source = |(file, coefficient): &(SteerFile, f32)| {
+            let name = file.path().file_name().unwrap_or_default().to_string_lossy();
+            match file {
+                SteerFile::ControlVector(_) if file.path() == self.output => match self.text.probe {
+                    Some(_) => "the direction of a probe".to_owned(),
+                    None => format!("contrast of text, {:?}", self.text.method).to_lowercase(),
+                },
+                SteerFile::Interventions(list) => {
+                    let edits =
+                        list.list.iter().map(|i| format!("{:?} x {}", i.operation(), i.coefficient()));
+                    format!("{name} ({}) x {coefficient}", edits.collect::<Vec<_>>().join(", "))
+                }
+                SteerFile::ControlVector(_) => format!("{name} x {coefficient}"),
+            }
+        };
+        sources.iter().map(of_source).collect::<Vec<_>>().join("; ")
+    }
+
+    fn write_interventions(&self, fingerprint: &Fingerprint, sources: &[(SteerFile, f32)]) -> Result<()> {
+        let refuse = |reason: String| Error::input(&self.output, None, reason);
+        let mut list = Vec::new();
+        for (source, coefficient) in sources {
+            match source {
+                SteerFile::Interventions(interventions) => {
+                    for intervention in &interventions.list {
+                        list.push(intervention.times(*coefficient).map_err(refuse)?);
+                    }
+                }
+                SteerFile::ControlVector(file) if file.path == self.output => {
+                    return Err(Error::Setting {
+                        setting: "-o/--output".into(),
+                        reason: "directions go into a control vector".into(),
+                        hint: Some("write -o steer.gguf first, and combine it with --steer steer.gguf:COEF -o steer.json".into()),
+                    });
+                }
+                SteerFile::ControlVector(file) => {
+                    let directions = Directions {
+                        path: self.path_from_output(&file.path)?,
+                        sha256: crate::gguf::file_sha256(&file.path, |_, _| {})?,
+                        file: file.clone(),
+                    };
+                    let target = Target::Directions(Box::new(directions));
+                    let operation = Operation::Offset(*coefficient);
+                    list.push(Intervention::new(target, operation, When::Both, None, 1.0).map_err(refuse)?);
+                }
+            }
+        }
+        let path = self.output.clone();
+        Interventions { path, fingerprint: Some(fingerprint.clone()), list }.write(&self.output)
+    }
+
+    /// A path as an intervention file names it: from its own folder where that is a plain way, else in full.
+    fn path_from_output(&self, path: &Path) -> Result<PathBuf> {
+        let full = path.canonicalize().map_err(Error::io("read", path))?;
+        let folder = self.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = folder.canonicalize().map_err(Error::io("read", folder))?;
+        Ok(full.strip_prefix(&folder).map_or(full.clone(), Path::to_path_buf))
+    }
+
+    fn write_baked(&self, model: &GgufFile, sources: &[(SteerFile, f32)]) -> Result<()> {
+        if !self.steering.loras()?.is_empty() {
+            return Err(Error::setting("--bake", "an adapter cannot be baked in as biases"));
+        }
+        let Steering { control_vector, edits, .. } = self.compile(model, sources, Route::Cheapest)?.steering;
+        let mut vectors: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
+        if let Some(ControlVector { n_embd, rows }) = control_vector {
+            let rows = rows.chunks_exact(n_embd).enumerate();
+            let rows = rows.filter(|(_, row)| row.iter().any(|&x| x != 0.0));
+            vectors.extend(rows.map(|(i, row)| (i + 1, row.to_vec())));
+        }
+        let mut offsets = Vec::new();
+        for edit in edits {
+            match edit {
+                Edit {
+                    layer,
+                    when: When::Both,
+                    coefficient,
+                    change: Change::Neuron { index, operation: Operation::Offset(x) },
+                } => offsets.push((Neuron { layer: layer as u32, index: index as u32 }, coefficient * x)),
+                other => {
+                    return Err(Error::Setting {
+                        setting: "--bake".into(),
+                        reason: format!(
+                            "only offsets on all tokens can be baked in; found {:?} in layer {}",
+                            other.change.operation(),
+                            other.layer
+                        ),
+                        hint: Some("write interventions instead: -o steer.json, for --steer".into()),
+                    });
+                }
+            }
+        }
+        for (layer, vector) in compile::layer_vectors(model, &offsets, &[])? {
+            let sum = vectors.entry(layer).or_insert_with(|| vec![0.0; vector.len()]);
+            sum.iter_mut().zip(&vector).for_each(|(sum, x)| *sum += x);
+        }
+        let provenance = [
+            ("detox_gguf.version", crate::version().to_owned()),
+            ("detox_gguf.baked", self.described(sources)),
+        ];
+        let mut progress = Shown::new();
+        let mut shown = None;
+        bake::bake(model, &vectors, &provenance, &self.output, |done, total| {
+            let before = *shown.get_or_insert_with(|| {
+                progress.start("copying, MiB", total >> 20, 0);
+                0
+            });
+            progress.advance((done >> 20) - (before >> 20));
+            shown = Some(done);
+        })?;
+        progress.finish();
+        Ok(())
+    }
+
+    /// Prints how far the cheapest way and the callback agree, beside the noise floor.
+    fn compare_ways(&self, file: &GgufFile, sources: &[(SteerFile, f32)]) -> Result<()> {
+        let cheapest = self.compile(file, sources, Route::Cheapest)?.steering;
+        let callback = self.compile(file, sources, Route::Callback)?.steering;
+        let model = self.engine.open(&self.model)?;
+        let options = self.engine.session_options();
+        let prompts = PromptSource::Own.read(&[], Some(4))?;
+        let texts: Vec<Vec<Token>> =
+            prompts.iter().map(|p| model.tokenize_prompt(&p.text)).collect::<Result<_>>()?;
+        let effect = exact_check::difference(&model, &Steering::default(), &cheapest, &texts, &options)?;
+        let ways = exact_check::difference(&model, &callback, &cheapest, &texts, &options)?;
+        let floor = exact_check::noise_floor(&model, &callback, &texts, &options)?;
+        let row = |name: &str, d: &Difference| {
+            format!(
+                "{name:<34}{:>12.2e}{:>12.2e}{:>12.3}\n",
+                d.mean_kl, d.largest_kl, d.largest_logit_difference
+            )
+        };
+        print(&format!(
+            "{} tokens of {} prompts        mean KL  largest KL       logit\n{}{}{}",
+            effect.n_tokens,
+            texts.len(),
+            row("effect of the steering", &effect),
+            row("cheapest way against callback", &ways),
+            row("noise floor (0.001 more)", &floor),
+        ))
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct ContrastPair {
+    toxic: String,
+    benign: String,
+}
+
+fn read_contrast(path: &Path, text: &str) -> Result<Vec<ContrastPair>> {
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let pairs = lines.map(|(i, line)| {
+        serde_json::from_str(line).map_err(|e| {
+            Error::input(path, Some(i + 1), format!("expected an object with \"toxic\" and \"benign\": {e}"))
+        })
+    });
+    let pairs: Vec<ContrastPair> = pairs.collect::<Result<_>>()?;
+    if pairs.is_empty() {
+        return Err(Error::input(path, None, "expected at least one pair, found none"));
+    }
+    Ok(pairs)
+}

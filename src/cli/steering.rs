@@ -1,0 +1,152 @@
+//! What steers a model while it runs: the same flags on every command that runs one.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::engine::steering::LoraScaled;
+use crate::engine::{Model, Steering};
+use crate::error::Result;
+use crate::gguf::{GgufFile, file_sha256};
+use crate::steer::argument::parse_scaled;
+use crate::steer::compile::{self, CompileOptions, Compiled, Route};
+use crate::steer::{ControlVectorFile, SteerArgument, SteerFile};
+
+use super::arguments::EngineArguments;
+
+/// Interventions, control vectors and adapters, several at once.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Steering")]
+pub struct SteeringArguments {
+    /// Intervention (JSON) or control vector (GGUF), times a coefficient; may be repeated
+    #[arg(long, value_name = "FILE[:COEF]")]
+    pub steer: Vec<String>,
+    /// Control vector; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub control_vector: Vec<PathBuf>,
+    /// Control vectors, each with its scale
+    #[arg(long, value_name = "FILE:SCALE,…")]
+    pub control_vector_scaled: Vec<String>,
+    /// Layers of --control-vector and --control-vector-scaled, both ends included
+    #[arg(long, num_args = 2, value_names = ["START", "END"], allow_negative_numbers = true)]
+    pub control_vector_layer_range: Vec<i32>,
+    /// LoRA adapter; may be repeated
+    #[arg(long, value_name = "FILE")]
+    pub lora: Vec<PathBuf>,
+    /// LoRA adapters, each with its scale
+    #[arg(long, value_name = "FILE:SCALE,…")]
+    pub lora_scaled: Vec<String>,
+    /// Use what was made for another quantisation or fine-tune of this model
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Their names, for flags that exclude them.
+pub const STEERING_FLAGS: [&str; 7] = [
+    "steer",
+    "control_vector",
+    "control_vector_scaled",
+    "control_vector_layer_range",
+    "lora",
+    "lora_scaled",
+    "force",
+];
+
+/// What the flags come to for one model.
+#[derive(Debug, Clone, Default)]
+pub struct Steered {
+    /// For the engine.
+    pub steering: Steering,
+    /// For `run.json`: each file with its hash and coefficient.
+    pub by: Vec<Value>,
+}
+
+impl SteeringArguments {
+    /// Whether nothing was asked for.
+    pub fn is_empty(&self) -> bool {
+        [&self.steer, &self.control_vector_scaled, &self.lora_scaled].iter().all(|flag| flag.is_empty())
+            && self.control_vector.is_empty()
+            && self.lora.is_empty()
+    }
+
+    /// Files with their coefficients, in the order in which they act: control vectors, then `--steer`.
+    pub fn sources(&self) -> Result<Vec<(SteerFile, f32)>> {
+        let mut sources = Vec::new();
+        let mut control_vector = |path: &Path, scale: f32| -> Result<()> {
+            sources.push((SteerFile::ControlVector(ControlVectorFile::read(path)?), scale));
+            Ok(())
+        };
+        for path in &self.control_vector {
+            control_vector(path, 1.0)?;
+        }
+        for text in &self.control_vector_scaled {
+            for (path, scale) in parse_scaled("--control-vector-scaled", text)? {
+                control_vector(&path, scale)?;
+            }
+        }
+        for text in &self.steer {
+            sources.push(SteerArgument::parse(text)?.open()?);
+        }
+        Ok(sources)
+    }
+
+    /// Adapters with their scales.
+    pub fn loras(&self) -> Result<Vec<LoraScaled>> {
+        let mut loras: Vec<LoraScaled> =
+            self.lora.iter().map(|path| LoraScaled { path: path.clone(), scale: 1.0 }).collect();
+        for text in &self.lora_scaled {
+            let scaled = parse_scaled("--lora-scaled", text)?;
+            loras.extend(scaled.into_iter().map(|(path, scale)| LoraScaled { path, scale }));
+        }
+        Ok(loras)
+    }
+
+    /// How to compile, on the given route.
+    pub fn compile_options(&self, route: Route) -> CompileOptions {
+        let layer_range = match self.control_vector_layer_range[..] {
+            [start, end] => Some((start, end)),
+            _ => None,
+        };
+        CompileOptions { layer_range, route, force: self.force }
+    }
+
+    /// Checks everything against the model at `path`, chooses the ways, and says which.
+    pub fn compile(&self, path: &Path) -> Result<Steered> {
+        if self.is_empty() {
+            return Ok(Steered::default());
+        }
+        let (sources, loras) = (self.sources()?, self.loras()?);
+        let options = self.compile_options(Route::Cheapest);
+        let Compiled { steering, choices } =
+            compile::compile(&GgufFile::open(path)?, &sources, &loras, &options)?;
+        for choice in choices {
+            eprintln!("steering: {choice}");
+        }
+        let mut by = Vec::new();
+        for (source, coefficient) in &sources {
+            by.push(record("steer", source.path(), *coefficient)?);
+        }
+        for lora in &loras {
+            by.push(record("lora", &lora.path, lora.scale)?);
+        }
+        if let Some((start, end)) = options.layer_range {
+            by.push(json!({ "control_vector_layer_range": [start, end] }));
+        }
+        Ok(Steered { steering, by })
+    }
+
+    /// Loads the model at `path`, steered.
+    pub fn open(&self, path: &Path, engine: &EngineArguments) -> Result<Model> {
+        let steered = self.compile(path)?;
+        let model = engine.open(path)?;
+        if steered.steering.is_empty() { Ok(model) } else { model.with_steering(steered.steering) }
+    }
+}
+
+fn record(kind: &str, path: &Path, coefficient: f32) -> Result<Value> {
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+    Ok(
+        json!({ "kind": kind, "file": name, "sha256": file_sha256(path, |_, _| {})?, "coefficient": coefficient }),
+    )
+}

@@ -1,0 +1,136 @@
+//! Mean activations of neurons, language by language, before and after a change (the paper, Figure 3).
+
+use std::collections::BTreeMap;
+
+use rand_core::Rng;
+
+use crate::engine::sample;
+
+/// A mean with its interval.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Interval {
+    /// The mean.
+    pub value: f64,
+    /// Lower end of the 95% interval; `None` with fewer than two prompts.
+    pub low: Option<f64>,
+    /// Upper end.
+    pub high: Option<f64>,
+}
+
+/// Resamples of the bootstrap.
+const RESAMPLES: usize = 1000;
+
+impl Interval {
+    /// The mean of `values` with a percentile bootstrap interval over them, seeded by `name`; `None` without
+    /// values.
+    pub fn of(values: &[f64], name: &str) -> Option<Interval> {
+        let n = values.len();
+        if n == 0 {
+            return None;
+        }
+        let value = values.iter().sum::<f64>() / n as f64;
+        if n < 2 {
+            return Some(Interval { value, low: None, high: None });
+        }
+        let mut random = sample::random_stream(0, name, 0);
+        let mut means: Vec<f64> = (0..RESAMPLES)
+            .map(|_| {
+                let drawn =
+                    (0..n).map(|_| values[((u128::from(random.next_u64()) * n as u128) >> 64) as usize]);
+                drawn.sum::<f64>() / n as f64
+            })
+            .collect();
+        means.sort_by(f64::total_cmp);
+        // Ranks 25 and 975 of 1000, from 1: 2.5% of the resamples lie outside at each end.
+        let (low, high) = (means[RESAMPLES * 25 / 1000], means[RESAMPLES * 975 / 1000 - 1]);
+        Some(Interval { value, low: Some(low), high: Some(high) })
+    }
+}
+
+/// One prompt's mean activation over neurons and steps, for the model and, if there is one, the changed
+/// model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptActivation {
+    /// The prompt's language.
+    pub language: String,
+    /// Of the model.
+    pub a: f64,
+    /// Of the changed model.
+    pub b: Option<f64>,
+}
+
+/// One language's row.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct LanguageActivation {
+    /// The language's code.
+    pub language: String,
+    /// Prompts.
+    pub n_prompts: usize,
+    /// Mean over prompts, of the model.
+    pub a: Interval,
+    /// Of the changed model.
+    pub b: Option<Interval>,
+    /// Mean over prompts of the difference, b minus a, each prompt with itself.
+    pub difference: Option<Interval>,
+}
+
+/// Rows by language, in order of their codes.
+pub fn by_language(prompts: &[PromptActivation]) -> Vec<LanguageActivation> {
+    let mut languages: BTreeMap<&str, Vec<&PromptActivation>> = BTreeMap::new();
+    for prompt in prompts {
+        languages.entry(&prompt.language).or_default().push(prompt);
+    }
+    let rows = languages.into_iter().filter_map(|(language, prompts)| {
+        let interval = |values: Option<Vec<f64>>| Interval::of(&values?, language);
+        let b: Option<Vec<f64>> = prompts.iter().map(|p| p.b).collect();
+        let difference = prompts.iter().map(|p| Some(p.b? - p.a)).collect();
+        Some(LanguageActivation {
+            language: language.to_owned(),
+            n_prompts: prompts.len(),
+            a: interval(Some(prompts.iter().map(|p| p.a).collect()))?,
+            b: interval(b),
+            difference: interval(difference),
+        })
+    });
+    rows.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prompt(language: &str, a: f64, b: Option<f64>) -> PromptActivation {
+        PromptActivation { language: language.into(), a, b }
+    }
+
+    #[test]
+    fn each_language_has_its_means_and_the_mean_of_its_differences() {
+        let rows = by_language(&[
+            prompt("en", 1.0, Some(0.0)),
+            prompt("de", 4.0, Some(5.0)),
+            prompt("en", 2.0, Some(-1.0)),
+        ]);
+        assert_eq!(
+            rows.iter().map(|r| (r.language.as_str(), r.n_prompts)).collect::<Vec<_>>(),
+            [("de", 1), ("en", 2)]
+        );
+        assert_eq!(rows[0].a, Interval { value: 4.0, low: None, high: None });
+        assert_eq!(rows[1].a.value, 1.5);
+        assert_eq!(rows[1].b.unwrap().value, -0.5);
+        let difference = rows[1].difference.unwrap();
+        assert_eq!(difference.value, -2.0);
+        assert_eq!((difference.low, difference.high), (Some(-3.0), Some(-1.0)));
+        assert!(by_language(&[prompt("en", 1.0, None)])[0].b.is_none());
+    }
+
+    #[test]
+    fn the_interval_of_a_mean_is_about_two_standard_errors_wide_on_each_side() {
+        // Standard deviation 0.5, 400 values: the standard error is 0.025.
+        let values: Vec<f64> = (0..400).map(|i| f64::from(i % 2)).collect();
+        let interval = Interval::of(&values, "x").unwrap();
+        let (low, high) = (interval.low.unwrap(), interval.high.unwrap());
+        assert!((0.44..0.46).contains(&low) && (0.54..0.56).contains(&high), "{low} {high}");
+        assert_eq!(Interval::of(&values, "x"), Some(interval));
+        assert_eq!(Interval::of(&[], "x"), None);
+    }
+}

@@ -1,0 +1,243 @@
+//! A probe's file: a GGUF with the probe vector and where it reads.
+
+use std::path::Path;
+
+use super::train::sigmoid;
+use crate::engine::residual::ResidualPlace;
+use crate::error::{Error, Result};
+use crate::gguf::{self, GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value};
+use crate::steer::Fingerprint;
+
+/// Where a probe reads the residual stream, as its file says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ProbePlace {
+    /// The embeddings: -2 in the file.
+    Embedding,
+    /// After the final norm: -1 in the file. The paper's.
+    FinalNorm,
+    /// After this block, from 0.
+    Block(u32),
+}
+
+impl ProbePlace {
+    /// The same for the engine.
+    pub fn residual_place(self) -> ResidualPlace {
+        match self {
+            ProbePlace::Embedding => ResidualPlace::Embedding,
+            ProbePlace::FinalNorm => ResidualPlace::AfterFinalNorm,
+            ProbePlace::Block(il) => ResidualPlace::AfterBlock(il as usize),
+        }
+    }
+
+    fn number(self) -> i32 {
+        match self {
+            ProbePlace::Embedding => -2,
+            ProbePlace::FinalNorm => -1,
+            ProbePlace::Block(il) => i32::try_from(il).unwrap_or(i32::MAX),
+        }
+    }
+}
+
+impl std::str::FromStr for ProbePlace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "final" => Ok(ProbePlace::FinalNorm),
+            "embedding" => Ok(ProbePlace::Embedding),
+            _ => text
+                .parse()
+                .map(ProbePlace::Block)
+                .map_err(|_| format!("expected final, embedding, or a layer from 0, found {text:?}")),
+        }
+    }
+}
+
+impl std::fmt::Display for ProbePlace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ProbePlace::Embedding => f.write_str("embedding"),
+            ProbePlace::FinalNorm => f.write_str("final"),
+            ProbePlace::Block(il) => write!(f, "{il}"),
+        }
+    }
+}
+
+/// A linear probe of mean residual streams.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Probe {
+    /// The probe vector, shape `[n_embd]`, finite and not zero.
+    pub weight: Vec<f32>,
+    /// Where it reads.
+    pub place: ProbePlace,
+    /// The model whose residual stream it reads; `None` for one converted from elsewhere.
+    pub fingerprint: Option<Fingerprint>,
+    /// What it was trained on, in words.
+    pub source: String,
+    /// Share of held-out texts judged rightly, where it is known.
+    pub accuracy: Option<f32>,
+    /// Area under the curve on held-out texts, where it is known.
+    pub auc: Option<f32>,
+}
+
+const ARCHITECTURE: &str = "detox-gguf.probe";
+const FORMAT: u32 = 1;
+const WEIGHT: &str = "probe.weight";
+
+impl Probe {
+    /// The probability that a text with this mean residual stream, shape `[n_embd]`, is toxic.
+    pub fn probability(&self, residual_stream: &[f32]) -> f64 {
+        sigmoid(self.weight.iter().zip(residual_stream).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum())
+    }
+
+    /// Writes it; the file appears when it is whole.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let mut metadata = Metadata::new();
+        metadata.set("general.architecture", Value::Str(ARCHITECTURE.into()));
+        metadata.set("probe.format", Value::U32(FORMAT));
+        metadata.set("probe.layer", Value::I32(self.place.number()));
+        metadata.set("probe.pooling", Value::Str("mean".into()));
+        metadata.set("probe.n_embd", Value::U32(self.weight.len() as u32));
+        metadata.set("probe.bias", Value::F32(0.0));
+        metadata.set("probe.source", Value::Str(self.source.clone()));
+        for (key, value) in [("probe.accuracy", self.accuracy), ("probe.auc", self.auc)] {
+            if let Some(value) = value {
+                metadata.set(key, Value::F32(value));
+            }
+        }
+        if let Some(fingerprint) = &self.fingerprint {
+            fingerprint.add_to(&mut metadata);
+        }
+        let spec = TensorSpec {
+            name: WEIGHT.into(),
+            shape: vec![self.weight.len() as u64],
+            tensor_type: TensorType::F32,
+        };
+        let mut writer = GgufWriter::create(path, &metadata, vec![spec])?;
+        writer.write_f32s(&self.weight)?;
+        writer.finish()
+    }
+
+    /// Reads one.
+    ///
+    /// # Errors
+    /// As [`GgufFile::open`]; [`Error::Input`] for a GGUF that is no probe, or a newer one, and for a vector
+    /// that is zero or not finite.
+    pub fn read(path: &Path) -> Result<Probe> {
+        let file = GgufFile::open(path)?;
+        let refuse = |reason: String| Error::input(path, None, reason);
+        let found = file.str_if_present("general.architecture")?.unwrap_or("nothing");
+        if found != ARCHITECTURE {
+            return Err(Error::Input {
+                path: path.to_path_buf(),
+                line: None,
+                reason: format!("expected a probe (architecture {ARCHITECTURE:?}), found {found:?}"),
+                hint: Some("`detox-gguf probe -m MODEL -o probe.gguf` makes one".into()),
+            });
+        }
+        let format = file.u32("probe.format")?;
+        if format != FORMAT {
+            return Err(refuse(format!("expected a probe of format {FORMAT}, found {format}")));
+        }
+        let place = match file.integer("probe.layer")? {
+            -2 => ProbePlace::Embedding,
+            -1 => ProbePlace::FinalNorm,
+            il => ProbePlace::Block(u32::try_from(il).map_err(|_| refuse(format!("no layer {il}")))?),
+        };
+        let pooling = file.str("probe.pooling")?;
+        let bias = file.f32_if_present("probe.bias")?.unwrap_or(0.0);
+        if pooling != "mean" || bias != 0.0 {
+            let reason = format!("expected pooling \"mean\" and bias 0, found {pooling:?} and {bias}");
+            return Err(refuse(reason));
+        }
+        let n_embd = u64::from(file.u32("probe.n_embd")?);
+        let tensor = file.tensor(WEIGHT).filter(|t| t.shape() == [n_embd]);
+        let tensor =
+            tensor.ok_or_else(|| refuse(format!("expected a tensor {WEIGHT:?} of {n_embd} numbers")))?;
+        let mut weight = vec![0f32; n_embd as usize];
+        gguf::dequantize(tensor.tensor_type(), &file.read_tensor(tensor)?, &mut weight).map_err(refuse)?;
+        if weight.iter().any(|w| !w.is_finite()) || weight.iter().all(|&w| w == 0.0) {
+            return Err(refuse("its vector is zero, or holds values that are not finite".into()));
+        }
+        Ok(Probe {
+            weight,
+            place,
+            fingerprint: Fingerprint::recorded_in(&file)?,
+            source: file.str_if_present("probe.source")?.unwrap_or_default().to_owned(),
+            accuracy: file.f32_if_present("probe.accuracy")?,
+            auc: file.f32_if_present("probe.auc")?,
+        })
+    }
+
+    /// Whether it reads the residual stream of `model`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] where the width differs, or its fingerprint, unless `force` allows another
+    /// quantisation or fine-tune.
+    pub fn check(&self, model: &GgufFile, path: &Path, force: bool) -> Result<()> {
+        let n_embd = model.n_embd()? as usize;
+        if self.weight.len() != n_embd {
+            let reason =
+                format!("expected a probe of {n_embd} numbers for this model, found {}", self.weight.len());
+            return Err(Error::input(path, None, reason));
+        }
+        match &self.fingerprint {
+            Some(fingerprint) => fingerprint.check(&Fingerprint::of(model)?, "probe vectors", path, force),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn probe() -> Probe {
+        Probe {
+            weight: vec![0.5, -2.0],
+            place: ProbePlace::Block(3),
+            fingerprint: None,
+            source: "own.jsonl".into(),
+            accuracy: Some(0.9),
+            auc: None,
+        }
+    }
+
+    #[test]
+    fn a_probe_is_read_as_it_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("probe.gguf");
+        for place in [ProbePlace::Block(3), ProbePlace::Embedding, ProbePlace::FinalNorm] {
+            let probe = Probe { place, ..probe() };
+            probe.write(&path).unwrap();
+            assert_eq!(Probe::read(&path).unwrap(), probe);
+            assert_eq!(place.to_string().parse(), Ok(place));
+        }
+    }
+
+    #[test]
+    fn the_probability_is_the_sigmoid_of_the_product() {
+        // 0.5 * 2 - 2 * 0.5 = 0
+        assert_eq!(probe().probability(&[2.0, 0.5]), 0.5);
+        assert!((probe().probability(&[2.0, 0.0]) - 1.0 / (1.0 + (-1f64).exp())).abs() < 1e-12);
+    }
+
+    #[test]
+    fn rejects_other_files_and_vectors_that_say_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("probe.gguf");
+        for weight in [vec![0.0, 0.0], vec![f32::NAN, 1.0]] {
+            Probe { weight, ..probe() }.write(&path).unwrap();
+            assert!(Probe::read(&path).unwrap_err().to_string().contains("not finite"));
+        }
+        let model = format!("{}/gguf/tiny/llama.gguf", env!("CARGO_MANIFEST_DIR"));
+        let error = Probe::read(Path::new(&model)).unwrap_err();
+        assert!(error.to_string().contains("found \"llama\""), "{error}");
+        let model = GgufFile::open(&model).unwrap();
+        let error = probe().check(&model, &path, false).unwrap_err().to_string();
+        assert!(error.contains("expected a probe of 64 numbers"), "{error}");
+    }
+}

@@ -1,0 +1,252 @@
+//! Texts labelled toxic or benign.
+
+use std::path::Path;
+
+use rand_core::Rng;
+use serde::Deserialize;
+
+use crate::engine::sample;
+use crate::error::{Error, Result};
+
+/// A text and its label.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LabelledText {
+    /// The text.
+    pub text: String,
+    /// Its label.
+    pub is_toxic: bool,
+}
+
+/// Texts of both labels, in the file's order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Labelled {
+    /// At least one of each label.
+    pub texts: Vec<LabelledText>,
+    /// Rows without text, which were left out.
+    pub n_empty: usize,
+}
+
+impl Labelled {
+    /// Texts with the label toxic.
+    pub fn n_toxic(&self) -> usize {
+        self.texts.iter().filter(|t| t.is_toxic).count()
+    }
+
+    /// A seeded sample of `n` texts with the share of each label that the whole has, and at least two of
+    /// each; all of them if there are no more.
+    pub fn sample(self, n: usize, seed: u64) -> Labelled {
+        let total = self.texts.len();
+        if n >= total {
+            return self;
+        }
+        let n_toxic = (self.n_toxic() as f64 * n as f64 / total as f64).round() as usize;
+        let n_toxic = n_toxic.clamp(2.min(n), n.saturating_sub(2).max(1));
+        let mut random = sample::random_stream(seed, "labelled texts", 0);
+        let mut order: Vec<usize> = (0..total).collect();
+        shuffle(&mut order, &mut random);
+        let mut left = [n - n_toxic, n_toxic];
+        let mut kept: Vec<usize> = order
+            .into_iter()
+            .filter(|&i| {
+                let left = &mut left[usize::from(self.texts[i].is_toxic)];
+                let is_kept = *left > 0;
+                *left -= usize::from(is_kept);
+                is_kept
+            })
+            .collect();
+        kept.sort_unstable();
+        let texts = kept.into_iter().map(|i| self.texts[i].clone()).collect();
+        Labelled { texts, n_empty: self.n_empty }
+    }
+}
+
+/// Fisher-Yates.
+pub(super) fn shuffle<T>(items: &mut [T], random: &mut impl Rng) {
+    for i in (1..items.len()).rev() {
+        // The high half of a 64 x 64 bit product is uniform to within i / 2^64.
+        let j = (u128::from(random.next_u64()) * (i as u128 + 1)) >> 64;
+        items.swap(i, j as usize);
+    }
+}
+
+/// The program's own labelled texts: English, in the project's own words, half of them toxic.
+pub fn own() -> Labelled {
+    parse_lines(Path::new("own.jsonl"), include_str!("own.jsonl"))
+        .expect("the file is part of the program, and a test reads it")
+}
+
+/// Reads labelled texts.
+///
+/// - JSON lines with `text` and `label`, where a label is 0 or 1, or false or true;
+/// - CSV whose header has `text` and `label`;
+/// - Jigsaw's `train.csv` as it is: `comment_text`, labelled by its column `toxic`, as the paper does.
+///
+/// # Errors
+/// [`Error::Input`] with the line for another form or label, and where one of the labels does not occur.
+pub fn read(path: &Path) -> Result<Labelled> {
+    let text = std::fs::read_to_string(path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::InvalidData => Error::input(path, None, "expected text in UTF-8"),
+        _ => Error::io("read", path)(e),
+    })?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    if text.trim_start().starts_with('{') { parse_lines(path, text) } else { parse_csv(path, text) }
+}
+
+#[derive(Deserialize)]
+struct Row {
+    text: String,
+    label: Label,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Label {
+    Bool(bool),
+    Number(f64),
+}
+
+fn parse_lines(path: &Path, text: &str) -> Result<Labelled> {
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let rows = lines.map(|(i, line)| {
+        let refuse = |reason: String| Error::input(path, Some(i + 1), reason);
+        let row: Row = serde_json::from_str(line)
+            .map_err(|e| refuse(format!("expected an object with \"text\" and \"label\": {e}")))?;
+        let is_toxic = match row.label {
+            Label::Bool(label) => label,
+            Label::Number(0.0) => false,
+            Label::Number(1.0) => true,
+            Label::Number(found) => return Err(refuse(format!("expected label 0 or 1, found {found}"))),
+        };
+        Ok(LabelledText { text: row.text, is_toxic })
+    });
+    whole(path, rows)
+}
+
+fn parse_csv(path: &Path, text: &str) -> Result<Labelled> {
+    let mut reader = csv::Reader::from_reader(text.as_bytes());
+    let headers = reader.headers().map_err(|e| Error::input(path, Some(1), e.to_string()))?.clone();
+    let column = |name: &str| headers.iter().position(|header| header.trim() == name);
+    let columns = column("text").zip(column("label"));
+    let Some((text_column, label_column)) = columns.or(column("comment_text").zip(column("toxic"))) else {
+        let found: Vec<&str> = headers.iter().take(8).collect();
+        return Err(Error::Input {
+            path: path.to_path_buf(),
+            line: Some(1),
+            reason: format!(
+                "expected columns text and label, or Jigsaw's comment_text and toxic, found {found:?}"
+            ),
+            hint: Some("JSON lines with \"text\" and \"label\" are read too".into()),
+        });
+    };
+    let rows = reader.records().map(|record| {
+        let record = record.map_err(|e| {
+            let line = e.position().map(|p| p.line() as usize);
+            Error::input(path, line, format!("expected a row of {} fields: {e}", headers.len()))
+        })?;
+        let is_toxic = match record.get(label_column).unwrap_or_default().trim() {
+            "0" | "false" => false,
+            "1" | "true" => true,
+            found => {
+                let why =
+                    if found == "-1" { " (Jigsaw marks rows that were not scored with -1)" } else { "" };
+                let line = record.position().map(|p| p.line() as usize);
+                return Err(Error::input(path, line, format!("expected label 0 or 1, found {found:?}{why}")));
+            }
+        };
+        Ok(LabelledText { text: record.get(text_column).unwrap_or_default().to_owned(), is_toxic })
+    });
+    whole(path, rows)
+}
+
+fn whole(path: &Path, rows: impl Iterator<Item = Result<LabelledText>>) -> Result<Labelled> {
+    let mut labelled = Labelled { texts: Vec::new(), n_empty: 0 };
+    for row in rows {
+        let row = row?;
+        if row.text.trim().is_empty() {
+            labelled.n_empty += 1;
+        } else {
+            labelled.texts.push(row);
+        }
+    }
+    let (n, n_toxic) = (labelled.texts.len(), labelled.n_toxic());
+    if n_toxic == 0 || n_toxic == n {
+        let reason =
+            format!("expected texts of both labels, found {n_toxic} toxic and {} benign", n - n_toxic);
+        return Err(Error::input(path, None, reason));
+    }
+    Ok(labelled)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Labelled> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("labelled");
+        std::fs::write(&path, text).unwrap();
+        read(&path)
+    }
+
+    fn labels(text: &str) -> Vec<(String, bool)> {
+        parse(text).unwrap().texts.into_iter().map(|t| (t.text, t.is_toxic)).collect()
+    }
+
+    #[test]
+    fn every_form_gives_the_same_rows() {
+        let expected = [("a, b".to_owned(), true), ("line\nbreak".to_owned(), false)];
+        assert_eq!(
+            labels("{\"text\": \"a, b\", \"label\": 1}\n\n{\"label\": false, \"text\": \"line\\nbreak\"}"),
+            expected
+        );
+        assert_eq!(labels("text,label\n\"a, b\",1\n\"line\nbreak\",0\n"), expected);
+        assert_eq!(
+            labels(
+                "\u{feff}\"id\",\"comment_text\",\"toxic\",\"insult\"\n7,\"a, b\",1,0\n8,\"line\nbreak\",0,1\n"
+            ),
+            expected
+        );
+    }
+
+    #[test]
+    fn rows_without_text_are_counted_and_left_out() {
+        let labelled = parse("text,label\na,1\n ,0\nb,0\n").unwrap();
+        assert_eq!((labelled.texts.len(), labelled.n_empty), (2, 1));
+    }
+
+    #[test]
+    fn rejects_other_labels_columns_and_a_single_label() {
+        for (text, reason) in [
+            ("text,label\na,2\n", "found \"2\""),
+            ("id,comment_text,toxic\n1,a,-1\n", "not scored"),
+            ("{\"text\": \"a\", \"label\": 0.5}", "found 0.5"),
+            ("{\"text\": \"a\"}", "label"),
+            ("a,b\n1,2\n", "expected columns"),
+            ("text,label\na,1\n", "1 toxic and 0 benign"),
+            ("", "expected columns"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_sample_keeps_the_share_of_each_label_and_depends_on_the_seed_alone() {
+        let texts = (0..100).map(|i| LabelledText { text: i.to_string(), is_toxic: i % 5 == 0 }).collect();
+        let all = Labelled { texts, n_empty: 0 };
+        let sampled = all.clone().sample(20, 1);
+        assert_eq!((sampled.texts.len(), sampled.n_toxic()), (20, 4));
+        assert_eq!(sampled, all.clone().sample(20, 1));
+        assert_ne!(sampled, all.clone().sample(20, 2));
+        assert_eq!(all.clone().sample(100, 1), all);
+    }
+
+    #[test]
+    fn the_programs_own_texts_are_many_different_and_half_of_them_toxic() {
+        let own = own();
+        assert!(own.texts.len() >= 200 && own.n_empty == 0);
+        assert_eq!(own.n_toxic() * 2, own.texts.len());
+        let different: std::collections::HashSet<&str> = own.texts.iter().map(|t| t.text.as_str()).collect();
+        assert_eq!(different.len(), own.texts.len());
+    }
+}

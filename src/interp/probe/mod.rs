@@ -1,0 +1,12 @@
+//! A linear probe: the direction of the residual stream along which toxic text lies (the paper, section 4.2).
+//!
+//! Features are mean residual streams ([`crate::engine::residual`]), by default after the final norm, as in
+//! the paper. The probe is a logistic regression without bias; its weight is the probe vector.
+
+mod file;
+mod labelled;
+mod train;
+
+pub use file::{Probe, ProbePlace};
+pub use labelled::{Labelled, LabelledText, own, read};
+pub use train::{Epoch, Fit, HeldOut, ProbeOptions, fit};
