@@ -13,6 +13,8 @@ Data flow:
                                |
                            forward pass in PyTorch, F32, CPU -------> tests/golden/tiny_{name}.json
                                                                       tests/golden/tiny_{name}_activations.json
+                               |
+                           the same with forward hooks -------------> tests/golden/tiny_{name}_interventions.json
 
 The goldens come from PyTorch and never from llama.cpp, so that an agreement means something: the
 tensor mapping, the metadata, the tokenizer and the graph of the two programs must all be the same.
@@ -58,7 +60,8 @@ def make_all(root: Path) -> list[Path]:
         if not arch.is_decoder:
             continue  # only its refusal is tested
         logits, activations = golden.model_goldens(arch, model, tok)
-        for suffix, content in (("", logits), ("_activations", activations)):
+        interventions = golden.intervention_golden(arch, model, tok)
+        for suffix, content in (("", logits), ("_activations", activations), ("_interventions", interventions)):
             golden_path = golden_dir / f"tiny_{arch.name}{suffix}.json"
             golden.write_json(golden_path, content)
             written.append(golden_path)

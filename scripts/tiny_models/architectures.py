@@ -15,7 +15,7 @@ import transformers as hf
 N_CTX = 256
 # Found by trying seeds from 1 upwards: greedy decoding of the golden prompts is clear of ties (golden.py checks
 # that) and gives more than one token over and over.
-SEEDS = {"llama": 34, "command-r": 6, "gpt2": 46, "bloom": 63, "gemma3": 23, "qwen2": 1, "bert": 1}
+SEEDS = {"llama": 34, "command-r": 6, "gpt2": 46, "bloom": 63, "gemma3": 23, "qwen2": 1, "qwen3": 2, "bert": 1}
 Tensors = dict[str, np.ndarray]
 
 
@@ -351,6 +351,38 @@ QWEN2 = Architecture(
 )
 
 
+# As qwen2, with norms on q and k in place of biases, and heads that are wider than n_embd / n_head.
+QWEN3 = Architecture(
+    name="qwen3",
+    arch="qwen3",
+    config=hf.Qwen3Config(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=32, max_position_embeddings=N_CTX, rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=False,
+    ),
+    model_class=hf.Qwen3ForCausalLM,
+    blocks="model.layers",
+    down="mlp.down_proj",
+    tensors=lambda model: _rename(model, GATED_OUTER, "model.layers", GATED | {
+        "post_attention_layernorm": "ffn_norm", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}),
+    metadata={
+        "context_length": N_CTX,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 160,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 1,
+        "attention.key_length": 32,
+        "attention.value_length": 32,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 1000000.0,
+    },
+    add_bos=False,
+    embd_std=0.1,
+    residual_gain=2.0,
+    seed=SEEDS["qwen3"],
+)
+
+
 def _bert_tensors(model) -> Tensors:
     outer = {
         "embeddings.word_embeddings": "token_embd",
@@ -398,4 +430,4 @@ BERT = Architecture(
     tokenizer_metadata={"token_type_count": 2},
 )
 
-ALL = [LLAMA, COMMAND_R, GPT2, BLOOM, GEMMA3, QWEN2, LLAMA_Q8_0, BERT]
+ALL = [LLAMA, COMMAND_R, GPT2, BLOOM, GEMMA3, QWEN2, QWEN3, LLAMA_Q8_0, BERT]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from . import tokenizer
+from . import interventions, tokenizer
 
 PROMPTS = ["The cat sleeps", "Das Wetter ist", "猫在家"]
 # (prompt, continuation): a model scores the continuation's tokens after the prompt's.
@@ -108,6 +108,41 @@ def model_goldens(arch, model: torch.nn.Module, tok: Tokenizer) -> tuple[dict, d
         "neuron_activations": _significant(neuron_activations, 7),
     }
     return logits_golden, activations_golden
+
+
+def intervention_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
+    """Logits under interventions, mean residual streams of sentences, and mean activations of neurons."""
+    n_layer, n_ff = arch.metadata["block_count"], arch.metadata["feed_forward_length"]
+    n_embd = arch.metadata["embedding_length"]
+    tokens = tokenizer.encode(tok, PROMPTS[0] + CONTINUATIONS[0][1], arch.add_bos)
+    plain = _logits(model, tokens)
+    found = []
+    for name, edits in interventions.cases(n_layer, n_ff, n_embd).items():
+        logits = interventions.logits(arch, model, tokens, edits)
+        effect = float(np.abs(logits - plain).max())
+        assert effect >= interventions.MIN_EFFECT, f"{arch.name}, {name}: moves no logit by more than {effect:.3f}"
+        # The last tokens alone: they have seen the edits of all before them.
+        last = _significant(logits[-interventions.N_ROWS :], 6)
+        found.append({"name": name, "edits": edits, "largest_effect": effect, "last_logits": last})
+    texts = [tokenizer.encode(tok, text, arch.add_bos) for text in interventions.TEXTS]
+    neurons = [[0, 1], [0, n_ff - 1], [n_layer - 1, 0], [n_layer - 1, 33], [n_layer // 2, 5], [0, 2]]
+    activations = []
+    for text in texts:
+        greedy, leads, mean = interventions.greedy_activations(arch, model, text, neurons)
+        activations.append({"greedy": greedy, "greedy_leads": _significant(np.array(leads), 7), "mean": _significant(mean, 7)})
+    return {
+        "generator": generator(),
+        "seed": arch.seed,
+        "model": f"gguf/tiny/{arch.name}.gguf",
+        "architecture": arch.arch,
+        "tokens": tokens,
+        "cases": found,
+        "texts": texts,
+        # [n_texts][n_layer + 1][n_embd]
+        "sentence_vectors": [_significant(interventions.sentence_vectors(model, text), 7) for text in texts],
+        "neurons": neurons,
+        "activations": activations,
+    }
 
 
 def tokenizer_golden(tok: Tokenizer) -> dict:

@@ -1,5 +1,6 @@
 //! The program's door: what was typed, checked and turned into calls. One file of arguments a command.
 
+mod activations;
 mod arguments;
 mod bench;
 mod eval;
@@ -7,9 +8,11 @@ mod generate;
 mod locate;
 mod probe;
 mod progress;
+mod retrieval;
 mod score;
 mod steer;
 mod steering;
+mod sweep;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -28,7 +31,7 @@ use crate::error::{Error, Result};
 #[command(
     name = "detox-gguf",
     version = crate::version(),
-    about = "Measure how toxic a GGUF model's continuations are, in 17 languages",
+    about = "Measure how toxic a GGUF model's continuations are, in 17 languages, and steer it",
     after_help = "llama.cpp's flags keep their names and meanings, the short ones (-ngl -np -ub -tb -fa …) included."
 )]
 struct Cli {
@@ -54,6 +57,12 @@ enum Command {
     Locate(Box<locate::LocateCommand>),
     /// Make, combine and bake interventions
     Steer(Box<steer::SteerCommand>),
+    /// Evaluate an intervention at several settings, against random neurons or directions
+    Sweep(Box<sweep::SweepCommand>),
+    /// Measure how active neurons are, language by language, before and after a change
+    Activations(Box<activations::ActivationsCommand>),
+    /// Measure how alike a model represents translations
+    Retrieval(Box<retrieval::RetrievalCommand>),
     /// Measure the speed of this build
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -71,6 +80,9 @@ pub fn main() -> ExitCode {
         Command::Probe(command) => command.run(&interrupt),
         Command::Locate(command) => command.run(&interrupt),
         Command::Steer(command) => command.run(&interrupt),
+        Command::Sweep(command) => command.run(&interrupt),
+        Command::Activations(command) => command.run(&interrupt),
+        Command::Retrieval(command) => command.run(&interrupt),
         Command::Bench(command) => command.run(&interrupt),
     };
     match result {

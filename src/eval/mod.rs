@@ -26,6 +26,7 @@ pub mod run;
 pub mod sample;
 pub mod score;
 pub mod summarize;
+pub mod sweep;
 pub mod texts;
 pub mod tokenizer;
 pub mod toxicity;

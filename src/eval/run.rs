@@ -177,6 +177,7 @@ pub fn evaluate(
             info.settings.extend(model_settings(prompts, prompts_name, options, &plan, &session));
             if !steered_by.is_empty() {
                 info.settings.insert("steering".into(), json!(steered_by));
+                info.steering = Some(in_words(steered_by));
             }
             start_record(folder, &info)?;
             let generations = generate(folder, &plan, &mut session, interrupt, progress)?;
@@ -393,6 +394,15 @@ fn hash_of(path: &Path, progress: &mut dyn Progress) -> Result<String> {
         progress.finish();
     }
     Ok(hash)
+}
+
+/// What steers a run, on one line.
+fn in_words(steered_by: &[Value]) -> String {
+    let words = |by: &Value| match (by["file"].as_str(), by["coefficient"].as_f64()) {
+        (Some(file), Some(coefficient)) => format!("{file} x {coefficient}"),
+        _ => by.to_string(),
+    };
+    steered_by.iter().map(words).collect::<Vec<_>>().join(", ")
 }
 
 /// One hash of many texts, in which no two lists of them look alike.

@@ -94,7 +94,7 @@ pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> Stri
 
 /// The policy forbids the page to load anything, whatever a prompt holds; the empty icon keeps a browser
 /// from asking a server for one.
-fn page(title: &str, body: &Markup) -> String {
+pub(super) fn page(title: &str, body: &Markup) -> String {
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -176,7 +176,7 @@ fn figure(name: &str, metric: &Descriptor, index: usize, runs: &[&str], rows: &[
     }
 }
 
-fn table(grid: &Grid) -> Markup {
+pub(super) fn table(grid: &Grid) -> Markup {
     html! {
         // A region that scrolls must be reachable by keyboard.
         div.scroll tabindex="0" role="region" aria-label=(grid.title) {
@@ -202,7 +202,7 @@ fn table(grid: &Grid) -> Markup {
     }
 }
 
-fn warnings(warnings: &[Warning]) -> Markup {
+pub(super) fn warnings(warnings: &[Warning]) -> Markup {
     html! {
         @if !warnings.is_empty() {
             section.warnings {
@@ -302,7 +302,7 @@ fn definitions(run: &RunInfo, with_tests: bool) -> Markup {
     }
 }
 
-fn settings(title: &str, run: &RunInfo) -> Markup {
+pub(super) fn settings(title: &str, run: &RunInfo) -> Markup {
     html! {
         details {
             summary { (title) }

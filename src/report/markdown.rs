@@ -72,7 +72,7 @@ fn line(text: &mut String, arguments: std::fmt::Arguments<'_>) {
     writeln!(text, "{arguments}").expect("a string takes every write");
 }
 
-fn paragraph(text: &mut String, words: &str) {
+pub(super) fn paragraph(text: &mut String, words: &str) {
     line(text, format_args!("{}\n", cell(words)));
 }
 
@@ -90,7 +90,7 @@ fn cell(text: &str) -> String {
     safe
 }
 
-fn push_table(text: &mut String, grid: &Grid) {
+pub(super) fn push_table(text: &mut String, grid: &Grid) {
     line(text, format_args!("## {}\n", cell(&grid.title)));
     line(text, format_args!("| {} |", grid.header.join(" | ")));
     line(text, format_args!("|---|{}", "---:|".repeat(grid.header.len() - 1)));
@@ -102,7 +102,7 @@ fn push_table(text: &mut String, grid: &Grid) {
     text.push('\n');
 }
 
-fn push_warnings(text: &mut String, warnings: &[Warning]) {
+pub(super) fn push_warnings(text: &mut String, warnings: &[Warning]) {
     if warnings.is_empty() {
         return;
     }

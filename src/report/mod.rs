@@ -3,6 +3,7 @@
 //! ```text
 //! EvalResult, Comparison ──► headline, grid ──► terminal · markdown · html (with plot)
 //!                        └─► json · csv
+//! Sweep ──► sweep        activations, retrieval ──► interp
 //! ```
 //!
 //! Every function here returns text and does no I/O. Titles, units and definitions come from
@@ -14,9 +15,12 @@ pub mod format;
 pub mod grid;
 pub mod headline;
 pub mod html;
+pub mod interp;
 pub mod json;
+pub mod line_plot;
 pub mod markdown;
 pub mod plot;
+pub mod sweep;
 #[cfg(test)]
 mod synthetic;
 pub mod terminal;

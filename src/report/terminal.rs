@@ -61,7 +61,7 @@ pub fn comparison_to_terminal(comparison: &Comparison, colour: bool) -> String {
     text
 }
 
-fn push_table(text: &mut String, grid: &Grid, colour: bool) {
+pub(super) fn push_table(text: &mut String, grid: &Grid, colour: bool) {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     if colour {
@@ -110,7 +110,7 @@ fn short(label: &str) -> String {
     label.chars().take(8).chain(['…']).collect()
 }
 
-fn push_warnings(text: &mut String, warnings: &[Warning], colour: bool) {
+pub(super) fn push_warnings(text: &mut String, warnings: &[Warning], colour: bool) {
     for warning in warnings {
         text.push('\n');
         let line = wrapped(&format!("warning: {}", warning.what), "  ");
@@ -121,7 +121,7 @@ fn push_warnings(text: &mut String, warnings: &[Warning], colour: bool) {
 }
 
 /// Breaks at spaces before column 80; a word longer than that is cut. Ends with a line break.
-fn wrapped(text: &str, indent: &str) -> String {
+pub(super) fn wrapped(text: &str, indent: &str) -> String {
     let mut lines = vec![String::new()];
     let mut width = 0;
     for (index, word) in text.split(' ').enumerate() {

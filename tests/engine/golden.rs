@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::{go_on, open, session};
 
-const DECODERS: [&str; 7] = ["llama", "llama-q8_0", "command-r", "gpt2", "bloom", "gemma3", "qwen2"];
+const DECODERS: [&str; 8] = ["llama", "llama-q8_0", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];
 
 #[derive(Deserialize)]
 struct Golden {

@@ -2,6 +2,7 @@
 
 mod generation;
 mod golden;
+mod intervention;
 mod recording;
 mod refusals;
 mod steering;

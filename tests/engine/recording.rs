@@ -20,7 +20,7 @@ struct Prompt {
 
 #[test]
 fn mean_residual_streams_after_every_block_equal_the_reference() {
-    for name in ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2"] {
+    for name in ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"] {
         let golden: Activations = golden(&format!("{name}_activations"));
         let model = open(name);
         let mut session = Session::open_with_callback(&model, &exact(2), 64).unwrap();

@@ -12,7 +12,7 @@ use super::{exact, open, tiny, tolerance};
 const TOKENS: [Token; 9] = [1, 60, 70, 80, 90, 100, 110, 120, 130];
 
 /// Architectures whose FFN writes to the residual stream without a norm between.
-const WITHOUT_NORM: [&str; 5] = ["llama", "command-r", "gpt2", "bloom", "qwen2"];
+const WITHOUT_NORM: [&str; 6] = ["llama", "command-r", "gpt2", "bloom", "qwen2", "qwen3"];
 
 fn neuron(layer: usize, index: usize, operation: Operation) -> Edit {
     Edit { layer, when: When::Both, coefficient: 1.0, change: Change::Neuron { index, operation } }
@@ -129,7 +129,7 @@ fn a_steering_changed_a_thousand_times_between_decodes_leaks_nothing() {
 
 #[test]
 fn a_steered_and_an_exempt_sequence_of_one_batch_each_equal_their_own_run() {
-    for name in ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2"] {
+    for name in ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"] {
         let model = open(name);
         let all_layers: Vec<Edit> = (0..model.n_layer())
             .flat_map(|il| {

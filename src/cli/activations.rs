@@ -1,0 +1,109 @@
+//! `activations`: how active given neurons are, language by language, before and after a change.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use clap::Args;
+
+use crate::error::{Error, Result};
+use crate::gguf::GgufFile;
+use crate::interp::activations::{PromptActivation, by_language};
+use crate::report::interp::Activations;
+use crate::report::json;
+
+use super::arguments::{EngineArguments, PromptArguments};
+use super::eval::write_reports;
+use super::locate::{mean_activations, read_neurons};
+use super::steering::SteeringArguments;
+use super::{may_colour, print};
+
+/// Arguments of `activations`.
+#[derive(Debug, Args)]
+pub struct ActivationsCommand {
+    /// Model (GGUF): A
+    #[arg(short, long, value_name = "FILE")]
+    model: PathBuf,
+    /// Another model: B [default: the model with --lora, --steer and the like, if any]
+    #[arg(long, value_name = "FILE")]
+    model_b: Option<PathBuf>,
+    /// Neurons: [[layer, index], …], or what `locate` wrote
+    #[arg(long, value_name = "FILE")]
+    neurons: PathBuf,
+    /// Folder for the report
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
+    /// Tokens generated greedily after each prompt
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
+    n_predict: usize,
+    #[command(flatten)]
+    prompts: PromptArguments,
+    #[command(flatten)]
+    steering: SteeringArguments,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+impl ActivationsCommand {
+    /// Measures, prints and writes.
+    pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+        let file = GgufFile::open(&self.model)?;
+        let neurons = read_neurons(&self.neurons, &file, self.steering.force)?.neurons;
+        let (prompts, _) = self.prompts.read()?;
+        let model_b = match (&self.model_b, self.steering.is_empty()) {
+            (Some(path), true) => {
+                // A trained copy has other weights by intent; that its neurons are the same ones is the user's word.
+                let n_ff = GgufFile::open(path)?.n_ff_per_layer()?;
+                if n_ff != file.n_ff_per_layer()? {
+                    let reason = format!(
+                        "{} has other layers or neurons than {}",
+                        path.display(),
+                        self.model.display()
+                    );
+                    return Err(Error::setting("--model-b", reason));
+                }
+                Some((self.engine.open(path)?, name_of(path)))
+            }
+            (Some(_), false) => {
+                return Err(Error::setting("--model-b", "B is another model or a steered one, not both"));
+            }
+            (None, true) => None,
+            (None, false) => {
+                let model = self.steering.open(&self.model, &self.engine)?;
+                Some((model, format!("{}, steered", name_of(&self.model))))
+            }
+        };
+        crate::file::create_folder(&self.output)?;
+        let measure = |model: &crate::engine::Model| -> Result<Vec<f64>> {
+            let means = mean_activations(model, &self.engine, &prompts, &neurons, self.n_predict, interrupt)?;
+            let n = neurons.len() as f64;
+            Ok(means.iter().map(|m| m.iter().map(|&a| f64::from(a)).sum::<f64>() / n).collect())
+        };
+        let a = measure(&self.engine.open(&self.model)?)?;
+        let b = model_b.as_ref().map(|(model, _)| measure(model)).transpose()?;
+        let rows: Vec<PromptActivation> = prompts
+            .iter()
+            .enumerate()
+            .map(|(i, prompt)| PromptActivation {
+                language: prompt.language.clone(),
+                a: a[i],
+                b: b.as_ref().map(|b| b[i]),
+            })
+            .collect();
+        let found = Activations {
+            a: name_of(&self.model),
+            b: model_b.map(|(_, name)| name),
+            n_neurons: neurons.len(),
+            n_predict: self.n_predict,
+            languages: by_language(&rows),
+        };
+        let files = [("json", json::to_json(&found)), ("csv", found.to_csv()), ("html", found.to_html())];
+        write_reports(&self.output, "activations", &files)?;
+        print(&found.to_terminal(may_colour(&std::io::stdout())))?;
+        eprintln!("report: {}", self.output.join("activations.html").display());
+        Ok(())
+    }
+}
+
+fn name_of(path: &std::path::Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}

@@ -1,0 +1,133 @@
+//! Line plots as inline SVG without colours of its own, as [`super::plot`].
+
+use maud::{Markup, html};
+
+/// A line through points.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Series {
+    /// What it is called in the legend.
+    pub name: String,
+    /// Whether it is drawn as the reference: dashed, with squares.
+    pub is_reference: bool,
+    /// `(x, y, low, high)`, in order of x; an interval where there is one.
+    pub points: Vec<(f64, f64, Option<f64>, Option<f64>)>,
+}
+
+const WIDTH: f64 = 340.0;
+const HEIGHT: f64 = 220.0;
+const LEFT: f64 = 44.0;
+const RIGHT: f64 = 14.0;
+const TOP: f64 = 10.0;
+const BOTTOM: f64 = 34.0;
+
+/// A plot of `series`; `marked` is the x of a point to point out. `id` is unique on the page; `y_label` writes
+/// a number of the y axis.
+pub fn line_plot(
+    id: &str,
+    title: &str,
+    x_title: &str,
+    series: &[Series],
+    marked: Option<f64>,
+    y_label: &dyn Fn(f64) -> String,
+) -> Markup {
+    let points = || series.iter().flat_map(|s| &s.points);
+    let x_range = range(points().map(|p| p.0));
+    let y_range = range(points().flat_map(|p| [Some(p.1), p.2, p.3]).flatten().chain([0.0]));
+    let x = |value: f64| LEFT + (WIDTH - LEFT - RIGHT) * share(value, x_range);
+    let y = |value: f64| HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share(value, y_range);
+    let at = |value: f64| format!("{value:.1}");
+    let ticks = |(low, high): (f64, f64)| (0..=4).map(move |i| low + (high - low) * f64::from(i) / 4.0);
+    let mut xs: Vec<f64> = points().map(|p| p.0).collect();
+    xs.sort_by(f64::total_cmp);
+    xs.dedup();
+    let description = series.iter().map(|s| {
+        let values = s.points.iter().map(|p| format!("{} at {}", y_label(p.1), p.0));
+        format!("{}: {}", s.name, values.collect::<Vec<_>>().join(", "))
+    });
+    html! {
+        svg.plot viewBox=(format!("0 0 {WIDTH} {HEIGHT}")) role="img"
+            aria-labelledby=(format!("{id}-title {id}-desc")) {
+            title id=(format!("{id}-title")) { (title) }
+            desc id=(format!("{id}-desc")) { (description.collect::<Vec<_>>().join("; ")) }
+            @for tick in ticks(y_range) {
+                line.rule x1=(at(LEFT)) x2=(at(WIDTH - RIGHT)) y1=(at(y(tick))) y2=(at(y(tick))) {}
+                text.tick x=(at(LEFT - 6.0)) y=(at(y(tick) + 4.0)) text-anchor="end" { (y_label(tick)) }
+            }
+            @if let Some(marked) = marked {
+                line.divide x1=(at(x(marked))) x2=(at(x(marked))) y1=(at(TOP)) y2=(at(HEIGHT - BOTTOM)) {}
+            }
+            @for (i, tick) in xs.iter().enumerate() {
+                // More than eight labels would run into each other.
+                @if xs.len() <= 8 || i % xs.len().div_ceil(8) == 0 {
+                    text.tick x=(at(x(*tick))) y=(at(HEIGHT - BOTTOM + 15.0)) text-anchor="middle" { (tick) }
+                }
+            }
+            text.tick x=(at((LEFT + WIDTH - RIGHT) / 2.0)) y=(at(HEIGHT - 4.0)) text-anchor="middle" { (x_title) }
+            @for s in series {
+                g.first[s.is_reference].last[!s.is_reference] {
+                    polyline.line stroke-dasharray=[s.is_reference.then_some("5 4")]
+                        points=(s.points.iter().map(|p| format!("{:.1},{:.1}", x(p.0), y(p.1))).collect::<Vec<_>>().join(" ")) {}
+                    @for &(at_x, value, low, high) in &s.points {
+                        @if let (Some(low), Some(high)) = (low, high) {
+                            line.whisker x1=(at(x(at_x))) x2=(at(x(at_x))) y1=(at(y(low))) y2=(at(y(high))) {}
+                        }
+                        @if s.is_reference {
+                            rect.dot x=(at(x(at_x) - 3.2)) y=(at(y(value) - 3.2)) width="6.4" height="6.4" {}
+                        } @else {
+                            circle.dot cx=(at(x(at_x))) cy=(at(y(value))) r="3.6" {}
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Least and most of some numbers, with room between them.
+fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    let (low, high) = values
+        .filter(|v| v.is_finite())
+        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
+    match low < high {
+        true => (low, high),
+        false if low.is_finite() => (low - 0.5, low + 0.5),
+        false => (0.0, 1.0),
+    }
+}
+
+fn share(value: f64, (low, high): (f64, f64)) -> f64 {
+    ((value - low) / (high - low)).clamp(0.0, 1.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plot_describes_its_numbers_and_draws_every_point() {
+        let series = [
+            Series {
+                name: "chosen".into(),
+                is_reference: false,
+                points: vec![(0.0, 0.5, Some(0.4), Some(0.6)), (-1.0, 0.2, None, None)],
+            },
+            Series { name: "random".into(), is_reference: true, points: vec![(-1.0, 0.5, None, None)] },
+        ];
+        let svg =
+            line_plot("p", "A & B", "offset", &series, Some(-1.0), &|v| format!("{v:.2}")).into_string();
+        assert!(svg.contains("A &amp; B"));
+        assert!(svg.contains("chosen: 0.50 at 0, 0.20 at -1; random: 0.50 at -1"), "{svg}");
+        assert_eq!((svg.matches("<circle").count(), svg.matches("<rect").count()), (2, 1));
+        assert_eq!(svg.matches("whisker").count(), 1);
+        assert!(!svg.contains("NaN") && !svg.contains("inf\""));
+    }
+
+    #[test]
+    fn a_plot_of_one_value_or_none_has_no_nan() {
+        for points in [vec![], vec![(1.0, 0.0, None, None)]] {
+            let series = [Series { name: "x".into(), is_reference: false, points }];
+            let svg = line_plot("p", "t", "x", &series, None, &|v| v.to_string()).into_string();
+            assert!(!svg.contains("NaN"), "{svg}");
+        }
+    }
+}
