@@ -9,6 +9,8 @@ use comfy_table::{CellAlignment, Table, presets};
 use crate::engine::bench::{self, BenchRow, SteeringRow};
 use crate::engine::{self, Model, Sampling};
 use crate::error::Result;
+use crate::gguf::GgufFile;
+use crate::interp::locate;
 
 use super::arguments::EngineArguments;
 use super::print;
@@ -21,6 +23,8 @@ pub enum BenchCommand {
     Generate(BenchGenerate),
     /// Tokens a second unsteered, under a control vector, and with the callback on few and on all layers
     Steer(BenchSteer),
+    /// Time to rank all value vectors, against reading and dequantising them once
+    Locate(BenchLocate),
 }
 
 impl BenchCommand {
@@ -29,7 +33,34 @@ impl BenchCommand {
         match self {
             BenchCommand::Generate(arguments) => arguments.run(interrupt),
             BenchCommand::Steer(arguments) => arguments.run(interrupt),
+            BenchCommand::Locate(arguments) => arguments.run(interrupt),
         }
+    }
+}
+
+/// Arguments of `bench locate`.
+#[derive(Debug, Args)]
+pub struct BenchLocate {
+    /// Model (GGUF); only its down projections are read
+    #[arg(short, long, value_name = "FILE")]
+    model: PathBuf,
+    /// Rounds of both, after one that is not counted; medians are shown
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    runs: usize,
+}
+
+impl BenchLocate {
+    fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+        if self.runs == 0 {
+            return Err(crate::Error::setting("--runs", "expected a number from 1 up, found 0"));
+        }
+        let times = locate::bench(&GgufFile::open(&self.model)?, self.runs, interrupt)?;
+        print(&format!(
+            "read and dequantise {:.2} s, rank {:.2} s, ratio {:.2}\n",
+            times.read.as_secs_f64(),
+            times.rank.as_secs_f64(),
+            times.ratio
+        ))
     }
 }
 

@@ -354,7 +354,7 @@ impl Session {
         Err(Error::Model {
             path: self.model.path().to_path_buf(),
             reason: format!(
-                "llama.cpp ignores control vectors on architecture {:?}: logits do not change",
+                "this control vector does nothing: logits do not change (llama.cpp ignores control vectors on some architectures, and architecture {:?} may be one)",
                 self.model.architecture()
             ),
             hint: Some("use a LoRA adapter instead, or a model of another architecture".into()),

@@ -21,12 +21,15 @@ const COLUMNS: [&str; 8] = [
     "coverage",
 ];
 
-/// What a point is called in tables.
+/// What the labels mean.
+const LEGEND: &str = "r1, r2, …: the control, the same on random neurons of the same layers, or along random directions of the same lengths. *: recommended.";
+
+/// What a point is called in tables; the terminal has nine characters for it.
 fn label(point: &Point) -> String {
     match point.kind {
         Kind::Baseline => "baseline".into(),
         Kind::Chosen => point.value.to_string(),
-        Kind::Control { draw } => format!("{} random {}", point.value, draw + 1),
+        Kind::Control { draw } => format!("{} r{}", point.value, draw + 1),
     }
 }
 
@@ -89,6 +92,8 @@ pub fn to_terminal(sweep: &Sweep, colour: bool) -> String {
     let mut text = String::new();
     terminal::push_table(&mut text, &settings_grid(sweep, 7), colour);
     text.push('\n');
+    text.push_str(&terminal::wrapped(LEGEND, ""));
+    text.push('\n');
     text.push_str(&terminal::wrapped(&format!("{}.", sweep.reason), ""));
     terminal::push_warnings(&mut text, &sweep.warnings, colour);
     text
@@ -102,6 +107,7 @@ pub fn to_markdown(sweep: &Sweep) -> String {
     for grid in [settings_grid(sweep, COLUMNS.len()), languages_grid(sweep)] {
         markdown::push_table(&mut text, &grid);
     }
+    markdown::paragraph(&mut text, LEGEND);
     text
 }
 
@@ -155,6 +161,7 @@ pub fn to_html(sweep: &Sweep) -> String {
         }
         h2 { "Numbers" }
         (page::table(&settings_grid(sweep, COLUMNS.len())))
+        p.soft { (LEGEND) }
         p.soft { "Points that no other beats in both toxicity and perplexity: " (pareto(sweep)) "." }
         (page::table(&languages_grid(sweep)))
         (page::settings("Settings of the baseline", &sweep.run))
@@ -234,7 +241,7 @@ mod tests {
         let terminal = to_terminal(&sweep, false);
         assert!(terminal.lines().all(|line| line.chars().count() <= 80), "{terminal}");
         for text in [&terminal, &to_markdown(&sweep)] {
-            for label in ["baseline", "-1", "-1 random 1", "No setting is recommended"] {
+            for label in ["baseline", "-1", "-1 r1", "No setting is recommended"] {
                 assert!(text.contains(label), "{label}: {text}");
             }
         }

@@ -10,6 +10,9 @@ use crate::gguf::{self, GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, 
 /// Bytes copied at a time.
 const CHUNK_BYTES: usize = 4 << 20;
 
+/// What a tensor of the copy is made of: one of the model's, a vector, or both.
+type Entry<'a> = (TensorSpec, Option<&'a TensorInfo>, Option<&'a Vec<f32>>);
+
 /// Writes a copy of `model` in which `vectors`, by layer from 0 and `[n_embd]` long, are added to the biases
 /// `blk.N.ffn_down.bias`; where a layer has none it gets one. Every other tensor is copied byte for byte. A
 /// model in several files becomes one.
@@ -47,8 +50,7 @@ pub fn bake(
         metadata.set(*key, Value::Str(value.clone()));
     }
     let bias_name = |layer: usize| format!("blk.{layer}.ffn_down.bias");
-    // What each tensor of the copy is made of: one of the model's, a vector, or both.
-    let mut plan: Vec<(TensorSpec, Option<&TensorInfo>, Option<&Vec<f32>>)> = Vec::new();
+    let mut plan: Vec<Entry<'_>> = Vec::new();
     for tensor in model.tensors() {
         let vector = vectors.iter().find(|&(&layer, _)| bias_name(layer) == tensor.name()).map(|(_, v)| v);
         let tensor_type = if vector.is_some() { TensorType::F32 } else { tensor.tensor_type() };

@@ -6,6 +6,7 @@ mod eval;
 mod real_model;
 mod resume;
 mod score;
+mod steering;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -6,6 +6,7 @@ mod intervention;
 mod recording;
 mod refusals;
 mod steering;
+mod ways;
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;

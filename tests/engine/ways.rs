@@ -1,0 +1,230 @@
+//! One intervention by every way it can go: control vector, callback, baked into a model; with adapters; and
+//! where llama.cpp would ignore it.
+
+use std::path::{Path, PathBuf};
+
+use detox_gguf::engine::steering::LoraScaled;
+use detox_gguf::engine::{Model, ModelOptions, Session, Steering, Token};
+use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value, dequantize};
+use detox_gguf::steer::compile::{CompileOptions, Route, compile, layer_vectors};
+use detox_gguf::steer::exact_check::{difference, noise_floor};
+use detox_gguf::steer::{Fingerprint, Intervention, Interventions, Neuron, SteerFile, bake, control_vector};
+
+use super::{exact, tiny};
+
+const TOKENS: [Token; 9] = [1, 60, 70, 80, 90, 100, 110, 120, 130];
+
+fn neurons(with_layer_0: bool) -> Vec<(Neuron, f32)> {
+    let neuron = |layer, index| Neuron { layer, index };
+    let mut all = vec![(neuron(1, 5), 3.0), (neuron(1, 60), -4.0)];
+    all.extend(with_layer_0.then_some((neuron(0, 9), 5.0)));
+    all
+}
+
+/// Each neuron as an intervention of its own, since offsets differ.
+fn sources(offsets: &[(Neuron, f32)]) -> Vec<(SteerFile, f32)> {
+    let list = offsets.iter().map(|&(n, x)| Intervention::neuron_offset(vec![n], x).unwrap()).collect();
+    vec![(SteerFile::Interventions(Interventions { path: "test.json".into(), fingerprint: None, list }), 1.0)]
+}
+
+fn compiled(path: &Path, sources: &[(SteerFile, f32)], loras: &[LoraScaled], route: Route) -> Steering {
+    let options = CompileOptions { route, ..CompileOptions::default() };
+    compile(&GgufFile::open(path).unwrap(), sources, loras, &options).unwrap().steering
+}
+
+fn logits(path: &Path, steering: Steering) -> Vec<Vec<f32>> {
+    let model = Model::open(path, &ModelOptions::default()).unwrap().with_steering(steering).unwrap();
+    Session::open(&model, &exact(1), 64).unwrap().logits(&TOKENS).unwrap()
+}
+
+fn largest_difference(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+#[test]
+fn control_vector_callback_and_baked_model_give_the_same_logits() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["llama", "gpt2", "bloom"] {
+        let (path, offsets) = (tiny(name), neurons(true));
+        let sources = sources(&offsets);
+        let cheapest = compiled(&path, &sources, &[], Route::Cheapest);
+        assert!(
+            cheapest.control_vector.is_some() && cheapest.edits.len() == 1,
+            "{name}: only layer 0 by callback"
+        );
+        let callback = compiled(&path, &sources, &[], Route::Callback);
+        assert!(callback.control_vector.is_none() && callback.edits.len() == 3);
+        let (plain, by_callback) = (logits(&path, Steering::default()), logits(&path, callback));
+        assert!(largest_difference(&plain, &by_callback) > 1.0);
+        let by_cheapest = logits(&path, cheapest);
+        assert!(largest_difference(&by_callback, &by_cheapest) < 1e-4, "{name}");
+        let model = GgufFile::open(&path).unwrap();
+        let baked = folder.path().join(format!("{name}.gguf"));
+        let vectors = layer_vectors(&model, &offsets, &[]).unwrap();
+        bake::bake(&model, &vectors, &[], &baked, |_, _| {}).unwrap();
+        let by_bias = logits(&baked, Steering::default());
+        assert!(largest_difference(&by_callback, &by_bias) < 1e-4, "{name}");
+    }
+}
+
+#[test]
+fn a_control_vector_that_was_written_and_read_back_steers_as_before() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ["llama", "command-r", "qwen2", "qwen3"] {
+        let path = tiny(name);
+        let sources = sources(&neurons(false));
+        let steering = compiled(&path, &sources, &[], Route::Cheapest);
+        assert!(steering.edits.is_empty());
+        let vector = steering.control_vector.clone().unwrap();
+        let directions = vector.rows.chunks_exact(vector.n_embd).enumerate();
+        let directions = directions.map(|(i, row)| (i + 1, row.to_vec())).collect();
+        let file = folder.path().join(format!("{name}.gguf"));
+        let fingerprint = Fingerprint::of(&GgufFile::open(&path).unwrap()).unwrap();
+        control_vector::write(&file, &fingerprint, &directions, &Metadata::new()).unwrap();
+        let read = vec![(SteerFile::open(&file).unwrap(), 1.0)];
+        let again = compiled(&path, &read, &[], Route::Cheapest);
+        assert_eq!(again, steering, "{name}");
+        // Half of it twice is the whole.
+        let halves = [(read[0].0.clone(), 0.5), (read[0].0.clone(), 0.5)];
+        assert_eq!(compiled(&path, &halves, &[], Route::Cheapest), steering);
+        // A coefficient of 0 is nothing at all.
+        assert!(compiled(&path, &[(read[0].0.clone(), 0.0)], &[], Route::Cheapest).is_empty());
+    }
+}
+
+#[test]
+fn on_a_quantised_model_the_ways_differ_by_no_more_than_the_noise_floor() {
+    let path = tiny("llama-q8_0");
+    let sources = sources(&neurons(false));
+    let model = Model::open(&path, &ModelOptions::default()).unwrap();
+    let callback = compiled(&path, &sources, &[], Route::Callback);
+    let cheapest = compiled(&path, &sources, &[], Route::Cheapest);
+    // Random tokens: enough of them for a mean.
+    let texts: Vec<Vec<Token>> =
+        (0..40).map(|text| (0..20).map(|i| 10 + (text * 37 + i * i * 11 + i * 5) % 370).collect()).collect();
+    let ways = difference(&model, &callback, &cheapest, &texts, &exact(1)).unwrap();
+    let floor = noise_floor(&model, &callback, &texts, &exact(1)).unwrap();
+    let effect = difference(&model, &Steering::default(), &callback, &texts, &exact(1)).unwrap();
+    // An offset coarsens the 31 neighbours in its block, which the control vector does not: that is more than
+    // the floor's nudge, but of its kind.
+    assert!(ways.mean_kl < 4.0 * floor.mean_kl, "{ways:?} {floor:?}");
+    assert!(effect.mean_kl > 20.0 * ways.mean_kl, "{effect:?} {ways:?}");
+}
+
+/// The tiny llama with an adapter for `ffn_down` of layer 1 applied to its weights: W + scale alpha / rank B A.
+fn adapter(folder: &Path, scale: f32) -> (PathBuf, PathBuf) {
+    let model = GgufFile::open(tiny("llama")).unwrap();
+    let (n_ff, n_embd, rank, alpha) = (96, 64, 4, 8.0f32);
+    let number = |i: usize| ((i * 7919 % 101) as f32 - 50.0) / 100.0;
+    // A has shape [n_ff, rank], B [rank, n_embd].
+    let a: Vec<f32> = (0..n_ff * rank).map(number).collect();
+    let b: Vec<f32> = (0..n_embd * rank).map(|i| number(i + 13)).collect();
+    let name = "blk.1.ffn_down.weight";
+    let mut metadata = Metadata::new();
+    for (key, value) in [
+        ("general.type", Value::Str("adapter".into())),
+        ("general.architecture", Value::Str("llama".into())),
+        ("adapter.type", Value::Str("lora".into())),
+        ("adapter.lora.alpha", Value::F32(alpha)),
+    ] {
+        metadata.set(key, value);
+    }
+    let spec = |suffix: &str, shape: [usize; 2]| TensorSpec {
+        name: format!("{name}{suffix}"),
+        shape: shape.map(|n| n as u64).to_vec(),
+        tensor_type: TensorType::F32,
+    };
+    let lora = folder.join("lora.gguf");
+    let specs = vec![spec(".lora_a", [n_ff, rank]), spec(".lora_b", [rank, n_embd])];
+    let mut writer = GgufWriter::create(&lora, &metadata, specs).unwrap();
+    writer.write_f32s(&a).unwrap();
+    writer.write_f32s(&b).unwrap();
+    writer.finish().unwrap();
+
+    let merged = folder.join("merged.gguf");
+    let specs = model.tensors().iter().map(|t| TensorSpec {
+        name: t.name().to_owned(),
+        shape: t.shape().to_vec(),
+        tensor_type: t.tensor_type(),
+    });
+    let mut writer = GgufWriter::create(&merged, model.metadata(), specs.collect()).unwrap();
+    for tensor in model.tensors() {
+        let bytes = model.read_tensor(tensor).unwrap();
+        if tensor.name() != name {
+            writer.write(&bytes).unwrap();
+            continue;
+        }
+        let mut w = vec![0f32; n_ff * n_embd];
+        dequantize(tensor.tensor_type(), &bytes, &mut w).unwrap();
+        for o in 0..n_embd {
+            for i in 0..n_ff {
+                let product: f32 = (0..rank).map(|r| b[o * rank + r] * a[r * n_ff + i]).sum();
+                w[o * n_ff + i] += scale * alpha / rank as f32 * product;
+            }
+        }
+        writer.write_f32s(&w).unwrap();
+    }
+    writer.finish().unwrap();
+    (lora, merged)
+}
+
+#[test]
+fn an_adapter_gives_the_logits_of_the_merged_weights_with_and_without_an_intervention() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = tiny("llama");
+    for scale in [1.0, -0.5] {
+        let (lora, merged) = adapter(folder.path(), scale);
+        let loras = [LoraScaled { path: lora, scale }];
+        let found = logits(&path, compiled(&path, &[], &loras, Route::Cheapest));
+        assert!(largest_difference(&found, &logits(&path, Steering::default())) > 0.5);
+        assert!(largest_difference(&found, &logits(&merged, Steering::default())) < 1e-3);
+        // The value vectors are those of the changed matrix.
+        let sources = sources(&neurons(true));
+        for route in [Route::Cheapest, Route::Callback] {
+            let found = logits(&path, compiled(&path, &sources, &loras, route));
+            let expected = logits(&merged, compiled(&merged, &sources, &[], Route::Callback));
+            let difference = largest_difference(&found, &expected);
+            assert!(difference < 1e-3, "{route:?}: {difference}");
+        }
+    }
+}
+
+#[test]
+fn an_unknown_architecture_must_prove_that_a_control_vector_changes_logits() {
+    // minicpm is not in the table of architectures; its tensors are those of llama.
+    let model = GgufFile::open(tiny("llama")).unwrap();
+    let mut metadata = Metadata::new();
+    for (key, value) in model.metadata().iter() {
+        let key = key.strip_prefix("llama.").map_or(key.to_owned(), |rest| format!("minicpm.{rest}"));
+        metadata.set(key, value.clone());
+    }
+    metadata.set("general.architecture", Value::Str("minicpm".into()));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("minicpm.gguf");
+    let specs = model.tensors().iter().map(|t| TensorSpec {
+        name: t.name().to_owned(),
+        shape: t.shape().to_vec(),
+        tensor_type: t.tensor_type(),
+    });
+    let mut writer = GgufWriter::create(&path, &metadata, specs.collect()).unwrap();
+    for tensor in model.tensors() {
+        writer.write(&model.read_tensor(tensor).unwrap()).unwrap();
+    }
+    writer.finish().unwrap();
+
+    let fingerprint = Fingerprint::of(&GgufFile::open(&path).unwrap()).unwrap();
+    let open = |value: f32| {
+        let file = folder.path().join("steer.gguf");
+        let directions = [(1, vec![value; 64])].into();
+        control_vector::write(&file, &fingerprint, &directions, &Metadata::new()).unwrap();
+        let steering = compiled(&path, &[(SteerFile::open(&file).unwrap(), 1.0)], &[], Route::Cheapest);
+        let model = Model::open(&path, &ModelOptions::default()).unwrap().with_steering(steering).unwrap();
+        Session::open(&model, &exact(1), 64)
+    };
+    assert!(open(0.5).is_ok());
+    // What the smallest of numbers adds is lost in rounding, as on a graph without a place for it.
+    let error = open(1e-40).unwrap_err();
+    assert!(error.to_string().contains("architecture \"minicpm\""), "{error}");
+    assert!(error.to_string().contains("logits do not change"), "{error}");
+    assert!(error.hint().is_some());
+}
