@@ -330,7 +330,10 @@ mod tests {
         };
         let terminal = report.to_terminal(false);
         assert!(terminal.contains("87.5%") && terminal.contains("r = 0.732"), "{terminal}");
-        assert!(terminal.contains("no accuracy") && terminal.lines().all(|l| l.chars().count() <= 80));
+        assert!(
+            terminal.replace('\n', " ").contains("no accuracy")
+                && terminal.lines().all(|l| l.chars().count() <= 80)
+        );
         assert!(report.to_csv().contains("de,embedding,0.5,1,0.9"));
         let html = report.to_html();
         assert!(html.contains("no accuracy") && !html.contains("NaN"));
