@@ -15,6 +15,14 @@ Data flow:
                                                                       tests/golden/tiny_{name}_activations.json
                                |
                            the same with forward hooks -------------> tests/golden/tiny_{name}_interventions.json
+                               |                                      tests/golden/tiny_{name}_sentences.json
+                               |
+    seed --numpy--> low-rank changes of a few matrices --------------> gguf/tiny/{name}-lora.gguf
+                               |
+                           the same with W + scale alpha/rank B A --> tests/golden/tiny_{name}_lora.json
+
+Two models have no goldens: bert is an encoder, which must be refused, and plamo2 is a decoder whose graph in
+llama.cpp has no place for a control vector, which must be refused and not be ignored.
 
 The goldens come from PyTorch and never from llama.cpp, so that an agreement means something: the
 tensor mapping, the metadata, the tokenizer and the graph of the two programs must all be the same.
@@ -31,7 +39,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tiny_models import architectures, gguf_file, golden, tokenizer, weights
+from tiny_models import architectures, gguf_file, golden, lora, tokenizer, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,11 +65,22 @@ def make_all(root: Path) -> list[Path]:
         path = gguf_dir / f"{arch.name}.gguf"
         gguf_file.write(path, arch, model, tok)
         written.append(path)
-        if not arch.is_decoder:
-            continue  # only its refusal is tested
+        if not arch.has_goldens:
+            continue  # only a refusal is tested
         logits, activations = golden.model_goldens(arch, model, tok)
-        interventions = golden.intervention_golden(arch, model, tok)
-        for suffix, content in (("", logits), ("_activations", activations), ("_interventions", interventions)):
+        goldens = {
+            "": logits,
+            "_activations": activations,
+            "_interventions": golden.intervention_golden(arch, model, tok),
+        }
+        if arch.quantization is None:
+            goldens["_sentences"] = golden.sentence_golden(arch, model, tok)
+        if arch.lora:
+            adapter_path = gguf_dir / f"{arch.name}-lora.gguf"
+            lora.write(adapter_path, arch, model)
+            written.append(adapter_path)
+            goldens["_lora"] = golden.lora_golden(arch, model, tok)
+        for suffix, content in goldens.items():
             golden_path = golden_dir / f"tiny_{arch.name}{suffix}.json"
             golden.write_json(golden_path, content)
             written.append(golden_path)

@@ -15,7 +15,8 @@ import transformers as hf
 N_CTX = 256
 # Found by trying seeds from 1 upwards: greedy decoding of the golden prompts is clear of ties (golden.py checks
 # that) and gives more than one token over and over.
-SEEDS = {"llama": 34, "command-r": 6, "gpt2": 46, "bloom": 63, "gemma3": 23, "qwen2": 1, "qwen3": 2, "bert": 1}
+SEEDS = {"llama": 34, "command-r": 6, "gpt2": 46, "bloom": 63, "gemma3": 23, "qwen2": 1, "qwen3": 2, "bert": 1,
+         "plamo2": 1}
 Tensors = dict[str, np.ndarray]
 
 
@@ -31,7 +32,7 @@ class Architecture:
     blocks: str
     down: str
     tensors: Callable[[torch.nn.Module], Tensors]  # GGUF name -> F32 values, slowest axis first
-    metadata: dict[str, int | float | bool | str]  # keys without the "{arch}." before them
+    metadata: dict[str, int | float | bool | str | list[int]]  # keys without the "{arch}." before them
     add_bos: bool
     # How the weights are drawn, see weights.py.
     seed: int
@@ -41,8 +42,10 @@ class Architecture:
     norm_offset: float = 0.0
     transposed_matrices: bool = False
     quantization: gguf.GGMLQuantizationType | None = None
-    is_decoder: bool = True
+    has_goldens: bool = True
     tokenizer_metadata: dict[str, int] = field(default_factory=dict)
+    # Matrices of each block that get an adapter, see lora.py: module in the block -> GGUF name. Empty: no adapter.
+    lora: dict[str, str] = field(default_factory=dict)
 
     def build(self, n_vocab: int) -> torch.nn.Module:
         """The model with transformers' own initial weights, which weights.fill() overwrites."""
@@ -101,6 +104,7 @@ GATED = {
     "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm",
 }
+GATED_LORA = {module: GATED[module] for module in ("mlp.down_proj", "mlp.up_proj", "self_attn.o_proj")}
 GATED_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -121,6 +125,7 @@ def _llama(name: str, quantization: gguf.GGMLQuantizationType | None = None) -> 
     return Architecture(
         name=name,
         arch="llama",
+        lora={} if quantization else GATED_LORA,
         config=hf.LlamaConfig(
             hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=N_CTX, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False,
@@ -222,6 +227,7 @@ GPT2 = Architecture(
     embd_std=0.1,
     residual_gain=3.0,
     transposed_matrices=True,
+    lora={"mlp.c_proj": "ffn_down", "mlp.c_fc": "ffn_up", "attn.c_proj": "attn_output"},
     seed=SEEDS["gpt2"],
 )
 
@@ -319,6 +325,7 @@ GEMMA3 = Architecture(
     embd_std=0.05,
     output_norm_gain=7.0,
     norm_offset=1.0,
+    lora=GATED_LORA,
     seed=SEEDS["gemma3"],
 )
 
@@ -425,9 +432,108 @@ BERT = Architecture(
     },
     add_bos=False,
     embd_std=1.0,
-    is_decoder=False,
+    has_goldens=False,
     seed=SEEDS["bert"],
     tokenizer_metadata={"token_type_count": 2},
 )
 
-ALL = [LLAMA, COMMAND_R, GPT2, BLOOM, GEMMA3, QWEN2, QWEN3, LLAMA_Q8_0, BERT]
+
+class Weights(torch.nn.Module):
+    """Parameters under their GGUF names, without a forward pass: for an architecture that transformers lacks."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]):
+        super().__init__()
+        for name, shape in shapes.items():
+            *path, last = name.split(".")
+            module = self
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, torch.nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(last, torch.nn.Parameter(torch.zeros(shape)))
+
+
+def _plamo2_shapes(n_vocab: int) -> dict[str, tuple[int, ...]]:
+    """What `src/models/plamo2.cpp` of llama.cpp reads; some names have no ".weight"."""
+    n_embd, n_ff, d_inner, d_conv, d_state, n_ssm_head = 64, 96, 64, 4, 16, 4
+    n_head, n_head_kv, n_embd_head = 4, 2, 16
+    n_dt = 64  # llama.cpp's own max(64, n_embd / 16)
+    shapes = {
+        "token_embd.weight": (n_vocab, n_embd),
+        "output_norm.weight": (n_embd,),
+        "output.weight": (n_vocab, n_embd),
+    }
+    for il in range(2):
+        shapes |= {f"blk.{il}.{name}": shape for name, shape in {
+            "attn_norm.weight": (n_embd,),
+            "post_attention_norm": (n_embd,),
+            "ffn_norm.weight": (n_embd,),
+            "post_ffw_norm": (n_embd,),
+            "ffn_up.weight": (2 * n_ff, n_embd),  # gate and up in one
+            "ffn_down.weight": (n_embd, n_ff),
+        }.items()}
+    shapes |= {f"blk.0.{name}": shape for name, shape in {
+        "ssm_in.weight": (2 * d_inner, n_embd),
+        "ssm_conv1d.weight": (d_inner, d_conv),
+        "ssm_x.weight": (n_dt + 2 * d_state, d_inner),
+        "ssm_dt.weight": (n_ssm_head, n_dt),
+        "ssm_dt.bias": (n_ssm_head,),
+        "ssm_a": (n_ssm_head,),
+        "ssm_d": (n_ssm_head,),
+        "ssm_dt_norm": (n_dt,),
+        "ssm_b_norm": (d_state,),
+        "ssm_c_norm": (d_state,),
+        "ssm_out.weight": (n_embd, d_inner),
+    }.items()}
+    shapes |= {f"blk.1.{name}": shape for name, shape in {
+        "attn_qkv.weight": ((n_head + 2 * n_head_kv) * n_embd_head, n_embd),
+        "attn_q_norm.weight": (n_head, n_embd_head),
+        "attn_k_norm.weight": (n_head_kv, n_embd_head),
+        "attn_output.weight": (n_embd, n_head * n_embd_head),
+    }.items()}
+    return shapes
+
+
+def _plamo2_tensors(model) -> Tensors:
+    # A state must decay: the factor of each step is exp(dt * A), so A is negative.
+    return dict(sorted((name, _array(-param.exp() if name.endswith(".ssm_a") else param))
+                       for name, param in model.named_parameters()))
+
+
+# Its graph has no place for a control vector (no `build_cvec`), so llama.cpp ignores one without a word: for the test
+# that this program says so. Of the decoders only plamo2 and hy-v4 are such; hunyuan-dense.cpp has no `build_cvec`
+# either, but it runs the graph of hunyuan-vl.cpp, which has. A Mamba block, then one with attention: without the
+# first llama.cpp ends the process at the first token. No goldens, since transformers lacks the architecture.
+PLAMO2 = Architecture(
+    name="plamo2",
+    arch="plamo2",
+    config=hf.PretrainedConfig(),
+    model_class=lambda config: Weights(_plamo2_shapes(config.vocab_size)),
+    blocks="blk",
+    down="ffn_down",
+    tensors=_plamo2_tensors,
+    metadata={
+        "context_length": N_CTX,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": [0, 2],  # 0: a Mamba block
+        "attention.key_length": 16,
+        "attention.value_length": 16,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 10000.0,
+        "ssm.conv_kernel": 4,
+        "ssm.inner_size": 64,
+        "ssm.state_size": 16,
+        "ssm.time_step_rank": 4,  # the number of heads of the Mamba block
+        "ssm.group_count": 0,
+    },
+    add_bos=False,
+    embd_std=1.0,
+    output_norm_gain=2.8,
+    has_goldens=False,
+    seed=SEEDS["plamo2"],
+)
+
+ALL = [LLAMA, COMMAND_R, GPT2, BLOOM, GEMMA3, QWEN2, QWEN3, LLAMA_Q8_0, BERT, PLAMO2]

@@ -39,8 +39,8 @@ def write(path: Path, arch, model: torch.nn.Module, tok: Tokenizer) -> None:
     writer.close()
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: int | float | bool | str) -> None:
-    """One key with the type llama.cpp reads: u32, f32, bool or string."""
+def _add(writer: gguf.GGUFWriter, key: str, value: int | float | bool | str | list[int]) -> None:
+    """One key with the type llama.cpp reads: u32, f32, bool, string or array of i32."""
     match value:
         case bool():  # before int: a bool is one in Python
             writer.add_bool(key, value)
@@ -50,6 +50,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: int | float | bool | str) -> 
             writer.add_float32(key, value)
         case str():
             writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, arch, tok: Tokenizer) -> None:

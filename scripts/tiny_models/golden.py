@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from . import interventions, tokenizer
+from . import interventions, lora, tokenizer
 
 PROMPTS = ["The cat sleeps", "Das Wetter ist", "猫在家"]
 # (prompt, continuation): a model scores the continuation's tokens after the prompt's.
@@ -18,6 +18,8 @@ CONTINUATIONS = [
     ("Il gatto dorme", " nella casa."),
     ("오늘", " 날씨가"),
 ]
+# Of 3, 8 and 13 tokens without <s>, so that two that share a batch end at different steps.
+SENTENCES = ["Kočka", "The cat sleeps", "Kami suka minum teh di"]
 N_GREEDY = 8
 # Greedy decoding is only a test if rounding cannot change it: at every step the best token must lead the second
 # by this much. That is ten times what an F16 KV cache moves a logit. Products with Q8_0 weights round the
@@ -142,6 +144,77 @@ def intervention_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
         "sentence_vectors": [_significant(interventions.sentence_vectors(model, text), 7) for text in texts],
         "neurons": neurons,
         "activations": activations,
+    }
+
+
+def sentence_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
+    """Mean residual streams of texts, and mean activations of neurons while the model goes on greedily."""
+    n_layer, n_ff = arch.metadata["block_count"], arch.metadata["feed_forward_length"]
+    # The first and the last of a layer, and of every layer.
+    neurons = [[0, 0], [0, n_ff - 1], [0, 31], [n_layer // 2, 64], [n_layer - 1, 1], [n_layer - 1, n_ff - 2]]
+    texts = [{"text": text, "tokens": tokenizer.encode(tok, text, arch.add_bos)} for text in SENTENCES]
+    activations = []
+    for text in texts:
+        # End of text is a token like any other here.
+        greedy, leads, mean = interventions.greedy_activations(arch, model, text["tokens"], neurons)
+        where = f"{arch.name}, {text['text']!r}"
+        assert min(leads) >= MIN_GREEDY_LEAD, f"{where}: greedy decoding hangs on {min(leads):.3f}; take another text"
+        # At the last token of the prompt and at the first four of the greedy ones.
+        activations.append(text | {
+            "greedy": greedy,
+            "greedy_leads": _significant(np.array(leads), 7),
+            "mean": _significant(mean, 7),
+        })
+    return {
+        "generator": generator(),
+        "seed": arch.seed,
+        "model": f"gguf/tiny/{arch.name}.gguf",
+        "architecture": arch.arch,
+        "texts": texts,
+        # [n_texts][n_layer + 1][n_embd], over all tokens, <s> too. No architecture differs here: place 0 is what the
+        # first block gets (gemma3's scaled embeddings, bloom's after their norm, gpt2's with positions added), the
+        # last is after the final norm, and the last block's own output is not among them.
+        "residual_stream_mean": [
+            _significant(interventions.sentence_vectors(model, text["tokens"]), 7) for text in texts],
+        "neurons": neurons,
+        "activations": activations,
+    }
+
+
+def lora_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
+    """Logits with the adapter of lora.py in the weights, alone and together with an intervention."""
+    last, n_ff = arch.metadata["block_count"] - 1, arch.metadata["feed_forward_length"]
+    text = PROMPTS[0]
+    tokens = tokenizer.encode(tok, text, arch.add_bos)
+    plain = _logits(model, tokens)
+    offsets = [interventions.neuron(last, i, offset=2.0) for i in (4, n_ff - 3)]
+    cases = []
+    for name, scale, edits in [("scale 1", 1.0, []), ("scale -0.5", -0.5, []), ("scale 1 with offsets", 1.0, offsets)]:
+        with lora.applied(arch, model, scale):
+            adapted = _logits(model, tokens)
+            logits = interventions.logits(arch, model, tokens, edits)
+        effect = float(np.abs(logits - plain).max())
+        # The adapter must show, and the edits beside it.
+        for part in [effect] + [float(np.abs(logits - adapted).max())] * bool(edits):
+            assert part >= interventions.MIN_EFFECT, f"{arch.name}, {name}: moves no logit by more than {part:.3f}"
+        cases.append({
+            "name": name,
+            "scale": scale,
+            "edits": edits,
+            "largest_effect": effect,
+            "logits": _significant(logits, 7),
+        })
+    assert np.array_equal(plain, _logits(model, tokens)), f"{arch.name}: the adapter has left something behind"
+    return {
+        "generator": generator(),
+        "seed": arch.seed,
+        "model": f"gguf/tiny/{arch.name}.gguf",
+        "architecture": arch.arch,
+        "adapter": f"gguf/tiny/{arch.name}-lora.gguf",
+        "rank": lora.RANK,
+        "alpha": lora.ALPHA,
+        "prompt": {"text": text, "tokens": tokens},
+        "cases": cases,
     }
 
 

@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import torch
 
-EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embeddings")
-OUTPUT_NORMS = ("model.norm.", "transformer.ln_f.")
+EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embeddings", "token_embd")
+OUTPUT_NORMS = ("model.norm.", "transformer.ln_f.", "output_norm.")
 RESIDUAL_WRITERS = tuple(f"{module}.weight" for module in (
     "self_attn.o_proj", "mlp.down_proj",  # llama, command-r, gemma3, qwen2
     "attn.c_proj", "mlp.c_proj",  # gpt2
@@ -35,7 +35,7 @@ def fill(model: torch.nn.Module, arch) -> None:
 
 
 def _mean(arch, name: str, param: torch.Tensor) -> float:
-    if param.ndim > 1 or not name.endswith(".weight"):
+    if param.ndim > 1 or not name.endswith((".weight", "_norm")):  # plamo2 has norms without ".weight"
         return 0.0  # matrices and biases
     gain = arch.output_norm_gain if name.startswith(OUTPUT_NORMS) else 1.0
     # Gemma stores w and multiplies by 1 + w.

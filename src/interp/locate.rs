@@ -41,7 +41,7 @@ struct Sums {
 ///
 /// # Errors
 /// [`Error::Setting`] for a probe vector of another length than `n_embd`, or `top` 0; those of
-/// [`ValueVectors`]; [`Error::Interrupted`].
+/// [`ValueVectors`]; [`Error::Gguf`] for weights that are not finite; [`Error::Interrupted`].
 pub fn rank_value_vectors(
     model: &GgufFile,
     probe: &[f32],
@@ -71,7 +71,7 @@ pub fn rank_value_vectors(
         }
         let ranked: Vec<Vec<RankedNeuron>> = group
             .par_iter()
-            .map(|&layer| rank_layer(&vectors, layer, probe, probe_norm, interrupt))
+            .map(|&layer| rank_layer(model, &vectors, layer, probe, probe_norm, interrupt))
             .collect::<Result<_>>()?;
         best.extend(ranked.into_iter().flatten());
         keep_best(&mut best, top);
@@ -82,6 +82,7 @@ pub fn rank_value_vectors(
 }
 
 fn rank_layer(
+    model: &GgufFile,
     vectors: &ValueVectors<'_>,
     layer: usize,
     probe: &[f32],
@@ -108,6 +109,16 @@ fn rank_layer(
         sums.square.iter_mut().zip(&square).for_each(|(sum, &x)| *sum += f64::from(x));
         Ok(())
     })?;
+    // A NaN would be ranked last or first by its sign, or be left out: whoever ranks must hear of it.
+    let is_finite = |index: &usize| sums.dot[*index].is_finite() && sums.square[*index].is_finite();
+    if let Some(index) = (0..n_ff).find(|index| !is_finite(index)) {
+        return Err(Error::Gguf {
+            path: model.path().to_path_buf(),
+            reason: format!(
+                "tensor \"blk.{layer}.ffn_down.weight\": the value vector of neuron {index} is not finite, or too large for f32 sums"
+            ),
+        });
+    }
     let ranked = sums.dot.iter().zip(&sums.square).enumerate().filter(|(_, (_, square))| **square > 0.0);
     let ranked = ranked.map(|(index, (dot, square))| RankedNeuron {
         layer: layer as u32,

@@ -26,7 +26,8 @@ const CHUNK_VALUES: usize = 4 << 20;
 /// output matrix too.
 ///
 /// # Errors
-/// [`Error::Gguf`] where the model has neither, or in another shape; [`Error::Io`]; [`Error::Interrupted`].
+/// [`Error::Setting`] for a vector of another length than `n_embd`; [`Error::Gguf`] where the model has
+/// neither matrix, or in another shape; [`Error::Io`]; [`Error::Interrupted`].
 pub fn project(
     model: &GgufFile,
     vectors: &[Vec<f32>],
@@ -44,9 +45,13 @@ pub fn project(
         )));
     }
     let n_vocab = tensor.shape()[1] as usize;
+    if let Some(vector) = vectors.iter().find(|vector| vector.len() != n_embd) {
+        let reason = format!("expected vectors of {n_embd} numbers, found one of {}", vector.len());
+        return Err(Error::setting("vectors", reason));
+    }
     let flat: Vec<f32> = vectors.iter().flatten().copied().collect();
     let vectors = Array2::from_shape_vec((vectors.len(), n_embd), flat)
-        .map_err(|_| Error::setting("vectors", format!("expected vectors of {n_embd} numbers")))?;
+        .expect("every vector has n_embd numbers, checked above");
     let n_rows = (CHUNK_VALUES / n_embd).clamp(1, n_vocab);
     let mut bytes = vec![0; n_rows * tensor.row_bytes() as usize];
     let mut values = vec![0f32; n_rows * n_embd];

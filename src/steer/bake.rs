@@ -21,8 +21,9 @@ type Entry<'a> = (TensorSpec, Option<&'a TensorInfo>, Option<&'a Vec<f32>>);
 /// their number.
 ///
 /// # Errors
-/// [`Error::Model`] for an architecture whose graph reads no such bias; [`Error::Setting`] where the output
-/// is the model itself, or a vector does not fit; [`Error::Io`]. An output that is not whole is not left.
+/// [`Error::Model`] for an architecture or a layer whose graph reads no such bias, or scales it;
+/// [`Error::Setting`] where the output is the model itself or a folder, or a vector does not fit;
+/// [`Error::Io`]. An output that is not whole is not left.
 pub fn bake(
     model: &GgufFile,
     vectors: &BTreeMap<usize, Vec<f32>>,
@@ -41,6 +42,7 @@ pub fn bake(
             );
             return Err(Error::setting("--bake", reason));
         }
+        check_layer(model, layer)?;
     }
     let mut metadata = Metadata::new();
     for (key, value) in model.metadata().iter().filter(|(key, _)| !key.starts_with("split.")) {
@@ -125,8 +127,28 @@ pub fn check_architecture(model: &GgufFile) -> Result<()> {
     })
 }
 
+/// Whether a bias of this layer reaches the residual stream as it is.
+fn check_layer(model: &GgufFile, layer: usize) -> Result<()> {
+    let find = |name: &str| model.tensor(&format!("blk.{layer}.{name}"));
+    let reason = if let Some(experts) = find("ffn_down_exps.weight") {
+        // That branch of the graph has no such bias: the loader would find a tensor too many.
+        format!("a mixture of experts ({}) reads no bias of the down projection", experts.name())
+    } else if let Some(scale) = find("ffn_down.scale") {
+        // build_ffn adds the bias first, and beside NVFP4 weights it ends the process.
+        format!("tensor {:?} would scale what is baked in", scale.name())
+    } else {
+        return Ok(());
+    };
+    let hint = "steer it while it runs instead, with --steer";
+    Err(Error::Model { path: model.path().to_path_buf(), reason, hint: Some(hint.into()) })
+}
+
 fn check_output(model: &GgufFile, output: &Path) -> Result<()> {
     let Ok(existing) = output.canonicalize() else { return Ok(()) };
+    if existing.is_dir() {
+        let reason = format!("expected a file to write, found the folder {}", output.display());
+        return Err(Error::setting("-o/--output", reason));
+    }
     if model.part_paths().any(|part| part.canonicalize().is_ok_and(|part| part == existing)) {
         return Err(Error::setting("-o/--output", format!("{} is the model itself", output.display())));
     }

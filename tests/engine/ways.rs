@@ -228,3 +228,57 @@ fn an_unknown_architecture_must_prove_that_a_control_vector_changes_logits() {
     assert!(error.to_string().contains("logits do not change"), "{error}");
     assert!(error.hint().is_some());
 }
+
+#[derive(serde::Deserialize)]
+struct LoraGolden {
+    prompt: LoraPrompt,
+    cases: Vec<LoraCase>,
+}
+
+#[derive(serde::Deserialize)]
+struct LoraPrompt {
+    tokens: Vec<Token>,
+}
+
+#[derive(serde::Deserialize)]
+struct LoraCase {
+    scale: f32,
+    edits: Vec<serde_json::Value>,
+    largest_effect: f32,
+    logits: Vec<Vec<f32>>,
+}
+
+#[test]
+fn adapters_give_the_logits_of_the_reference() {
+    for name in ["llama", "gpt2", "gemma3"] {
+        let golden: LoraGolden = super::golden(&format!("{name}_lora"));
+        let cases: Vec<LoraCase> = golden.cases.into_iter().filter(|case| case.edits.is_empty()).collect();
+        assert_eq!(cases.len(), 2);
+        for case in cases {
+            let loras = [LoraScaled { path: tiny(&format!("{name}-lora")), scale: case.scale }];
+            let steering = compiled(&tiny(name), &[], &loras, Route::Cheapest);
+            let model = Model::open(&tiny(name), &ModelOptions::default()).unwrap();
+            let model = model.with_steering(steering).unwrap();
+            let found = Session::open(&model, &exact(1), 64).unwrap().logits(&golden.prompt.tokens).unwrap();
+            let worst = largest_difference(&found, &case.logits);
+            let bound = super::tolerance(name) * (1.0 + 0.2 * case.largest_effect);
+            assert!(worst < bound && case.largest_effect > 1.0, "{name} at {}: {worst}", case.scale);
+        }
+    }
+}
+
+#[test]
+fn rejects_a_control_vector_on_an_architecture_that_ignores_it() {
+    // llama.cpp's graph of plamo2 has no place for one.
+    let (path, folder) = (tiny("plamo2"), tempfile::tempdir().unwrap());
+    let model = GgufFile::open(&path).unwrap();
+    let n_embd = model.n_embd().unwrap() as usize;
+    let file = folder.path().join("steer.gguf");
+    let directions = [(1, vec![0.5; n_embd])].into();
+    let fingerprint = Fingerprint::of(&model).unwrap();
+    control_vector::write(&file, &fingerprint, &directions, &Metadata::new()).unwrap();
+    let steering = compiled(&path, &[(SteerFile::open(&file).unwrap(), 1.0)], &[], Route::Cheapest);
+    let model = Model::open(&path, &ModelOptions::default()).unwrap().with_steering(steering).unwrap();
+    let error = Session::open(&model, &exact(1), 64).unwrap_err();
+    assert!(error.to_string().contains("logits do not change"), "{error}");
+}

@@ -2,6 +2,7 @@
 
 mod bytes;
 mod decoder;
+mod dequantize;
 mod rejects;
 mod round_trip;
 mod split;

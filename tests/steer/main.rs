@@ -1,0 +1,3 @@
+//! What neurons write, and models with it baked in.
+
+mod weights;
