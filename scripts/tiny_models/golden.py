@@ -79,7 +79,7 @@ def model_goldens(arch, model: torch.nn.Module, tok: Tokenizer) -> tuple[dict, d
             "text": text,
             "tokens": tokens,
             "greedy": greedy,
-            "greedy_leads": _significant(np.array(leads), 7),
+            "greedy_leads": significant(np.array(leads), 7),
             "logits": _shortest(_logits(model, tokens)),
         })
 
@@ -97,7 +97,7 @@ def model_goldens(arch, model: torch.nn.Module, tok: Tokenizer) -> tuple[dict, d
             "prompt_tokens": tokens,
             "continuation": continuation,
             "continuation_tokens": continuation_tokens,
-            "logps": _significant(np.array(logps), 9),
+            "logps": significant(np.array(logps), 9),
         })
 
     residual_stream, neuron_activations = _activations(arch, model, prompts[0]["tokens"])
@@ -105,9 +105,9 @@ def model_goldens(arch, model: torch.nn.Module, tok: Tokenizer) -> tuple[dict, d
     activations_golden = head | sizes | {
         "prompt": {"text": prompts[0]["text"], "tokens": prompts[0]["tokens"]},
         # [n_layer][n_tokens][n_embd]: what each block leaves in the residual stream.
-        "residual_stream": _significant(residual_stream, 7),
+        "residual_stream": significant(residual_stream, 7),
         # [n_layer][n_tokens][n_ff]: the input of each block's down projection.
-        "neuron_activations": _significant(neuron_activations, 7),
+        "neuron_activations": significant(neuron_activations, 7),
     }
     return logits_golden, activations_golden
 
@@ -124,14 +124,14 @@ def intervention_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
         effect = float(np.abs(logits - plain).max())
         assert effect >= interventions.MIN_EFFECT, f"{arch.name}, {name}: moves no logit by more than {effect:.3f}"
         # The last tokens alone: they have seen the edits of all before them.
-        last = _significant(logits[-interventions.N_ROWS :], 6)
+        last = significant(logits[-interventions.N_ROWS :], 6)
         found.append({"name": name, "edits": edits, "largest_effect": effect, "last_logits": last})
     texts = [tokenizer.encode(tok, text, arch.add_bos) for text in interventions.TEXTS]
     neurons = [[0, 1], [0, n_ff - 1], [n_layer - 1, 0], [n_layer - 1, 33], [n_layer // 2, 5], [0, 2]]
     activations = []
     for text in texts:
         greedy, leads, mean = interventions.greedy_activations(arch, model, text, neurons)
-        activations.append({"greedy": greedy, "greedy_leads": _significant(np.array(leads), 7), "mean": _significant(mean, 7)})
+        activations.append({"greedy": greedy, "greedy_leads": significant(np.array(leads), 7), "mean": significant(mean, 7)})
     return {
         "generator": generator(),
         "seed": arch.seed,
@@ -141,7 +141,7 @@ def intervention_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
         "cases": found,
         "texts": texts,
         # [n_texts][n_layer + 1][n_embd]
-        "sentence_vectors": [_significant(interventions.sentence_vectors(model, text), 7) for text in texts],
+        "sentence_vectors": [significant(interventions.sentence_vectors(model, text), 7) for text in texts],
         "neurons": neurons,
         "activations": activations,
     }
@@ -162,8 +162,8 @@ def sentence_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
         # At the last token of the prompt and at the first four of the greedy ones.
         activations.append(text | {
             "greedy": greedy,
-            "greedy_leads": _significant(np.array(leads), 7),
-            "mean": _significant(mean, 7),
+            "greedy_leads": significant(np.array(leads), 7),
+            "mean": significant(mean, 7),
         })
     return {
         "generator": generator(),
@@ -175,7 +175,7 @@ def sentence_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
         # first block gets (gemma3's scaled embeddings, bloom's after their norm, gpt2's with positions added), the
         # last is after the final norm, and the last block's own output is not among them.
         "residual_stream_mean": [
-            _significant(interventions.sentence_vectors(model, text["tokens"]), 7) for text in texts],
+            significant(interventions.sentence_vectors(model, text["tokens"]), 7) for text in texts],
         "neurons": neurons,
         "activations": activations,
     }
@@ -202,7 +202,7 @@ def lora_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
             "scale": scale,
             "edits": edits,
             "largest_effect": effect,
-            "logits": _significant(logits, 7),
+            "logits": significant(logits, 7),
         })
     assert np.array_equal(plain, _logits(model, tokens)), f"{arch.name}: the adapter has left something behind"
     return {
@@ -292,10 +292,10 @@ def _shortest(values: np.ndarray):
     return [float(str(value)) for value in values.astype(np.float32)]
 
 
-def _significant(values: np.ndarray, digits: int):
+def significant(values: np.ndarray, digits: int):
     """Nested lists, rounded to that many significant digits."""
     if values.ndim > 1:
-        return [_significant(row, digits) for row in values]
+        return [significant(row, digits) for row in values]
     return [float(f"{value:.{digits}g}") for value in values]
 
 
