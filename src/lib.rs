@@ -1,7 +1,7 @@
 //! Measures how toxic a GGUF model's continuations are, in 17 languages, with llama.cpp.
 //!
 //! ```text
-//! gguf ──► engine ──► steer ──► { eval | interp } ──► report
+//! gguf ──► engine ──► steer ──► { eval | interp | train } ──► report
 //!                doors: cli (the program) · this crate
 //! ```
 //!
@@ -11,6 +11,7 @@
 //! - [`engine`] runs models: many continuations of many prompts, and log-probabilities.
 //! - [`steer`] reads, combines and compiles what changes a model while it runs.
 //! - [`interp`] finds what to change: probes, value vectors, activations, retrieval.
+//! - [`train`] reads preference pairs, and turns them into the tokens that training sees.
 //! - [`eval`] turns prompts into continuations, scores and metrics with intervals.
 //! - [`report`] turns results into JSON, CSV, Markdown, a terminal table and an HTML page.
 //!
@@ -27,6 +28,7 @@ pub mod interp;
 pub mod progress;
 pub mod report;
 pub mod steer;
+pub mod train;
 
 pub use error::{Error, Result};
 

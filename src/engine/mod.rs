@@ -22,18 +22,21 @@ pub mod bench;
 mod ffi;
 pub mod logprob;
 pub mod model;
+pub mod random;
 pub mod residual;
 pub mod sample;
 pub mod schedule;
 pub mod session;
 pub mod steering;
+mod vocabulary;
 mod watch;
 
 pub use architecture::Architecture;
-pub use model::{LoadedSteering, Model, ModelOptions, Vocabulary};
+pub use model::{LoadedSteering, Model, ModelOptions};
 pub use sample::Sampling;
 pub use session::{CacheType, FlashAttention, Session, SessionOptions};
 pub use steering::Steering;
+pub use vocabulary::Vocabulary;
 
 /// A token id, as llama.cpp counts them: `0..n_vocab`.
 pub type Token = i32;

@@ -1,6 +1,6 @@
 //! A loaded model: its sizes, its tokenizer, and what steers it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
@@ -10,6 +10,7 @@ use super::Token;
 use super::architecture::Architecture;
 use super::ffi::{self, LoadParams, LoraHandle, ModelHandle};
 use super::steering::{Change, Operation, Steering};
+use super::vocabulary::Vocabulary;
 
 /// How to load a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +31,7 @@ impl Default for ModelOptions {
 #[derive(Debug, Clone)]
 pub struct Model {
     pub(super) handle: Arc<ModelHandle>,
-    path: PathBuf,
+    vocabulary: Vocabulary,
     architecture: String,
     n_layer: usize,
     /// Neurons of each layer, `[n_layer]`.
@@ -96,8 +97,8 @@ impl Model {
         let steering =
             LoadedSteering { steering: Steering::default(), loras: Vec::new(), model: handle.clone() };
         Ok(Model {
+            vocabulary: Vocabulary::new(handle.clone(), &file),
             handle,
-            path: path.to_path_buf(),
             architecture,
             n_layer,
             n_ff,
@@ -119,7 +120,7 @@ impl Model {
             .map(|lora| {
                 let handle = LoraHandle::load(&self.handle, &lora.path).ok_or_else(|| Error::Model {
                     path: lora.path.clone(),
-                    reason: format!("llama.cpp refused it as a LoRA adapter of {}", self.path.display()),
+                    reason: format!("llama.cpp refused it as a LoRA adapter of {}", self.path().display()),
                     hint: Some("run again with -v to see llama.cpp's own words".into()),
                 })?;
                 Ok((Arc::new(handle), lora.scale))
@@ -145,11 +146,11 @@ impl Model {
     ///
     /// Errors: [`Error::Model`] for an architecture that interventions and recordings do not know.
     pub fn graph(&self) -> Result<&'static Architecture> {
-        Architecture::require(&self.architecture, &self.path)
+        Architecture::require(&self.architecture, self.path())
     }
 
     fn check_steering(&self, steering: &Steering) -> Result<()> {
-        let refuse = |reason: String| Error::Model { path: self.path.clone(), reason, hint: None };
+        let refuse = |reason: String| Error::Model { path: self.path().to_path_buf(), reason, hint: None };
         if let Some(vector) = &steering.control_vector {
             let (n_embd, n_values) = (self.n_embd(), self.n_embd() * self.n_layer.saturating_sub(1));
             if vector.n_embd != n_embd || vector.rows.len() != n_values {
@@ -226,7 +227,7 @@ impl Model {
 
     /// The file it was loaded from.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.vocabulary.path()
     }
 
     /// `general.architecture` of the GGUF.
@@ -241,7 +242,7 @@ impl Model {
 
     /// Tokens in the vocabulary.
     pub fn n_vocab(&self) -> usize {
-        self.handle.n_vocab()
+        self.vocabulary.n_vocab()
     }
 
     /// Blocks.
@@ -279,41 +280,29 @@ impl Model {
         self.on_cpu
     }
 
-    /// Tokens of a prompt, as it is: with the model's own BOS if its metadata asks for one, and with
-    /// text such as `<s>` read as plain text.
-    ///
-    /// An EOS that the metadata asks for is left out: nothing goes on after the end of a text.
+    /// Its tokens and tokenizer.
+    pub fn vocabulary(&self) -> &Vocabulary {
+        &self.vocabulary
+    }
+
+    /// As [`Vocabulary::tokenize_prompt`].
     pub fn tokenize_prompt(&self, text: &str) -> Result<Vec<Token>> {
-        let mut tokens = self.tokenize(text, true)?;
-        if tokens.last().copied() == self.handle.added_end() {
-            tokens.pop();
-        }
-        Ok(tokens)
+        self.vocabulary.tokenize_prompt(text)
     }
 
-    /// Tokens of a piece of text, without BOS or EOS.
+    /// As [`Vocabulary::tokenize_text`].
     pub fn tokenize_text(&self, text: &str) -> Result<Vec<Token>> {
-        self.tokenize(text, false)
+        self.vocabulary.tokenize_text(text)
     }
 
-    fn tokenize(&self, text: &str, add_special: bool) -> Result<Vec<Token>> {
-        self.handle.tokenize(text, add_special, false).ok_or_else(|| Error::Model {
-            path: self.path.clone(),
-            reason: format!("its tokenizer cannot take a text of {} bytes", text.len()),
-            hint: None,
-        })
-    }
-
-    /// The bytes that one token stands for; none for control tokens.
+    /// As [`Vocabulary::piece`].
     pub fn piece(&self, token: Token) -> Vec<u8> {
-        self.handle.piece(token)
+        self.vocabulary.piece(token)
     }
 
-    /// The text of `tokens`. A character that the last tokens leave unfinished is left out; bytes that
-    /// are no UTF-8 elsewhere become U+FFFD.
+    /// As [`Vocabulary::detokenize`].
     pub fn detokenize(&self, tokens: &[Token]) -> String {
-        let bytes: Vec<u8> = tokens.iter().flat_map(|&t| self.piece(t)).collect();
-        text_of(&bytes)
+        self.vocabulary.detokenize(tokens)
     }
 
     /// Whether `token` is a control token, which stands for no text.
@@ -327,53 +316,6 @@ impl Model {
     }
 }
 
-/// A model's tokens alone: loaded in a moment, whatever the size of the model.
-#[derive(Debug)]
-pub struct Vocabulary {
-    handle: ModelHandle,
-}
-
-impl Vocabulary {
-    /// Loads the vocabulary of the GGUF at `path`.
-    ///
-    /// Errors: as [`Model::open`].
-    pub fn open(path: &Path) -> Result<Vocabulary> {
-        let file = GgufFile::open(path)?;
-        gguf::check_decoder(&file)?;
-        file.check_unchanged()?;
-        let params = LoadParams { n_gpu_layers: 0, check_tensors: false, vocab_only: true };
-        let handle = ModelHandle::load(path, params).ok_or_else(|| Error::Model {
-            path: path.to_path_buf(),
-            reason: format!("llama.cpp {} refused its vocabulary", super::llama_version()),
-            hint: Some("run again with -v to see llama.cpp's own words".into()),
-        })?;
-        Ok(Vocabulary { handle })
-    }
-
-    /// The text of one token, with bytes that are no UTF-8 replaced; empty for control tokens.
-    pub fn text(&self, token: Token) -> String {
-        String::from_utf8_lossy(&self.handle.piece(token)).into_owned()
-    }
-}
-
-/// UTF-8 with an unfinished last character dropped, and anything else that is wrong replaced.
-fn text_of(bytes: &[u8]) -> String {
-    let whole = match std::str::from_utf8(bytes) {
-        Ok(text) => return text.to_owned(),
-        // `error_len` is none exactly when the input ends in the middle of a character.
-        Err(e) if e.error_len().is_none() => &bytes[..e.valid_up_to()],
-        Err(_) => {
-            let unfinished = bytes.utf8_chunks().last().is_some_and(|c| {
-                !c.invalid().is_empty()
-                    && std::str::from_utf8(c.invalid()).is_err_and(|e| e.error_len().is_none())
-            });
-            let tail = bytes.utf8_chunks().last().map_or(0, |c| c.invalid().len());
-            if unfinished { &bytes[..bytes.len() - tail] } else { bytes }
-        }
-    };
-    String::from_utf8_lossy(whole).into_owned()
-}
-
 /// From metadata alone: layers times heads times (key + value) times two bytes.
 fn kv_bytes_per_cell(file: &GgufFile) -> usize {
     let n_layer = file.n_layer().unwrap_or(1) as usize;
@@ -385,25 +327,4 @@ fn kv_bytes_per_cell(file: &GgufFile) -> usize {
         value.map_or(n_embd / n_head, |n| n as usize)
     };
     n_layer * n_head_kv * (of_head("attention.key_length") + of_head("attention.value_length")) * 2
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn text_cut_inside_a_character_ends_before_it() {
-        // "né" is 6e c3 a9; "漢" is e6 bc a2.
-        assert_eq!(text_of(&[0x6e, 0xc3]), "n");
-        assert_eq!(text_of(&[0x6e, 0xe6, 0xbc]), "n");
-        assert_eq!(text_of(&[0x6e, 0xc3, 0xa9]), "né");
-    }
-
-    #[test]
-    fn bytes_that_are_no_text_are_replaced_where_they_stand() {
-        assert_eq!(text_of(&[0x61, 0xff, 0x62]), "a\u{fffd}b");
-        assert_eq!(text_of(&[0x61, 0xff, 0x62, 0xe6, 0xbc]), "a\u{fffd}b");
-        assert_eq!(text_of(&[0xff]), "\u{fffd}");
-        assert_eq!(text_of(&[]), "");
-    }
 }

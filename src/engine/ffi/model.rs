@@ -123,13 +123,27 @@ impl ModelHandle {
         usize::try_from(token).is_ok_and(|t| t < self.n_vocab())
     }
 
+    /// The token that ends a text, if there is one.
+    pub(in crate::engine) fn eos(&self) -> Option<Token> {
+        // SAFETY: the vocabulary lives as long as the model.
+        let token = unsafe { sys::llama_vocab_eos(self.vocab.as_ptr()) };
+        self.holds(token).then_some(token)
+    }
+
+    /// The token that begins a text, if the model's metadata asks for one before every text.
+    pub(in crate::engine) fn added_begin(&self) -> Option<Token> {
+        // SAFETY: the vocabulary lives as long as the model.
+        let (is_added, token) = unsafe {
+            (sys::llama_vocab_get_add_bos(self.vocab.as_ptr()), sys::llama_vocab_bos(self.vocab.as_ptr()))
+        };
+        (is_added && self.holds(token)).then_some(token)
+    }
+
     /// The token that ends a text, if the model's metadata asks for one after every text.
     pub(in crate::engine) fn added_end(&self) -> Option<Token> {
         // SAFETY: the vocabulary lives as long as the model.
-        let (is_added, token) = unsafe {
-            (sys::llama_vocab_get_add_eos(self.vocab.as_ptr()), sys::llama_vocab_eos(self.vocab.as_ptr()))
-        };
-        is_added.then_some(token)
+        let is_added = unsafe { sys::llama_vocab_get_add_eos(self.vocab.as_ptr()) };
+        self.eos().filter(|_| is_added)
     }
 
     /// Tokens of `text`; `None` when it is longer than llama.cpp can count.

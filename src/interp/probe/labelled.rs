@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use rand_core::Rng;
 use serde::Deserialize;
 
+use crate::engine::random::shuffle;
 use crate::engine::sample;
 use crate::error::{Error, Result};
 
@@ -57,15 +57,6 @@ impl Labelled {
         kept.sort_unstable();
         let texts = kept.into_iter().map(|i| self.texts[i].clone()).collect();
         Labelled { texts, n_empty: self.n_empty }
-    }
-}
-
-/// Fisher-Yates.
-pub(super) fn shuffle<T>(items: &mut [T], random: &mut impl Rng) {
-    for i in (1..items.len()).rev() {
-        // The high half of a 64 x 64 bit product is uniform to within i / 2^64.
-        let j = (u128::from(random.next_u64()) * (i as u128 + 1)) >> 64;
-        items.swap(i, j as usize);
     }
 }
 

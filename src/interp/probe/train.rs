@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::labelled::shuffle;
+use crate::engine::random::shuffle;
 use crate::engine::sample;
 use crate::error::{Error, Result};
 

@@ -1,0 +1,149 @@
+//! A model's tokens: its tokenizer, and what each token stands for.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::gguf::{self, GgufFile};
+
+use super::Token;
+use super::ffi::{LoadParams, ModelHandle};
+
+/// A model's tokens, of a whole [`Model`](super::Model) or alone: then it is loaded in a moment, whatever
+/// the size of the model.
+#[derive(Debug, Clone)]
+pub struct Vocabulary {
+    handle: Arc<ModelHandle>,
+    path: PathBuf,
+    eos: Option<Token>,
+}
+
+impl Vocabulary {
+    /// Loads the vocabulary of the GGUF at `path`.
+    ///
+    /// Errors: as [`Model::open`](super::Model::open).
+    pub fn open(path: &Path) -> Result<Vocabulary> {
+        let file = GgufFile::open(path)?;
+        gguf::check_decoder(&file)?;
+        file.check_unchanged()?;
+        let params = LoadParams { n_gpu_layers: 0, check_tensors: false, vocab_only: true };
+        let handle = ModelHandle::load(path, params).ok_or_else(|| Error::Model {
+            path: path.to_path_buf(),
+            reason: format!("llama.cpp {} refused its vocabulary", super::llama_version()),
+            hint: Some("run again with -v to see llama.cpp's own words".into()),
+        })?;
+        Ok(Vocabulary::new(Arc::new(handle), &file))
+    }
+
+    /// That of a loaded model.
+    pub(super) fn new(handle: Arc<ModelHandle>, file: &GgufFile) -> Vocabulary {
+        // Without the key llama.cpp assumes an id by the kind of tokenizer, and that id of some other
+        // vocabulary may be any word here (11 for every BPE): such a token ends nothing.
+        let is_named = file.metadata().get("tokenizer.ggml.eos_token_id").is_some();
+        let eos = handle.eos().filter(|_| is_named);
+        Vocabulary { handle, path: file.path().to_path_buf(), eos }
+    }
+
+    /// The file it was loaded from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Tokens in the vocabulary.
+    pub fn n_vocab(&self) -> usize {
+        self.handle.n_vocab()
+    }
+
+    /// The token that the metadata asks for in front of every prompt; none where it asks for none, even
+    /// if the vocabulary has one.
+    pub fn bos(&self) -> Option<Token> {
+        self.handle.added_begin()
+    }
+
+    /// The token that ends a text, where the metadata names one (`tokenizer.ggml.eos_token_id`), whether
+    /// or not it asks for it behind every text.
+    pub fn eos(&self) -> Option<Token> {
+        self.eos
+    }
+
+    /// Tokens of a prompt, as it is: with the model's own BOS if its metadata asks for one, and with
+    /// text such as `<s>` read as plain text.
+    ///
+    /// An EOS that the metadata asks for is left out: nothing goes on after the end of a text.
+    pub fn tokenize_prompt(&self, text: &str) -> Result<Vec<Token>> {
+        let mut tokens = self.tokenize(text, true)?;
+        if tokens.last().copied() == self.handle.added_end() {
+            tokens.pop();
+        }
+        Ok(tokens)
+    }
+
+    /// Tokens of a piece of text, without BOS or EOS.
+    pub fn tokenize_text(&self, text: &str) -> Result<Vec<Token>> {
+        self.tokenize(text, false)
+    }
+
+    fn tokenize(&self, text: &str, add_special: bool) -> Result<Vec<Token>> {
+        self.handle.tokenize(text, add_special, false).ok_or_else(|| Error::Model {
+            path: self.path.clone(),
+            reason: format!("its tokenizer cannot take a text of {} bytes", text.len()),
+            hint: None,
+        })
+    }
+
+    /// The bytes that one token stands for; none for control tokens.
+    pub fn piece(&self, token: Token) -> Vec<u8> {
+        self.handle.piece(token)
+    }
+
+    /// The text of one token, with bytes that are no UTF-8 replaced; empty for control tokens.
+    pub fn text(&self, token: Token) -> String {
+        String::from_utf8_lossy(&self.piece(token)).into_owned()
+    }
+
+    /// The text of `tokens`. A character that the last tokens leave unfinished is left out; bytes that
+    /// are no UTF-8 elsewhere become U+FFFD.
+    pub fn detokenize(&self, tokens: &[Token]) -> String {
+        let bytes: Vec<u8> = tokens.iter().flat_map(|&t| self.piece(t)).collect();
+        text_of(&bytes)
+    }
+}
+
+/// UTF-8 with an unfinished last character dropped, and anything else that is wrong replaced.
+fn text_of(bytes: &[u8]) -> String {
+    let whole = match std::str::from_utf8(bytes) {
+        Ok(text) => return text.to_owned(),
+        // `error_len` is none exactly when the input ends in the middle of a character.
+        Err(e) if e.error_len().is_none() => &bytes[..e.valid_up_to()],
+        Err(_) => {
+            let unfinished = bytes.utf8_chunks().last().is_some_and(|c| {
+                !c.invalid().is_empty()
+                    && std::str::from_utf8(c.invalid()).is_err_and(|e| e.error_len().is_none())
+            });
+            let tail = bytes.utf8_chunks().last().map_or(0, |c| c.invalid().len());
+            if unfinished { &bytes[..bytes.len() - tail] } else { bytes }
+        }
+    };
+    String::from_utf8_lossy(whole).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_cut_inside_a_character_ends_before_it() {
+        // "né" is 6e c3 a9; "漢" is e6 bc a2.
+        assert_eq!(text_of(&[0x6e, 0xc3]), "n");
+        assert_eq!(text_of(&[0x6e, 0xe6, 0xbc]), "n");
+        assert_eq!(text_of(&[0x6e, 0xc3, 0xa9]), "né");
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_replaced_where_they_stand() {
+        assert_eq!(text_of(&[0x61, 0xff, 0x62]), "a\u{fffd}b");
+        assert_eq!(text_of(&[0x61, 0xff, 0x62, 0xe6, 0xbc]), "a\u{fffd}b");
+        assert_eq!(text_of(&[0xff]), "\u{fffd}");
+        assert_eq!(text_of(&[]), "");
+    }
+}
