@@ -112,6 +112,13 @@ pub enum Error {
         hint: Option<String>,
     },
 
+    /// Training cannot go on: its numbers are no numbers any more.
+    #[error("training cannot go on: {reason}")]
+    Training {
+        /// What is not finite.
+        reason: String,
+    },
+
     /// The user pressed Ctrl-C; a run's finished units are on disk.
     #[error("interrupted")]
     Interrupted,
@@ -148,6 +155,9 @@ impl Error {
             Error::PromptTooLong { .. } => Some(
                 "raise -c/--ctx-size, lower -np/--parallel or -n/--n-predict, or shorten the prompt".into(),
             ),
+            Error::Training { .. } => {
+                Some("lower --learning-rate, and go on from the last checkpoint with the same command".into())
+            }
             Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 Some("free some space and run the same command again".into())
             }

@@ -1,0 +1,176 @@
+//! Products with frozen matrices, their numbers being those of the file.
+//!
+//! A part of the matrix is dequantised at a time, small enough to stay in a core's cache, multiplied with, and
+//! forgotten: the base stays in its blocks. A small matrix of plain numbers is taken as it is.
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::gguf::{TensorType, dequantize};
+use crate::train::device::HostMatrix;
+
+use super::dense::{self, Layout, Target};
+use super::ggml::{AlignedBytes, Blocks, Kernels};
+
+/// Bytes of a part of a matrix in f32: half of a core's second-level cache.
+const PART_BYTES: usize = 512 << 10;
+
+/// Numbers between the end of a row of a part and the next row: rows that lie a power of two apart would
+/// all fall into the same few lines of the first-level cache.
+const ROW_GAP: usize = 16;
+
+/// Most columns in a part for [`Matrix::product_back`], a multiple of every block's length.
+const PART_COLS: usize = 512;
+
+thread_local! {
+    static PART: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A frozen matrix, `[n_out][n_in]`.
+#[derive(Debug)]
+pub struct Matrix {
+    tensor_type: TensorType,
+    n_in: usize,
+    n_out: usize,
+    bytes: AlignedBytes,
+    /// For ggml's own products backward, where they are used.
+    transposed: Option<Blocks>,
+}
+
+impl Matrix {
+    /// Checks the sizes, and that every number is readable.
+    pub fn new(matrix: HostMatrix) -> Result<Matrix> {
+        let HostMatrix { name, tensor_type, n_in, n_out, bytes } = matrix;
+        let refuse = |reason: String| Error::Setting { setting: name.clone(), reason, hint: None };
+        let row_bytes = tensor_type.row_bytes(n_in as u64).unwrap_or(0) as usize;
+        if row_bytes == 0 || bytes.len() != row_bytes * n_out {
+            return Err(refuse(format!(
+                "expected {n_out} rows of {n_in} numbers of type {tensor_type}, found {} bytes",
+                bytes.len()
+            )));
+        }
+        let mut row = vec![0.0; n_in];
+        dequantize(tensor_type, &bytes[..row_bytes], &mut row).map_err(refuse)?;
+        Ok(Matrix { tensor_type, n_in, n_out, bytes: bytes.as_slice().into(), transposed: None })
+    }
+
+    fn row_bytes(&self) -> usize {
+        self.bytes.as_slice().len() / self.n_out
+    }
+
+    /// Numbers `cols` of row `row`; both bounds are multiples of the block's length.
+    fn row(&self, row: usize, cols: std::ops::Range<usize>, values: &mut [f32]) {
+        let (len, n_bytes) = (self.tensor_type.block_len() as usize, self.tensor_type.block_bytes() as usize);
+        let at = row * self.row_bytes();
+        let bytes = &self.bytes.as_slice()[at + cols.start / len * n_bytes..at + cols.end / len * n_bytes];
+        dequantize(self.tensor_type, bytes, values).expect("`new` has read a row of this type and length");
+    }
+
+    /// Fills `part` with `rows` of `cols`, `stride` numbers from row to row.
+    fn fill(
+        &self,
+        rows: std::ops::Range<usize>,
+        cols: std::ops::Range<usize>,
+        stride: usize,
+        part: &mut Vec<f32>,
+    ) {
+        part.resize(rows.len() * stride, 0.0);
+        for (row, values) in rows.zip(part.chunks_exact_mut(stride)) {
+            self.row(row, cols.clone(), &mut values[..cols.len()]);
+        }
+    }
+
+    /// `y[R][O] = x[R][I] Wᵀ`
+    pub fn product(&self, x: &[f32], n_rows: usize, y: &mut [f32]) {
+        let (n_in, n_out) = (self.n_in, self.n_out);
+        let stride = n_in + ROW_GAP;
+        let n = (PART_BYTES / 4 / stride).clamp(32, 256).next_multiple_of(32);
+        let target = Target::new(y);
+        (0..n_out.div_ceil(n)).into_par_iter().for_each(|i| {
+            let outs = i * n..((i + 1) * n).min(n_out);
+            PART.with_borrow_mut(|part| {
+                self.fill(outs.clone(), 0..n_in, stride, part);
+                let (x_layout, part_layout) = (Layout::rows(n_in), Layout::columns(stride));
+                // SAFETY: tasks write to different columns of y, and `outs` lies within its n_out columns.
+                unsafe {
+                    dense::gemm_into(
+                        [n_rows, outs.len(), n_in],
+                        (1.0, x, x_layout),
+                        (part, part_layout),
+                        0.0,
+                        target.at(outs.start, Layout::rows(n_out)),
+                        dense::Threads::One,
+                    );
+                }
+            });
+        });
+    }
+
+    /// `dx[R][I] += dy[R][O] W`
+    pub fn product_back(&self, dy: &[f32], n_rows: usize, dx: &mut [f32]) {
+        let (n_in, n_out) = (self.n_in, self.n_out);
+        // Shared out by columns, which need no sums over tasks; at least two tasks a thread where blocks allow.
+        let block_len = self.tensor_type.block_len() as usize;
+        let n_cols = n_in.div_ceil(2 * rayon::current_num_threads()).min(PART_COLS).next_multiple_of(block_len);
+        let n_cols = n_cols.max(block_len.max(64).next_multiple_of(block_len)).min(n_in);
+        let target = Target::new(dx);
+        (0..n_in.div_ceil(n_cols)).into_par_iter().for_each(|i| {
+            let cols = i * n_cols..((i + 1) * n_cols).min(n_in);
+            let stride = cols.len() + ROW_GAP;
+            let n = (PART_BYTES / 4 / stride).max(32);
+            PART.with_borrow_mut(|part| {
+                for first in (0..n_out).step_by(n) {
+                    let outs = first..(first + n).min(n_out);
+                    self.fill(outs.clone(), cols.clone(), stride, part);
+                    let dy_layout = Layout::rows(n_out);
+                    // SAFETY: tasks write to different columns of dx, and `cols` lies within its n_in columns.
+                    unsafe {
+                        dense::gemm_into(
+                            [n_rows, cols.len(), outs.len()],
+                            (1.0, &dy[outs.start..], dy_layout),
+                            (part, Layout::rows(stride)),
+                            1.0,
+                            target.at(cols.start, Layout::rows(n_in)),
+                            dense::Threads::One,
+                        );
+                    }
+                }
+            });
+        });
+    }
+
+    /// Makes the transposed copy that [`Matrix::fast_product_back`] uses; a matrix of plain numbers needs none,
+    /// since its products are exact either way.
+    pub fn keep_transposed(&mut self) {
+        if self.tensor_type.block_len() > 1 {
+            let sizes = [self.n_out, self.n_in];
+            self.transposed = Blocks::transposed(sizes, |row, cols, values| self.row(row, cols, values));
+        }
+    }
+
+    /// As [`Matrix::product`], by ggml's kernels where the matrix is quantised.
+    pub fn fast_product(&self, kernels: &Kernels, x: &[f32], n_rows: usize, y: &mut [f32]) {
+        let sizes = [self.n_out, self.n_in];
+        kernels.multiply(self.tensor_type, sizes, self.bytes.as_slice(), x, n_rows, y);
+    }
+
+    /// As [`Matrix::product_back`], by ggml's kernels where there is a transposed copy.
+    pub fn fast_product_back(&self, kernels: &Kernels, dy: &[f32], n_rows: usize, dx: &mut [f32]) {
+        let Some(transposed) = &self.transposed else { return self.product_back(dy, n_rows, dx) };
+        let mut product = vec![0.0; n_rows * self.n_in];
+        kernels.product(transposed, dy, n_rows, &mut product);
+        super::elementwise::add(1.0, &product, dx);
+    }
+
+    /// `y[r] = scale W[index(r)]`
+    pub fn embed(&self, index: impl Fn(usize) -> usize + Sync, scale: f32, y: &mut [f32]) {
+        super::parallel::for_rows(y, self.n_in, |first, rows| {
+            for (i, y) in rows.chunks_exact_mut(self.n_in).enumerate() {
+                self.row(index(first + i), 0..self.n_in, y);
+                y.iter_mut().for_each(|y| *y *= scale);
+            }
+        });
+    }
+}

@@ -1,0 +1,231 @@
+//! Steps of training: a model, what is trained of it, and the optimizer.
+
+use crate::error::{Error, Result};
+use crate::gguf::GgufFile;
+
+use super::device::Device;
+use super::dpo::{PairLogps, PairLoss, Preference, preference_loss};
+use super::forward::{Batch, Purpose};
+use super::linear::Pass;
+use super::optimizer::{Optimizer, OptimizerKind};
+use super::pack::Packed;
+use super::parameters::Parameters;
+use super::tokens::TokenPair;
+use super::transformer::{Method, Transformer};
+
+/// How steps are made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StepOptions {
+    /// The loss.
+    pub preference: Preference,
+    /// Which optimizer.
+    pub optimizer: OptimizerKind,
+    /// AdamW's.
+    pub weight_decay: f32,
+    /// Most rows in one pass; a pair that has more is a pass of its own.
+    pub max_rows: usize,
+    /// Keep each block's input alone, and make the rest again in the backward pass.
+    pub checkpointing: bool,
+}
+
+/// Summed log-probabilities of a pair's answers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AnswerLogps {
+    /// Of the chosen one.
+    pub chosen: f64,
+    /// Of the rejected one.
+    pub rejected: f64,
+}
+
+/// Which model a pass goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The model as it is trained.
+    Policy,
+    /// The model as it was: low-rank changes and directions left out.
+    Reference,
+}
+
+/// A model in training.
+#[derive(Debug)]
+pub struct Trainer<D: Device> {
+    device: D,
+    /// The weights.
+    pub transformer: Transformer<D>,
+    /// What is trained.
+    pub parameters: Parameters<D>,
+    /// How it is stepped.
+    pub optimizer: Optimizer<D>,
+    options: StepOptions,
+    adapter_scale: f32,
+    has_reference: bool,
+}
+
+impl<D: Device> Trainer<D> {
+    /// Loads `file` to `device` to be trained by `method`.
+    ///
+    /// # Errors
+    /// As [`Transformer::load`].
+    pub fn load(
+        device: D,
+        file: &GgufFile,
+        method: &Method,
+        seed: u64,
+        options: StepOptions,
+    ) -> Result<Trainer<D>> {
+        let (transformer, parameters) = Transformer::load(&device, file, method, seed)?;
+        let optimizer = Optimizer::new(&device, options.optimizer, options.weight_decay, &parameters)?;
+        let adapter_scale = match method {
+            Method::Lora(lora) => lora.scale(),
+            Method::Full | Method::Vector => 1.0,
+        };
+        let has_reference = *method != Method::Full;
+        Ok(Trainer { device, transformer, parameters, optimizer, options, adapter_scale, has_reference })
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    /// Whether [`Side::Reference`] can be had at any time; else only before the first step, as the policy.
+    pub fn has_reference(&self) -> bool {
+        self.has_reference
+    }
+
+    /// A pass through one side of the model.
+    pub fn pass(&self, side: Side) -> Pass<'_, D> {
+        let adapter_scale = match side {
+            Side::Policy => Some(self.adapter_scale),
+            Side::Reference => None,
+        };
+        Pass { device: &self.device, values: &self.parameters.values, adapter_scale }
+    }
+
+    /// Pairs in passes of at most so many rows, in their order.
+    fn passes<'a>(&self, pairs: &'a [&'a TokenPair]) -> Vec<&'a [&'a TokenPair]> {
+        let mut passes = Vec::new();
+        let (mut first, mut n_rows) = (0, 0);
+        for (i, pair) in pairs.iter().enumerate() {
+            let n = Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected);
+            if i > first && n_rows + n > self.options.max_rows {
+                passes.push(&pairs[first..i]);
+                (first, n_rows) = (i, 0);
+            }
+            n_rows += n;
+        }
+        if first < pairs.len() {
+            passes.push(&pairs[first..]);
+        }
+        passes
+    }
+
+    fn batch(&self, pairs: &[&TokenPair]) -> Result<Batch<D>> {
+        let mut packed = Packed::default();
+        pairs.iter().for_each(|pair| packed.push(&pair.prompt, &pair.chosen, &pair.rejected));
+        Batch::new(&self.device, packed)
+    }
+
+    /// Log-probabilities of each pair's answers, `[pairs]`.
+    ///
+    /// # Errors
+    /// [`Error::Training`] for numbers that are not finite; of the device.
+    pub fn logps(&self, side: Side, pairs: &[&TokenPair]) -> Result<Vec<AnswerLogps>> {
+        let mut logps = Vec::with_capacity(pairs.len());
+        for pairs in self.passes(pairs) {
+            let batch = self.batch(pairs)?;
+            let (of_outputs, _) = self.transformer.forward(&self.pass(side), &batch, Purpose::Score)?;
+            logps.extend(by_pair(&batch.packed, &of_outputs)?);
+        }
+        Ok(logps)
+    }
+
+    /// What pairs cost, `[pairs]`, without a gradient.
+    ///
+    /// # Errors
+    /// As [`Trainer::logps`].
+    pub fn losses(&self, pairs: &[&TokenPair], references: &[AnswerLogps]) -> Result<Vec<(AnswerLogps, PairLoss)>> {
+        let policy = self.logps(Side::Policy, pairs)?;
+        let losses = pairs.iter().zip(policy).zip(references);
+        Ok(losses.map(|((pair, policy), reference)| (policy, self.loss(pair, policy, *reference))).collect())
+    }
+
+    /// Adds the gradient of the mean loss of `pairs` to the parameters' gradients; gives each pair's
+    /// log-probabilities and loss, `[pairs]`.
+    ///
+    /// # Errors
+    /// As [`Trainer::logps`].
+    pub fn add_gradient(
+        &mut self,
+        pairs: &[&TokenPair],
+        references: &[AnswerLogps],
+    ) -> Result<Vec<(AnswerLogps, PairLoss)>> {
+        let mut all = Vec::with_capacity(pairs.len());
+        let purpose = Purpose::Train { checkpointing: self.options.checkpointing };
+        for part in self.passes(pairs) {
+            let batch = self.batch(part)?;
+            let (of_outputs, cache) =
+                self.transformer.forward(&self.pass(Side::Policy), &batch, purpose)?;
+            let policy = by_pair(&batch.packed, &of_outputs)?;
+            let references = &references[all.len()..];
+            let losses = part.iter().zip(&policy).zip(references);
+            let losses: Vec<PairLoss> =
+                losses.map(|((pair, policy), reference)| self.loss(pair, *policy, *reference)).collect();
+            // The mean is over all pairs of the step, not over those of this pass.
+            let n = pairs.len() as f64;
+            let slopes: Vec<f64> =
+                losses.iter().flat_map(|loss| [loss.dchosen / n, loss.drejected / n]).collect();
+            let dlogps = batch.packed.spread_to_outputs(&slopes);
+            let cache = cache.expect("a pass for training keeps what the backward pass needs");
+            let pass = Pass {
+                device: &self.device,
+                values: &self.parameters.values,
+                adapter_scale: Some(self.adapter_scale),
+            };
+            self.transformer.backward(&pass, &mut self.parameters.gradients, &batch, cache, &dlogps)?;
+            all.extend(policy.into_iter().zip(losses));
+        }
+        Ok(all)
+    }
+
+    /// One step of the optimizer against the gradients, which are cut to `max_gradient_norm` together and
+    /// forgotten; gives their norm as it was.
+    ///
+    /// # Errors
+    /// [`Error::Training`] where the norm is not finite: then nothing is stepped. Of the device.
+    pub fn step(&mut self, learning_rate: f64, max_gradient_norm: f64) -> Result<f64> {
+        let norm = self.parameters.gradient_norm(&self.device)?;
+        if !norm.is_finite() {
+            self.parameters.clear_gradients(&self.device)?;
+            return Err(Error::Training { reason: format!("the gradient's norm is {norm}") });
+        }
+        // PyTorch's `clip_grad_norm_`, with its 1e-6.
+        let scale = (max_gradient_norm / (norm + 1e-6)).min(1.0);
+        self.optimizer.step(&self.device, &mut self.parameters, learning_rate, scale)?;
+        self.parameters.clear_gradients(&self.device)?;
+        Ok(norm)
+    }
+
+    fn loss(&self, pair: &TokenPair, policy: AnswerLogps, reference: AnswerLogps) -> PairLoss {
+        preference_loss(
+            self.options.preference,
+            PairLogps {
+                policy_chosen: policy.chosen,
+                policy_rejected: policy.rejected,
+                reference_chosen: reference.chosen,
+                reference_rejected: reference.rejected,
+                n_chosen: pair.chosen.len(),
+                n_rejected: pair.rejected.len(),
+            },
+        )
+    }
+}
+
+fn by_pair(packed: &Packed, of_outputs: &[f32]) -> Result<Vec<AnswerLogps>> {
+    if let Some(at) = of_outputs.iter().position(|x| !x.is_finite()) {
+        let reason = format!("the log-probability of token {} is {}", packed.outputs[at].token, of_outputs[at]);
+        return Err(Error::Training { reason });
+    }
+    let sums = packed.sum_by_answer(of_outputs);
+    Ok(sums.chunks_exact(2).map(|pair| AnswerLogps { chosen: pair[0], rejected: pair[1] }).collect())
+}
