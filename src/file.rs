@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 
@@ -164,6 +165,42 @@ pub fn json_lines<T: Serialize>(rows: &[T]) -> Vec<u8> {
         bytes.push(b'\n');
     }
     bytes
+}
+
+/// Writes `run.json`, which holds everything that decides what a run does, or refuses to mix two runs in one folder.
+///
+/// # Errors
+/// [`Error::RunFolder`] that names the first difference; [`Error::Io`].
+pub fn start_record<T: Serialize>(folder: &Path, record: &T) -> Result<()> {
+    let path = folder.join("run.json");
+    let text = serde_json::to_string_pretty(record).expect("settings are plain data") + "\n";
+    if !path.exists() {
+        return write_atomic(&path, text.as_bytes());
+    }
+    let found = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    if found == text {
+        return Ok(());
+    }
+    let values = |text: &str| serde_json::from_str::<Value>(text).unwrap_or(Value::Null);
+    let difference = first_difference("", &values(&found), &values(&text));
+    Err(Error::RunFolder {
+        path: folder.to_path_buf(),
+        reason: format!("holds another run: {}", difference.unwrap_or_else(|| "run.json was changed".into())),
+        hint: Some("choose a new folder with -o, or repeat that run's command to go on with it".into()),
+    })
+}
+
+/// Where two settings differ, in words.
+fn first_difference(name: &str, there: &Value, here: &Value) -> Option<String> {
+    match (there, here) {
+        (Value::Object(a), Value::Object(b)) => {
+            a.keys().chain(b.keys()).find_map(|key| first_difference(key, &there[key], &here[key]))
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            a.iter().zip(b).find_map(|(a, b)| first_difference(name, a, b))
+        }
+        _ => (there != here).then(|| format!("{name} is {there} there, and {here} now")),
+    }
 }
 
 /// Creates a folder and its parents.

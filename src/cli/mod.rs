@@ -13,6 +13,7 @@ mod score;
 mod steer;
 mod steering;
 mod sweep;
+mod train;
 
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -63,6 +64,8 @@ enum Command {
     Activations(Box<activations::ActivationsCommand>),
     /// Measure how alike a model represents translations
     Retrieval(Box<retrieval::RetrievalCommand>),
+    /// Train a model away from toxicity on preference pairs (DPO)
+    Train(Box<train::TrainCommand>),
     /// Measure the speed of this build
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -72,7 +75,12 @@ enum Command {
 pub fn main() -> ExitCode {
     let cli = Cli::parse_from(with_long_flags(std::env::args_os()));
     start_log(cli.verbose);
-    let interrupt = interrupt_flag();
+    let grace = match cli.command {
+        // It ends a step and saves, however long that takes; a second Ctrl-C ends it at once.
+        Command::Train(_) => None,
+        _ => Some(GRACE),
+    };
+    let interrupt = interrupt_flag(grace);
     let result = match cli.command {
         Command::Eval(arguments) => arguments.run(&interrupt),
         Command::Generate(arguments) => arguments.run(&interrupt),
@@ -83,6 +91,7 @@ pub fn main() -> ExitCode {
         Command::Sweep(command) => command.run(&interrupt),
         Command::Activations(command) => command.run(&interrupt),
         Command::Retrieval(command) => command.run(&interrupt),
+        Command::Train(command) => command.run(&interrupt),
         Command::Bench(command) => command.run(&interrupt),
     };
     match result {
@@ -150,16 +159,20 @@ fn may_colour(stream: &impl IsTerminal) -> bool {
 /// Time for the work in hand to end cleanly after Ctrl-C.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Set by Ctrl-C. What looks at it ends cleanly; the rest is ended after a moment, or by another Ctrl-C.
-fn interrupt_flag() -> Arc<AtomicBool> {
+/// Set by Ctrl-C. What looks at it ends cleanly; the rest is ended after `grace`, or by another Ctrl-C.
+fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
     let handler = ctrlc::set_handler(move || {
         if seen.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        std::thread::spawn(|| {
-            std::thread::sleep(GRACE);
+        let Some(grace) = grace else {
+            eprintln!("interrupted: ending the step and saving (again: at once)");
+            return;
+        };
+        std::thread::spawn(move || {
+            std::thread::sleep(grace);
             eprintln!("error: {}", Error::Interrupted);
             std::process::exit(130);
         });

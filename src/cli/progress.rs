@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
 use crate::progress::Progress;
 
@@ -18,7 +18,12 @@ pub struct Shown {
     found: u64,
     started: Instant,
     last_line: Instant,
+    /// How things stood last; empty where nobody said.
+    note: String,
 }
+
+/// What a bar looks like.
+const BAR: &str = "{msg:<14} {bar:24} {pos}/{len} {elapsed} of about {duration}";
 
 /// Between two lines where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(30);
@@ -36,7 +41,18 @@ impl Shown {
             found: 0,
             started: now,
             last_line: now,
+            note: String::new(),
         }
+    }
+
+    /// Empty where nothing tells yet.
+    fn time_left(&self) -> String {
+        let done = self.done.saturating_sub(self.found);
+        if done == 0 || self.total <= self.done {
+            return String::new();
+        }
+        let seconds = self.started.elapsed().as_secs_f64() / done as f64 * (self.total - self.done) as f64;
+        format!(", about {} left", HumanDuration(Duration::from_secs_f64(seconds)))
     }
 
     fn rate(&self) -> String {
@@ -53,11 +69,8 @@ impl Progress for Shown {
         self.last_line = self.started;
         if self.is_terminal {
             let bar = ProgressBar::new(total).with_position(done).with_message(phase.to_owned());
-            let template = "{msg:<14} {bar:24} {pos}/{len} {elapsed} of about {duration}";
             // The bar's own look, should the template ever be wrong: it is only a look.
-            bar.set_style(
-                ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()),
-            );
+            bar.set_style(ProgressStyle::with_template(BAR).unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.reset_eta();
             self.bar = Some(bar);
         } else if total > done {
@@ -71,13 +84,35 @@ impl Progress for Shown {
             Some(bar) => bar.inc(n),
             None if self.last_line.elapsed() >= LINE_EVERY => {
                 self.last_line = Instant::now();
-                eprintln!("{}: {} of {}, {}", self.phase, self.done, self.total, self.rate());
+                eprintln!(
+                    "{}: {} of {}, {}{}",
+                    self.phase,
+                    self.done,
+                    self.total,
+                    self.rate(),
+                    self.time_left()
+                );
+                self.note.lines().for_each(|line| eprintln!("  {line}"));
             }
             None => {}
         }
     }
 
+    fn note(&mut self, text: &str) {
+        if let Some(bar) = &self.bar {
+            if self.note.is_empty() {
+                let template = format!("{BAR}\n{{prefix}}");
+                bar.set_style(
+                    ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar()),
+                );
+            }
+            bar.set_prefix(text.to_owned());
+        }
+        text.clone_into(&mut self.note);
+    }
+
     fn finish(&mut self) {
+        self.note.clear();
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }

@@ -34,6 +34,7 @@ mod watch;
 pub use architecture::Architecture;
 pub use model::{LoadedSteering, Model, ModelOptions};
 pub use sample::Sampling;
+pub(crate) use session::total_memory;
 pub use session::{CacheType, FlashAttention, Session, SessionOptions};
 pub use steering::Steering;
 pub use vocabulary::Vocabulary;

@@ -117,8 +117,8 @@ impl SessionOptions {
     }
 }
 
-/// Bytes of memory in the machine.
-fn total_memory() -> u64 {
+/// Bytes of memory in the machine, and not of what is free, so that the same command chooses the same.
+pub(crate) fn total_memory() -> u64 {
     match sysinfo::System::new() {
         Ok(mut system) => {
             system.refresh_memory();

@@ -22,8 +22,7 @@ use crate::engine::schedule::GenerateOptions;
 use crate::engine::{self, Model, ModelOptions, Session, SessionOptions, Steering};
 use crate::error::{Error, Result};
 use crate::file::{self, JsonLog};
-use crate::gguf;
-use crate::progress::Progress;
+use crate::progress::{Progress, hash_model};
 
 use super::generate::{Generation, Plan};
 use super::language::LanguageIdentifier;
@@ -300,35 +299,7 @@ fn start_record(folder: &Path, info: &RunInfo) -> Result<()> {
         system: engine::system_info(),
         run: info.clone(),
     };
-    let path = folder.join("run.json");
-    let text = serde_json::to_string_pretty(&record).expect("settings are plain data") + "\n";
-    if !path.exists() {
-        return file::write_atomic(&path, text.as_bytes());
-    }
-    let found = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    if found == text {
-        return Ok(());
-    }
-    let values = |text: &str| serde_json::from_str::<Value>(text).unwrap_or(Value::Null);
-    let difference = first_difference("", &values(&found), &values(&text));
-    Err(Error::RunFolder {
-        path: folder.to_path_buf(),
-        reason: format!("holds another run: {}", difference.unwrap_or_else(|| "run.json was changed".into())),
-        hint: Some("choose a new folder with -o, or repeat that run's command to go on with it".into()),
-    })
-}
-
-/// Where two settings differ, in words.
-fn first_difference(name: &str, there: &Value, here: &Value) -> Option<String> {
-    match (there, here) {
-        (Value::Object(a), Value::Object(b)) => {
-            a.keys().chain(b.keys()).find_map(|key| first_difference(key, &there[key], &here[key]))
-        }
-        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
-            a.iter().zip(b).find_map(|(a, b)| first_difference(name, a, b))
-        }
-        _ => (there != here).then(|| format!("{name} is {there} there, and {here} now")),
-    }
+    file::start_record(folder, &record)
 }
 
 /// How reports call the model behind perplexity: two runs under one name can be compared.
@@ -362,7 +333,7 @@ fn common_info(
         Some(path) => {
             let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
             settings.insert("base".into(), json!(name));
-            let hash = hash_of(path, progress)?;
+            let hash = hash_model(path, progress)?;
             settings.insert("base_sha256".into(), json!(hash));
             Some(judge_name(&name, &hash))
         }
@@ -378,22 +349,6 @@ fn common_info(
         bootstrap: BootstrapInfo::default(),
         ..RunInfo::default()
     })
-}
-
-/// SHA-256 of a model, with its progress shown.
-fn hash_of(path: &Path, progress: &mut dyn Progress) -> Result<String> {
-    let mut shown = 0;
-    let hash = gguf::model_sha256(path, |done, total| {
-        if shown == 0 {
-            progress.start("hashing the model, MiB", total >> 20, 0);
-        }
-        progress.advance((done >> 20) - (shown >> 20));
-        shown = done;
-    })?;
-    if shown > 0 {
-        progress.finish();
-    }
-    Ok(hash)
 }
 
 /// What steers a run, on one line.
@@ -421,7 +376,7 @@ fn model_info(model: &Model, progress: &mut dyn Progress) -> Result<ModelInfo> {
         architecture: model.architecture().to_owned(),
         description: model.description(),
         n_params: Some(model.n_params()),
-        sha256: Some(hash_of(model.path(), progress)?),
+        sha256: Some(hash_model(model.path(), progress)?),
     })
 }
 

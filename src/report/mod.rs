@@ -24,5 +24,6 @@ pub mod sweep;
 #[cfg(test)]
 mod synthetic;
 pub mod terminal;
+pub mod training;
 
 pub use excerpt::{Excerpt, most_toxic};

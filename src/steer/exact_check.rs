@@ -1,13 +1,13 @@
 //! How far two ways of steering agree, and how far they can: the noise floor of a quantised model.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::engine::steering::{Change, Edit, Operation, When};
 use crate::engine::{Model, Session, SessionOptions, Steering, Token};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// How two steerings of one model differ on some texts.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Difference {
     /// Mean over tokens of the Kullback-Leibler divergence of the second from the first, in nats.
     pub mean_kl: f64,
@@ -17,6 +17,64 @@ pub struct Difference {
     pub largest_logit_difference: f32,
     /// Tokens compared.
     pub n_tokens: usize,
+}
+
+impl Difference {
+    const NONE: Difference =
+        Difference { mean_kl: 0.0, largest_kl: 0.0, largest_logit_difference: 0.0, n_tokens: 0 };
+
+    /// Takes the logits after one token; until [`Difference::divided`], `mean_kl` is a sum.
+    fn add(&mut self, a: &[f32], b: &[f32]) {
+        let kl = kl(a, b);
+        self.mean_kl += kl;
+        self.largest_kl = self.largest_kl.max(kl);
+        let largest = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        self.largest_logit_difference = self.largest_logit_difference.max(largest);
+        self.n_tokens += 1;
+    }
+
+    fn divided(self) -> Difference {
+        Difference { mean_kl: self.mean_kl / self.n_tokens.max(1) as f64, ..self }
+    }
+}
+
+/// The logits after every token of `texts`, one text after the other, shape `[n_tokens][n_vocab]`: for a comparison of
+/// models that do not fit into memory together.
+///
+/// # Errors
+/// Those of decoding; also [`Error::Model`] where a logit is not finite, which no comparison would show.
+pub fn logits(model: &Model, texts: &[Vec<Token>], options: &SessionOptions) -> Result<Vec<Vec<f32>>> {
+    let mut session = open_for(model, texts, options)?;
+    let mut rows = Vec::new();
+    for text in texts {
+        rows.append(&mut session.logits(text)?);
+    }
+    if rows.iter().flatten().any(|x| !x.is_finite()) {
+        return Err(Error::Model {
+            path: model.path().to_path_buf(),
+            reason: "its logits hold NaN or infinite values".into(),
+            hint: Some("look at its tensors with --check-tensors".into()),
+        });
+    }
+    Ok(rows)
+}
+
+/// Compares what [`logits`] gave for the same texts.
+///
+/// # Panics
+/// If there are not as many.
+pub fn compare(a: &[Vec<f32>], b: &[Vec<f32>]) -> Difference {
+    assert_eq!(a.len(), b.len(), "logits of the same texts");
+    let mut found = Difference::NONE;
+    a.iter().zip(b).for_each(|(a, b)| found.add(a, b));
+    found.divided()
+}
+
+/// A session for one of `texts` at a time.
+fn open_for(model: &Model, texts: &[Vec<Token>], options: &SessionOptions) -> Result<Session> {
+    let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
+    let options = SessionOptions { n_parallel: Some(1), n_ctx: None, ..options.clone() };
+    Session::open(model, &options, longest)
 }
 
 /// Compares the logits after every token of `texts` under two steerings.
@@ -30,26 +88,14 @@ pub fn difference(
     texts: &[Vec<Token>],
     options: &SessionOptions,
 ) -> Result<Difference> {
-    let longest = texts.iter().map(Vec::len).max().unwrap_or(0);
-    let options = SessionOptions { n_parallel: Some(1), n_ctx: None, ..options.clone() };
-    let open = |steering: &Steering| -> Result<Session> {
-        Session::open(&model.with_steering(steering.clone())?, &options, longest)
-    };
+    let open = |steering: &Steering| open_for(&model.with_steering(steering.clone())?, texts, options);
     let (mut session_a, mut session_b) = (open(a)?, open(b)?);
-    let mut found = Difference { mean_kl: 0.0, largest_kl: 0.0, largest_logit_difference: 0.0, n_tokens: 0 };
+    let mut found = Difference::NONE;
     for text in texts {
         let (rows_a, rows_b) = (session_a.logits(text)?, session_b.logits(text)?);
-        for (row_a, row_b) in rows_a.iter().zip(&rows_b) {
-            let kl = kl(row_a, row_b);
-            found.mean_kl += kl;
-            found.largest_kl = found.largest_kl.max(kl);
-            let largest = row_a.iter().zip(row_b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            found.largest_logit_difference = found.largest_logit_difference.max(largest);
-            found.n_tokens += 1;
-        }
+        rows_a.iter().zip(&rows_b).for_each(|(a, b)| found.add(a, b));
     }
-    found.mean_kl /= found.n_tokens.max(1) as f64;
-    Ok(found)
+    Ok(found.divided())
 }
 
 /// What no comparison of two ways can fall below: the difference that 0.001 more on each edit of `steering`

@@ -143,7 +143,15 @@ impl<D: Device> Transformer<D> {
                 self.unnormed(pass, gradients, &layer.post_attention_norm, projected, dx, n_rows)?;
             let dprojected = dprojected.as_ref().unwrap_or(dx);
             let (input, reduced) = (&cache.attn_out, &cache.output_reduced);
-            layer.attn_output.backward(pass, gradients, input, reduced, dprojected, n_rows, &mut dattn_out)?;
+            layer.attn_output.backward(
+                pass,
+                gradients,
+                input,
+                reduced,
+                dprojected,
+                n_rows,
+                &mut dattn_out,
+            )?;
         }
         let mut dq = device.zeros(n_rows * n_query)?;
         let mut dk = device.zeros(n_rows * n_key)?;
@@ -297,8 +305,9 @@ fn of_ids<B>(
 ) -> (Option<&mut B>, Option<&mut B>) {
     match ids {
         (Some(first), Some(second)) => {
-            let [first, second] =
-                gradients.get_disjoint_mut([first, second]).expect("a weight and its bias are two parameters");
+            let [first, second] = gradients
+                .get_disjoint_mut([first, second])
+                .expect("a weight and its bias are two parameters");
             (Some(first), Some(second))
         }
         (Some(first), None) => (Some(&mut gradients[first]), None),

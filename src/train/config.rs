@@ -131,7 +131,8 @@ impl Config {
         };
         let key = |name: &str| file.arch_key(name);
         let number = |name: &str| -> Result<Option<f32>> { file.f32_if_present(&key(name)?) };
-        for (name, what) in [("expert_count", "experts"), ("attention.temperature_length", "scaled queries")] {
+        for (name, what) in [("expert_count", "experts"), ("attention.temperature_length", "scaled queries")]
+        {
             if file.u32_if_present(&key(name)?)?.is_some_and(|n| n > 0) {
                 return Err(refuse(format!("models with {what} cannot be trained here"), ""));
             }
@@ -170,8 +171,7 @@ impl Config {
             "gemma3" if n_layer == GEMMA3_27B_LAYERS => (n_embd / n_head) as f32,
             _ => head_dim as f32,
         };
-        let max_alibi_bias =
-            if family.position == Position::Alibi { BLOOM_MAX_ALIBI_BIAS } else { 0.0 };
+        let max_alibi_bias = if family.position == Position::Alibi { BLOOM_MAX_ALIBI_BIAS } else { 0.0 };
         let attention = |window: &Option<usize>| Attention {
             n_head: n_head as usize,
             n_head_kv: n_head_kv as usize,
@@ -204,8 +204,7 @@ impl Config {
                 windows
                     .iter()
                     .map(|window| {
-                        let (base, scale) =
-                            if window.is_some() { (local_base, 1.0) } else { (base, scale) };
+                        let (base, scale) = if window.is_some() { (local_base, 1.0) } else { (base, scale) };
                         let factor = |i: usize| rope_factors.map_or(1.0, |factors| f64::from(factors[i]));
                         let frequency = |i: usize| {
                             f64::from(base).powf(-((2 * i) as f64) / n_rot as f64) * scale / factor(i)

@@ -108,7 +108,9 @@ impl<D: Device> Linear<D> {
         let mut y = device.zeros(n_rows * n_out)?;
         match &self.weight {
             Weight::Frozen(matrix) => device.product(matrix, x, n_rows, &mut y)?,
-            Weight::Trained(id) => device.gemm(by_transposed([n_rows, n_out, n_in]), x, &values[*id], &mut y)?,
+            Weight::Trained(id) => {
+                device.gemm(by_transposed([n_rows, n_out, n_in]), x, &values[*id], &mut y)?
+            }
         }
         let mut reduced = None;
         if let (Some(LowRank { rank, a, b }), Some(scale)) = (self.low_rank, pass.adapter_scale) {

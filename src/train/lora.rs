@@ -79,7 +79,8 @@ impl LoraOptions {
                 return Err(Error::setting("--targets", reason));
             }
         }
-        if let Some(target) = ["embed", "output"].into_iter().find(|name| self.targets.iter().any(|t| t == name))
+        if let Some(target) =
+            ["embed", "output"].into_iter().find(|name| self.targets.iter().any(|t| t == name))
             && model.tensor("output.weight").is_none()
         {
             return Err(Error::Setting {

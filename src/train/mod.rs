@@ -4,18 +4,28 @@
 //! pairs (prompt, chosen, rejected) ──► tokens ──► split, epoch order
 //! ```
 
+pub mod adapter;
+pub mod agreement;
+pub mod artifact;
 pub mod backward;
+pub mod checkpoint;
 pub mod config;
 pub mod cpu;
 pub mod device;
 pub mod dpo;
 pub mod forward;
 pub mod linear;
+pub mod loaded_back;
 pub mod lora;
+pub mod memory;
+pub mod metrics;
 pub mod optimizer;
 pub mod pack;
 pub mod pairs;
 pub mod parameters;
+pub mod reference;
+pub mod run;
+pub mod settings;
 pub mod tokens;
 pub mod trainer;
 pub mod transformer;

@@ -2,13 +2,16 @@
 
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::Result;
 
 use super::device::{AdamwStep, Device, RmspropStep};
 use super::parameters::Parameters;
 
 /// Which optimizer, with PyTorch's defaults.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum OptimizerKind {
     /// The paper's: smoothing 0.99, no momentum.
     Rmsprop,
@@ -118,7 +121,8 @@ impl<D: Device> Optimizer<D> {
 }
 
 /// How the learning rate goes after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum ScheduleKind {
     /// As it is.
     Constant,
@@ -186,9 +190,8 @@ mod tests {
     #[test]
     fn learning_rates_warm_up_along_a_line_and_then_go_as_their_schedule_says() {
         let schedule = |kind| Schedule { kind, learning_rate: 2.0, warmup_steps: 4, n_steps: 12 };
-        let rates = |kind, steps: &[u64]| -> Vec<f64> {
-            steps.iter().map(|&s| schedule(kind).at(s)).collect()
-        };
+        let rates =
+            |kind, steps: &[u64]| -> Vec<f64> { steps.iter().map(|&s| schedule(kind).at(s)).collect() };
         assert_eq!(rates(ScheduleKind::Constant, &[0, 1, 3, 4, 11]), [0.0, 0.5, 1.5, 2.0, 2.0]);
         // Half of the eight steps after the warm-up.
         assert_eq!(rates(ScheduleKind::Linear, &[4, 8, 12, 20]), [2.0, 1.0, 0.0, 0.0]);

@@ -73,7 +73,12 @@ impl Packed {
         prompt.len() + chosen.len().saturating_sub(1) + rejected.len().saturating_sub(1)
     }
 
-    fn push_segment(&mut self, tokens: &[Token], first_position: usize, prefix: Range<usize>) -> Range<usize> {
+    fn push_segment(
+        &mut self,
+        tokens: &[Token],
+        first_position: usize,
+        prefix: Range<usize>,
+    ) -> Range<usize> {
         let rows = self.tokens.len()..self.tokens.len() + tokens.len();
         self.tokens.extend(tokens);
         self.positions.extend(first_position..first_position + tokens.len());

@@ -27,6 +27,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
@@ -41,6 +42,16 @@ pub struct PreferencePair {
     pub chosen: String,
     /// The continuation to avoid.
     pub rejected: String,
+}
+
+/// SHA-256 of the pairs' texts, in hexadecimal.
+pub fn sha256(pairs: &[PreferencePair]) -> String {
+    let mut hash = Sha256::new();
+    for text in pairs.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]) {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text.as_bytes());
+    }
+    crate::file::hex(&hash.finalize())
 }
 
 /// The program's own pairs: English, in the project's own words, the rejected ones mildly insulting.

@@ -9,7 +9,7 @@ use super::forward::{Batch, Purpose};
 use super::linear::Pass;
 use super::optimizer::{Optimizer, OptimizerKind};
 use super::pack::Packed;
-use super::parameters::Parameters;
+use super::parameters::{ParameterId, Parameters};
 use super::tokens::TokenPair;
 use super::transformer::{Method, Transformer};
 
@@ -83,6 +83,32 @@ impl<D: Device> Trainer<D> {
         Ok(Trainer { device, transformer, parameters, optimizer, options, adapter_scale, has_reference })
     }
 
+    /// Overwrites the numbers of a parameter.
+    ///
+    /// # Errors
+    /// Of the device.
+    pub fn write_value(&mut self, parameter: ParameterId, values: &[f32]) -> Result<()> {
+        self.device.write(values, &mut self.parameters.values[parameter])
+    }
+
+    /// Overwrites a state of the optimizer.
+    ///
+    /// # Errors
+    /// Of the device.
+    pub fn write_state(&mut self, parameter: ParameterId, state: usize, values: &[f32]) -> Result<()> {
+        self.device.write(values, &mut self.optimizer.states[parameter][state])
+    }
+
+    /// Whether activations are made again in the backward pass, which changes no number.
+    pub fn set_checkpointing(&mut self, checkpointing: bool) {
+        self.options.checkpointing = checkpointing;
+    }
+
+    /// Where and how it runs.
+    pub fn describe(&self) -> String {
+        self.device.describe()
+    }
+
     /// Where it runs.
     pub fn device(&self) -> &D {
         &self.device
@@ -144,7 +170,11 @@ impl<D: Device> Trainer<D> {
     ///
     /// # Errors
     /// As [`Trainer::logps`].
-    pub fn losses(&self, pairs: &[&TokenPair], references: &[AnswerLogps]) -> Result<Vec<(AnswerLogps, PairLoss)>> {
+    pub fn losses(
+        &self,
+        pairs: &[&TokenPair],
+        references: &[AnswerLogps],
+    ) -> Result<Vec<(AnswerLogps, PairLoss)>> {
         let policy = self.logps(Side::Policy, pairs)?;
         let losses = pairs.iter().zip(policy).zip(references);
         Ok(losses.map(|((pair, policy), reference)| (policy, self.loss(pair, policy, *reference))).collect())
@@ -164,8 +194,7 @@ impl<D: Device> Trainer<D> {
         let purpose = Purpose::Train { checkpointing: self.options.checkpointing };
         for part in self.passes(pairs) {
             let batch = self.batch(part)?;
-            let (of_outputs, cache) =
-                self.transformer.forward(&self.pass(Side::Policy), &batch, purpose)?;
+            let (of_outputs, cache) = self.transformer.forward(&self.pass(Side::Policy), &batch, purpose)?;
             let policy = by_pair(&batch.packed, &of_outputs)?;
             let references = &references[all.len()..];
             let losses = part.iter().zip(&policy).zip(references);
@@ -223,7 +252,8 @@ impl<D: Device> Trainer<D> {
 
 fn by_pair(packed: &Packed, of_outputs: &[f32]) -> Result<Vec<AnswerLogps>> {
     if let Some(at) = of_outputs.iter().position(|x| !x.is_finite()) {
-        let reason = format!("the log-probability of token {} is {}", packed.outputs[at].token, of_outputs[at]);
+        let reason =
+            format!("the log-probability of token {} is {}", packed.outputs[at].token, of_outputs[at]);
         return Err(Error::Training { reason });
     }
     let sums = packed.sum_by_answer(of_outputs);

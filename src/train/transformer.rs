@@ -81,6 +81,16 @@ pub struct Transformer<D: Device> {
 }
 
 impl<D: Device> Transformer<D> {
+    /// Bytes that a forward pass of `n_rows` rows keeps for the backward pass, about.
+    pub fn activation_bytes(&self, n_rows: usize) -> u64 {
+        let config = &self.config;
+        // Per row of a block: its input, both norms' outputs, the stream between; q, k, v and what attention
+        // gives; and the FFN's inner numbers.
+        let of_layer = |n_ff: &usize| 5 * config.n_embd + 2 * (config.n_query() + config.n_key()) + 3 * n_ff;
+        let n_values: usize = config.n_ff.iter().map(of_layer).sum();
+        (size_of::<f32>() * n_rows * n_values) as u64
+    }
+
     /// Takes the weights of `file` to `device`, and makes the parameters of `method`, seeded by `seed`.
     ///
     /// # Errors
@@ -251,7 +261,8 @@ impl<D: Device> Loader<'_, D> {
             return Err(refuse(format!("tensor {name:?}: expected {expected:?}, found nothing")));
         };
         let found = tensor.shape();
-        let same = found.iter().product::<u64>() == expected.iter().product::<u64>() && found[0] == expected[0];
+        let same =
+            found.iter().product::<u64>() == expected.iter().product::<u64>() && found[0] == expected[0];
         if same {
             Ok(tensor)
         } else {

@@ -195,10 +195,9 @@ fn hidden_states_and_logits_are_those_of_pytorch() {
         let logits = trainer.transformer.logits(&pass, &batch).unwrap();
         // Rows are the prompt's, then each answer's but its last.
         let (n_prompt, n_chosen) = (pair.prompt.len(), pair.chosen.len() - 1);
-        for (side, first, n) in [
-            ("chosen", n_prompt, n_chosen),
-            ("rejected", n_prompt + n_chosen, pair.rejected.len() - 1),
-        ] {
+        for (side, first, n) in
+            [("chosen", n_prompt, n_chosen), ("rejected", n_prompt + n_chosen, pair.rejected.len() - 1)]
+        {
             for (il, stream) in streams.iter().enumerate() {
                 let expected = numbers(&tensors, &format!("hidden/{side}/{il}"));
                 let what = format!("{name}, {side}, block {il}");

@@ -85,7 +85,8 @@ pub unsafe fn gemm_into(
         Threads::Pool => gemm::Parallelism::Rayon(0),
     };
     let strides = |layout: Layout| (layout.col_stride as isize, layout.row_stride as isize);
-    let ((a_cs, a_rs), (b_cs, b_rs), (c_cs, c_rs)) = (strides(a_layout), strides(b_layout), strides(c_layout));
+    let ((a_cs, a_rs), (b_cs, b_rs), (c_cs, c_rs)) =
+        (strides(a_layout), strides(b_layout), strides(c_layout));
     // SAFETY: the spans of all three were compared with their slices above; C is the caller's alone, by contract,
     // and no slice of A or B can overlap it, since they are shared borrows.
     unsafe {

@@ -113,7 +113,8 @@ impl Matrix {
         let (n_in, n_out) = (self.n_in, self.n_out);
         // Shared out by columns, which need no sums over tasks; at least two tasks a thread where blocks allow.
         let block_len = self.tensor_type.block_len() as usize;
-        let n_cols = n_in.div_ceil(2 * rayon::current_num_threads()).min(PART_COLS).next_multiple_of(block_len);
+        let n_cols =
+            n_in.div_ceil(2 * rayon::current_num_threads()).min(PART_COLS).next_multiple_of(block_len);
         let n_cols = n_cols.max(block_len.max(64).next_multiple_of(block_len)).min(n_in);
         let target = Target::new(dx);
         (0..n_in.div_ceil(n_cols)).into_par_iter().for_each(|i| {

@@ -20,6 +20,7 @@ mod tests;
 use std::ops::Range;
 
 use rayon::ThreadPool;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
@@ -32,7 +33,8 @@ use ggml::Kernels;
 pub use matrix::Matrix;
 
 /// How products with frozen matrices are computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Products {
     /// In f32, with the numbers that the blocks stand for.
     Exact,

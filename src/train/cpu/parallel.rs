@@ -19,12 +19,7 @@ pub fn for_rows(y: &mut [f32], n_cols: usize, f: impl Fn(usize, &mut [f32]) + Sy
 /// The sum over the rows of what `add(row, sums)` adds to `sums[n_sums]`, for `n_rows` rows.
 ///
 /// Parts are of fixed length and are added up in their order.
-pub fn sum_over_rows(
-    n_rows: usize,
-    n_cols: usize,
-    sums: &mut [f32],
-    add: impl Fn(usize, &mut [f32]) + Sync,
-) {
+pub fn sum_over_rows(n_rows: usize, n_cols: usize, sums: &mut [f32], add: impl Fn(usize, &mut [f32]) + Sync) {
     let n = rows_per_task(n_cols);
     let parts: Vec<Vec<f32>> = (0..n_rows.div_ceil(n))
         .into_par_iter()

@@ -1,0 +1,260 @@
+//! A run of training: a summary for the terminal, and an HTML page with its curves.
+
+use maud::html;
+use serde::{Deserialize, Serialize};
+
+use crate::eval::result::Warning;
+use crate::report::line_plot::{Series, line_plot};
+use crate::report::{format, html as page, terminal};
+use crate::train::agreement::Agreement;
+use crate::train::metrics::{EvaluationRecord, Record, StepRecord};
+use crate::train::run::{Ending, Outcome};
+use crate::train::settings::Settings;
+
+/// What `train` found.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TrainingReport {
+    /// The model's file.
+    pub model: String,
+    /// Where the pairs came from.
+    pub pairs: String,
+    /// Everything that decided the run.
+    pub settings: Settings,
+    /// Where and how it ran.
+    pub device: String,
+    /// Numbers that were trained.
+    pub n_trained: usize,
+    /// What came of it.
+    pub outcome: Outcome,
+    /// Pairs that were left out, and why.
+    pub skipped: Vec<(String, usize)>,
+    /// Pairs that were cut to fit.
+    pub n_cut: usize,
+    /// The result as llama.cpp runs it, against the trainer.
+    pub agreement: Agreement,
+    /// Median pairs a second over the steps.
+    pub pairs_per_second: f64,
+    /// The most memory that the program had, where the system tells.
+    pub peak_rss_bytes: Option<u64>,
+    /// The file in the run's folder that holds what was trained.
+    pub result: String,
+}
+
+/// Points in a curve of steps; more would hide one another.
+const MOST_POINTS: usize = 60;
+
+impl TrainingReport {
+    /// What is doubtful about the run.
+    pub fn warnings(&self, records: &[Record]) -> Vec<Warning> {
+        let mut warnings = Vec::new();
+        if self.outcome.n_steps < self.settings.warmup_steps {
+            warnings.push(Warning::new(
+                format!(
+                    "all {} steps lie in the warm-up of {}: the learning rate was never reached",
+                    self.outcome.n_steps, self.settings.warmup_steps
+                ),
+                "lower --warmup-steps, or train with more pairs or epochs",
+            ));
+        }
+        if self.outcome.n_held_out == 0 {
+            warnings.push(Warning::new(
+                "no pair was held out: the last numbers were kept, good or not",
+                "raise --held-out, or give more pairs",
+            ));
+        } else if self.outcome.n_held_out < 20 {
+            warnings.push(Warning::new(
+                format!("the best step was chosen by {} held-out pairs alone", self.outcome.n_held_out),
+                "give more pairs, or raise --held-out",
+            ));
+        }
+        let evaluations = evaluations(records);
+        let last = evaluations.last().map(|e| e.eval_loss);
+        if let (Some((step, _)), Some(last_look)) = (self.outcome.best, evaluations.last())
+            && self.outcome.ending == Ending::Finished
+            && step == last_look.step
+            && evaluations.len() > 1
+        {
+            warnings.push(Warning::new(
+                "the held-out loss was still falling at the last step",
+                "more --epochs would train further",
+            ));
+        }
+        if last.is_some_and(|loss| loss > std::f64::consts::LN_2) {
+            warnings.push(Warning::new(
+                "the held-out loss ended above ln 2, that of an untrained model",
+                "lower --learning-rate",
+            ));
+        }
+        warnings
+    }
+
+    /// In 80 columns.
+    pub fn to_terminal(&self, records: &[Record], colour: bool) -> String {
+        let mut text = String::new();
+        let mut row = |name: &str, value: String| text.push_str(&format!("{name:<18} {value}\n"));
+        let Outcome { n_steps, n_train, n_held_out, best, .. } = &self.outcome;
+        row("trained", format!("{} numbers ({})", format::count(self.n_trained), self.device));
+        row("pairs", format!("{n_train} trained on, {n_held_out} held out, {}", self.pairs));
+        for (reason, n) in &self.skipped {
+            row("", format!("{n} left out: {reason}"));
+        }
+        if self.n_cut > 0 {
+            row("", format!("{} cut to fit", self.n_cut));
+        }
+        let ending = match self.outcome.ending {
+            Ending::Finished => "",
+            Ending::EarlyStopping => ", ended early: the held-out loss stopped falling",
+        };
+        row("steps", format!("{n_steps}{ending}"));
+        if let Some((step, _)) = best
+            && let Some(look) = evaluations(records).iter().find(|e| e.step == *step)
+        {
+            row(
+                "best step",
+                format!(
+                    "{step}: held-out loss {:.4}, margin {:.3}, accuracy {:.0}%",
+                    look.eval_loss,
+                    look.rewards_margins,
+                    100.0 * look.rewards_accuracies
+                ),
+            );
+        }
+        row("speed", format!("{:.2} pairs a second (median)", self.pairs_per_second));
+        if let Some(bytes) = self.peak_rss_bytes {
+            row("peak memory", format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30)));
+        }
+        row(
+            "in llama.cpp",
+            format!(
+                "mean KL {:.1e} a token (bound {:.1e}; its own noise {:.1e})",
+                self.agreement.difference.mean_kl, self.agreement.bound, self.agreement.floor.mean_kl
+            ),
+        );
+        terminal::push_warnings(&mut text, &self.warnings(records), colour);
+        text
+    }
+
+    /// One page with the curves of loss, margins, rewards and gradient.
+    pub fn to_html(&self, records: &[Record]) -> String {
+        let steps: Vec<StepRecord> = records
+            .iter()
+            .filter_map(|record| match record {
+                Record::Step(step) => Some(*step),
+                Record::Evaluation(_) => None,
+            })
+            .collect();
+        let evaluations = evaluations(records);
+        let n_per_point = steps.len().div_ceil(MOST_POINTS).max(1);
+        let of_steps = |name: &str, is_reference, of: &dyn Fn(&StepRecord) -> f64| Series {
+            name: name.to_owned(),
+            is_reference,
+            points: steps
+                .chunks(n_per_point)
+                .map(|part| {
+                    let mean = part.iter().map(of).sum::<f64>() / part.len() as f64;
+                    (part[part.len() - 1].step as f64, mean, None, None)
+                })
+                .collect(),
+        };
+        let of_looks = |name: &str, of: &dyn Fn(&EvaluationRecord) -> f64| Series {
+            name: name.to_owned(),
+            is_reference: true,
+            points: evaluations.iter().map(|e| (e.step as f64, of(e), None, None)).collect(),
+        };
+        let marked = self.outcome.best.map(|(step, _)| step as f64);
+        let number = |x: f64| format!("{x:.2}");
+        let plots = [
+            (
+                "loss",
+                "Loss",
+                vec![
+                    of_steps("trained on", false, &|s| s.means.loss),
+                    of_looks("held out", &|e| e.eval_loss),
+                ],
+            ),
+            (
+                "margin",
+                "Margin: chosen less rejected reward",
+                vec![
+                    of_steps("trained on", false, &|s| s.means.rewards_margins),
+                    of_looks("held out", &|e| e.rewards_margins),
+                ],
+            ),
+            (
+                "accuracy",
+                "Share of pairs with a margin above 0",
+                vec![
+                    of_steps("trained on", false, &|s| s.means.rewards_accuracies),
+                    of_looks("held out", &|e| e.rewards_accuracies),
+                ],
+            ),
+            (
+                "rewards",
+                "Rewards of chosen (dots) and rejected (squares) answers",
+                vec![
+                    of_steps("chosen", false, &|s| s.means.rewards_chosen),
+                    of_steps("rejected", true, &|s| s.means.rewards_rejected),
+                ],
+            ),
+            ("gradient", "Norm of the gradient", vec![of_steps("trained on", false, &|s| s.grad_norm)]),
+        ];
+        let each = match n_per_point {
+            1 => "a step".to_owned(),
+            n => format!("the mean of {n} steps"),
+        };
+        let settings = serde_json::to_value(&self.settings).expect("settings are plain data");
+        let settings: Vec<(String, String)> = match &settings {
+            serde_json::Value::Object(map) => {
+                map.iter().map(|(name, value)| (name.clone(), value.to_string())).collect()
+            }
+            _ => Vec::new(),
+        };
+        let body = html! {
+            h1 { "Training of " (self.model) }
+            p.answer {
+                @match self.outcome.best {
+                    Some((step, loss)) => {
+                        "Step " (step) " of " (self.outcome.n_steps) " was kept: held-out loss " (format!("{loss:.4}"))
+                        " (untrained " (format!("{:.4}", std::f64::consts::LN_2)) ")."
+                    }
+                    None => { (self.outcome.n_steps) " steps; no pair was held out." }
+                }
+            }
+            (page::warnings(&self.warnings(records)))
+            p.soft {
+                "Dots and full lines are the pairs that were trained on, each point " (each) "; squares and dashed lines the"
+                " held-out pairs. The upright line is the step that was kept."
+            }
+            div.plots {
+                @for (id, title, series) in &plots {
+                    figure {
+                        figcaption { (title) }
+                        (line_plot(id, title, "step", series, marked, &number))
+                    }
+                }
+            }
+            h2 { "Numbers" }
+            pre { (self.to_terminal(records, false)) }
+            details {
+                summary { "Settings" }
+                div.scroll tabindex="0" role="region" aria-label="Settings" {
+                    table.settings {
+                        thead { tr { th scope="col" { "Setting" } th scope="col" { "Value" } } }
+                        tbody {
+                            @for (name, value) in &settings { tr { th scope="row" { (name) } td { (value) } } }
+                        }
+                    }
+                }
+            }
+        };
+        page::page("Training", &body)
+    }
+}
+
+fn evaluations(records: &[Record]) -> Vec<EvaluationRecord> {
+    let looks = records.iter().filter_map(|record| match record {
+        Record::Evaluation(evaluation) => Some(*evaluation),
+        Record::Step(_) => None,
+    });
+    looks.collect()
+}

@@ -1,0 +1,145 @@
+//! What was written, loaded back by llama.cpp: does it do what it was made of?
+
+use std::path::Path;
+
+use crate::engine::steering::LoraScaled;
+use crate::engine::{CacheType, FlashAttention, Model, ModelOptions, SessionOptions, Steering, Token};
+use crate::error::{Error, Result};
+use crate::gguf::{GgufFile, TensorType, check_decoder};
+use crate::steer::exact_check::{Difference, compare, logits, noise_floor};
+
+/// A merged model against its base with the adapters at run time, by the logits of llama.cpp.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoadedBack {
+    /// Of the adapters: the base's divergence from the base with them.
+    pub effect: Difference,
+    /// What the merge missed: the merged model's divergence from the base with the adapters.
+    pub missed: Difference,
+    /// What the least change makes on the base with the adapters; `None` where the architecture has no
+    /// place for it that this program knows.
+    pub floor: Option<Difference>,
+}
+
+/// `options` with an F32 cache and without fused attention: what differs then comes from the weights.
+pub fn exact_options(options: &SessionOptions) -> SessionOptions {
+    SessionOptions {
+        flash_attention: FlashAttention::Off,
+        cache_type_k: CacheType::F32,
+        cache_type_v: CacheType::F32,
+        ..options.clone()
+    }
+}
+
+impl LoadedBack {
+    /// Loads the base, lets go of it, loads the merged model, and compares the logits after each token of
+    /// `texts`, under [`exact_options`]. `tokenize` gives the texts for the base.
+    ///
+    /// # Errors
+    /// Those of loading and decoding; [`Error::Model`] where the merged model gives logits that are not finite.
+    pub fn compare(
+        base: &Path,
+        loras: &[LoraScaled],
+        merged: &Path,
+        model_options: &ModelOptions,
+        session_options: &SessionOptions,
+        tokenize: impl FnOnce(&Model) -> Result<Vec<Vec<Token>>>,
+    ) -> Result<LoadedBack> {
+        let options = exact_options(session_options);
+        let model = Model::open(base, model_options)?;
+        let texts = tokenize(&model)?;
+        let steering = Steering { loras: loras.to_vec(), ..Steering::default() };
+        let without = logits(&model, &texts, &options)?;
+        let expected = logits(&model.with_steering(steering.clone())?, &texts, &options)?;
+        let floor = match model.graph() {
+            Ok(_) => Some(noise_floor(&model, &steering, &texts, &options)?),
+            // The callback that nudges a neuron does not know this architecture.
+            Err(Error::Model { .. }) => None,
+            Err(other) => return Err(other),
+        };
+        drop(model);
+        check_decoder(&GgufFile::open(merged)?)?;
+        let found = logits(&Model::open(merged, model_options)?, &texts, &options)?;
+        Ok(LoadedBack { effect: compare(&without, &expected), missed: compare(&found, &expected), floor })
+    }
+
+    /// Whether the merged model may be kept. `changed` are the types of the changed tensors as written, and
+    /// `is_zero` says that the adapters change nothing.
+    ///
+    /// Whatever the types, the merged model must be nearer to the base with the adapters than the base is, unless
+    /// there is no change. Where all are float types, rounding is all that may differ: the divergence
+    /// must be below a bound for the type, or below twice the noise floor where other tensors of the model are quantised.
+    ///
+    /// # Errors
+    /// In words.
+    pub fn verdict(&self, changed: &[TensorType], is_zero: bool) -> Result<(), String> {
+        let missed = self.missed.mean_kl;
+        let bounds: Option<Vec<f64>> = changed.iter().map(|&t| float_bound(t)).collect();
+        if let Some(bounds) = bounds {
+            let floor = self.floor.map_or(0.0, |floor| 2.0 * floor.mean_kl);
+            let bound = bounds.into_iter().fold(floor, f64::max);
+            if missed > bound {
+                return Err(format!(
+                    "the merged model is not the base with the adapters: expected a mean KL up to {bound:.1e}, \
+                     found {missed:.1e}"
+                ));
+            }
+        }
+        if !is_zero && missed >= self.effect.mean_kl {
+            return Err(format!(
+                "the merged model is no nearer to the base with the adapters (mean KL {missed:.1e}) than the \
+                 base is ({:.1e}): rounding took the change, or added as much",
+                self.effect.mean_kl
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// The mean KL that rounding to this type may cause; `None` for quantised types, whose errors depend on the weights.
+fn float_bound(tensor_type: TensorType) -> Option<f64> {
+    match tensor_type {
+        // What the order of sums leaves is 1e-9 or less.
+        TensorType::F32 => Some(1e-6),
+        TensorType::F16 => Some(1e-4),
+        TensorType::BF16 => Some(5e-3),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn difference(mean_kl: f64) -> Difference {
+        Difference { mean_kl, largest_kl: mean_kl, largest_logit_difference: 0.1, n_tokens: 9 }
+    }
+
+    fn verdict(
+        effect: f64,
+        missed: f64,
+        floor: f64,
+        types: &[TensorType],
+        is_zero: bool,
+    ) -> Result<(), String> {
+        let floor = Some(difference(floor));
+        LoadedBack { effect: difference(effect), missed: difference(missed), floor }.verdict(types, is_zero)
+    }
+
+    #[test]
+    fn a_merge_is_kept_if_it_is_nearer_to_the_adapter_than_the_base_is() {
+        use TensorType::{F16, F32, Q4_K};
+        verdict(0.1, 0.09, 0.01, &[Q4_K], false).unwrap();
+        let reason = verdict(0.1, 0.1, 0.01, &[Q4_K], false).unwrap_err();
+        assert!(reason.contains("no nearer") && reason.contains("1.0e-1"), "{reason}");
+        // An adapter of zeros has no effect to be near to.
+        verdict(0.0, 0.0, 0.0, &[Q4_K], true).unwrap();
+        assert!(verdict(0.0, 0.0, 0.0, &[Q4_K], false).is_err());
+        // Float types must be exact, as far as the rest of the model lets that be seen.
+        verdict(0.1, 1e-7, 0.0, &[F32], false).unwrap();
+        assert!(verdict(0.1, 1e-5, 0.0, &[F32], false).unwrap_err().contains("up to 1.0e-6"));
+        verdict(0.1, 1e-5, 0.0, &[F32, F16], false).unwrap();
+        verdict(0.1, 1e-2, 0.006, &[F32], false).unwrap();
+        assert!(verdict(0.1, 1e-2, 0.006, &[F32, Q4_K], false).is_ok());
+        assert!(verdict(0.0, 1e-5, 0.0, &[F32], true).is_err(), "zeros must change nothing");
+    }
+}

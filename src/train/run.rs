@@ -1,0 +1,306 @@
+//! A run of training: steps, looks at the held-out pairs, checkpoints, and the end.
+//!
+//! A run that was broken off goes on from its last checkpoint, and ends with the same numbers as an unbroken one:
+//! the order of pairs is drawn from the seed, references are kept on disk, and lines of `metrics.jsonl` beyond the
+//! checkpoint are cut off.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::file::JsonLog;
+use crate::progress::Progress;
+
+use super::checkpoint::{self, State};
+use super::device::Device;
+use super::metrics::{EvaluationRecord, PairMeans, Record, StepRecord};
+use super::pack::Packed;
+use super::reference::References;
+use super::settings::Settings;
+use super::tokens::{self, TokenPair};
+use super::trainer::Trainer;
+
+/// Held-out pairs that are scored between two looks at whether the user wants to stop.
+const EVALUATION_PAIRS: usize = 16;
+
+/// Files in a run's folder.
+#[derive(Debug, Clone)]
+pub struct RunFiles {
+    /// A line for each step and each look at the held-out pairs.
+    pub metrics: PathBuf,
+    /// Log-probabilities under the model as it was.
+    pub references: PathBuf,
+    /// Where the run goes on.
+    pub checkpoint: PathBuf,
+    /// The trained numbers that did best.
+    pub best: PathBuf,
+}
+
+impl RunFiles {
+    /// Those of `folder`.
+    pub fn of(folder: &Path) -> RunFiles {
+        RunFiles {
+            metrics: folder.join("metrics.jsonl"),
+            references: folder.join("reference.jsonl"),
+            checkpoint: folder.join("checkpoint.gguf"),
+            best: folder.join("best.gguf"),
+        }
+    }
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// All steps were made.
+    Finished,
+    /// The held-out loss stopped falling.
+    EarlyStopping,
+}
+
+/// What came of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Why it ended.
+    pub ending: Ending,
+    /// Steps that were made.
+    pub n_steps: u64,
+    /// Pairs that were trained on.
+    pub n_train: usize,
+    /// Pairs that were held out.
+    pub n_held_out: usize,
+    /// The step whose numbers were kept, and the held-out loss there; none without held-out pairs.
+    pub best: Option<(u64, f64)>,
+    /// Wall-clock time of all steps and looks.
+    pub seconds: f64,
+}
+
+/// Trains, or goes on; afterwards `trainer` holds the numbers that did best on the held-out pairs, or without
+/// such pairs the last ones.
+///
+/// # Errors
+/// [`Error::Interrupted`] after a checkpoint was written; [`Error::Training`] where numbers are not finite any more;
+/// [`Error::Io`] where a file cannot be written: what the last checkpoint holds stays.
+pub fn run<D: Device>(
+    trainer: &mut Trainer<D>,
+    pairs: &[TokenPair],
+    settings: &Settings,
+    files: &RunFiles,
+    interrupt: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<(Outcome, Vec<Record>)> {
+    let (train, held_out) = tokens::split(pairs.len(), settings.held_out, settings.seed);
+    let n_steps = settings.n_steps(train.len());
+    let mut references = References::open(&files.references)?;
+    let state = match files.checkpoint.exists() {
+        true => checkpoint::load(&files.checkpoint, trainer, true)?,
+        false => State { step: 0, n_records: 0, looked_at: 0, best: None, n_worse: 0, seconds: 0.0 },
+    };
+    let (log, records) = JsonLog::open::<Record>(&files.metrics, std::iter::repeat_n(1, state.n_records))?;
+    if records.len() < state.n_records {
+        return Err(Error::RunFolder {
+            path: files.metrics.clone(),
+            reason: format!(
+                "expected the {} lines of its checkpoint, found {}",
+                state.n_records,
+                records.len()
+            ),
+            hint: Some("choose another -o, or delete the folder to begin again".into()),
+        });
+    }
+    if !trainer.has_reference() {
+        // The only time at which the policy is the model as it was.
+        let all: Vec<&TokenPair> = pairs.iter().collect();
+        progress.start("reference", all.len() as u64, 0);
+        for part in all.chunks(EVALUATION_PAIRS) {
+            if interrupt.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            references.of_start(trainer, part, state.step)?;
+            progress.advance(part.len() as u64);
+        }
+        progress.finish();
+    }
+    let mut run = Run { trainer, pairs, settings, files, log, records, state, references };
+    progress.start("training", n_steps, run.state.step);
+    let ending = run.steps(&train, &held_out, n_steps, interrupt, progress);
+    progress.finish();
+    let ending = ending?;
+    let Run { trainer, records, state, .. } = run;
+    if state.best.is_some() {
+        checkpoint::load(&files.best, trainer, false)?;
+    }
+    let outcome = Outcome {
+        ending,
+        n_steps: state.step,
+        n_train: train.len(),
+        n_held_out: held_out.len(),
+        best: state.best,
+        seconds: state.seconds,
+    };
+    Ok((outcome, records))
+}
+
+struct Run<'a, D: Device> {
+    trainer: &'a mut Trainer<D>,
+    pairs: &'a [TokenPair],
+    settings: &'a Settings,
+    files: &'a RunFiles,
+    log: JsonLog,
+    records: Vec<Record>,
+    state: State,
+    references: References,
+}
+
+impl<D: Device> Run<'_, D> {
+    fn steps(
+        &mut self,
+        train: &[usize],
+        held_out: &[usize],
+        n_steps: u64,
+        interrupt: &AtomicBool,
+        progress: &mut dyn Progress,
+    ) -> Result<Ending> {
+        let schedule = self.settings.schedule(n_steps);
+        let per_epoch = self.settings.steps_per_epoch(train.len()).max(1);
+        let mut order: (u64, Vec<usize>) = (u64::MAX, Vec::new());
+        loop {
+            let is_due =
+                self.state.step.is_multiple_of(self.settings.eval_every) || self.state.step == n_steps;
+            let mut stops = interrupt.load(Ordering::Relaxed);
+            if self.state.step > self.state.looked_at && is_due && !stops {
+                stops = !self.look(held_out, interrupt, progress)?;
+                self.save()?;
+            } else if stops {
+                self.save()?;
+            }
+            if stops {
+                let step = self.state.step;
+                progress.say(&format!("saved after step {step}: the same command goes on from there"));
+                return Err(Error::Interrupted);
+            }
+            if self.state.step == n_steps {
+                return Ok(Ending::Finished);
+            }
+            if self.state.n_worse >= self.settings.patience {
+                return Ok(Ending::EarlyStopping);
+            }
+            let started = Instant::now();
+            let (epoch, in_epoch) = (self.state.step / per_epoch, (self.state.step % per_epoch) as usize);
+            if order.0 != epoch {
+                order = (epoch, tokens::epoch_order(train.len(), self.settings.seed, epoch as u32));
+            }
+            let first = in_epoch * self.settings.batch_size;
+            let last = (first + self.settings.batch_size).min(train.len());
+            let batch: Vec<&TokenPair> =
+                order.1[first..last].iter().map(|&i| &self.pairs[train[i]]).collect();
+            let record = self.step(&batch, schedule.at(self.state.step), per_epoch, started)?;
+            self.state.seconds += record.step_seconds;
+            self.record(Record::Step(record))?;
+            progress.note(&note(&record));
+            progress.advance(1);
+        }
+    }
+
+    fn step(
+        &mut self,
+        batch: &[&TokenPair],
+        learning_rate: f64,
+        per_epoch: u64,
+        started: Instant,
+    ) -> Result<StepRecord> {
+        let references = self.references.of(self.trainer, batch)?;
+        let losses = self.trainer.add_gradient(batch, &references)?;
+        let grad_norm = self.trainer.step(learning_rate, self.settings.max_grad_norm)?;
+        self.state.step += 1;
+        let rows = |pair: &&TokenPair| Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected) as u64;
+        Ok(StepRecord {
+            step: self.state.step,
+            epoch: self.state.step as f64 / per_epoch as f64,
+            means: PairMeans::of(&losses),
+            grad_norm,
+            learning_rate,
+            step_seconds: started.elapsed().as_secs_f64(),
+            tokens: batch.iter().map(rows).sum(),
+            pairs: batch.len() as u64,
+        })
+    }
+
+    /// Scores the held-out pairs, and keeps the trained numbers where none were better; false where the user
+    /// wants to stop before it is done, and nothing has changed.
+    fn look(
+        &mut self,
+        held_out: &[usize],
+        interrupt: &AtomicBool,
+        progress: &mut dyn Progress,
+    ) -> Result<bool> {
+        if held_out.is_empty() {
+            self.state.looked_at = self.state.step;
+            return Ok(true);
+        }
+        let started = Instant::now();
+        let mut losses = Vec::with_capacity(held_out.len());
+        for part in held_out.chunks(EVALUATION_PAIRS) {
+            if interrupt.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            let part: Vec<&TokenPair> = part.iter().map(|&i| &self.pairs[i]).collect();
+            let references = self.references.of(self.trainer, &part)?;
+            losses.extend(self.trainer.losses(&part, &references)?);
+        }
+        let record = EvaluationRecord::new(self.state.step, PairMeans::of(&losses));
+        self.record(Record::Evaluation(record))?;
+        self.state.looked_at = self.state.step;
+        let is_better = self.state.best.is_none_or(|(_, least)| record.eval_loss < least);
+        if is_better {
+            self.state.best = Some((self.state.step, record.eval_loss));
+            self.state.n_worse = 0;
+            checkpoint::save(&self.files.best, self.trainer, &self.state, false)?;
+        } else {
+            self.state.n_worse += 1;
+        }
+        self.state.seconds += started.elapsed().as_secs_f64();
+        progress.say(&format!(
+            "step {:>5}  held out: loss {:.4}  margin {:.3}  accuracy {:.0}%{}",
+            record.step,
+            record.eval_loss,
+            record.rewards_margins,
+            100.0 * record.rewards_accuracies,
+            if is_better { "  best" } else { "" },
+        ));
+        Ok(true)
+    }
+
+    fn record(&mut self, record: Record) -> Result<()> {
+        self.log.append(&[record])?;
+        self.records.push(record);
+        self.state.n_records = self.records.len();
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<()> {
+        checkpoint::save(&self.files.checkpoint, self.trainer, &self.state, true)
+    }
+}
+
+/// A step in at most 78 columns.
+fn note(record: &StepRecord) -> String {
+    let means = &record.means;
+    format!(
+        "loss {:.4}  rewards {:+.2} {:+.2}  margin {:.2}  acc {:.2}\n\
+         logps {:.0} {:.0}  grad {:.2}  lr {:.1e}  {:.0} tok/s",
+        means.loss,
+        means.rewards_chosen,
+        means.rewards_rejected,
+        means.rewards_margins,
+        means.rewards_accuracies,
+        means.logps_chosen,
+        means.logps_rejected,
+        record.grad_norm,
+        record.learning_rate,
+        record.tokens as f64 / record.step_seconds.max(1e-9),
+    )
+}
