@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="JSONL of prompt, chosen, rejected (default: made up)")
     parser.add_argument("--random-1b", action="store_true", help="a random model of Llama-3.2-1B's shape too")
     parser.add_argument("--program", type=Path, default=PROGRAM)
-    parser.add_argument("--python", type=Path, default=sys.executable, help="the Python that has TRL (default: this one)")
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="the Python that has TRL (default: this one)")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--without-ours", action="store_true", help="TRL alone")
     parser.add_argument("--ours-arguments", nargs=argparse.REMAINDER, default=[], help="the rest goes to our trainer")
     args = parser.parse_args()
+    # Not resolved: a virtual environment's Python is a link, and is known by where it lies.
+    args.program, args.python = args.program.absolute(), args.python.absolute()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)

@@ -43,13 +43,19 @@ def convert(path: Path, folder: Path) -> None:
         plain = type(loaded)(config)
     plain.load_state_dict(loaded.state_dict(), assign=True)
     plain.tie_weights()
-    for tensor in gguf.GGUFReader(path).tensors:
+    reader = gguf.GGUFReader(path)
+    for tensor in reader.tensors:
         if tensor.name == "token_embd.weight":
             values = gguf.dequantize(tensor.data[:64], tensor.tensor_type)
             found = plain.get_input_embeddings().weight[:64].detach().numpy()
             assert np.array_equal(values, found), f"{path}: transformers has read other weights than the file holds"
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**names).save_pretrained(folder)
+    tok = AutoTokenizer.from_pretrained(**names)
+    # transformers 4.57.1 takes other tokens for these than the file names, and TRL ends every answer with eos.
+    for kind, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if field := reader.get_field(f"tokenizer.ggml.{key}_token_id"):
+            setattr(tok, f"{kind}_token", tok.convert_ids_to_tokens(int(field.contents())))
+    tok.save_pretrained(folder)
 
 
 def train(args: argparse.Namespace) -> dict:
