@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
-"""Write the down projections of a model of Llama-3-8B's shape, with random weights in Q4_K_M's types.
+"""Write a model with random weights in Q4_K_M's types, of Llama-3's shapes, to measure what a model costs.
 
     pip install gguf==0.17.1 numpy
     python scripts/make_random_model.py random-8b.gguf
     detox-gguf bench locate -m random-8b.gguf
 
-The file has what `locate` reads (1.3 GB): 32 layers of `ffn_down`, [14336, 4096], half of them Q6_K and half
+    python scripts/make_random_model.py --shape llama-1b --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf random-1b.gguf
+    scripts/bench_train.py --random-1b …
+
+`locate-8b` has what `locate` reads (1.3 GB): 32 layers of `ffn_down`, [14336, 4096], half of them Q6_K and half
 Q4_K, and no other tensor. No program can generate with it.
+
+`llama-1b` is a whole model of Llama-3.2-1B's shape (0.8 GB), with its vocabulary's size, its tied output and its rope
+factors. The tokenizer is that of another GGUF, filled up with tokens that no text becomes.
 """
 
 import argparse
@@ -14,43 +20,121 @@ import argparse
 import gguf
 import numpy as np
 
-N_LAYER, N_EMBD, N_FF = 32, 4096, 14336
-# Bytes of a block of 256, and where in it the F16 scales lie.
+Q4_K, Q6_K, F32 = gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K, gguf.GGMLQuantizationType.F32
+# Bytes of a block of 256, and where in it the F16 scales lie with what makes weights of about 0.02: of a block of
+# random bytes Q4_K's are d (scale q) - dmin (min), with a mean of 0 where dmin is 7.5 d.
 TYPES = {
-    gguf.GGMLQuantizationType.Q4_K: (144, [0, 2]),
-    gguf.GGMLQuantizationType.Q6_K: (210, [208]),
+    Q4_K: (144, {0: 8e-5, 2: 6e-4}),
+    Q6_K: (210, {208: 1.5e-5}),
 }
 
 
-def random_blocks(random: np.random.Generator, quant: gguf.GGMLQuantizationType) -> np.ndarray:
-    """[N_EMBD, bytes of a row]: random bytes with scales of 1e-4, so that weights are of a usual size."""
+def random_blocks(random: np.random.Generator, quant: gguf.GGMLQuantizationType, n_out: int, n_in: int) -> np.ndarray:
+    """[n_out, bytes of a row]: random bytes with scales such that weights are of a usual size."""
     n_bytes, scales = TYPES[quant]
-    blocks = random.integers(0, 256, size=(N_EMBD * N_FF // 256, n_bytes), dtype=np.uint8)
-    for at in scales:
-        blocks[:, at : at + 2] = np.frombuffer(np.float16(1e-4).tobytes(), dtype=np.uint8)
-    return blocks.reshape(N_EMBD, -1)
+    blocks = random.integers(0, 256, size=(n_out * n_in // 256, n_bytes), dtype=np.uint8)
+    for at, scale in scales.items():
+        blocks[:, at : at + 2] = np.frombuffer(np.float16(scale).tobytes(), dtype=np.uint8)
+    return blocks.reshape(n_out, -1)
+
+
+def write_locate_8b(path: str, random: np.random.Generator) -> None:
+    n_layer, n_embd, n_ff = 32, 4096, 14336
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(n_layer)
+    writer.add_embedding_length(n_embd)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_context_length(8192)
+    writer.add_head_count(32)
+    # One matrix of each type, written for all layers: what is read from disk is not less for that.
+    blocks = {quant: random_blocks(random, quant, n_embd, n_ff) for quant in TYPES}
+    for il in range(n_layer):
+        quant = Q6_K if il % 2 else Q4_K
+        writer.add_tensor(f"blk.{il}.ffn_down.weight", blocks[quant], raw_dtype=quant)
+    finish(writer)
+
+
+def write_llama_1b(path: str, random: np.random.Generator, tokenizer: str) -> None:
+    n_layer, n_embd, n_ff, n_vocab, n_embd_kv, n_rot = 16, 2048, 8192, 128256, 512, 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("random weights of Llama-3.2-1B's shape")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(n_layer)
+    writer.add_context_length(131072)
+    writer.add_embedding_length(n_embd)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(32)
+    writer.add_head_count_kv(8)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(500000.0)
+    writer.add_rope_dimension_count(n_rot)
+    writer.add_vocab_size(n_vocab)
+    copy_tokenizer(writer, gguf.GGUFReader(tokenizer), n_vocab)
+
+    def add(name: str, quant: gguf.GGMLQuantizationType, n_out: int, n_in: int) -> None:
+        writer.add_tensor(f"{name}.weight", random_blocks(random, quant, n_out, n_in), raw_dtype=quant)
+
+    add("token_embd", Q6_K, n_vocab, n_embd)
+    writer.add_tensor("output_norm.weight", np.ones(n_embd, dtype=np.float32))
+    writer.add_tensor("rope_freqs.weight", rope_factors(n_rot))
+    for il in range(n_layer):
+        better = Q6_K if il % 2 else Q4_K  # as Q4_K_M does, in about half the layers
+        add(f"blk.{il}.attn_q", Q4_K, n_embd, n_embd)
+        add(f"blk.{il}.attn_k", Q4_K, n_embd_kv, n_embd)
+        add(f"blk.{il}.attn_v", better, n_embd_kv, n_embd)
+        add(f"blk.{il}.attn_output", Q4_K, n_embd, n_embd)
+        add(f"blk.{il}.ffn_gate", Q4_K, n_ff, n_embd)
+        add(f"blk.{il}.ffn_up", Q4_K, n_ff, n_embd)
+        add(f"blk.{il}.ffn_down", better, n_embd, n_ff)
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{il}.{norm}.weight", np.ones(n_embd, dtype=np.float32))
+    finish(writer)
+
+
+def rope_factors(n_rot: int, base: float = 500000.0, factor: float = 32.0, low: float = 1.0, high: float = 4.0,
+                 n_ctx_old: int = 8192) -> np.ndarray:
+    """What Llama 3.2 divides each frequency by: long waves by `factor`, short ones by nothing, between them a mix."""
+    waves = 2 * np.pi * base ** (np.arange(0, n_rot, 2) / n_rot)
+    smooth = np.clip((n_ctx_old / waves - low) / (high - low), 0.0, 1.0)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def copy_tokenizer(writer: gguf.GGUFWriter, source: gguf.GGUFReader, n_vocab: int) -> None:
+    """Its keys, with tokens added up to `n_vocab`."""
+    for key, entry in source.fields.items():
+        if not key.startswith("tokenizer."):
+            continue
+        value = entry.contents()
+        if key in ("tokenizer.ggml.tokens", "tokenizer.ggml.token_type"):
+            added = range(len(value), n_vocab)
+            value += [f"<|unused_{i}|>" for i in added] if key.endswith("tokens") else [gguf.TokenType.UNUSED] * len(added)
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, entry.types[0])
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file(progress=False)
+    writer.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path")
+    parser.add_argument("--shape", choices=["locate-8b", "llama-1b"], default="locate-8b")
+    parser.add_argument("--tokenizer", help="GGUF whose tokenizer llama-1b gets")
     args = parser.parse_args()
-    writer = gguf.GGUFWriter(args.path, "llama")
-    writer.add_block_count(N_LAYER)
-    writer.add_embedding_length(N_EMBD)
-    writer.add_feed_forward_length(N_FF)
-    writer.add_context_length(8192)
-    writer.add_head_count(32)
     random = np.random.Generator(np.random.PCG64(0))
-    # One matrix of each type, written for all layers: what is read from disk is not less for that.
-    blocks = {quant: random_blocks(random, quant) for quant in TYPES}
-    for il in range(N_LAYER):
-        quant = gguf.GGMLQuantizationType.Q6_K if il % 2 else gguf.GGMLQuantizationType.Q4_K
-        writer.add_tensor(f"blk.{il}.ffn_down.weight", blocks[quant], raw_dtype=quant)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file(progress=False)
-    writer.close()
+    if args.shape == "locate-8b":
+        write_locate_8b(args.path, random)
+    elif args.tokenizer is None:
+        parser.error("--shape llama-1b needs --tokenizer, a GGUF with the tokenizer to copy")
+    else:
+        write_llama_1b(args.path, random, args.tokenizer)
 
 
 if __name__ == "__main__":
