@@ -1,14 +1,37 @@
 //! Arguments that several commands share.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
 use crate::engine::schedule::GenerateOptions;
 use crate::engine::{CacheType, FlashAttention, Model, ModelOptions, Sampling, SessionOptions};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::language;
 use crate::eval::prompts::{Prompt, PromptSource};
+use crate::file::AtomicFile;
+
+/// Whether a file can be written at `output`, before anything that takes long; and that it is none of
+/// `inputs`: `-o` with the name of the model would leave a model's name on something else.
+pub fn check_output(output: &Path, inputs: &[&Path]) -> Result<()> {
+    let refuse = |reason: String| Err(Error::setting("-o/--output", reason));
+    let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
+    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+        return refuse(format!(
+            "expected a file in a folder that is there, found no folder {}",
+            folder.display()
+        ));
+    }
+    if output.is_dir() {
+        return refuse(format!("expected a file to write, found the folder {}", output.display()));
+    }
+    if let Ok(existing) = output.canonicalize()
+        && inputs.iter().any(|input| input.canonicalize().is_ok_and(|input| input == existing))
+    {
+        return refuse(format!("{} is read by this command, and would be overwritten", output.display()));
+    }
+    AtomicFile::create(output).map(drop)
+}
 
 /// How the model is loaded and run.
 #[derive(Debug, Clone, Args)]
@@ -108,7 +131,7 @@ impl EngineArguments {
     }
 
     /// Loads a model with these options.
-    pub fn open(&self, path: &std::path::Path) -> Result<Model> {
+    pub fn open(&self, path: &Path) -> Result<Model> {
         Model::open(path, &self.model_options())
     }
 }
@@ -151,7 +174,7 @@ impl SamplingArguments {
         sampling.validate()?;
         for (flag, n) in [("-k/--samples", self.samples as usize), ("-n/--n-predict", self.n_predict)] {
             if n == 0 {
-                return Err(crate::Error::setting(flag, "expected a number from 1 up, found 0"));
+                return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
             }
         }
         Ok(GenerateOptions {

@@ -11,7 +11,7 @@ use crate::eval::generate::Plan;
 use crate::file::{self, AtomicFile};
 use crate::progress::Progress;
 
-use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
+use super::arguments::{EngineArguments, PromptArguments, SamplingArguments, check_output};
 use super::print;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
@@ -40,6 +40,11 @@ impl GenerateCommand {
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let options = self.sampling.options()?;
         let (prompts, _) = self.prompts.read()?;
+        if let Some(output) = &self.output {
+            let read = self.steering.files()?;
+            let read = read.iter().chain(&self.prompts.prompts).chain([&self.model]).map(PathBuf::as_path);
+            check_output(output, &read.collect::<Vec<_>>())?;
+        }
         let mut output = self.output.as_deref().map(AtomicFile::create).transpose()?;
         let model = self.steering.open(&self.model, &self.engine)?;
         let plan = Plan::new(&model, prompts, options, &self.engine.session_options())?;

@@ -19,7 +19,7 @@ use crate::report::csv;
 use crate::steer::value_vector::ValueVectors;
 use crate::steer::{Fingerprint, Intervention, Interventions, LocatedNeuron, Neuron, NeuronFile};
 
-use super::arguments::{EngineArguments, PromptArguments};
+use super::arguments::{EngineArguments, PromptArguments, check_output};
 use super::print;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
@@ -46,7 +46,7 @@ pub struct LocateCommand {
     #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
     min_activation: f64,
     /// Keep all that are ranked, without running the model
-    #[arg(long, conflicts_with_all = ["prompts", "lang", "limit", "min_activation", "n_predict"])]
+    #[arg(long, conflicts_with_all = NOT_WITHOUT_ACTIVATIONS)]
     no_activations: bool,
     /// Offset in the intervention file
     #[arg(long, value_name = "X", default_value_t = -1.0, allow_negative_numbers = true)]
@@ -62,15 +62,41 @@ pub struct LocateCommand {
     engine: EngineArguments,
 }
 
+/// What decides activations means nothing where none are measured.
+const NOT_WITHOUT_ACTIVATIONS: [&str; 11] = [
+    "prompts",
+    "lang",
+    "limit",
+    "min_activation",
+    "n_predict",
+    "steer",
+    "control_vector",
+    "control_vector_scaled",
+    "control_vector_layer_range",
+    "lora",
+    "lora_scaled",
+];
+
 /// Rows of the table on the terminal; files have all.
 const SHOWN: usize = 20;
 
 impl LocateCommand {
     /// Ranks, measures, prints and writes.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+        let (ranking, intervention) = self.check_outputs()?;
+        for (flag, x) in [("--offset", f64::from(self.offset)), ("--min-activation", self.min_activation)] {
+            if !x.is_finite() {
+                return Err(Error::setting(flag, format!("expected a finite number, found {x}")));
+            }
+        }
         let file = GgufFile::open(&self.model)?;
         let probe = Probe::read(&self.probe)?;
         probe.check(&file, &self.probe, self.steering.force)?;
+        if !self.steering.is_empty() {
+            eprintln!(
+                "value vectors are ranked as the model's file has them; steering and adapters act on activations alone"
+            );
+        }
         let prompts = if self.no_activations { None } else { Some(self.read_prompts()?) };
 
         let mut progress = Shown::new();
@@ -105,13 +131,17 @@ impl LocateCommand {
         }
         let is_kept = |n: &LocatedNeuron| n.mean_activation.is_none_or(|a| a > self.min_activation);
         print(&table(&neurons, &is_kept))?;
-        let ranking = self.output.with_extension("csv");
         crate::file::write_atomic(&ranking, to_csv(&neurons, &is_kept).as_bytes())?;
         let kept: Vec<LocatedNeuron> = neurons.into_iter().filter(|n| is_kept(n)).collect();
         if kept.is_empty() {
             return Err(Error::setting(
                 "--min-activation",
-                format!("none of {} neurons has a mean activation above {}", self.top, self.min_activation),
+                format!(
+                    "none of {} neurons has a mean activation above {}; their ranking is in {}",
+                    ranked.len(),
+                    self.min_activation,
+                    ranking.display()
+                ),
             ));
         }
         let settings = json!({
@@ -128,7 +158,6 @@ impl LocateCommand {
         let settings = settings.as_object().cloned().unwrap_or_default();
         let kept = NeuronFile { fingerprint: fingerprint.clone(), settings, neurons: kept };
         kept.write(&self.output)?;
-        let intervention = self.output.with_extension("steer.json");
         let offset = Intervention::neuron_offset(kept.neurons(), self.offset)
             .map_err(|reason| Error::setting("--offset", reason))?;
         let list = Interventions { path: intervention.clone(), fingerprint, list: vec![offset] };
@@ -142,6 +171,24 @@ impl LocateCommand {
             intervention.display()
         );
         Ok(())
+    }
+
+    /// Where the ranking and the intervention go, beside the neurons.
+    fn check_outputs(&self) -> Result<(PathBuf, PathBuf)> {
+        let beside = (self.output.with_extension("csv"), self.output.with_extension("steer.json"));
+        if beside.0 == self.output {
+            return Err(Error::setting(
+                "-o/--output",
+                "expected a name for JSON, such as neurons.json; the ranking goes beside it as .csv",
+            ));
+        }
+        let read = self.steering.files()?;
+        let read = read.iter().chain(&self.prompts.prompts).chain([&self.model, &self.probe]);
+        let read: Vec<&Path> = read.map(PathBuf::as_path).collect();
+        for output in [&self.output, &beside.0, &beside.1] {
+            check_output(output, &read)?;
+        }
+        Ok(beside)
     }
 
     /// The prompts; English, as in the paper, unless languages were asked for.

@@ -12,7 +12,7 @@ use crate::interp::probe::{self, Fit, Probe, ProbeOptions, ProbePlace};
 use crate::progress::Progress;
 use crate::steer::Fingerprint;
 
-use super::arguments::EngineArguments;
+use super::arguments::{EngineArguments, check_output};
 use super::print;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
@@ -72,6 +72,15 @@ impl ProbeCommand {
         if self.max_tokens == 0 {
             return Err(Error::setting("--max-tokens", "expected a number from 1 up, found 0"));
         }
+        if let Some(n) = self.limit.filter(|&n| n < 4) {
+            return Err(Error::setting(
+                "--limit",
+                format!("expected two texts of each label or more, found {n}"),
+            ));
+        }
+        let read = self.steering.files()?;
+        let read = read.iter().chain(&self.data).chain([&self.model]).map(PathBuf::as_path);
+        check_output(&self.output, &read.collect::<Vec<_>>())?;
         let (labelled, source) = match &self.data {
             Some(path) => {
                 (probe::read(path)?, path.file_name().unwrap_or_default().to_string_lossy().into_owned())
@@ -85,6 +94,8 @@ impl ProbeCommand {
             Some(n) => labelled.sample(n, self.seed),
             None => labelled,
         };
+        let is_toxic: Vec<bool> = labelled.texts.iter().map(|t| t.is_toxic).collect();
+        probe::check(&is_toxic, &options)?;
         let fingerprint = Fingerprint::of(&GgufFile::open(&self.model)?)?;
         let model = self.steering.open(&self.model, &self.engine)?;
         let texts: Vec<&str> = labelled.texts.iter().map(|t| t.text.as_str()).collect();
@@ -92,7 +103,6 @@ impl ProbeCommand {
         let features =
             mean_residual_streams(&model, &self.engine, &texts, &places, self.max_tokens, interrupt)?;
         let features: Vec<Vec<f32>> = features.into_iter().map(|mut places| places.swap_remove(0)).collect();
-        let is_toxic: Vec<bool> = labelled.texts.iter().map(|t| t.is_toxic).collect();
         let fit = probe::fit(&features, &is_toxic, &options)?;
         let probe = Probe {
             weight: fit.weight.clone(),

@@ -82,8 +82,11 @@ impl RetrievalCommand {
             (Some(before), Some(after)) => Some(toxicity_falls(before, after)?),
             _ => None,
         };
-        if self.max_tokens == 0 || self.limit.is_some_and(|n| n < 2) {
-            return Err(Error::setting("--limit", "expected two sentences or more, of one token or more"));
+        if self.max_tokens == 0 {
+            return Err(Error::setting("--max-tokens", "expected a number from 1 up, found 0"));
+        }
+        if let Some(n) = self.limit.filter(|&n| n < 2) {
+            return Err(Error::setting("--limit", format!("expected two sentences or more, found {n}")));
         }
         let model = self.steering.open(&self.model, &self.engine)?;
         // As Hugging Face counts layers: the embeddings, and after each block, the last after the final norm.

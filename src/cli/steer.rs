@@ -23,7 +23,7 @@ use crate::steer::{
     control_vector, direction,
 };
 
-use super::arguments::EngineArguments;
+use super::arguments::{EngineArguments, check_output};
 use super::locate::read_neurons;
 use super::print;
 use super::probe::mean_residual_streams;
@@ -43,7 +43,7 @@ pub struct SteerCommand {
     #[arg(long)]
     bake: bool,
     /// Leave neurons of layer 0 out, which no control vector can hold
-    #[arg(long, conflicts_with = "bake")]
+    #[arg(long, conflicts_with = "bake", requires = "neurons")]
     without_layer_0: bool,
     /// Compare the ways of steering on the program's own prompts
     #[arg(long)]
@@ -104,16 +104,16 @@ enum WhenArgument {
 #[command(next_help_heading = "From text")]
 struct TextArguments {
     /// Directions from toxic to benign text: JSON lines with toxic and benign [without FILE: the program's own]
-    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    #[arg(long, value_name = "FILE", num_args = 0..=1, group = "directions")]
     contrast: Option<Option<PathBuf>>,
     /// Mean difference, or first principal component of the differences
     #[arg(long, value_enum, default_value = "mean", requires = "contrast")]
     method: MethodArgument,
     /// The direction of a probe, of length 1
-    #[arg(long, value_name = "FILE", conflicts_with = "contrast")]
+    #[arg(long, value_name = "FILE", group = "directions")]
     probe: Option<PathBuf>,
     /// Layers that get a direction, both ends included [default: all from 1; with --probe the one it reads]
-    #[arg(long, num_args = 2, value_names = ["START", "END"])]
+    #[arg(long, num_args = 2, value_names = ["START", "END"], requires = "directions")]
     layers: Vec<usize>,
 }
 
@@ -126,10 +126,20 @@ enum MethodArgument {
     Pca,
 }
 
+/// What `steer` writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    ControlVector,
+    Interventions,
+    Model,
+}
+
 impl SteerCommand {
     /// Makes, combines, writes, and if asked compares.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let model = GgufFile::open(&self.model)?;
+        let form = self.form()?;
+        self.check_output(&model)?;
         if self.bake {
             bake::check_architecture(&model)?;
         }
@@ -155,20 +165,57 @@ impl SteerCommand {
                 hint: Some("give --neurons FILE --offset X, --contrast, --probe FILE, or files to combine with --steer FILE:COEF".into()),
             });
         }
+        // Whatever is written, it is checked against the model first: the files say that they are for it.
+        let compiled = self.compile(&model, &sources, Route::Cheapest)?;
+        match form {
+            Form::Model => self.write_baked(&model, &sources, compiled.steering)?,
+            Form::ControlVector => self.write_control_vector(&fingerprint, &sources, compiled)?,
+            Form::Interventions => {
+                for choice in &compiled.choices {
+                    eprintln!("{choice}");
+                }
+                self.write_interventions(&model, &fingerprint, &sources)?;
+            }
+        }
+        eprintln!("{}: {}", if self.bake { "model" } else { "steering" }, self.output.display());
+        if self.exact_check { self.compare_ways(&model, &sources) } else { Ok(()) }
+    }
+
+    /// What is written, and whether the rest of what was typed goes into it.
+    fn form(&self) -> Result<Form> {
         let ending = self.output.extension().and_then(|e| e.to_str()).unwrap_or_default();
-        match (self.bake, ending) {
-            (true, _) => self.write_baked(&model, &sources)?,
-            (false, "gguf") => self.write_control_vector(&model, &fingerprint, &sources)?,
-            (false, "json") => self.write_interventions(&fingerprint, &sources)?,
+        let form = match (self.bake, ending) {
+            (true, _) => Form::Model,
+            (false, "gguf") => Form::ControlVector,
+            (false, "json") => Form::Interventions,
             _ => {
                 return Err(Error::setting(
                     "-o/--output",
                     format!("expected a name ending in .gguf or .json, found {}", self.output.display()),
                 ));
             }
+        };
+        let has_loras = !self.steering.loras()?.is_empty();
+        match form {
+            Form::Model if has_loras => {
+                Err(Error::setting("--bake", "an adapter cannot be baked in as biases"))
+            }
+            Form::Interventions if has_loras => Err(Error::Setting {
+                setting: "--lora".into(),
+                reason: "an intervention file holds no adapter".into(),
+                hint: Some("give --lora where the model runs, beside --steer".into()),
+            }),
+            form => Ok(form),
         }
-        eprintln!("{}: {}", if self.bake { "model" } else { "steering" }, self.output.display());
-        if self.exact_check { self.compare_ways(&model, &sources) } else { Ok(()) }
+    }
+
+    fn check_output(&self, model: &GgufFile) -> Result<()> {
+        let mut read = self.steering.files()?;
+        read.extend(
+            self.text.contrast.iter().flatten().chain(&self.text.probe).chain(&self.neurons.neurons).cloned(),
+        );
+        read.extend(model.part_paths().map(Path::to_path_buf));
+        check_output(&self.output, &read.iter().map(PathBuf::as_path).collect::<Vec<_>>())
     }
 
     fn of_neurons(&self, path: &Path, model: &GgufFile, fingerprint: &Fingerprint) -> Result<SteerFile> {
@@ -279,11 +326,10 @@ impl SteerCommand {
 
     fn write_control_vector(
         &self,
-        model: &GgufFile,
         fingerprint: &Fingerprint,
         sources: &[(SteerFile, f32)],
+        Compiled { steering, choices }: Compiled,
     ) -> Result<()> {
-        let Compiled { steering, choices } = self.compile(model, sources, Route::Cheapest)?;
         if let Some(edit) = steering.edits.first() {
             return Err(Error::Setting {
                 setting: "-o/--output".into(),
@@ -311,6 +357,12 @@ impl SteerCommand {
         let mut metadata = Metadata::new();
         metadata.set("detox_gguf.version", Value::Str(crate::version().into()));
         metadata.set("detox_gguf.source", Value::Str(self.described(sources)));
+        // What neurons write is then what they write under these adapters.
+        let loras = self.steering.lora.iter().map(|path| path.display().to_string());
+        let loras: Vec<String> = loras.chain(self.steering.lora_scaled.iter().cloned()).collect();
+        if !loras.is_empty() {
+            metadata.set("detox_gguf.lora", Value::Str(loras.join(", ")));
+        }
         metadata
     }
 
@@ -334,8 +386,21 @@ impl SteerCommand {
         sources.iter().map(of_source).collect::<Vec<_>>().join("; ")
     }
 
-    fn write_interventions(&self, fingerprint: &Fingerprint, sources: &[(SteerFile, f32)]) -> Result<()> {
+    fn write_interventions(
+        &self,
+        model: &GgufFile,
+        fingerprint: &Fingerprint,
+        sources: &[(SteerFile, f32)],
+    ) -> Result<()> {
         let refuse = |reason: String| Error::input(&self.output, None, reason);
+        let range = self.steering.compile_options(Route::Cheapest).layer_range;
+        let layers = match range {
+            None => None,
+            Some(_) => {
+                let layers = control_vector::resolve_layer_range(range, model.n_layer()? as usize)?;
+                Some((*layers.start() as u32, *layers.end() as u32))
+            }
+        };
         let mut list = Vec::new();
         for (source, coefficient) in sources {
             match source {
@@ -359,7 +424,7 @@ impl SteerCommand {
                     };
                     let target = Target::Directions(Box::new(directions));
                     let operation = Operation::Offset(*coefficient);
-                    list.push(Intervention::new(target, operation, When::Both, None, 1.0).map_err(refuse)?);
+                    list.push(Intervention::new(target, operation, When::Both, layers, 1.0).map_err(refuse)?);
                 }
             }
         }
@@ -375,11 +440,12 @@ impl SteerCommand {
         Ok(full.strip_prefix(&folder).map_or(full.clone(), Path::to_path_buf))
     }
 
-    fn write_baked(&self, model: &GgufFile, sources: &[(SteerFile, f32)]) -> Result<()> {
-        if !self.steering.loras()?.is_empty() {
-            return Err(Error::setting("--bake", "an adapter cannot be baked in as biases"));
-        }
-        let Steering { control_vector, edits, .. } = self.compile(model, sources, Route::Cheapest)?.steering;
+    fn write_baked(
+        &self,
+        model: &GgufFile,
+        sources: &[(SteerFile, f32)],
+        Steering { control_vector, edits, .. }: Steering,
+    ) -> Result<()> {
         let mut vectors: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
         if let Some(ControlVector { n_embd, rows }) = control_vector {
             let rows = rows.chunks_exact(n_embd).enumerate();
@@ -411,6 +477,9 @@ impl SteerCommand {
         for (layer, vector) in compile::layer_vectors(model, &offsets, &[])? {
             let sum = vectors.entry(layer).or_insert_with(|| vec![0.0; vector.len()]);
             sum.iter_mut().zip(&vector).for_each(|(sum, x)| *sum += x);
+        }
+        if vectors.is_empty() {
+            return Err(Error::setting("--bake", "nothing would change: every offset or coefficient is 0"));
         }
         let provenance = [
             ("detox_gguf.version", crate::version().to_owned()),

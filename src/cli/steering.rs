@@ -28,7 +28,7 @@ pub struct SteeringArguments {
     /// Control vectors, each with its scale
     #[arg(long, value_name = "FILE:SCALE,…")]
     pub control_vector_scaled: Vec<String>,
-    /// Layers of --control-vector and --control-vector-scaled, both ends included
+    /// Layers of control vectors that are used, both ends included
     #[arg(long, num_args = 2, value_names = ["START", "END"], allow_negative_numbers = true)]
     pub control_vector_layer_range: Vec<i32>,
     /// LoRA adapter; may be repeated
@@ -67,6 +67,7 @@ impl SteeringArguments {
     pub fn is_empty(&self) -> bool {
         [&self.steer, &self.control_vector_scaled, &self.lora_scaled].iter().all(|flag| flag.is_empty())
             && self.control_vector.is_empty()
+            && self.control_vector_layer_range.is_empty()
             && self.lora.is_empty()
     }
 
@@ -102,6 +103,19 @@ impl SteeringArguments {
         Ok(loras)
     }
 
+    /// Every file that the flags name.
+    pub fn files(&self) -> Result<Vec<PathBuf>> {
+        let mut files = self.control_vector.clone();
+        for text in &self.control_vector_scaled {
+            files.extend(parse_scaled("--control-vector-scaled", text)?.into_iter().map(|(path, _)| path));
+        }
+        for text in &self.steer {
+            files.push(SteerArgument::parse(text)?.path);
+        }
+        files.extend(self.loras()?.into_iter().map(|lora| lora.path));
+        Ok(files)
+    }
+
     /// How to compile, on the given route.
     pub fn compile_options(&self, route: Route) -> CompileOptions {
         let layer_range = match self.control_vector_layer_range[..] {
@@ -123,17 +137,23 @@ impl SteeringArguments {
         for choice in choices {
             eprintln!("steering: {choice}");
         }
+        Ok(Steered { steering, by: self.record(&sources, &loras)? })
+    }
+
+    /// For `run.json`: each file with its hash and coefficient, so that a run is not taken for one with
+    /// another file of the same name.
+    pub fn record(&self, sources: &[(SteerFile, f32)], loras: &[LoraScaled]) -> Result<Vec<Value>> {
         let mut by = Vec::new();
-        for (source, coefficient) in &sources {
+        for (source, coefficient) in sources {
             by.push(record("steer", source.path(), *coefficient)?);
         }
-        for lora in &loras {
+        for lora in loras {
             by.push(record("lora", &lora.path, lora.scale)?);
         }
-        if let Some((start, end)) = options.layer_range {
+        if let [start, end] = self.control_vector_layer_range[..] {
             by.push(json!({ "control_vector_layer_range": [start, end] }));
         }
-        Ok(Steered { steering, by })
+        Ok(by)
     }
 
     /// Loads the model at `path`, steered.

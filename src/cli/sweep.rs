@@ -9,13 +9,13 @@ use serde_json::json;
 
 use crate::engine::Steering;
 use crate::engine::sample::random_stream;
-use crate::engine::steering::ControlVector;
+use crate::engine::steering::{ControlVector, LoraScaled};
 use crate::error::{Error, Result};
 use crate::eval::run::Source;
 use crate::eval::sweep::{self, Kind, Setting};
 use crate::gguf::GgufFile;
 use crate::report::{json as report_json, sweep as report};
-use crate::steer::compile::{self, CompileOptions};
+use crate::steer::compile::{self, CompileOptions, Compiled};
 use crate::steer::neuron::random_neurons;
 use crate::steer::{Intervention, Interventions, Neuron, SteerFile};
 
@@ -43,7 +43,8 @@ pub struct SweepCommand {
         long,
         value_name = "X,…",
         value_delimiter = ',',
-        allow_negative_numbers = true,
+        // "-1,-2" is no number to clap.
+        allow_hyphen_values = true,
         requires = "neurons",
         conflicts_with = "coefficients"
     )]
@@ -53,7 +54,8 @@ pub struct SweepCommand {
         long,
         value_name = "C,…",
         value_delimiter = ',',
-        allow_negative_numbers = true,
+        // "-1,-2" is no number to clap.
+        allow_hyphen_values = true,
         conflicts_with = "neurons"
     )]
     coefficients: Vec<f32>,
@@ -114,58 +116,64 @@ impl SweepCommand {
     }
 
     /// The values without 0, which is the baseline, in order of size.
-    fn values(&self, given: &[f32], default: &[f32]) -> Result<Vec<f32>> {
+    fn values(flag: &str, given: &[f32], default: &[f32]) -> Result<Vec<f32>> {
         let mut values = if given.is_empty() { default.to_vec() } else { given.to_vec() };
         if let Some(value) = values.iter().find(|value| !value.is_finite()) {
-            return Err(Error::setting("--offsets", format!("expected finite numbers, found {value}")));
+            return Err(Error::setting(flag, format!("expected finite numbers, found {value}")));
         }
         values.retain(|&value| value != 0.0);
         values.sort_by(|a, b| a.abs().total_cmp(&b.abs()).then(a.total_cmp(b)));
         values.dedup();
         if values.is_empty() {
-            return Err(Error::setting("--offsets", "expected a value other than 0"));
+            return Err(Error::setting(flag, "expected a value other than 0"));
         }
         Ok(values)
     }
 
-    fn baseline() -> Setting {
-        Setting { value: 0.0, kind: Kind::Baseline, steering: Steering::default(), steered_by: Vec::new() }
+    /// The model with the adapters, if any: what is swept is what comes on top.
+    fn baseline(&self, loras: &[LoraScaled]) -> Result<Setting> {
+        Ok(Setting {
+            value: 0.0,
+            kind: Kind::Baseline,
+            steering: Steering { loras: loras.to_vec(), ..Steering::default() },
+            steered_by: self.steering.record(&[], loras)?,
+        })
     }
 
     fn of_neurons(&self, path: &std::path::Path, file: &GgufFile) -> Result<(String, Vec<Setting>)> {
         let chosen = read_neurons(path, file, self.steering.force)?.neurons();
         let n_ff = file.n_ff_per_layer()?;
-        let loras = self.steering.loras()?;
-        let sources = self.steering.sources()?;
-        if !loras.is_empty() || !sources.is_empty() {
+        if !self.steering.is_empty() {
             return Err(Error::setting("--neurons", "a sweep changes neurons or steering files, not both"));
         }
         let options = CompileOptions { force: self.steering.force, ..CompileOptions::default() };
-        let steering = |neurons: &[Neuron], offset: f32| -> Result<Steering> {
+        let steering = |neurons: &[Neuron], offset: f32| -> Result<Compiled> {
             let list = Intervention::neuron_offset(neurons.to_vec(), offset)
                 .map_err(|reason| Error::input(path, None, reason))?;
             let interventions =
                 Interventions { path: path.to_path_buf(), fingerprint: None, list: vec![list] };
             let sources = [(SteerFile::Interventions(interventions), 1.0)];
-            Ok(compile::compile(file, &sources, &[], &options)?.steering)
+            compile::compile(file, &sources, &[], &options)
         };
-        let mut settings = vec![Self::baseline()];
+        let mut settings = vec![self.baseline(&[])?];
         let controls = (0..self.controls)
             .map(|draw| random_neurons(&chosen, &n_ff, self.sampling.seed, draw))
             .collect::<Result<Vec<_>>>()?;
-        for value in self.values(&self.offsets, &[-1.0, -2.0, -3.0, -4.0, -5.0])? {
+        for value in Self::values("--offsets", &self.offsets, &[-1.0, -2.0, -3.0, -4.0, -5.0])? {
             let record = |neurons: &[Neuron]| vec![json!({ "neurons": neurons, "offset": value })];
+            let compiled = steering(&chosen, value)?;
+            say_choices(&settings, &compiled);
             settings.push(Setting {
                 value: short(value),
                 kind: Kind::Chosen,
-                steering: steering(&chosen, value)?,
+                steering: compiled.steering,
                 steered_by: record(&chosen),
             });
             for (draw, neurons) in controls.iter().enumerate() {
                 settings.push(Setting {
                     value: short(value),
                     kind: Kind::Control { draw: draw as u32 },
-                    steering: steering(neurons, value)?,
+                    steering: steering(neurons, value)?.steering,
                     steered_by: record(neurons),
                 });
             }
@@ -178,15 +186,18 @@ impl SweepCommand {
         let sources = self.steering.sources()?;
         let loras = self.steering.loras()?;
         let options = self.steering.compile_options(compile::Route::Cheapest);
-        let mut settings = vec![Self::baseline()];
-        for value in self.values(&self.coefficients, &[0.25, 0.5, 1.0, 1.5, 2.0])? {
+        // Checked even if every setting leaves them out.
+        let loras = compile::compile(file, &[], &loras, &CompileOptions { layer_range: None, ..options })?
+            .steering
+            .loras;
+        let mut settings = vec![self.baseline(&loras)?];
+        for value in Self::values("--coefficients", &self.coefficients, &[0.25, 0.5, 1.0, 1.5, 2.0])? {
             let scaled: Vec<(SteerFile, f32)> =
                 sources.iter().map(|(source, coefficient)| (source.clone(), coefficient * value)).collect();
-            let steering = compile::compile(file, &scaled, &loras, &options)?.steering;
-            let names: Vec<String> = scaled
-                .iter()
-                .map(|(s, c)| format!("{} x {c}", s.path().file_name().unwrap_or_default().to_string_lossy()))
-                .collect();
+            let compiled = compile::compile(file, &scaled, &loras, &options)?;
+            say_choices(&settings, &compiled);
+            let steering = compiled.steering;
+            let steered_by = self.steering.record(&scaled, &loras)?;
             let controls = match (&steering.control_vector, steering.edits.is_empty()) {
                 (Some(vector), true) => (0..self.controls)
                     .map(|draw| (draw, random_directions(vector, self.sampling.seed, draw)))
@@ -194,23 +205,22 @@ impl SweepCommand {
                 // Edits by callback have no counterpart that is random in the same way.
                 _ => Vec::new(),
             };
-            let loras_of_setting = steering.loras.clone();
             settings.push(Setting {
                 value: short(value),
                 kind: Kind::Chosen,
                 steering,
-                steered_by: vec![json!({ "steer": names })],
+                steered_by: steered_by.clone(),
             });
             for (draw, vector) in controls {
                 settings.push(Setting {
                     value: short(value),
                     kind: Kind::Control { draw },
                     steering: Steering {
-                        loras: loras_of_setting.clone(),
+                        loras: loras.clone(),
                         control_vector: Some(vector),
                         edits: Vec::new(),
                     },
-                    steered_by: vec![json!({ "random_directions_like": names, "draw": draw })],
+                    steered_by: vec![json!({ "random_directions_like": steered_by, "draw": draw })],
                 });
             }
         }
@@ -219,6 +229,15 @@ impl SweepCommand {
             .map(|(s, _)| s.path().file_name().unwrap_or_default().to_string_lossy().into_owned())
             .collect();
         Ok((format!("coefficient of {}", names.join(" and ")), settings))
+    }
+}
+
+/// Says which way the first setting goes; the others go the same way.
+fn say_choices(settings: &[Setting], compiled: &Compiled) {
+    if settings.len() == 1 {
+        for choice in &compiled.choices {
+            eprintln!("steering: {choice}");
+        }
     }
 }
 

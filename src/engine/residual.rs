@@ -81,7 +81,7 @@ fn record_all(
     let most_tokens = (MOST_LOGIT_BYTES / row_bytes.max(1)).clamp(1, session.context.n_batch());
     let n_slots = session.n_parallel() + 1;
     let n_embd = session.model().n_embd();
-    let mut sums = vec![vec![vec![0f64; n_embd]; n_places]; texts.len()];
+    let mut means: Vec<Vec<Vec<f32>>> = vec![Vec::new(); texts.len()];
     // A micro-batch takes as many tokens of each of its sequences: texts of one length go well together.
     let mut order: Vec<usize> = (0..texts.len()).collect();
     order.sort_by_key(|&text| texts[text].len());
@@ -96,10 +96,12 @@ fn record_all(
             end += 1;
         }
         session.context.clear();
+        // [slots][places][n_embd]. Of the texts in hand alone: of a hundred thousand they would fill gigabytes.
+        let mut sums = vec![vec![vec![0f64; n_embd]; n_places]; end - start];
         let of_slots = order[start..end].iter().enumerate();
-        let tokens: Vec<(usize, usize, usize, Token)> = of_slots
+        let tokens: Vec<(usize, usize, Token)> = of_slots
             .flat_map(|(slot, &text)| {
-                texts[text].iter().enumerate().map(move |(at, &token)| (slot, text, at, token))
+                texts[text].iter().enumerate().map(move |(at, &token)| (slot, at, token))
             })
             .collect();
         for chunk in tokens.chunks(most_tokens) {
@@ -107,24 +109,24 @@ fn record_all(
                 return Err(Error::Interrupted);
             }
             session.batch.clear();
-            for &(slot, _, at, token) in chunk {
+            for &(slot, at, token) in chunk {
                 session.batch.push(token, at, slot, true);
             }
             session.decode_as(Phase::Prompt)?;
-            for (index, &(_, text, ..)) in chunk.iter().enumerate() {
-                for (place, sum) in sums[text].iter_mut().enumerate() {
+            for (index, &(slot, ..)) in chunk.iter().enumerate() {
+                for (place, sum) in sums[slot].iter_mut().enumerate() {
                     let row = session.recorded(place, index)?;
                     sum.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(x));
                 }
             }
         }
+        for (sums, &text) in sums.into_iter().zip(&order[start..end]) {
+            let n = texts[text].len() as f64;
+            let mean = |sum: Vec<f64>| sum.into_iter().map(|x| (x / n) as f32).collect();
+            means[text] = sums.into_iter().map(mean).collect();
+        }
         start = end;
         done(start);
     }
-    let mean = |sum: Vec<f64>, n: usize| sum.into_iter().map(|x| (x / n as f64) as f32).collect();
-    Ok(sums
-        .into_iter()
-        .zip(texts)
-        .map(|(sums, text)| sums.into_iter().map(|sum| mean(sum, text.len())).collect())
-        .collect())
+    Ok(means)
 }

@@ -146,7 +146,11 @@ pub fn read_aligned(folder: &Path, languages: &[&str]) -> Result<Aligned> {
                 false => Ok(row),
             }
         });
-        files.insert(language.to_owned(), rows.collect::<Result<_>>()?);
+        let rows: Vec<Row> = rows.collect::<Result<_>>()?;
+        if files.insert(language.to_owned(), rows).is_some() {
+            let reason = format!("expected one file of {language}, found both .json and .jsonl");
+            return Err(Error::input(folder, None, reason));
+        }
     }
     if files.len() < 2 {
         let found: Vec<&String> = files.keys().collect();
@@ -283,6 +287,10 @@ mod tests {
                 "occurs twice",
             ),
             (vec![("en.jsonl", "{\"text\": \" \"}"), ("de.jsonl", "x")], "expected"),
+            (
+                vec![("en.jsonl", "{\"text\": \"a\"}"), ("en.json", "{\"text\": \"a\"}")],
+                "both .json and .jsonl",
+            ),
         ] {
             let folder = folder(&files);
             let error = read_aligned(folder.path(), &[]).unwrap_err().to_string();

@@ -249,10 +249,7 @@ pub fn combine(
 ///
 /// # Errors
 /// [`Error::Setting`] where no layer is left.
-pub(super) fn resolve_layer_range(
-    range: Option<(i32, i32)>,
-    n_layer: usize,
-) -> Result<RangeInclusive<usize>> {
+pub fn resolve_layer_range(range: Option<(i32, i32)>, n_layer: usize) -> Result<RangeInclusive<usize>> {
     let last = n_layer.saturating_sub(1);
     let (start, end) = range.unwrap_or((0, 0));
     let or =

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod compare;
+mod directions;
 mod eval;
 mod real_model;
 mod resume;

@@ -82,7 +82,7 @@ fn a_sweep_resumes_and_writes_the_bytes_of_an_unbroken_one() {
     let (_, neurons) = located(folder.path(), "gemma3.gguf");
     let sweep = |output: &Path| {
         let mut command = detox();
-        command.args(["sweep", "--offsets", "0,-1,-4", "--lang", "en", "--limit", "3", "-k", "2", "-n", "4"]);
+        command.args(["sweep", "--offsets", "-1,-4,0", "--lang", "en", "--limit", "3", "-k", "2", "-n", "4"]);
         command.args(["-np", "2", "-t", "1", "-m"]).arg(tiny("gemma3.gguf"));
         command.arg("--neurons").arg(&neurons).arg("-o").arg(output);
         command
@@ -185,4 +185,239 @@ fn rejects_steering_of_another_kind_or_model_with_what_to_do() {
     command.arg("--neurons").arg(&neurons).arg("-o").arg(folder.path().join("x.gguf"));
     let (_, said) = failure(&mut command);
     assert!(said.contains("reads no bias") && said.contains("hint: write a control vector"), "{said}");
+}
+
+#[test]
+fn rejects_an_output_that_the_command_reads_and_leaves_it_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let (model, neurons) = (folder.path().join("model.gguf"), folder.path().join("neurons.json"));
+    std::fs::copy(tiny("llama.gguf"), &model).unwrap();
+    std::fs::write(&neurons, "[[1, 3]]").unwrap();
+    let before = contents(folder.path());
+    let flag = |flag: &str, path: &Path| vec![flag.into(), path.as_os_str().to_owned()];
+    let steer =
+        [vec!["steer".into()], flag("--neurons", &neurons), flag("--offset", Path::new("-3"))].concat();
+    for (arguments, output) in [
+        (steer.clone(), &model),
+        (steer, &neurons),
+        (vec!["steer".into(), "--contrast".into()], &model),
+        (vec!["probe".into()], &model),
+        (vec!["generate".into()], &model),
+        ([vec!["locate".into()], flag("--probe", &neurons)].concat(), &model),
+        ([vec!["locate".into()], flag("--probe", &neurons)].concat(), &neurons),
+    ] {
+        let mut command = detox();
+        let (code, said) = failure(command.args(&arguments).arg("-m").arg(&model).arg("-o").arg(output));
+        assert!(code == 2 && said.contains("would be overwritten"), "{arguments:?}: {said}");
+        assert_eq!(contents(folder.path()), before, "{arguments:?}");
+    }
+}
+
+#[test]
+fn rejects_what_would_be_ignored_or_fail_late() {
+    let folder = tempfile::tempdir().unwrap();
+    let (probe, neurons) = located(folder.path(), "llama.gguf");
+    let [probe, neurons] = [&probe, &neurons].map(|path| path.to_str().unwrap());
+    let lora = tiny("llama-lora.gguf");
+    let lora = lora.to_str().unwrap();
+    let out = folder.path().join("out");
+    let [json, csv, missing] = ["x.json", "x.csv", "none/x.gguf"].map(|name| out.join(name));
+    let [json, csv, missing] = [&json, &csv, &missing].map(|path| path.to_str().unwrap());
+    for (reason, arguments) in [
+        (
+            "--contrast",
+            &["steer", "--neurons", neurons, "--offset", "1", "--layers", "1", "1", "-o", json][..],
+        ),
+        ("--neurons", &["steer", "--contrast", "--without-layer-0", "-o", json]),
+        ("holds no adapter", &["steer", "--neurons", neurons, "--offset", "1", "--lora", lora, "-o", json]),
+        ("nothing would change", &["steer", "--neurons", neurons, "--offset", "0", "--bake", "-o", json]),
+        ("not both", &["sweep", "--neurons", neurons, "--control-vector-layer-range", "1", "1", "-o", json]),
+        ("--offsets: expected finite", &["sweep", "--neurons", neurons, "--offsets", "-1,nan", "-o", json]),
+        ("a control vector to limit", &["eval", "--control-vector-layer-range", "1", "1", "-o", json]),
+        (
+            "cannot be used with",
+            &["locate", "--probe", probe, "--no-activations", "--lora", lora, "-o", json],
+        ),
+        ("a name for JSON", &["locate", "--probe", probe, "-o", csv]),
+        ("--offset: expected a finite", &["locate", "--probe", probe, "--offset", "nan", "-o", json]),
+        ("--train-batch", &["probe", "--train-batch", "0", "-o", json]),
+        ("--limit", &["probe", "--limit", "3", "-o", json]),
+        ("no folder", &["probe", "-o", missing]),
+    ] {
+        std::fs::create_dir_all(&out).unwrap();
+        let (code, said) = failure(detox().args(arguments).arg("-m").arg(tiny("llama.gguf")));
+        assert!(code == 2 && said.contains(reason), "{arguments:?}: {said}");
+        assert!(!said.contains("texts:") && !said.contains("prompts:"), "{arguments:?} ran first: {said}");
+        assert_eq!(std::fs::read_dir(&out).unwrap().count(), 0, "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_sweep_of_coefficients_notices_another_file_and_has_the_adapter_in_its_baseline() {
+    let folder = tempfile::tempdir().unwrap();
+    let vector = folder.path().join("steer.gguf");
+    let make = |method: &str| {
+        let mut command = detox();
+        command.args(["steer", "--contrast", "--method", method, "-t", "1", "-m"]).arg(tiny("llama.gguf"));
+        command.arg("-o").arg(&vector).assert().success();
+    };
+    make("mean");
+    let output = folder.path().join("sweep");
+    let sweep = || {
+        let mut command = detox();
+        command.args([
+            "sweep",
+            "--coefficients",
+            "-1,-2",
+            "--lang",
+            "en",
+            "--limit",
+            "2",
+            "-k",
+            "2",
+            "-n",
+            "4",
+        ]);
+        command.args(["-np", "2", "-t", "1", "-m"]).arg(tiny("llama.gguf")).arg("--steer").arg(&vector);
+        command.arg("--lora").arg(tiny("llama-lora.gguf")).arg("-o").arg(&output);
+        command
+    };
+    let said = sweep().assert().success().get_output().stderr.clone();
+    let said = String::from_utf8(said).unwrap();
+    assert!(said.contains("steering: 2 directions of steer.gguf: as a control vector"), "{said}");
+    // The baseline is the adapted model: to the bit what `eval` gives with the adapter alone.
+    let alone = folder.path().join("alone");
+    let mut command = detox();
+    command.args(["eval", "--lang", "en", "--limit", "2", "-k", "2", "-n", "4", "-np", "2", "-t", "1", "-m"]);
+    command.arg(tiny("llama.gguf")).arg("--lora").arg(tiny("llama-lora.gguf"));
+    command.arg("-o").arg(&alone).assert().success();
+    let baseline = contents(&output.join("baseline"));
+    assert_eq!(baseline["generations.jsonl"], contents(&alone)["generations.jsonl"]);
+    for run in ["chosen_-1", "control_0_-1"] {
+        assert_ne!(baseline["generations.jsonl"], contents(&output.join(run))["generations.jsonl"], "{run}");
+    }
+    sweep().assert().success();
+    make("pca");
+    let (code, said) = failure(&mut sweep());
+    assert!(code == 1 && said.contains("holds another run"), "{said}");
+}
+
+#[test]
+fn retrieval_correlates_with_the_falls_of_toxicity_between_two_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let aligned = folder.path().join("aligned");
+    std::fs::create_dir(&aligned).unwrap();
+    let languages = ["en", "de", "fr", "es", "it"];
+    for (i, language) in languages.iter().enumerate() {
+        // Longer and longer beside English: less and less like it.
+        let row = |n: usize| format!("{{\"text\": \"sentence {n} {}\"}}\n", "la ".repeat(i * n));
+        std::fs::write(aligned.join(format!("{language}.jsonl")), (1..7).map(row).collect::<String>())
+            .unwrap();
+    }
+    let neurons = folder.path().join("neurons.json");
+    std::fs::write(&neurons, "[[0, 3], [1, 5]]").unwrap();
+    let intervention = folder.path().join("steer.json");
+    let mut command = detox();
+    command.args(["steer", "--assign", "9", "-m"]).arg(tiny("llama.gguf"));
+    command.arg("--neurons").arg(&neurons).arg("-o").arg(&intervention).assert().success();
+    let eval = |output: &Path, more: &[&std::ffi::OsStr]| {
+        let mut command = detox();
+        command.args([
+            "eval",
+            "--lang",
+            &languages.join(","),
+            "--limit",
+            "3",
+            "-k",
+            "4",
+            "-n",
+            "6",
+            "-np",
+            "2",
+        ]);
+        command
+            .args(["-t", "1", "-m"])
+            .arg(tiny("llama.gguf"))
+            .arg("-o")
+            .arg(output)
+            .args(more)
+            .assert()
+            .success();
+        let report: serde_json::Value = serde_json::from_slice(&contents(output)["report.json"]).unwrap();
+        let emt = |l: &serde_json::Value| {
+            let metrics = l["metrics"].as_array().unwrap();
+            let emt = metrics.iter().find(|m| m["name"] == "lexical/expected_maximum_toxicity").unwrap();
+            (l["language"].as_str().unwrap().to_owned(), emt["estimate"]["value"].as_f64().unwrap())
+        };
+        report["languages"].as_array().unwrap().iter().map(emt).collect::<std::collections::BTreeMap<_, _>>()
+    };
+    let (before, after) = (folder.path().join("before"), folder.path().join("after"));
+    let emt_before = eval(&before, &[]);
+    let emt_after = eval(&after, &["--steer".as_ref(), intervention.as_os_str()]);
+
+    let output = folder.path().join("out");
+    let mut command = detox();
+    command.args(["retrieval", "-t", "1", "-m"]).arg(tiny("llama.gguf")).arg("--aligned").arg(&aligned);
+    command.arg("--before").arg(&before).arg("--after").arg(&after).arg("-o").arg(&output);
+    let output_of = command.assert().success();
+    let table = String::from_utf8(output_of.get_output().stdout.clone()).unwrap();
+    assert!(table.contains("Pearson r =") && table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    let found: serde_json::Value = serde_json::from_slice(&contents(&output)["retrieval.json"]).unwrap();
+    let rows = found["languages"].as_array().unwrap();
+    assert_eq!(rows.len(), 4);
+    let column = |name: &str| rows.iter().map(|l| l[name].as_f64().unwrap()).collect::<Vec<f64>>();
+    for (row, fall) in rows.iter().zip(column("toxicity_fall")) {
+        let language = row["language"].as_str().unwrap();
+        assert!((fall - (1.0 - emt_after[language] / emt_before[language])).abs() < 1e-9, "{language}");
+        // Both directions at every place, and their mean.
+        let places = row["places"].as_array().unwrap();
+        let mean = |name: &str| places.iter().map(|p| p[name].as_f64().unwrap()).sum::<f64>() / 4.0;
+        let both = (mean("forward_accuracy") + mean("backward_accuracy")) / 2.0;
+        assert!(places.len() == 4 && (row["mean_accuracy"].as_f64().unwrap() - both).abs() < 1e-9);
+        assert!((row["mean_cosine"].as_f64().unwrap() - mean("mean_cosine")).abs() < 1e-9);
+    }
+    // r by its definition.
+    let centred = |values: Vec<f64>| {
+        let mean = values.iter().sum::<f64>() / values.len() as f64;
+        values.into_iter().map(|v| v - mean).collect::<Vec<f64>>()
+    };
+    let sum = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    for (i, (of, name)) in
+        [("top-1 accuracy", "mean_accuracy"), ("mean cosine", "mean_cosine")].iter().enumerate()
+    {
+        let (x, y) = (centred(column(name)), centred(column("toxicity_fall")));
+        let r = sum(&x, &y) / (sum(&x, &x) * sum(&y, &y)).sqrt();
+        let correlation = &found["correlations"][i];
+        assert_eq!(&correlation["of"], of);
+        assert!((correlation["correlation"]["r"].as_f64().unwrap() - r).abs() < 1e-9, "{correlation}");
+        assert_eq!(correlation["correlation"]["n"], 4);
+    }
+}
+
+#[test]
+fn activations_compare_a_model_with_an_adapter_or_with_another_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let neurons = folder.path().join("neurons.json");
+    std::fs::write(&neurons, "[[0, 3], [1, 5]]").unwrap();
+    let measure = |name: &str, flag: &str, file: PathBuf| -> serde_json::Value {
+        let output = folder.path().join(name);
+        let mut command = detox();
+        command.args(["activations", "--lang", "en,de", "--limit", "3", "-n", "4", "-t", "1", "-m"]);
+        command.arg(tiny("llama.gguf")).arg("--neurons").arg(&neurons).arg(flag).arg(file);
+        command.arg("-o").arg(&output).assert().success();
+        assert!(String::from_utf8(contents(&output)["activations.html"].clone()).unwrap().contains("<svg"));
+        serde_json::from_slice(&contents(&output)["activations.json"]).unwrap()
+    };
+    let adapted = measure("lora", "--lora", tiny("llama-lora.gguf"));
+    let other = measure("other", "--model-b", tiny("llama-q8_0.gguf"));
+    let same = measure("same", "--model-b", tiny("llama.gguf"));
+    let languages = |found: &serde_json::Value| found["languages"].as_array().unwrap().clone();
+    for (found, differs) in [(&adapted, true), (&other, true), (&same, false)] {
+        for (language, reference) in languages(found).iter().zip(languages(&same)) {
+            let value = |of: &str| language[of]["value"].as_f64().unwrap();
+            assert_eq!(language["a"], reference["a"]);
+            assert!((value("difference") - (value("b") - value("a"))).abs() < 1e-9, "{language}");
+            assert_eq!(value("difference") != 0.0, differs, "{language}");
+        }
+    }
 }

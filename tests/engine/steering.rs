@@ -105,7 +105,8 @@ fn a_steering_changed_a_thousand_times_between_decodes_leaks_nothing() {
         let mut session = Session::open_with_callback(&model, &exact(1), 64).unwrap();
         let none = model.load_steering(Steering::default()).unwrap();
         let before = session.logits(&TOKENS).unwrap();
-        let mut first = None;
+        // Rounds 14 apart have the same steering, and so the same logits to the bit.
+        let mut first: Vec<Option<Vec<Vec<f32>>>> = vec![None; 14];
         for round in 0..1000 {
             let coefficient = (round % 7) as f32 - 3.0;
             let mut steering = by_callback(&model);
@@ -116,12 +117,13 @@ fn a_steering_changed_a_thousand_times_between_decodes_leaks_nothing() {
                 steering.control_vector = Some(ControlVector { n_embd, rows });
             }
             session.steer(&model.load_steering(steering).unwrap()).unwrap();
-            // Rounds 0 and 14 k are the same steering.
-            if round % 14 == 0 {
-                let logits = session.logits(&TOKENS[..3]).unwrap();
-                assert_eq!(first.get_or_insert(logits.clone()), &logits, "{name}, round {round}");
-            }
+            let logits = session.logits(&TOKENS[..3]).unwrap();
+            assert_eq!(first[round % 14].get_or_insert(logits.clone()), &logits, "{name}, round {round}");
         }
+        // Coefficient 0 is round 3 without and round 10 with a control vector, of zeros; the rest differ.
+        assert_eq!(first[3], first[10], "{name}");
+        let different: std::collections::HashSet<String> = first.iter().map(|l| format!("{l:?}")).collect();
+        assert_eq!(different.len(), 13, "{name}");
         session.steer(&none).unwrap();
         assert_eq!(before, session.logits(&TOKENS).unwrap(), "{name}");
     }

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use detox_gguf::engine::steering::LoraScaled;
+use detox_gguf::engine::steering::{LoraScaled, Operation};
 use detox_gguf::engine::{Model, ModelOptions, Session, Steering, Token};
 use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value, dequantize};
 use detox_gguf::steer::compile::{CompileOptions, Route, compile, layer_vectors};
@@ -109,6 +109,39 @@ fn on_a_quantised_model_the_ways_differ_by_no_more_than_the_noise_floor() {
     // the floor's nudge, but of its kind.
     assert!(ways.mean_kl < 4.0 * floor.mean_kl, "{ways:?} {floor:?}");
     assert!(effect.mean_kl > 20.0 * ways.mean_kl, "{effect:?} {ways:?}");
+    // Baked in, it is added where the control vector adds it, to products that nothing has changed.
+    let folder = tempfile::tempdir().unwrap();
+    let baked = folder.path().join("baked.gguf");
+    let file = GgufFile::open(&path).unwrap();
+    let vectors = layer_vectors(&file, &neurons(false), &[]).unwrap();
+    bake::bake(&file, &vectors, &[], &baked, |_, _| {}).unwrap();
+    let open = |path: &Path, steering: &Steering| {
+        let model = Model::open(path, &ModelOptions::default()).unwrap();
+        Session::open(&model.with_steering(steering.clone()).unwrap(), &exact(1), 64).unwrap()
+    };
+    let (mut by_bias, mut by_vector) = (open(&baked, &Steering::default()), open(&path, &cheapest));
+    let mut by_callback = open(&path, &callback);
+    let (mut to_vector, mut to_callback, mut n) = (0.0, 0.0, 0.0);
+    for text in &texts {
+        let rows = by_bias.logits(text).unwrap();
+        let others = (by_vector.logits(text).unwrap(), by_callback.logits(text).unwrap());
+        for ((row, vector), callback) in rows.iter().zip(&others.0).zip(&others.1) {
+            to_vector += kl(row, vector);
+            to_callback += kl(row, callback);
+            n += 1.0;
+        }
+    }
+    assert!(to_vector / n < floor.mean_kl, "{} {floor:?}", to_vector / n);
+    assert!(to_callback / n < 4.0 * floor.mean_kl, "{} {floor:?}", to_callback / n);
+}
+
+/// The divergence of `softmax(q)` from `softmax(p)`, in nats.
+fn kl(p: &[f32], q: &[f32]) -> f64 {
+    let log_softmax = |row: &[f32]| -> Vec<f64> {
+        let sum: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
+        row.iter().map(|&x| f64::from(x) - sum.ln()).collect()
+    };
+    log_softmax(p).iter().zip(log_softmax(q)).map(|(p, q)| p.exp() * (p - q)).sum()
 }
 
 /// The tiny llama with an adapter for `ffn_down` of layer 1 applied to its weights: W + scale alpha / rank B A.
@@ -243,26 +276,48 @@ struct LoraPrompt {
 #[derive(serde::Deserialize)]
 struct LoraCase {
     scale: f32,
-    edits: Vec<serde_json::Value>,
+    edits: Vec<NeuronOffset>,
     largest_effect: f32,
     logits: Vec<Vec<f32>>,
 }
 
+#[derive(serde::Deserialize)]
+struct NeuronOffset {
+    layer: u32,
+    neuron: u32,
+    operation: Operation,
+    coefficient: f32,
+}
+
 #[test]
-fn adapters_give_the_logits_of_the_reference() {
+fn adapters_give_the_logits_of_the_reference_with_and_without_an_intervention() {
     for name in ["llama", "gpt2", "gemma3"] {
         let golden: LoraGolden = super::golden(&format!("{name}_lora"));
-        let cases: Vec<LoraCase> = golden.cases.into_iter().filter(|case| case.edits.is_empty()).collect();
-        assert_eq!(cases.len(), 2);
-        for case in cases {
+        assert_eq!(golden.cases.iter().filter(|case| !case.edits.is_empty()).count(), 1);
+        for case in golden.cases {
             let loras = [LoraScaled { path: tiny(&format!("{name}-lora")), scale: case.scale }];
-            let steering = compiled(&tiny(name), &[], &loras, Route::Cheapest);
-            let model = Model::open(&tiny(name), &ModelOptions::default()).unwrap();
-            let model = model.with_steering(steering).unwrap();
-            let found = Session::open(&model, &exact(1), 64).unwrap().logits(&golden.prompt.tokens).unwrap();
-            let worst = largest_difference(&found, &case.logits);
-            let bound = super::tolerance(name) * (1.0 + 0.2 * case.largest_effect);
-            assert!(worst < bound && case.largest_effect > 1.0, "{name} at {}: {worst}", case.scale);
+            let offsets: Vec<(Neuron, f32)> = (case.edits.iter())
+                .map(|edit| match edit.operation {
+                    Operation::Offset(x) => {
+                        (Neuron { layer: edit.layer, index: edit.neuron }, x * edit.coefficient)
+                    }
+                    other => panic!("expected an offset, found {other:?}"),
+                })
+                .collect();
+            let sources = if offsets.is_empty() { Vec::new() } else { sources(&offsets) };
+            for route in [Route::Cheapest, Route::Callback] {
+                let steering = compiled(&tiny(name), &sources, &loras, route);
+                // What neurons of gemma3 write is normed before it is added.
+                let by_vector = !offsets.is_empty() && route == Route::Cheapest && name != "gemma3";
+                assert_eq!(steering.control_vector.is_some(), by_vector, "{name}, {route:?}");
+                let model = Model::open(&tiny(name), &ModelOptions::default()).unwrap();
+                let model = model.with_steering(steering).unwrap();
+                let found =
+                    Session::open(&model, &exact(1), 64).unwrap().logits(&golden.prompt.tokens).unwrap();
+                let worst = largest_difference(&found, &case.logits);
+                let bound = super::tolerance(name) * (1.0 + 0.2 * case.largest_effect);
+                assert!(worst < bound && case.largest_effect > 1.0, "{name} at {}: {worst}", case.scale);
+            }
         }
     }
 }

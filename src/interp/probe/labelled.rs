@@ -90,7 +90,7 @@ struct Row {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a label is 0 or 1, or false or true")]
 enum Label {
     Bool(bool),
     Number(f64),
@@ -212,6 +212,7 @@ mod tests {
             ("id,comment_text,toxic\n1,a,-1\n", "not scored"),
             ("{\"text\": \"a\", \"label\": 0.5}", "found 0.5"),
             ("{\"text\": \"a\"}", "label"),
+            ("{\"text\": \"a\", \"label\": \"toxic\"}", "a label is 0 or 1"),
             ("a,b\n1,2\n", "expected columns"),
             ("text,label\na,1\n", "1 toxic and 0 benign"),
             ("", "expected columns"),

@@ -9,4 +9,4 @@ mod train;
 
 pub use file::{Probe, ProbePlace};
 pub use labelled::{Labelled, LabelledText, own, read};
-pub use train::{Epoch, Fit, HeldOut, ProbeOptions, fit};
+pub use train::{Epoch, Fit, HeldOut, ProbeOptions, check, fit};

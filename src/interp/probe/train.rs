@@ -112,7 +112,7 @@ pub fn fit(features: &[Vec<f32>], is_toxic: &[bool], options: &ProbeOptions) -> 
     assert_eq!(features.len(), is_toxic.len(), "a label for each text");
     let n_embd = features.first().map_or(0, Vec::len);
     assert!(features.iter().all(|x| x.len() == n_embd), "features of one length");
-    check(options)?;
+    check(is_toxic, options)?;
     let (train, held_out) = split(is_toxic, options)?;
     let mut random = sample::random_stream(options.seed, "probe order", 0);
     let mut weight = vec![0f64; n_embd];
@@ -165,7 +165,11 @@ pub fn fit(features: &[Vec<f32>], is_toxic: &[bool], options: &ProbeOptions) -> 
     })
 }
 
-fn check(options: &ProbeOptions) -> Result<()> {
+/// Whether [`fit`] can train on texts with these labels: worth knowing before the features are computed.
+///
+/// # Errors
+/// As [`fit`], for options and split.
+pub fn check(is_toxic: &[bool], options: &ProbeOptions) -> Result<()> {
     let refuse = |flag: &str, reason: String| Err(Error::setting(flag, reason));
     if !(options.learning_rate > 0.0 && options.learning_rate.is_finite()) {
         return refuse(
@@ -176,12 +180,12 @@ fn check(options: &ProbeOptions) -> Result<()> {
     if !(options.held_out > 0.0 && options.held_out < 1.0) {
         return refuse("--held-out", format!("expected a share between 0 and 1, found {}", options.held_out));
     }
-    for (flag, n) in [("--epochs", options.n_epochs), ("--batch-size", options.batch_size)] {
+    for (flag, n) in [("--epochs", options.n_epochs), ("--train-batch", options.batch_size)] {
         if n == 0 {
             return refuse(flag, "expected a number from 1 up, found 0".into());
         }
     }
-    Ok(())
+    split(is_toxic, options).map(drop)
 }
 
 /// Indices to train on and to hold out, with the same share of toxic texts, in a seeded order.
@@ -327,15 +331,19 @@ mod tests {
     fn rejects_options_out_of_range_and_splits_without_a_label() {
         let (features, labels) = separable();
         let default = ProbeOptions::default();
-        for options in [
-            ProbeOptions { learning_rate: 0.0, ..default },
-            ProbeOptions { learning_rate: f64::NAN, ..default },
-            ProbeOptions { held_out: 1.0, ..default },
-            ProbeOptions { held_out: 0.001, ..default },
-            ProbeOptions { n_epochs: 0, ..default },
-            ProbeOptions { batch_size: 0, ..default },
+        for (options, flag) in [
+            (ProbeOptions { learning_rate: 0.0, ..default }, "--learning-rate"),
+            (ProbeOptions { learning_rate: f64::NAN, ..default }, "--learning-rate"),
+            (ProbeOptions { held_out: 1.0, ..default }, "--held-out"),
+            (ProbeOptions { held_out: 0.001, ..default }, "--held-out"),
+            (ProbeOptions { n_epochs: 0, ..default }, "--epochs"),
+            (ProbeOptions { batch_size: 0, ..default }, "--train-batch"),
         ] {
-            assert!(fit(&features, &labels, &options).unwrap_err().is_usage(), "{options:?}");
+            for error in [check(&labels, &options).err(), fit(&features, &labels, &options).err()] {
+                let error = error.expect("both refuse it");
+                assert!(error.is_usage() && error.to_string().starts_with(flag), "{options:?}: {error}");
+            }
         }
+        check(&labels, &default).unwrap();
     }
 }
