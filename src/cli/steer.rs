@@ -233,6 +233,14 @@ impl SteerCommand {
                 });
             }
         };
+        let numbers =
+            [("--offset", arguments.offset), ("--assign", arguments.assign), ("--scale", arguments.scale)];
+        for (flag, x) in numbers.into_iter().filter_map(|(flag, x)| Some((flag, x?))) {
+            if !x.is_finite() {
+                let reason = format!("expected a finite number of at most {:e}, found {x}", f32::MAX);
+                return Err(Error::setting(flag, reason));
+            }
+        }
         let mut neurons: Vec<Neuron> = read_neurons(path, model, self.steering.force)?.neurons();
         if self.without_layer_0 {
             let n = neurons.len();
@@ -537,9 +545,13 @@ struct ContrastPair {
 fn read_contrast(path: &Path, text: &str) -> Result<Vec<ContrastPair>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let pairs = lines.map(|(i, line)| {
-        serde_json::from_str(line).map_err(|e| {
+        let pair: ContrastPair = serde_json::from_str(line).map_err(|e| {
             Error::input(path, Some(i + 1), format!("expected an object with \"toxic\" and \"benign\": {e}"))
-        })
+        })?;
+        if [&pair.toxic, &pair.benign].iter().any(|text| text.trim().is_empty()) {
+            return Err(Error::input(path, Some(i + 1), "expected two texts, found an empty one"));
+        }
+        Ok(pair)
     });
     let pairs: Vec<ContrastPair> = pairs.collect::<Result<_>>()?;
     if pairs.is_empty() {

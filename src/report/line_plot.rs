@@ -15,7 +15,8 @@ pub struct Series {
 
 const WIDTH: f64 = 340.0;
 const HEIGHT: f64 = 220.0;
-const LEFT: f64 = 44.0;
+/// Room for "100.0%".
+const LEFT: f64 = 52.0;
 const RIGHT: f64 = 14.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 34.0;

@@ -70,6 +70,25 @@ fn a_contrast_is_the_mean_difference_of_residual_streams_in_each_layer() {
 }
 
 #[test]
+fn rejects_pairs_that_are_none_by_their_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    let good = "{\"toxic\": \"a\", \"benign\": \"b\"}\n";
+    for (content, place, reason) in [
+        (String::new(), "pairs.jsonl", "at least one pair"),
+        (format!("{good}{{\"toxic\": \"a\"}}\n"), "pairs.jsonl:2", "benign"),
+        (format!("{good}{{\"toxic\": \" \", \"benign\": \"b\"}}\n"), "pairs.jsonl:2", "an empty one"),
+        (format!("{good}\n{{\"toxic\": \"a\", "), "pairs.jsonl:3", "expected an object"),
+    ] {
+        std::fs::write(&path, &content).unwrap();
+        let mut command = detox();
+        command.args(["steer", "-m"]).arg(tiny("llama.gguf")).arg("--contrast").arg(&path);
+        let (code, said) = failure(command.arg("-o").arg(folder.path().join("x.gguf")));
+        assert!(code == 1 && said.contains(place) && said.contains(reason), "{content}: {said}");
+    }
+}
+
+#[test]
 fn a_principal_component_is_as_long_as_the_mean_difference_is_along_it() {
     let folder = tempfile::tempdir().unwrap();
     for (pairs, are_one) in [(&PAIRS[..], false), (&PAIRS[..1], true)] {

@@ -230,6 +230,7 @@ fn rejects_what_would_be_ignored_or_fail_late() {
         ),
         ("--neurons", &["steer", "--contrast", "--without-layer-0", "-o", json]),
         ("holds no adapter", &["steer", "--neurons", neurons, "--offset", "1", "--lora", lora, "-o", json]),
+        ("--scale: expected a finite", &["steer", "--neurons", neurons, "--scale", "nan", "-o", json]),
         ("nothing would change", &["steer", "--neurons", neurons, "--offset", "0", "--bake", "-o", json]),
         ("not both", &["sweep", "--neurons", neurons, "--control-vector-layer-range", "1", "1", "-o", json]),
         ("--offsets: expected finite", &["sweep", "--neurons", neurons, "--offsets", "-1,nan", "-o", json]),
