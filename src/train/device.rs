@@ -174,16 +174,21 @@ pub struct AdamwStep {
 ///
 /// A caller keeps to the shapes that are given here; a device may end the process where they are not kept.
 /// Errors are of the device: memory, or the driver.
-pub trait Device: Debug {
+pub trait Device: Debug + Send + Sync {
     /// f32 numbers on the device.
-    type Buffer: Debug;
+    type Buffer: Debug + Send + Sync;
     /// A frozen matrix on the device.
-    type Matrix: Debug;
+    type Matrix: Debug + Send + Sync;
     /// A batch's tokens, positions, segments and outputs on the device.
-    type Rows: Debug;
+    type Rows: Debug + Send + Sync;
 
     /// What it is, for people: "cpu, 2 threads, exact products".
     fn describe(&self) -> String;
+
+    /// Does `work`, which calls many operations, where calling them is cheapest.
+    fn scope<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        work()
+    }
 
     /// `n` zeros.
     fn zeros(&self, n: usize) -> Result<Self::Buffer>;

@@ -160,7 +160,8 @@ impl<D: Device> Trainer<D> {
         let mut logps = Vec::with_capacity(pairs.len());
         for pairs in self.passes(pairs) {
             let batch = self.batch(pairs)?;
-            let (of_outputs, _) = self.transformer.forward(&self.pass(side), &batch, Purpose::Score)?;
+            let forward = || self.transformer.forward(&self.pass(side), &batch, Purpose::Score);
+            let (of_outputs, _) = self.device.scope(forward)?;
             logps.extend(by_pair(&batch.packed, &of_outputs)?);
         }
         Ok(logps)
@@ -194,7 +195,8 @@ impl<D: Device> Trainer<D> {
         let purpose = Purpose::Train { checkpointing: self.options.checkpointing };
         for part in self.passes(pairs) {
             let batch = self.batch(part)?;
-            let (of_outputs, cache) = self.transformer.forward(&self.pass(Side::Policy), &batch, purpose)?;
+            let forward = || self.transformer.forward(&self.pass(Side::Policy), &batch, purpose);
+            let (of_outputs, cache) = self.device.scope(forward)?;
             let policy = by_pair(&batch.packed, &of_outputs)?;
             let references = &references[all.len()..];
             let losses = part.iter().zip(&policy).zip(references);
@@ -211,7 +213,8 @@ impl<D: Device> Trainer<D> {
                 values: &self.parameters.values,
                 adapter_scale: Some(self.adapter_scale),
             };
-            self.transformer.backward(&pass, &mut self.parameters.gradients, &batch, cache, &dlogps)?;
+            let (transformer, gradients) = (&self.transformer, &mut self.parameters.gradients);
+            self.device.scope(|| transformer.backward(&pass, gradients, &batch, cache, &dlogps))?;
             all.extend(policy.into_iter().zip(losses));
         }
         Ok(all)

@@ -6,6 +6,8 @@ use rayon::prelude::*;
 use crate::train::device::Attention;
 use crate::train::pack::{Packed, Segment};
 
+use super::math::{exp, sum_of_pairs};
+
 /// What one query head of one segment needs: its rows, and the rows they may see.
 struct Scope<'a> {
     attention: &'a Attention,
@@ -30,17 +32,7 @@ impl Scope<'_> {
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
-    // Sixteen sums at once, so that the compiler can use the widest registers.
-    const LANES: usize = 16;
-    let mut sums = [0.0f32; LANES];
-    let (a_lanes, a_rest) = a.as_chunks::<LANES>();
-    let (b_lanes, b_rest) = b.as_chunks::<LANES>();
-    for (a, b) in a_lanes.iter().zip(b_lanes) {
-        for i in 0..LANES {
-            sums[i] += a[i] * b[i];
-        }
-    }
-    sums.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>()
+    sum_of_pairs(a, b, |a, b| a * b)
 }
 
 fn add_scaled(scale: f32, x: &[f32], y: &mut [f32]) {
@@ -78,12 +70,12 @@ pub fn attention(
                     (other, scope.score(row, other, dot(q, k)))
                 }));
                 let most = scores.iter().fold(f32::NEG_INFINITY, |most, &(_, s)| most.max(s));
-                let sum: f32 = scores.iter().map(|&(_, s)| (s - most).exp()).sum();
+                let sum: f32 = scores.iter().map(|&(_, s)| exp(s - most)).sum();
                 lse[head] = most + sum.ln();
                 let out = &mut out[head * head_dim..(head + 1) * head_dim];
                 out.fill(0.0);
                 for &(other, score) in &scores {
-                    let p = (score - most).exp() / sum;
+                    let p = exp(score - most) / sum;
                     add_scaled(p, &v[at(other, n_head_kv, head / group, head_dim)], out);
                 }
             }
@@ -130,7 +122,7 @@ pub fn attention_back(
                     for other in scope.seen(row) {
                         let there = at(other, n_head_kv, kv_head, head_dim);
                         let (k, v) = (&k[there.clone()], &v[there]);
-                        let p = (scope.score(row, other, dot(q, k)) - lse[row * n_head + head]).exp();
+                        let p = exp(scope.score(row, other, dot(q, k)) - lse[row * n_head + head]);
                         let ds = p * (dot(dout, v) - shift) * attention.scale;
                         add_scaled(ds, k, dq);
                         add_scaled(ds, q, &mut dk_head[at(other, 1, 0, head_dim)]);

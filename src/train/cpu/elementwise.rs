@@ -4,6 +4,7 @@ use rayon::prelude::*;
 
 use crate::train::device::Activation;
 
+use super::math::{sigmoid, tanh};
 use super::parallel::{for_rows, sum_over_rows};
 
 /// Numbers in one task.
@@ -39,12 +40,8 @@ impl Activation {
     }
 }
 
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
-}
-
 fn gelu_tanh(x: f32) -> f32 {
-    (SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x)).tanh()
+    tanh(SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x))
 }
 
 pub fn activate(activation: Activation, gate: &[f32], up: Option<&[f32]>, y: &mut [f32]) {
@@ -76,17 +73,20 @@ pub fn activate_back(
             let parts = dgate.par_chunks_mut(TASK_LEN).zip(dup.par_chunks_mut(TASK_LEN));
             parts.enumerate().for_each(|(i, (dgate, dup))| {
                 let at = i * TASK_LEN;
-                for (j, (dg, du)) in dgate.iter_mut().zip(dup).enumerate() {
-                    let (value, slope) = activation.value_and_slope(gate[at + j]);
-                    *dg += dy[at + j] * up[at + j] * slope;
-                    *du += dy[at + j] * value;
+                let end = at + dgate.len();
+                let operands = gate[at..end].iter().zip(&up[at..end]).zip(&dy[at..end]);
+                for ((dg, du), ((&g, &u), &dy)) in dgate.iter_mut().zip(dup).zip(operands) {
+                    let (value, slope) = activation.value_and_slope(g);
+                    *dg += dy * u * slope;
+                    *du += dy * value;
                 }
             });
         }
         _ => dgate.par_chunks_mut(TASK_LEN).enumerate().for_each(|(i, dgate)| {
             let at = i * TASK_LEN;
-            for (j, dg) in dgate.iter_mut().enumerate() {
-                *dg += dy[at + j] * activation.value_and_slope(gate[at + j]).1;
+            let end = at + dgate.len();
+            for (dg, (&g, &dy)) in dgate.iter_mut().zip(gate[at..end].iter().zip(&dy[at..end])) {
+                *dg += dy * activation.value_and_slope(g).1;
             }
         }),
     }

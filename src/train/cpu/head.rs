@@ -4,6 +4,8 @@ use rayon::prelude::*;
 
 use crate::train::pack::Output;
 
+use super::math::{exp, sum_of};
+
 /// Log-probabilities of `outputs` under `logits[outputs][n_vocab] * scale`; with `gradient`, the logits become
 /// their gradients.
 ///
@@ -24,10 +26,10 @@ pub fn logprobs(
             let chosen = row[output.token as usize] * scale;
             for chunk in row.chunks_mut(4096) {
                 if gradient {
-                    chunk.iter_mut().for_each(|x| *x = (*x * scale - most).exp());
-                    sum += f64::from(chunk.iter().sum::<f32>());
+                    chunk.iter_mut().for_each(|x| *x = exp(*x * scale - most));
+                    sum += f64::from(sum_of(chunk, |x| x));
                 } else {
-                    sum += f64::from(chunk.iter().map(|&x| (x * scale - most).exp()).sum::<f32>());
+                    sum += f64::from(sum_of(chunk, |x| exp(x * scale - most)));
                 }
             }
             if gradient {

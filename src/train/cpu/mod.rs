@@ -9,6 +9,7 @@ mod dense;
 mod elementwise;
 mod ggml;
 mod head;
+mod math;
 mod matrix;
 mod norm;
 mod optimizer;
@@ -85,7 +86,13 @@ impl Device for Cpu {
             Products::Exact => "exact",
             Products::Fast => "fast",
         };
-        format!("cpu, {} threads, {products} products", self.pool.current_num_threads())
+        let n = self.pool.current_num_threads();
+        let threads = if n == 1 { "1 thread".to_owned() } else { format!("{n} threads") };
+        format!("cpu, {threads}, {products} products")
+    }
+
+    fn scope<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.pool.install(work)
     }
 
     fn zeros(&self, n: usize) -> Result<Vec<f32>> {

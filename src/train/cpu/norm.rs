@@ -2,17 +2,18 @@
 
 use crate::train::device::{Norm, NormKind};
 
+use super::math::{sum_of, sum_of_pairs};
 use super::parallel::{for_rows, sum_over_rows};
 
 /// The mean that is taken away, and what is multiplied with instead of dividing.
 fn statistics(norm: Norm, x: &[f32]) -> (f32, f32) {
-    let n = x.len() as f64;
+    let n = x.len() as f32;
     let mean = match norm.kind {
         NormKind::Rms => 0.0,
-        NormKind::Layer => x.iter().map(|&x| f64::from(x)).sum::<f64>() / n,
+        NormKind::Layer => sum_of(x, |x| x) / n,
     };
-    let square = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
-    (mean as f32, (1.0 / (square + f64::from(norm.epsilon)).sqrt()) as f32)
+    let square = sum_of(x, |x| (x - mean) * (x - mean)) / n;
+    (mean, 1.0 / (square + norm.epsilon).sqrt())
 }
 
 pub fn norm(norm: Norm, x: &[f32], weight: &[f32], bias: Option<&[f32]>, n_cols: usize, y: &mut [f32]) {
@@ -45,23 +46,21 @@ pub fn norm_back(
     dbias: Option<&mut [f32]>,
 ) {
     for_rows(dx, n_cols, |first, rows| {
+        let mut g = Vec::with_capacity(n_cols);
         for (row, dx) in rows.chunks_exact_mut(n_cols).enumerate() {
             let at = (first + row) * n_cols;
             let (x, dy) = (&x[at..at + n_cols], &dy[at..at + n_cols]);
             let (mean, inverse) = statistics(norm, x);
-            let (mut sum, mut sum_with_n) = (0.0f64, 0.0f64);
-            for ((&x, &dy), &w) in x.iter().zip(dy).zip(weight) {
-                let g = f64::from(dy * w);
-                sum += g;
-                sum_with_n += g * f64::from((x - mean) * inverse);
-            }
+            g.clear();
+            g.extend(dy.iter().zip(weight).map(|(&dy, &w)| dy * w));
+            let n = n_cols as f32;
             let mean_g = match norm.kind {
                 NormKind::Rms => 0.0,
-                NormKind::Layer => (sum / n_cols as f64) as f32,
+                NormKind::Layer => sum_of(&g, |g| g) / n,
             };
-            let mean_gn = (sum_with_n / n_cols as f64) as f32;
-            for (((dx, &x), &dy), &w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
-                *dx += inverse * (dy * w - mean_g - (x - mean) * inverse * mean_gn);
+            let mean_gn = sum_of_pairs(&g, x, |g, x| g * ((x - mean) * inverse)) / n;
+            for ((dx, &x), &g) in dx.iter_mut().zip(x).zip(&g) {
+                *dx += inverse * (g - mean_g - (x - mean) * inverse * mean_gn);
             }
         }
     });
