@@ -31,7 +31,7 @@ use super::progress::Shown;
 use super::{may_colour, print};
 
 /// Pairs on which the result is compared with llama.cpp.
-const COMPARED_PAIRS: usize = 4;
+const COMPARED_PAIRS: usize = 8;
 
 /// Arguments of `train`.
 #[derive(Debug, Args)]
