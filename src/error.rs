@@ -119,6 +119,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// The work was done, and nothing came of it that could be written.
+    #[error("{reason}")]
+    NoResult {
+        /// What was wanted, and what came of it.
+        reason: String,
+        /// The cure, where there is one.
+        hint: Option<String>,
+    },
+
     /// The user pressed Ctrl-C; a run's finished units are on disk.
     #[error("interrupted")]
     Interrupted,
@@ -148,7 +157,8 @@ impl Error {
             | Error::Model { hint, .. }
             | Error::Setting { hint, .. }
             | Error::Scorer { hint, .. }
-            | Error::RunFolder { hint, .. } => hint.clone(),
+            | Error::RunFolder { hint, .. }
+            | Error::NoResult { hint, .. } => hint.clone(),
             Error::Gguf { .. } => Some(
                 "download or convert the file again, and compare its size and sha256 with the source".into(),
             ),

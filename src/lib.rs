@@ -1,7 +1,7 @@
 //! Measures how toxic a GGUF model's continuations are, in 17 languages, with llama.cpp.
 //!
 //! ```text
-//! gguf ──► engine ──► steer ──► { eval | interp | train } ──► report
+//! gguf ──► engine ──► steer ──► { eval | interp | train } ──► study ──► report
 //!                doors: cli (the program) · this crate
 //! ```
 //!
@@ -13,6 +13,7 @@
 //! - [`interp`] finds what to change: probes, value vectors, activations, retrieval.
 //! - [`train`] reads preference pairs, and turns them into the tokens that training sees.
 //! - [`eval`] turns prompts into continuations, scores and metrics with intervals.
+//! - [`study`] is what needs several of these: making preference pairs.
 //! - [`report`] turns results into JSON, CSV, Markdown, a terminal table and an HTML page.
 //!
 //! The metrics are those of Li, Yong and Bach, "Preference Tuning For Toxicity Mitigation Generalizes
@@ -28,6 +29,7 @@ pub mod interp;
 pub mod progress;
 pub mod report;
 pub mod steer;
+pub mod study;
 pub mod train;
 
 pub use error::{Error, Result};

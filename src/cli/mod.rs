@@ -6,6 +6,7 @@ mod bench;
 mod eval;
 mod generate;
 mod locate;
+mod pairs;
 mod probe;
 mod progress;
 mod retrieval;
@@ -64,6 +65,8 @@ enum Command {
     Activations(Box<activations::ActivationsCommand>),
     /// Measure how alike a model represents translations
     Retrieval(Box<retrieval::RetrievalCommand>),
+    /// Make preference pairs from the model's own continuations
+    Pairs(Box<pairs::PairsCommand>),
     /// Train a model away from toxicity on preference pairs (DPO)
     Train(Box<train::TrainCommand>),
     /// Measure the speed of this build
@@ -91,6 +94,7 @@ pub fn main() -> ExitCode {
         Command::Sweep(command) => command.run(&interrupt),
         Command::Activations(command) => command.run(&interrupt),
         Command::Retrieval(command) => command.run(&interrupt),
+        Command::Pairs(command) => command.run(&interrupt),
         Command::Train(command) => command.run(&interrupt),
         Command::Bench(command) => command.run(&interrupt),
     };

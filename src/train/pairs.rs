@@ -6,7 +6,7 @@
 //! | form | recognised by | prompt | chosen | rejected |
 //! |---|---|---|---|---|
 //! | TRL, explicit prompt; ours | `prompt` | `prompt` | `chosen` | `rejected` |
-//! | the paper's (Lee et al., arXiv 2401.01967) | `prompt_text` | `prompt_text` | `unpert_gen_text` | `pert_gen_text` |
+//! | the paper's (arXiv 2401.01967) | `prompt_text` | `prompt_text` | `unpert_gen_text` | `pert_gen_text` |
 //! | TRL, implicit prompt | `chosen` without either | what both begin with | the rest | the rest |
 //!
 //! In the first two, a continuation is put behind its prompt as it is, without a space between them: the

@@ -1,0 +1,180 @@
+//! `pairs`: preference pairs from a model's own continuations, as JSON lines.
+
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use clap::Args;
+
+use crate::error::{Error, Result};
+use crate::eval::score;
+use crate::file::{self, AtomicFile};
+use crate::report::pairs as report;
+use crate::study::make_pairs::choose::Rules;
+use crate::study::make_pairs::{self, MakePairsRequest, SteeredSide};
+
+use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
+use super::print;
+use super::progress::Shown;
+use super::steering::SteeringArguments;
+
+/// Arguments of `pairs`.
+#[derive(Debug, Args)]
+pub struct PairsCommand {
+    /// Model (GGUF)
+    #[arg(short, long, value_name = "FILE")]
+    model: PathBuf,
+    /// File to write, once it is whole [default: standard output]
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    prompts: PromptArguments,
+    #[command(flatten)]
+    sampling: SamplingArguments,
+    #[command(flatten)]
+    sides: SideArguments,
+    #[command(flatten)]
+    rules: RuleArguments,
+    #[command(flatten)]
+    engine: EngineArguments,
+}
+
+/// Where each side of a pair comes from.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sides")]
+struct SideArguments {
+    /// Sample what may be chosen under this; may be repeated [default: unsteered]
+    #[arg(long, value_name = "FILE[:COEF]")]
+    steer_chosen: Vec<String>,
+    /// Sample what may be rejected under this; may be repeated [default: unsteered]
+    #[arg(long, value_name = "FILE[:COEF]")]
+    steer_rejected: Vec<String>,
+    /// Use what was made for another quantisation or fine-tune of this model
+    #[arg(long)]
+    force: bool,
+}
+
+const DEFAULT: Rules = Rules::DEFAULT;
+
+/// What a pair must satisfy.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Pairs")]
+struct RuleArguments {
+    /// Scorer; may be repeated, then all that cover the prompt's language must agree
+    #[arg(long, value_name = "NAME", default_value = score::LEXICAL)]
+    scorer: Vec<String>,
+    /// Most pairs of one prompt
+    #[arg(long, value_name = "N", default_value_t = DEFAULT.per_prompt)]
+    per_prompt: usize,
+    /// Least difference in toxicity between the two
+    #[arg(long, value_name = "T", default_value_t = DEFAULT.min_margin, allow_negative_numbers = true)]
+    min_margin: f64,
+    /// A chosen continuation is less toxic than this
+    #[arg(long, value_name = "T", default_value_t = DEFAULT.chosen_below, allow_negative_numbers = true)]
+    chosen_below: f64,
+    /// A rejected continuation is at least this toxic
+    #[arg(long, value_name = "T", default_value_t = DEFAULT.rejected_above, allow_negative_numbers = true)]
+    rejected_above: f64,
+    /// Fewest tokens in a continuation
+    #[arg(long, value_name = "N", default_value_t = DEFAULT.min_tokens)]
+    min_tokens: u32,
+    /// Most tokens of the longer continuation for each of the shorter
+    #[arg(long, value_name = "R", default_value_t = DEFAULT.max_length_ratio, allow_negative_numbers = true)]
+    max_length_ratio: f64,
+    /// Least mean log-prob of a continuation's tokens under the unsteered model, in nats
+    #[arg(long, value_name = "L", default_value_t = DEFAULT.min_logprob, allow_negative_numbers = true)]
+    min_logprob: f64,
+    /// Most difference between the two in mean log-prob, in nats a token
+    #[arg(long, value_name = "L", default_value_t = DEFAULT.max_logprob_gap, allow_negative_numbers = true)]
+    max_logprob_gap: f64,
+    /// Largest share of a continuation's 2-grams that repeat an earlier one
+    #[arg(long, value_name = "SHARE", default_value_t = DEFAULT.max_repetition, allow_negative_numbers = true)]
+    max_repetition: f64,
+}
+
+impl RuleArguments {
+    fn rules(&self) -> Result<Rules> {
+        let rules = Rules {
+            per_prompt: self.per_prompt,
+            min_margin: self.min_margin,
+            chosen_below: self.chosen_below,
+            rejected_above: self.rejected_above,
+            min_tokens: self.min_tokens,
+            max_length_ratio: self.max_length_ratio,
+            min_logprob: self.min_logprob,
+            max_logprob_gap: self.max_logprob_gap,
+            max_repetition: self.max_repetition,
+        };
+        rules.validate()?;
+        Ok(rules)
+    }
+}
+
+impl PairsCommand {
+    /// Samples, scores, pairs, and writes all pairs at once.
+    pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+        let request = MakePairsRequest {
+            model: self.model.clone(),
+            options: self.sampling.options()?,
+            rules: self.rules.rules()?,
+            prompts: self.prompts.read()?.0,
+            steer_chosen: self.side("--steer-chosen", &self.sides.steer_chosen)?,
+            steer_rejected: self.side("--steer-rejected", &self.sides.steer_rejected)?,
+            scorers: self.rules.scorer.clone(),
+            model_options: self.engine.model_options(),
+            session_options: self.engine.session_options(),
+        };
+        // Opened now: a folder that cannot be written should not cost an hour.
+        let output = self.output.as_deref().map(AtomicFile::create).transpose()?;
+        let made = make_pairs::make(&request, interrupt, &mut Shown::new()).inspect_err(|error| {
+            if matches!(error, Error::Interrupted) {
+                eprintln!("no pairs were written: they are made of all samples together");
+            }
+        })?;
+        let table = report::to_terminal(&made);
+        if made.rows.is_empty() {
+            eprint!("{table}");
+            return Err(Error::NoResult {
+                reason: "no two samples made a pair, and nothing was written".into(),
+                hint: Some(
+                    "raise -k/--samples, take other prompts, or loosen the rule that dropped most".into(),
+                ),
+            });
+        }
+        let lines = file::json_lines(&made.rows);
+        match output {
+            Some(mut output) => {
+                output.write_all(&lines)?;
+                output.commit()?;
+                print(&table)
+            }
+            None => {
+                print(&String::from_utf8_lossy(&lines))?;
+                eprint!("{table}");
+                Ok(())
+            }
+        }
+    }
+
+    /// What steers one side; `None` where nothing does.
+    fn side(&self, flag: &str, files: &[String]) -> Result<Option<SteeredSide>> {
+        let arguments = SteeringArguments {
+            steer: files.to_vec(),
+            force: self.sides.force,
+            ..SteeringArguments::default()
+        };
+        if arguments.is_empty() {
+            return Ok(None);
+        }
+        let steered = arguments.compile(&self.model).map_err(|error| match error {
+            Error::Setting { reason, hint, .. } => Error::Setting { setting: flag.to_owned(), reason, hint },
+            other => other,
+        })?;
+        let words = steered.by.iter().map(|by| {
+            let file = by["file"].as_str().unwrap_or_default();
+            // Typed as f32: 0.1 and not 0.10000000149.
+            let coefficient = by["coefficient"].as_f64().unwrap_or(f64::NAN) as f32;
+            format!("{file} x {coefficient}")
+        });
+        Ok(Some(SteeredSide { by: words.collect::<Vec<_>>().join(", "), steering: steered.steering }))
+    }
+}

@@ -1,0 +1,440 @@
+//! Preference pairs from a model's own continuations: sampled, scored, paired.
+//!
+//! ```text
+//! prompts ──► samples ──► screen (text, scores) ──► measure (log-prob, unsteered) ──► choose ──► rows
+//! ```
+//!
+//! The paper's pairs were made with PPLM (arXiv 1912.02164), which needs gradients for every token. Here the
+//! toxic side is what the model itself says at times, or says under an intervention that makes it more toxic;
+//! the clean side is what it says at other times, or under one that makes it less so. The text is then the
+//! model's own, in any language that it writes and a scorer covers.
+//!
+//! A pair should differ in toxicity and in little else, since DPO learns whatever tells the two apart. So
+//! both sides are like in length, end alike, are about as probable under the unsteered model (fluency; a
+//! steered model is no judge of its own text), do not repeat themselves, and are in the prompt's language.
+
+pub mod choose;
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use crate::engine::schedule::{Finish, GenerateOptions};
+use crate::engine::{Model, ModelOptions, Session, SessionOptions, Steering};
+use crate::error::{Error, Result};
+use crate::eval::fluency;
+use crate::eval::generate::{Generation, Plan};
+use crate::eval::language::LanguageIdentifier;
+use crate::eval::perplexity::{BaseLogprob, BaseModel};
+use crate::eval::prompts::Prompt;
+use crate::eval::score::{self, Scorer, Text};
+use crate::eval::tokenizer::TextTokenizer;
+use crate::progress::Progress;
+use crate::train::pairs::PreferencePair;
+
+use choose::{Candidate, Dropped, Rules, Side};
+
+/// What steers one side of the pairs.
+#[derive(Debug, Clone)]
+pub struct SteeredSide {
+    /// For the engine.
+    pub steering: Steering,
+    /// For the rows: files and coefficients, in words.
+    pub by: String,
+}
+
+/// What pairs are made from, and how.
+#[derive(Debug, Clone)]
+pub struct MakePairsRequest {
+    /// The GGUF.
+    pub model: PathBuf,
+    /// What it continues.
+    pub prompts: Vec<Prompt>,
+    /// How it is sampled: `k` samples of each prompt, and of each set of samples.
+    pub options: GenerateOptions,
+    /// Takes chosen continuations from samples that are steered so; from plain ones if `None`.
+    pub steer_chosen: Option<SteeredSide>,
+    /// The same for rejected ones.
+    pub steer_rejected: Option<SteeredSide>,
+    /// Names of scorers; those that cover a prompt's language must agree.
+    pub scorers: Vec<String>,
+    /// What a pair must satisfy.
+    pub rules: Rules,
+    /// How the model is loaded.
+    pub model_options: ModelOptions,
+    /// How the model is run.
+    pub session_options: SessionOptions,
+}
+
+/// What was measured on one side of a pair.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Measured {
+    /// Which of the k samples of its set, from 0.
+    pub sample: u32,
+    /// What steered it; absent for a plain sample.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steered_by: Option<String>,
+    /// In [0, 1], by name of the scorer.
+    pub toxicity: BTreeMap<String, f64>,
+    /// Tokens, without an end of text.
+    pub n_tokens: u32,
+    /// Why it ended.
+    pub finish: Finish,
+    /// Mean natural log-prob of its tokens under the unsteered model.
+    pub logprob_per_token: f64,
+    /// Share of 2-grams that repeat an earlier one; null with fewer than two tokens.
+    pub repetition: Option<f64>,
+    /// Whether it is in the prompt's language; null where that could not be told.
+    pub language_kept: Option<bool>,
+}
+
+/// A pair, as a line of the output: `train` reads it as it is.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PairRow {
+    /// The texts.
+    #[serde(flatten)]
+    pub pair: PreferencePair,
+    /// The prompt's id, unique within a run.
+    pub prompt_id: String,
+    /// The prompt's language, as a two-letter code.
+    pub language: String,
+    /// Of the chosen continuation.
+    pub chosen_measured: Measured,
+    /// Of the rejected one.
+    pub rejected_measured: Measured,
+}
+
+/// How the pairs of one language came about.
+///
+/// Every sample is one of `n_chosen`, `n_rejected` and those dropped for
+/// [a reason of its own](Dropped::is_of_sample); every one of `n_rejected` is in a pair or dropped for want
+/// of a partner. Log-probs are asked for only where a prompt has both: a sample of another prompt is never
+/// dropped as improbable.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LanguageYield {
+    /// Prompts.
+    pub n_prompts: usize,
+    /// Prompts with at least one pair.
+    pub n_prompts_paired: usize,
+    /// Samples, over all sets.
+    pub n_samples: usize,
+    /// Samples fit to be chosen.
+    pub n_chosen: usize,
+    /// Samples fit to be rejected.
+    pub n_rejected: usize,
+    /// Pairs.
+    pub n_pairs: usize,
+    /// Samples in no pair, by reason.
+    pub dropped: BTreeMap<Dropped, usize>,
+}
+
+/// Pairs, and how they came about.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct MadePairs {
+    /// In the order of the prompts, the most toxic rejected continuation of each first.
+    pub rows: Vec<PairRow>,
+    /// By language.
+    pub yields: BTreeMap<String, LanguageYield>,
+}
+
+/// A set of samples, and the sides of pairs that it may give.
+struct Pool<'a> {
+    side: Option<Side>,
+    steered: Option<&'a SteeredSide>,
+    name: &'static str,
+}
+
+impl MakePairsRequest {
+    fn pools(&self) -> Vec<Pool<'_>> {
+        let pool = |side, steered, name| Pool { side, steered, name };
+        let (chosen, rejected) = (self.steer_chosen.as_ref(), self.steer_rejected.as_ref());
+        match (chosen, rejected) {
+            (None, None) => vec![pool(None, None, "samples")],
+            _ => vec![
+                pool(Some(Side::Chosen), chosen, "samples to choose"),
+                pool(Some(Side::Rejected), rejected, "samples to reject"),
+            ],
+        }
+    }
+}
+
+/// A sample that may be one side of a pair.
+struct Sampled {
+    generation: Generation,
+    toxicity: BTreeMap<String, f64>,
+    repetition: Option<f64>,
+    language_kept: Option<bool>,
+    logprob: BaseLogprob,
+    steered_by: Option<String>,
+}
+
+impl Sampled {
+    fn n_tokens(&self) -> u32 {
+        self.generation.n_tokens.unwrap_or(0)
+    }
+
+    fn finish(&self) -> Finish {
+        self.generation.finish.expect("the schedule says of every sample why it ended")
+    }
+
+    /// Mean natural log-prob of its tokens; minus infinity where there is none to judge it by.
+    fn logprob_per_token(&self) -> f64 {
+        match self.logprob {
+            BaseLogprob { base_logprob: Some(sum), base_n_tokens: Some(n) } if n > 0 => sum / f64::from(n),
+            _ => f64::NEG_INFINITY,
+        }
+    }
+
+    fn candidate(&self) -> Candidate {
+        Candidate {
+            toxicity: self.toxicity.values().copied().collect(),
+            n_tokens: self.n_tokens(),
+            finish: self.finish(),
+            logprob: self.logprob_per_token(),
+        }
+    }
+
+    fn measured(&self) -> Measured {
+        Measured {
+            sample: self.generation.sample,
+            steered_by: self.steered_by.clone(),
+            toxicity: self.toxicity.clone(),
+            n_tokens: self.n_tokens(),
+            finish: self.finish(),
+            logprob_per_token: self.logprob_per_token(),
+            repetition: self.repetition,
+            language_kept: self.language_kept,
+        }
+    }
+}
+
+/// What the samples of one prompt came to, over all sets.
+#[derive(Default)]
+struct OfPrompt {
+    chosen: Vec<Sampled>,
+    rejected: Vec<Sampled>,
+    dropped: Vec<Dropped>,
+}
+
+/// Makes pairs.
+///
+/// Errors: every flaw of settings, steering, prompts and languages is found before the first token is
+/// sampled; [`Error::Interrupted`] once `interrupt` is set. No pair at all is no error here.
+pub fn make(
+    request: &MakePairsRequest,
+    interrupt: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<MadePairs> {
+    request.rules.validate()?;
+    let scorers = score::by_names(&request.scorers)?;
+    score::check_covered(&scorers, request.prompts.iter().map(|p| p.language.as_str()))?;
+    let model = Model::open(&request.model, &request.model_options)?;
+    let pools = request.pools();
+    let models: Vec<Model> = pools
+        .iter()
+        .map(|pool| match pool.steered {
+            Some(steered) => model.with_steering(steered.steering.clone()),
+            None => Ok(model.clone()),
+        })
+        .collect::<Result<_>>()?;
+    let plan = Plan::new(&model, request.prompts.clone(), request.options, &request.session_options)?;
+    let screen = Screen {
+        rules: &request.rules,
+        scorers: &scorers,
+        identifier: LanguageIdentifier::new(),
+        tokenizer: TextTokenizer::of_model(&model),
+    };
+
+    let mut of_prompts: Vec<OfPrompt> = request.prompts.iter().map(|_| OfPrompt::default()).collect();
+    for (pool, model) in pools.iter().zip(&models) {
+        let generations = sample(model, &plan, &request.session_options, pool.name, interrupt, progress)?;
+        let k = request.options.k as usize;
+        for (of_prompt, samples) in of_prompts.iter_mut().zip(generations.chunks(k)) {
+            if interrupt.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            screen.sort_into(of_prompt, samples, pool);
+        }
+    }
+    measure(&mut of_prompts, &model, &request.session_options, interrupt, progress)?;
+    Ok(pair_up(&request.prompts, of_prompts, &request.rules))
+}
+
+/// All samples of one set, those of a prompt together.
+fn sample(
+    model: &Model,
+    plan: &Plan,
+    options: &SessionOptions,
+    name: &str,
+    interrupt: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<Vec<Generation>> {
+    let mut session = Session::open(model, options, plan.n_ctx_seq())?;
+    plan.check_fits(&session)?;
+    let mut generations = Vec::with_capacity(plan.n_rows());
+    progress.start(name, plan.n_rows() as u64, 0);
+    for unit in 0..plan.n_units() {
+        generations.extend(plan.generate(&mut session, unit, interrupt, || progress.advance(1))?);
+    }
+    progress.finish();
+    Ok(generations)
+}
+
+/// What is asked of a sample alone, but for its log-prob.
+struct Screen<'a> {
+    rules: &'a Rules,
+    scorers: &'a [Box<dyn Scorer>],
+    identifier: LanguageIdentifier,
+    tokenizer: TextTokenizer,
+}
+
+impl Screen<'_> {
+    /// Judges the samples of one prompt from one set.
+    fn sort_into(&self, of_prompt: &mut OfPrompt, samples: &[Generation], pool: &Pool<'_>) {
+        let Some(language) = samples.first().map(|sample| sample.language.as_str()) else { return };
+        let texts: Vec<Text<'_>> =
+            samples.iter().map(|g| Text { text: &g.generated_text, language: Some(language) }).collect();
+        let covering: Vec<&dyn Scorer> =
+            self.scorers.iter().map(AsRef::as_ref).filter(|s| s.info().covers(language)).collect();
+        let scores: Vec<(String, Vec<Result<f64>>)> =
+            covering.iter().map(|s| (s.info().name, s.toxicity_of_all(&texts))).collect();
+        let mut seen = HashSet::new();
+        let is_repeated: Vec<bool> = samples.iter().map(|g| !seen.insert(&g.generated_text)).collect();
+        let judged: Vec<Result<(Side, Sampled), Dropped>> = samples
+            .par_iter()
+            .enumerate()
+            .map(|(i, generation)| {
+                let toxicity = scores.iter().map(|(name, s)| (name.clone(), s[i].as_ref().ok().copied()));
+                self.judge(generation, is_repeated[i], toxicity.collect(), pool)
+            })
+            .collect();
+        for judged in judged {
+            match judged {
+                Ok((Side::Chosen, sampled)) => of_prompt.chosen.push(sampled),
+                Ok((Side::Rejected, sampled)) => of_prompt.rejected.push(sampled),
+                Err(reason) => of_prompt.dropped.push(reason),
+            }
+        }
+    }
+
+    fn judge(
+        &self,
+        generation: &Generation,
+        is_repeated: bool,
+        toxicity: BTreeMap<String, Option<f64>>,
+        pool: &Pool<'_>,
+    ) -> Result<(Side, Sampled), Dropped> {
+        let text = &generation.generated_text;
+        if text.trim().is_empty() || generation.n_tokens.unwrap_or(0) < self.rules.min_tokens {
+            return Err(Dropped::Short);
+        }
+        if is_repeated {
+            return Err(Dropped::Duplicate);
+        }
+        let toxicity: Option<BTreeMap<String, f64>> =
+            toxicity.into_iter().map(|(name, t)| Some((name, t.filter(|t| t.is_finite())?))).collect();
+        let toxicity = toxicity.filter(|by_scorer| !by_scorer.is_empty()).ok_or(Dropped::Unscored)?;
+        let language_kept = self.identifier.language_kept(&generation.language, text);
+        if language_kept == Some(false) {
+            return Err(Dropped::OtherLanguage);
+        }
+        let repetition = fluency::repetition(&self.tokenizer.tokens(text));
+        if repetition.is_some_and(|share| share > self.rules.max_repetition) {
+            return Err(Dropped::Repetitive);
+        }
+        let values: Vec<f64> = toxicity.values().copied().collect();
+        let side = self.rules.side(&values).filter(|&side| pool.side.is_none_or(|only| only == side));
+        let side = side.ok_or(Dropped::Between)?;
+        let logprob = match pool.steered {
+            // A steered model is no judge of its own text: `measure` asks the unsteered one.
+            Some(_) => BaseLogprob::default(),
+            None => BaseLogprob::of_generation(generation),
+        };
+        let steered_by = pool.steered.map(|steered| steered.by.clone());
+        let generation = generation.clone();
+        Ok((side, Sampled { generation, toxicity, repetition, language_kept, logprob, steered_by }))
+    }
+}
+
+/// Asks the unsteered model for the log-probs of steered samples that may come to be in a pair.
+fn measure(
+    of_prompts: &mut [OfPrompt],
+    model: &Model,
+    options: &SessionOptions,
+    interrupt: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<()> {
+    let mut waiting: Vec<&mut Sampled> = of_prompts
+        .iter_mut()
+        .filter(|of_prompt| !of_prompt.chosen.is_empty() && !of_prompt.rejected.is_empty())
+        .flat_map(|of_prompt| of_prompt.chosen.iter_mut().chain(&mut of_prompt.rejected))
+        .filter(|sampled| sampled.steered_by.is_some())
+        .collect();
+    if waiting.is_empty() {
+        return Ok(());
+    }
+    let generations: Vec<Generation> = waiting.iter().map(|sampled| sampled.generation.clone()).collect();
+    let mut base = BaseModel::open(model, &generations, options)?;
+    progress.start("log-probs of steered samples", waiting.len() as u64, 0);
+    for (sampled, unit) in waiting.chunks_mut(LOGPROB_UNIT).zip(generations.chunks(LOGPROB_UNIT)) {
+        for (sampled, logprob) in sampled.iter_mut().zip(base.logprobs(unit, interrupt)?) {
+            sampled.logprob = logprob;
+        }
+        progress.advance(unit.len() as u64);
+    }
+    progress.finish();
+    Ok(())
+}
+
+/// Continuations between two looks at the progress.
+const LOGPROB_UNIT: usize = 500;
+
+/// Chooses the pairs of every prompt, and counts.
+fn pair_up(prompts: &[Prompt], of_prompts: Vec<OfPrompt>, rules: &Rules) -> MadePairs {
+    let mut made = MadePairs::default();
+    for (prompt, OfPrompt { mut chosen, mut rejected, mut dropped }) in prompts.iter().zip(of_prompts) {
+        let n_samples = chosen.len() + rejected.len() + dropped.len();
+        if !chosen.is_empty() && !rejected.is_empty() {
+            for side in [&mut chosen, &mut rejected] {
+                let n_before = side.len();
+                side.retain(|sampled| sampled.logprob_per_token() >= rules.min_logprob);
+                dropped.extend(std::iter::repeat_n(Dropped::Improbable, n_before - side.len()));
+            }
+        }
+        let candidates = |side: &[Sampled]| side.iter().map(Sampled::candidate).collect::<Vec<Candidate>>();
+        let matched = choose::choose(&candidates(&chosen), &candidates(&rejected), rules);
+        dropped.extend(matched.alone.iter().map(|&(_, reason)| reason));
+
+        let counts = made.yields.entry(prompt.language.clone()).or_default();
+        counts.n_prompts += 1;
+        counts.n_prompts_paired += usize::from(!matched.pairs.is_empty());
+        counts.n_samples += n_samples;
+        counts.n_chosen += chosen.len();
+        counts.n_rejected += rejected.len();
+        counts.n_pairs += matched.pairs.len();
+        for reason in dropped {
+            *counts.dropped.entry(reason).or_default() += 1;
+        }
+        for (c, r) in matched.pairs {
+            let (chosen, rejected) = (&chosen[c], &rejected[r]);
+            made.rows.push(PairRow {
+                pair: PreferencePair {
+                    prompt: prompt.text.clone(),
+                    chosen: chosen.generation.generated_text.clone(),
+                    rejected: rejected.generation.generated_text.clone(),
+                },
+                prompt_id: prompt.id.clone(),
+                language: prompt.language.clone(),
+                chosen_measured: chosen.measured(),
+                rejected_measured: rejected.measured(),
+            });
+        }
+    }
+    made
+}
+
+#[cfg(test)]
+mod tests;

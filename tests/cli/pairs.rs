@@ -1,0 +1,213 @@
+//! `pairs`: from prompts to preference pairs, on a tiny model.
+//!
+//! Its continuations are noise, so what is clean and what is toxic is told apart at one threshold, and the
+//! rules that noise fails are loose.
+
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+use super::{contents, detox, failure, rows, tiny};
+
+/// The middle of the scores that the embedded scorer gives to this model's noise.
+const MIDDLE: &str = "0.0215";
+
+fn pairs(model: &str) -> Command {
+    let mut command = detox();
+    command.args([
+        "pairs", "--lang", "en", "--limit", "3", "-k", "8", "-n", "6", "-np", "2", "-t", "1", "-s", "5",
+    ]);
+    command.args(["--chosen-below", MIDDLE, "--rejected-above", MIDDLE, "--min-margin", "0.001"]);
+    command.args(["--min-logprob", "-20", "--max-logprob-gap", "20", "--max-repetition", "1", "-m"]);
+    command.arg(tiny(model));
+    command
+}
+
+/// An offset that changes what `llama.gguf` says.
+fn intervention(folder: &Path) -> PathBuf {
+    let (neurons, file) = (folder.join("neurons.json"), folder.join("steer.json"));
+    std::fs::write(&neurons, "[[0, 3], [1, 5], [1, 7]]").unwrap();
+    let mut command = detox();
+    command.args(["steer", "--offset", "2", "-m"]).arg(tiny("llama.gguf"));
+    command.arg("--neurons").arg(&neurons).arg("-o").arg(&file).assert().success();
+    file
+}
+
+#[test]
+fn pairs_obey_their_rules_are_read_back_and_come_out_the_same_twice() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    let output = pairs("llama.gguf").arg("-o").arg(&path).assert().success().get_output().clone();
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.lines().any(|line| line.trim_start().starts_with("en ")), "{table}");
+    assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    let made = rows(&path);
+    assert!(!made.is_empty());
+    for row in &made {
+        let (chosen, rejected) = (&row["chosen_measured"], &row["rejected_measured"]);
+        let toxicity = |side: &Value| side["toxicity"]["lexical"].as_f64().unwrap();
+        let middle: f64 = MIDDLE.parse().unwrap();
+        assert!(toxicity(chosen) < middle && toxicity(rejected) >= middle, "{row}");
+        assert!(toxicity(rejected) - toxicity(chosen) >= 0.001, "{row}");
+        assert_eq!(chosen["finish"], rejected["finish"]);
+        let n_tokens = |side: &Value| side["n_tokens"].as_f64().unwrap();
+        let ratio = n_tokens(chosen) / n_tokens(rejected);
+        assert!((1.0 / 1.5..=1.5).contains(&ratio), "{row}");
+        assert!(chosen["logprob_per_token"].as_f64().unwrap() < 0.0);
+        assert_eq!(row["language"], "en");
+        assert!(chosen.get("steered_by").is_none());
+    }
+    let read = detox_gguf::train::pairs::read(&path).unwrap();
+    assert_eq!(read.len(), made.len());
+    assert_eq!(read[0].prompt, made[0]["prompt"].as_str().unwrap());
+
+    // To standard output without -o: the same lines, and the table with the talk.
+    let output = pairs("llama.gguf").assert().success().get_output().clone();
+    assert_eq!(output.stdout, std::fs::read(&path).unwrap());
+    assert!(String::from_utf8(output.stderr).unwrap().contains(table.trim_end()));
+}
+
+#[test]
+fn steered_sides_say_so_and_are_judged_by_the_unsteered_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = intervention(folder.path());
+    let mut steer = file.into_os_string();
+    steer.push(":3");
+    let run = |name: &str, flags: &[&str]| {
+        let path = folder.path().join(name);
+        let mut command = pairs("llama.gguf");
+        for flag in flags {
+            command.arg(flag).arg(&steer);
+        }
+        command.arg("-o").arg(&path).assert().success();
+        rows(&path)
+    };
+    let by = |row: &Value, side: &str| row[side]["steered_by"].as_str().map(str::to_owned);
+    let steered = Some("steer.json x 3".to_owned());
+    for row in run("rejected.jsonl", &["--steer-rejected"]) {
+        assert_eq!((by(&row, "chosen_measured"), by(&row, "rejected_measured")), (None, steered.clone()));
+    }
+    for row in run("chosen.jsonl", &["--steer-chosen"]) {
+        assert_eq!((by(&row, "chosen_measured"), by(&row, "rejected_measured")), (steered.clone(), None));
+    }
+    let both = run("both.jsonl", &["--steer-chosen", "--steer-rejected"]);
+    assert!(!both.is_empty());
+    // The unsteered model's log-prob of a steered text, asked in another way.
+    let generations: Vec<String> = both
+        .iter()
+        .map(|row| {
+            serde_json::json!({"prompt": row["prompt"], "generated_text": row["rejected"]}).to_string() + "\n"
+        })
+        .collect();
+    let texts = folder.path().join("en.jsonl");
+    std::fs::write(&texts, generations.concat()).unwrap();
+    let judged = folder.path().join("judged");
+    let mut command = detox();
+    command.args(["eval", "-t", "1", "--generations"]).arg(&texts).arg("--base").arg(tiny("llama.gguf"));
+    command.arg("-o").arg(&judged).assert().success();
+    for (row, score) in both.iter().zip(rows(&judged.join("scores.jsonl"))) {
+        let expected = score["base_logprob"].as_f64().unwrap() / score["base_n_tokens"].as_f64().unwrap();
+        let found = row["rejected_measured"]["logprob_per_token"].as_f64().unwrap();
+        // 0.02: the F16 KV cache in batches of another shape.
+        assert!((found - expected).abs() < 0.02, "{found} {expected}");
+    }
+}
+
+/// A flag, and arguments that are refused in its name before anything is sampled.
+const BAD_SETTINGS: [(&str, &[&str]); 14] = [
+    ("-k/--samples", &["-k", "0"]),
+    ("--per-prompt", &["--per-prompt", "0"]),
+    ("--min-margin", &["--min-margin", "1.5"]),
+    ("--min-margin", &["--min-margin", "NaN"]),
+    ("--chosen-below", &["--chosen-below", "-0.1"]),
+    ("--chosen-below", &["--chosen-below", "0.6"]),
+    ("--rejected-above", &["--rejected-above", "2"]),
+    ("--max-length-ratio", &["--max-length-ratio", "0.5"]),
+    ("--min-logprob", &["--min-logprob", "1"]),
+    ("--max-logprob-gap", &["--max-logprob-gap", "-1"]),
+    ("--max-repetition", &["--max-repetition", "2"]),
+    ("--scorer", &["--scorer", "nobody"]),
+    ("--steer-chosen", &["--steer-chosen", ":2"]),
+    ("--steer-rejected", &["--steer-rejected", ""]),
+];
+
+#[test]
+fn rejects_settings_out_of_range_by_their_flag_and_leaves_nothing() {
+    for (flag, arguments) in BAD_SETTINGS {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = detox();
+        command.args(["pairs", "-m"]).arg(tiny("llama.gguf")).args(arguments);
+        let (code, said) = failure(command.arg("-o").arg(folder.path().join("pairs.jsonl")));
+        assert_eq!(code, 2, "{said}");
+        assert!(said.starts_with(&format!("error: {flag}: ")), "{arguments:?}: {said}");
+        assert!(contents(folder.path()).is_empty(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn rejects_steering_of_another_model_and_languages_that_no_scorer_covers() {
+    let folder = tempfile::tempdir().unwrap();
+    let of_llama = intervention(folder.path());
+    let (code, said) = failure(pairs("gpt2.gguf").arg("--steer-rejected").arg(&of_llama));
+    assert_eq!(code, 1);
+    assert!(said.contains("architecture llama"), "{said}");
+    let prompts = folder.path().join("sw.txt");
+    std::fs::write(&prompts, "Habari ya asubuhi\n").unwrap();
+    let mut command = detox();
+    command.args(["pairs", "-m"]).arg(tiny("llama.gguf")).arg("--prompts").arg(&prompts);
+    let (code, said) = failure(&mut command);
+    assert_eq!(code, 1);
+    assert!(said.contains("no scorer covers language \"sw\"") && said.contains("hint: "), "{said}");
+}
+
+#[test]
+fn rejects_a_run_without_a_pair_with_the_reasons_and_writes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = pairs("llama.gguf");
+    // Six tokens are the most there are.
+    command.args(["--min-tokens", "7"]).arg("-o").arg(folder.path().join("pairs.jsonl"));
+    let (code, said) = failure(&mut command);
+    assert_eq!(code, 1);
+    assert!(said.contains("blank or too short") && said.contains("24"), "{said}");
+    assert!(said.contains("error: no two samples made a pair") && said.contains("hint: "), "{said}");
+    assert!(contents(folder.path()).is_empty());
+}
+
+#[test]
+fn rejects_a_folder_that_cannot_be_written_before_it_samples() {
+    let folder = tempfile::tempdir().unwrap();
+    let (code, said) = failure(pairs("llama.gguf").arg("-o").arg(folder.path().join("none/pairs.jsonl")));
+    assert_eq!(code, 1);
+    assert!(said.contains("cannot write") && !said.contains("samples:"), "{said}");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_writes_nothing_and_says_so() {
+    use std::io::{BufRead, BufReader};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("detox-gguf"))
+        .args(["pairs", "-k", "500", "-n", "40", "--ignore-eos", "-t", "1", "-m"])
+        .arg(tiny("llama.gguf"))
+        .arg("-o")
+        .arg(&path)
+        .env_remove("RUST_LOG")
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("samples: 0 of") {
+        line.clear();
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before it sampled");
+    }
+    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(kill.unwrap().success());
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut stderr, &mut said).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{said}");
+    assert!(said.contains("error: interrupted") && said.contains("no pairs were written"), "{said}");
+    assert!(contents(folder.path()).is_empty());
+}
