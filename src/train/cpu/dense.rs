@@ -45,6 +45,26 @@ impl Target {
         Target { first: slice.as_mut_ptr(), len: slice.len() }
     }
 
+    /// Overwrites one number.
+    ///
+    /// # Safety
+    /// - The slice is alive, and nobody else reads or writes this number meanwhile.
+    pub unsafe fn write(self, at: usize, x: f32) {
+        assert!(at < self.len, "a number beyond its slice");
+        // SAFETY: within the slice, as asserted, and the caller's alone.
+        unsafe { *self.first.add(at) = x }
+    }
+
+    /// Adds to one number.
+    ///
+    /// # Safety
+    /// As [`Target::write`].
+    pub unsafe fn add(self, at: usize, x: f32) {
+        assert!(at < self.len, "a number beyond its slice");
+        // SAFETY: within the slice, as asserted, and the caller's alone.
+        unsafe { *self.first.add(at) += x }
+    }
+
     /// The part from `offset` on.
     pub fn at(self, offset: usize, layout: Layout) -> (Target, Layout) {
         assert!(offset <= self.len, "a part that begins beyond its slice");

@@ -17,6 +17,7 @@ const GELU_CUBIC: f32 = 0.044_715;
 
 impl Activation {
     /// f(x).
+    #[inline(always)]
     fn value(self, x: f32) -> f32 {
         match self {
             Activation::Silu => x * sigmoid(x),
@@ -25,6 +26,7 @@ impl Activation {
     }
 
     /// f(x) and f'(x).
+    #[inline(always)]
     fn value_and_slope(self, x: f32) -> (f32, f32) {
         match self {
             Activation::Silu => {
@@ -40,6 +42,7 @@ impl Activation {
     }
 }
 
+#[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
     tanh(SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x))
 }

@@ -97,11 +97,6 @@ impl Blocks {
         });
         Some(Blocks { tensor_type: TRANSPOSED, n_in: n_out, n_out: n_in, bytes })
     }
-
-    /// Bytes that it takes.
-    pub fn n_bytes(&self) -> usize {
-        self.bytes.as_slice().len()
-    }
 }
 
 /// ggml's threads, and the memory that its products need beside their operands.

@@ -37,6 +37,9 @@ pub struct Matrix {
     bytes: AlignedBytes,
     /// For ggml's own products backward, where they are used.
     transposed: Option<Blocks>,
+    /// For products in bytes, where they are used.
+    #[cfg(target_arch = "x86_64")]
+    rounded: Option<super::vnni::Rounded>,
 }
 
 impl Matrix {
@@ -53,7 +56,15 @@ impl Matrix {
         }
         let mut row = vec![0.0; n_in];
         dequantize(tensor_type, &bytes[..row_bytes], &mut row).map_err(refuse)?;
-        Ok(Matrix { tensor_type, n_in, n_out, bytes: bytes.as_slice().into(), transposed: None })
+        Ok(Matrix {
+            tensor_type,
+            n_in,
+            n_out,
+            bytes: bytes.as_slice().into(),
+            transposed: None,
+            #[cfg(target_arch = "x86_64")]
+            rounded: None,
+        })
     }
 
     fn row_bytes(&self) -> usize {
@@ -82,8 +93,12 @@ impl Matrix {
         }
     }
 
-    /// `y[R][O] = x[R][I] Wᵀ`
+    /// `y[R][O] = x[R][I] Wᵀ`, with the rounded copies where they are kept.
     pub fn product(&self, x: &[f32], n_rows: usize, y: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(rounded) = &self.rounded {
+            return rounded.product(x, n_rows, y);
+        }
         let (n_in, n_out) = (self.n_in, self.n_out);
         let stride = n_in + ROW_GAP;
         let n = (PART_BYTES / 4 / stride).clamp(32, 256).next_multiple_of(32);
@@ -108,14 +123,14 @@ impl Matrix {
         });
     }
 
-    /// `dx[R][I] += dy[R][O] W`
+    /// `dx[R][I] += dy[R][O] W`, with the rounded copies where they are kept.
     pub fn product_back(&self, dy: &[f32], n_rows: usize, dx: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(rounded) = &self.rounded {
+            return rounded.product_back(dy, n_rows, dx);
+        }
         let (n_in, n_out) = (self.n_in, self.n_out);
-        // Shared out by columns, which need no sums over tasks; at least two tasks a thread where blocks allow.
-        let block_len = self.tensor_type.block_len() as usize;
-        let n_cols =
-            n_in.div_ceil(2 * rayon::current_num_threads()).min(PART_COLS).next_multiple_of(block_len);
-        let n_cols = n_cols.max(block_len.max(64).next_multiple_of(block_len)).min(n_in);
+        let n_cols = self.task_cols();
         let target = Target::new(dx);
         (0..n_in.div_ceil(n_cols)).into_par_iter().for_each(|i| {
             let cols = i * n_cols..((i + 1) * n_cols).min(n_in);
@@ -163,6 +178,23 @@ impl Matrix {
         let mut product = vec![0.0; n_rows * self.n_in];
         kernels.product(transposed, dy, n_rows, &mut product);
         super::elementwise::add(1.0, &product, dx);
+    }
+
+    /// Makes the rounded copies for kernels that have them; a matrix of plain numbers needs none, since its products
+    /// are exact either way.
+    #[cfg(target_arch = "x86_64")]
+    pub fn keep_rounded(&mut self) {
+        if self.tensor_type.block_len() > 1 {
+            let read = |row: usize, values: &mut [f32]| self.row(row, 0..self.n_in, values);
+            self.rounded = Some(super::vnni::Rounded::new([self.n_out, self.n_in], read));
+        }
+    }
+
+    /// Columns in a task of a product backward: shared out by columns, which need no sums over tasks; at least two
+    /// tasks a thread where blocks allow, and whole panels of the widest kernel.
+    fn task_cols(&self) -> usize {
+        let step = (self.tensor_type.block_len() as usize).max(32);
+        self.n_in.div_ceil(2 * rayon::current_num_threads()).min(PART_COLS).next_multiple_of(step)
     }
 
     /// `y[r] = scale W[index(r)]`

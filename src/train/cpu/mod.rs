@@ -17,6 +17,8 @@ mod parallel;
 mod rope;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
 
 use std::ops::Range;
 
@@ -39,9 +41,19 @@ pub use matrix::Matrix;
 pub enum Products {
     /// In f32, with the numbers that the blocks stand for.
     Exact,
-    /// By ggml's kernels, which round the other operand to 8 bits in blocks; backward over a transposed
-    /// copy in Q8_0.
+    /// With quantised matrices, the other operand rounded to 8 bits in blocks of 32: by kernels of this program where
+    /// the CPU has AVX-512 VNNI, which round the matrix too; else by ggml's, backward over a transposed copy in Q8_0.
     Fast,
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_vnni() -> bool {
+    vnni::is_supported()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_vnni() -> bool {
+    false
 }
 
 /// A CPU's threads.
@@ -49,7 +61,7 @@ pub enum Products {
 pub struct Cpu {
     pool: ThreadPool,
     products: Products,
-    /// There where products are fast.
+    /// There where fast products are ggml's.
     kernels: Option<Kernels>,
 }
 
@@ -67,6 +79,7 @@ impl Cpu {
             .map_err(|error| refuse(format!("cannot start {n_threads} threads: {error}")))?;
         let kernels = match products {
             Products::Exact => None,
+            Products::Fast if has_vnni() => None,
             Products::Fast => {
                 let kernels = Kernels::new(n_threads.max(1));
                 Some(kernels.ok_or_else(|| refuse(format!("ggml cannot start {n_threads} threads")))?)
@@ -84,7 +97,8 @@ impl Device for Cpu {
     fn describe(&self) -> String {
         let products = match self.products {
             Products::Exact => "exact",
-            Products::Fast => "fast",
+            Products::Fast if self.kernels.is_some() => "fast (ggml)",
+            Products::Fast => "fast (AVX-512 VNNI)",
         };
         let n = self.pool.current_num_threads();
         let threads = if n == 1 { "1 thread".to_owned() } else { format!("{n} threads") };
@@ -119,8 +133,12 @@ impl Device for Cpu {
 
     fn matrix(&self, matrix: HostMatrix) -> Result<Matrix> {
         let mut matrix = Matrix::new(matrix)?;
-        if self.products == Products::Fast {
+        if self.kernels.is_some() {
             self.pool.install(|| matrix.keep_transposed());
+        }
+        #[cfg(target_arch = "x86_64")]
+        if self.products == Products::Fast && self.kernels.is_none() {
+            self.pool.install(|| matrix.keep_rounded());
         }
         Ok(matrix)
     }
