@@ -1,8 +1,19 @@
 //! Training away from toxicity on preference pairs.
 //!
 //! ```text
-//! pairs (prompt, chosen, rejected) ──► tokens ──► split, epoch order
+//! pairs ──► tokens ──► pack ─────────────┐
+//!                                        ▼
+//! gguf ──► config, transformer ──► forward ──► dpo ──► backward ──► optimizer        (trainer: one step)
+//!              over a device (cpu)       ▲                              │
+//!                                    reference                          ▼
+//! settings ──► run: steps, looks at held-out pairs, checkpoint, metrics ──► artifact ──► agreement
 //! ```
+//!
+//! - [`device`] is what a processor must do; [`cpu`] does it, as the reference for any other.
+//! - [`transformer`] holds a model's weights, [`parameters`] what of them is trained, [`linear`] and [`lora`] how.
+//! - [`dpo`] is the loss, a function of numbers.
+//! - [`run`](mod@run) is a whole run; [`artifact`] writes what it leaves, and [`agreement`] asks llama.cpp about it.
+//! - [`adapter`] reads and writes LoRA files.
 
 pub mod adapter;
 pub mod agreement;
