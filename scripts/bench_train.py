@@ -49,17 +49,21 @@ def made_up_pairs(path: Path) -> None:
             file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
 
 
-def ours(args: argparse.Namespace, model: Path, pairs: Path, folder: Path) -> dict:
-    """One run of our trainer. Everything that is known of its command line and of its run folder is in here."""
-    # An epoch of the pairs may be shorter than the steps wanted, and is never longer than needed.
-    epochs = -(-args.steps * args.batch_size // max(1, sum(1 for _ in pairs.open()) - args.batch_size))
-    command = [args.program, "train", "-m", model, "--pairs", pairs, "--method", "lora", "--epochs", epochs,
+PRODUCTS = ["exact", "fast"]
+
+
+def ours(args: argparse.Namespace, products: str, model: Path, pairs: Path, folder: Path) -> dict:
+    """One run of our trainer. Everything that is known of its command line and of its run folder is in here.
+
+    Each step of the first epoch computes its pairs' references too, as every step of TRL does; later epochs do not.
+    """
+    command = [args.program, "train", "-m", model, "--pairs", pairs, "--method", "lora", "--max-steps", args.steps,
                "--learning-rate", 1e-5, "--batch-size", args.batch_size, "--rank", args.rank, "-t", args.threads,
-               "-o", folder, *args.ours_arguments]
+               "--held-out", 0, "--products", products, "-o", folder, *args.ours_arguments]
     run(command, args)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [row["step_seconds"] for row in map(json.loads, lines) if "step_seconds" in row][: args.steps]
-    report = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return {"seconds": seconds[N_WARMUP:], "peak_rss_bytes": report["peak_rss_bytes"]}
 
 
@@ -88,7 +92,10 @@ def measure(args: argparse.Namespace, name: str, model: Path, pairs: Path, folde
         run([args.python, SCRIPTS / "trl_baseline.py", "convert", model, hf_folder], args)
     programs = {f"TRL {dtype}": lambda _i, dtype=dtype: theirs(args, dtype, hf_folder, pairs) for dtype in args.dtypes}
     if not args.without_ours:
-        programs = {"detox-gguf": lambda i: ours(args, model, pairs, folder / f"{name}-run-{os.getpid()}-{i}")} | programs
+        runs_in = folder / f"{name}-run-{os.getpid()}"
+        own = {f"detox-gguf {products}": lambda i, products=products:
+               ours(args, products, model, pairs, runs_in / f"{products}-{i}") for products in PRODUCTS}
+        programs = own | programs
     runs = {program: [] for program in programs}
     for i in range(args.rounds):
         for program, once in programs.items():
@@ -105,9 +112,13 @@ def measure(args: argparse.Namespace, name: str, model: Path, pairs: Path, folde
             "fastest_round": max(by_round),
             "peak_rss_bytes": max(result["peak_rss_bytes"] for result in results),
         })
-    for row in rows[1:] if not args.without_ours else []:
-        row["speed_ratio"] = rows[0]["pairs_per_second"] / row["pairs_per_second"]
-        row["memory_ratio"] = rows[0]["peak_rss_bytes"] / row["peak_rss_bytes"]
+    for row in rows:
+        if row["program"].startswith("TRL"):
+            continue
+        for other in rows:
+            if other["program"].startswith("TRL"):
+                row[f"speed / {other['program']}"] = row["pairs_per_second"] / other["pairs_per_second"]
+                row[f"memory / {other['program']}"] = row["peak_rss_bytes"] / other["peak_rss_bytes"]
     return rows
 
 
@@ -118,14 +129,16 @@ def rates(args: argparse.Namespace, results: list[dict]) -> list[float]:
 
 def table(rows: list[dict]) -> str:
     """Markdown. The ratios are ours to TRL's: speed should be high, memory low."""
-    lines = ["| model | program | pairs/s (rounds) | peak memory | our speed / its | our memory / its |",
-             "|---|---|---|---|---|---|"]
+    ratios = [key for row in rows for key in row if " / " in key]
+    ratios = list(dict.fromkeys(ratios))
+    lines = ["| " + " | ".join(["model", "program", "pairs/s (rounds)", "peak memory", *ratios]) + " |",
+             "|---" * (4 + len(ratios)) + "|"]
     for row in rows:
-        ratios = [f"{row[key]:.2f}" if key in row else "" for key in ("speed_ratio", "memory_ratio")]
         lines.append("| " + " | ".join([
             row["model"], row["program"],
             f"{row['pairs_per_second']:.2f} ({row['slowest_round']:.2f} to {row['fastest_round']:.2f})",
-            f"{row['peak_rss_bytes'] / GIB:.2f} GiB", *ratios]) + " |")
+            f"{row['peak_rss_bytes'] / GIB:.2f} GiB", *[f"{row[key]:.2f}" if key in row else "" for key in ratios],
+        ]) + " |")
     return "\n".join(lines)
 
 
