@@ -90,6 +90,13 @@ impl TrainingReport {
 
     /// In 80 columns.
     pub fn to_terminal(&self, records: &[Record], colour: bool) -> String {
+        let mut text = self.numbers(records);
+        terminal::push_warnings(&mut text, &self.warnings(records), colour);
+        text
+    }
+
+    /// A line each, in 80 columns.
+    fn numbers(&self, records: &[Record]) -> String {
         let mut text = String::new();
         let mut row = |name: &str, value: String| text.push_str(&format!("{name:<18} {value}\n"));
         let Outcome { n_steps, n_train, n_held_out, best, .. } = &self.outcome;
@@ -130,7 +137,6 @@ impl TrainingReport {
                 self.agreement.difference.mean_kl, self.agreement.bound, self.agreement.floor.mean_kl
             ),
         );
-        terminal::push_warnings(&mut text, &self.warnings(records), colour);
         text
     }
 
@@ -234,7 +240,7 @@ impl TrainingReport {
                 }
             }
             h2 { "Numbers" }
-            pre { (self.to_terminal(records, false)) }
+            div.scroll tabindex="0" role="region" aria-label="Numbers" { pre { (self.numbers(records)) } }
             details {
                 summary { "Settings" }
                 div.scroll tabindex="0" role="region" aria-label="Settings" {
