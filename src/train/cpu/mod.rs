@@ -71,16 +71,20 @@ impl Cpu {
     /// # Errors
     /// [`Error::Setting`] where the system gives no threads.
     pub fn new(n_threads: usize, products: Products) -> Result<Cpu> {
+        Cpu::with(n_threads, products, products == Products::Fast && !has_vnni())
+    }
+
+    /// As [`Cpu::new`]; with `by_ggml` fast products are ggml's whatever the CPU has.
+    fn with(n_threads: usize, products: Products, by_ggml: bool) -> Result<Cpu> {
         let refuse = |reason: String| Error::setting("-t/--threads", reason);
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(n_threads.max(1))
             .thread_name(|i| format!("train-{i}"))
             .build()
             .map_err(|error| refuse(format!("cannot start {n_threads} threads: {error}")))?;
-        let kernels = match products {
-            Products::Exact => None,
-            Products::Fast if has_vnni() => None,
-            Products::Fast => {
+        let kernels = match by_ggml {
+            false => None,
+            true => {
                 let kernels = Kernels::new(n_threads.max(1));
                 Some(kernels.ok_or_else(|| refuse(format!("ggml cannot start {n_threads} threads")))?)
             }

@@ -96,10 +96,22 @@ fn bound(a: &[f32], da: &[f64], b: &[f32], db: &[f64]) -> f64 {
     (0..a.len()).map(of).sum::<f64>() + SUMS * a.len() as f64
 }
 
+/// ggml's kernels, and where this CPU has what they need this program's; the latter round the matrix too.
+fn fast_devices() -> Vec<(Cpu, bool)> {
+    let ggml = (Cpu::with(2, Products::Fast, true).unwrap(), false);
+    let own = Cpu::new(2, Products::Fast).unwrap();
+    if own.kernels.is_some() { vec![ggml] } else { vec![ggml, (own, true)] }
+}
+
 #[test]
 fn fast_products_differ_by_rounding_to_eight_bits_and_no_more() {
+    for (device, rounds_matrix) in fast_devices() {
+        check_fast_products(&device, rounds_matrix);
+    }
+}
+
+fn check_fast_products(device: &Cpu, rounds_matrix: bool) {
     let mut random = Random::new(20);
-    let device = Cpu::new(2, Products::Fast).unwrap();
     for tensor_type in TYPES {
         for [n_out, n_in] in sizes(tensor_type) {
             let (host, w) = matrix(&mut random, tensor_type, [n_out, n_in]);
@@ -116,13 +128,14 @@ fn fast_products_differ_by_rounding_to_eight_bits_and_no_more() {
                     let x = &x[i / n_out * n_in..(i / n_out + 1) * n_in];
                     let w = &w[i % n_out * n_in..(i % n_out + 1) * n_in];
                     // F16 and BF16 round to their own type: BF16's 2^-9 is less than 8 bits of a block.
-                    let dx = if tensor_type == TensorType::F32 {
-                        vec![0.0; n_in]
-                    } else {
-                        rounding(x, len.max(32))
+                    let (dw, dx) = match (rounds_matrix, len) {
+                        (false, _) if tensor_type == TensorType::F32 => (vec![0.0; n_in], vec![0.0; n_in]),
+                        (false, _) => (vec![0.0; n_in], rounding(x, len.max(32))),
+                        (true, 1) => (vec![0.0; n_in], vec![0.0; n_in]),
+                        (true, _) => (rounding(w, 32), rounding(x, 32)),
                     };
                     let distance = (f64::from(found) - exact).abs();
-                    let bound = bound(w, &vec![0.0; n_in], x, &dx);
+                    let bound = bound(w, &dw, x, &dx);
                     assert!(distance <= bound, "{what}: {found}, exactly {exact}, {distance} > {bound}");
                     largest = largest.max(distance);
                 }
@@ -137,12 +150,19 @@ fn fast_products_differ_by_rounding_to_eight_bits_and_no_more() {
 
 #[test]
 fn fast_products_back_differ_by_rounding_both_sides_to_eight_bits_and_no_more() {
+    for (device, is_own) in fast_devices() {
+        check_fast_products_back(&device, is_own);
+    }
+}
+
+fn check_fast_products_back(device: &Cpu, is_own: bool) {
     let mut random = Random::new(21);
-    let device = Cpu::new(2, Products::Fast).unwrap();
     for tensor_type in TYPES.into_iter().filter(|t| t.block_len() > 1) {
         let block_len = tensor_type.block_len() as usize;
         // More inputs than a part of a transposed copy has.
-        for [n_out, n_in] in [[32, block_len], [96, 768]] {
+        // ggml's are exact where outputs are no whole blocks.
+        let odd = is_own.then_some([33, block_len]);
+        for [n_out, n_in] in [[32, block_len], [96, 768]].into_iter().chain(odd) {
             let (host, w) = matrix(&mut random, tensor_type, [n_out, n_in]);
             let matrix = device.matrix(host).unwrap();
             let w = transposed(&w, [n_out, n_in]);
@@ -168,9 +188,9 @@ fn fast_products_back_differ_by_rounding_both_sides_to_eight_bits_and_no_more() 
 }
 
 #[test]
-fn fast_products_back_are_exact_to_the_bit_where_outputs_are_no_whole_blocks() {
+fn ggml_s_products_back_are_exact_to_the_bit_where_outputs_are_no_whole_blocks() {
     let mut random = Random::new(22);
-    let (exact, fast) = (cpu(), Cpu::new(2, Products::Fast).unwrap());
+    let (exact, fast) = (cpu(), Cpu::with(2, Products::Fast, true).unwrap());
     let plain = [TensorType::F32, TensorType::F16, TensorType::BF16].map(|t| (t, [64, 96]));
     for (tensor_type, [n_out, n_in]) in
         [(TensorType::Q8_0, [33, 96]), (TensorType::Q4_K, [16, 256])].into_iter().chain(plain)

@@ -23,7 +23,8 @@ fn buffers_hold_what_is_written_to_them() {
 fn the_description_names_threads_and_products() {
     use crate::train::cpu::{Cpu, Products};
     assert_eq!(Cpu::new(1, Products::Exact).unwrap().describe(), "cpu, 1 thread, exact products");
-    assert_eq!(Cpu::new(3, Products::Fast).unwrap().describe(), "cpu, 3 threads, fast products");
+    let ggml = Cpu::with(3, Products::Fast, true).unwrap();
+    assert_eq!(ggml.describe(), "cpu, 3 threads, fast (ggml) products");
 }
 
 #[test]
