@@ -11,7 +11,7 @@
 //! - [`engine`] runs models: many continuations of many prompts, and log-probabilities.
 //! - [`steer`] reads, combines and compiles what changes a model while it runs.
 //! - [`interp`] finds what to change: probes, value vectors, activations, retrieval.
-//! - [`train`] reads preference pairs, and turns them into the tokens that training sees.
+//! - [`train`] reads preference pairs, trains on them, and puts what was learned into files.
 //! - [`eval`] turns prompts into continuations, scores and metrics with intervals.
 //! - [`report`] turns results into JSON, CSV, Markdown, a terminal table and an HTML page.
 //!

@@ -2,6 +2,12 @@
 //!
 //! ```text
 //! pairs (prompt, chosen, rejected) ──► tokens ──► split, epoch order
+//!
+//! adapter (factors A, B) ──► adapter.gguf, for llama.cpp's --lora
+//!      │
+//!      └─► merge: W + scale alpha / rank B A, into the blocks there are ─► model.gguf
+//!                                                                              │
+//!                  loaded_back: llama.cpp's logits of both, compared ◄─────────┘
 //! ```
 
 pub mod adapter;
@@ -18,6 +24,8 @@ pub mod linear;
 pub mod loaded_back;
 pub mod lora;
 pub mod memory;
+pub mod merge;
+pub mod merge_bench;
 pub mod metrics;
 pub mod optimizer;
 pub mod pack;
@@ -29,3 +37,5 @@ pub mod settings;
 pub mod tokens;
 pub mod trainer;
 pub mod transformer;
+
+pub use adapter::{Adapter, Factors};

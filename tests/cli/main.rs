@@ -3,6 +3,7 @@
 mod bad_input;
 mod compare;
 mod eval;
+mod export;
 mod real_model;
 mod resume;
 mod score;
