@@ -20,12 +20,12 @@ else
         name=${file#tests/}
         name=${name%/main.rs}
         name=${name%.rs}
-        case "$name" in engine | cli) continue ;; esac
+        case "$name" in engine | cli | export) continue ;; esac
         [ ! -f "$file" ] || rest+=(--test "$name")
     done
     cargo test --release --lib --bins "${rest[@]}" "$@"
     # The variable means --test-threads=1, and leaves the place after -- to the arguments.
-    RUST_TEST_THREADS=1 cargo test --release --test engine --test cli "$@"
+    RUST_TEST_THREADS=1 cargo test --release --test engine --test cli --test export "$@"
 fi
 # nextest leaves out the examples in the documentation.
 cargo test --release --quiet --doc

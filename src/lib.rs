@@ -11,7 +11,7 @@
 //! - [`engine`] runs models: many continuations of many prompts, and log-probabilities.
 //! - [`steer`] reads, combines and compiles what changes a model while it runs.
 //! - [`interp`] finds what to change: probes, value vectors, activations, retrieval.
-//! - [`train`] trains models on preference pairs: forward and backward passes over a device, by hand.
+//! - [`train`] trains models on preference pairs, by hand over a device, and puts what was learned into files.
 //! - [`eval`] turns prompts into continuations, scores and metrics with intervals.
 //! - [`study`] is what needs several of these: making preference pairs.
 //! - [`report`] turns results into JSON, CSV, Markdown, a terminal table and an HTML page.

@@ -8,9 +8,10 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use crate::engine::bench::{self, BenchRow, SteeringRow};
 use crate::engine::{self, Model, Sampling};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
 use crate::interp::locate;
+use crate::train::merge_bench::{self, MergeTime};
 
 use super::arguments::EngineArguments;
 use super::print;
@@ -25,6 +26,8 @@ pub enum BenchCommand {
     Steer(BenchSteer),
     /// Time to rank all value vectors, against reading and dequantising them once
     Locate(BenchLocate),
+    /// Time to merge a random adapter for every matrix of a model
+    Merge(BenchMerge),
 }
 
 impl BenchCommand {
@@ -34,6 +37,7 @@ impl BenchCommand {
             BenchCommand::Generate(arguments) => arguments.run(interrupt),
             BenchCommand::Steer(arguments) => arguments.run(interrupt),
             BenchCommand::Locate(arguments) => arguments.run(interrupt),
+            BenchCommand::Merge(arguments) => arguments.run(interrupt),
         }
     }
 }
@@ -52,7 +56,7 @@ pub struct BenchLocate {
 impl BenchLocate {
     fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         if self.runs == 0 {
-            return Err(crate::Error::setting("--runs", "expected a number from 1 up, found 0"));
+            return Err(Error::setting("--runs", "expected a number from 1 up, found 0"));
         }
         let times = locate::bench(&GgufFile::open(&self.model)?, self.runs, interrupt)?;
         print(&format!(
@@ -60,6 +64,40 @@ impl BenchLocate {
             times.read.as_secs_f64(),
             times.rank.as_secs_f64(),
             times.ratio
+        ))
+    }
+}
+
+/// Arguments of `bench merge`.
+#[derive(Debug, Args)]
+pub struct BenchMerge {
+    /// Model (GGUF); no program needs to be able to run it
+    #[arg(short, long, value_name = "FILE")]
+    model: PathBuf,
+    /// Rank of the adapter
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    rank: usize,
+    /// Folder of the merged model, which is removed again
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    output: PathBuf,
+}
+
+impl BenchMerge {
+    fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+        if self.rank == 0 {
+            return Err(Error::setting("--rank", "expected a number from 1 up, found 0"));
+        }
+        let base = GgufFile::open(&self.model)?;
+        let adapter = merge_bench::random_adapter(&base, self.rank);
+        if adapter.factors.is_empty() {
+            return Err(Error::input(&self.model, None, "expected matrices to merge into, found none"));
+        }
+        let measured = merge_bench::measure(&base, adapter, &self.output, interrupt)?;
+        let MergeTime { seconds, n_tensors, n_weights, adapter_bytes } = measured;
+        print(&format!(
+            "{n_tensors} tensors, {n_weights} weights, adapter {} MiB: {seconds:.1} s, {:.1} million weights/s\n",
+            adapter_bytes >> 20,
+            n_weights as f64 / seconds / 1e6,
         ))
     }
 }

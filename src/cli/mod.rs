@@ -4,6 +4,7 @@ mod activations;
 mod arguments;
 mod bench;
 mod eval;
+mod export;
 mod generate;
 mod locate;
 mod pairs;
@@ -61,6 +62,8 @@ enum Command {
     Steer(Box<steer::SteerCommand>),
     /// Evaluate an intervention at several settings, against random neurons or directions
     Sweep(Box<sweep::SweepCommand>),
+    /// Write a copy of the model with LoRA adapters inside
+    Export(Box<export::ExportCommand>),
     /// Measure how active neurons are, language by language, before and after a change
     Activations(Box<activations::ActivationsCommand>),
     /// Measure how alike a model represents translations
@@ -79,8 +82,9 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse_from(with_long_flags(std::env::args_os()));
     start_log(cli.verbose);
     let grace = match cli.command {
-        // It ends a step and saves, however long that takes; a second Ctrl-C ends it at once.
-        Command::Train(_) => None,
+        // They end a step and save, or remove what is unfinished, however long that takes; a second Ctrl-C ends
+        // them at once.
+        Command::Train(_) | Command::Export(_) => None,
         _ => Some(GRACE),
     };
     let interrupt = interrupt_flag(grace);
@@ -92,6 +96,7 @@ pub fn main() -> ExitCode {
         Command::Locate(command) => command.run(&interrupt),
         Command::Steer(command) => command.run(&interrupt),
         Command::Sweep(command) => command.run(&interrupt),
+        Command::Export(command) => command.run(&interrupt),
         Command::Activations(command) => command.run(&interrupt),
         Command::Retrieval(command) => command.run(&interrupt),
         Command::Pairs(command) => command.run(&interrupt),
@@ -172,7 +177,7 @@ fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
             std::process::exit(130);
         }
         let Some(grace) = grace else {
-            eprintln!("interrupted: ending the step and saving (again: at once)");
+            eprintln!("interrupted: ending the step in hand (again: at once)");
             return;
         };
         std::thread::spawn(move || {

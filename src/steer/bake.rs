@@ -143,10 +143,18 @@ fn check_layer(model: &GgufFile, layer: usize) -> Result<()> {
     Err(Error::Model { path: model.path().to_path_buf(), reason, hint: Some(hint.into()) })
 }
 
-fn check_output(model: &GgufFile, output: &Path) -> Result<()> {
+/// Whether a changed copy of `model` can be written to `output`.
+///
+/// # Errors
+/// [`Error::Setting`] where it is a folder, a device, or the model itself.
+pub fn check_output(model: &GgufFile, output: &Path) -> Result<()> {
     let Ok(existing) = output.canonicalize() else { return Ok(()) };
     if existing.is_dir() {
         let reason = format!("expected a file to write, found the folder {}", output.display());
+        return Err(Error::setting("-o/--output", reason));
+    }
+    if !existing.is_file() {
+        let reason = format!("expected a plain file to write, found a device at {}", output.display());
         return Err(Error::setting("-o/--output", reason));
     }
     if model.part_paths().any(|part| part.canonicalize().is_ok_and(|part| part == existing)) {

@@ -7,6 +7,8 @@
 //!              over a device (cpu)       ▲                              │
 //!                                    reference                          ▼
 //! settings ──► run: steps, looks at held-out pairs, checkpoint, metrics ──► artifact ──► agreement
+//!
+//! adapter.gguf ──► merge: W + scale alpha / rank B A, into the blocks there are ──► loaded_back: llama.cpp's word
 //! ```
 //!
 //! - [`device`] is what a processor must do; [`cpu`] does it, as the reference for any other.
@@ -29,6 +31,8 @@ pub mod linear;
 pub mod loaded_back;
 pub mod lora;
 pub mod memory;
+pub mod merge;
+pub mod merge_bench;
 pub mod metrics;
 pub mod optimizer;
 pub mod pack;
@@ -40,3 +44,5 @@ pub mod settings;
 pub mod tokens;
 pub mod trainer;
 pub mod transformer;
+
+pub use adapter::{Adapter, Factors};

@@ -4,6 +4,7 @@ mod bad_input;
 mod compare;
 mod directions;
 mod eval;
+mod export;
 mod pairs;
 mod real_model;
 mod resume;

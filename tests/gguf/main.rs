@@ -3,6 +3,7 @@
 mod bytes;
 mod decoder;
 mod dequantize;
+mod quantize;
 mod rejects;
 mod round_trip;
 mod split;

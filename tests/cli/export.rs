@@ -1,0 +1,158 @@
+//! Adapters merged into models, and what stops them.
+
+use std::path::{Path, PathBuf};
+
+use detox_gguf::gguf::{GgufFile, Metadata};
+use detox_gguf::steer::{Fingerprint, control_vector};
+use detox_gguf::train::Adapter;
+
+use super::{detox, failure, tiny};
+
+fn export(model: &Path, lora: &Path, output: &Path) -> assert_cmd::Command {
+    let mut command = detox();
+    command.args(["export", "-t", "1", "-m"]).arg(model).arg("--lora").arg(lora).arg("-o").arg(output);
+    command
+}
+
+fn n_files(folder: &Path) -> usize {
+    std::fs::read_dir(folder).unwrap().count()
+}
+
+/// The tiny llama's adapter times a number, in `folder`, made for the model at `base`.
+fn scaled_adapter(folder: &Path, base: &Path, scale: f32) -> PathBuf {
+    let base = GgufFile::open(base).unwrap();
+    let mut adapter = Adapter::read(&tiny("llama-lora.gguf"), &base).unwrap();
+    adapter.factors.iter_mut().for_each(|factors| factors.b.iter_mut().for_each(|b| *b *= scale));
+    let path = folder.join("scaled-lora.gguf");
+    adapter.write(&path, &base, &Metadata::new()).unwrap();
+    path
+}
+
+#[test]
+fn a_merged_model_is_compared_with_its_adapter_and_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    for model in ["llama.gguf", "llama-q8_0.gguf"] {
+        let output = folder.path().join("merged.gguf");
+        let run = export(&tiny(model), &tiny("llama-lora.gguf"), &output).assert().success();
+        let table = String::from_utf8(run.get_output().stdout.clone()).unwrap();
+        for part in ["survived", "the adapter's effect", "what is missed", "noise floor"] {
+            assert!(table.contains(part), "{part}: {table}");
+        }
+        assert!(
+            table.lines().filter(|l| !l.contains("survived:")).all(|l| l.chars().count() <= 80),
+            "{table}"
+        );
+        assert_eq!(n_files(folder.path()), 1);
+        let merged = GgufFile::open(&output).unwrap();
+        let made_of = merged.str("detox_gguf.merged").unwrap();
+        assert!(made_of.starts_with("llama-lora.gguf (sha256 ") && made_of.ends_with(" x 1"), "{made_of}");
+        assert_eq!(merged.str("detox_gguf.merged.base").unwrap(), model);
+        let before = std::fs::read(&output).unwrap();
+        export(&tiny(model), &tiny("llama-lora.gguf"), &output).assert().success();
+        assert!(std::fs::read(&output).unwrap() == before, "the same merge gives the same bytes");
+        let mut command = detox();
+        command.args(["generate", "-k", "1", "-n", "2", "--lang", "en", "--limit", "1", "-t", "1", "-m"]);
+        command.arg(&output).assert().success();
+        std::fs::remove_file(&output).unwrap();
+    }
+}
+
+#[test]
+fn a_merge_that_loses_the_change_is_an_error_with_a_cure_and_leaves_nothing() {
+    let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let base = tiny("llama-q8_0.gguf");
+    let lora = scaled_adapter(work.path(), &base, 1e-6);
+    let output = folder.path().join("merged.gguf");
+    let (code, said) = failure(&mut export(&base, &lora, &output));
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("merged.gguf: not written: the merged model is no nearer"), "{said}");
+    assert!(said.contains("hint: 0% of the change survived") && said.contains("--type f16"), "{said}");
+    assert_eq!(n_files(folder.path()), 0);
+    // What was there before stays.
+    std::fs::write(&output, "before").unwrap();
+    failure(&mut export(&base, &lora, &output));
+    assert_eq!(std::fs::read_to_string(&output).unwrap(), "before");
+}
+
+#[test]
+fn an_adapter_of_zeros_is_merged_into_the_same_tensors() {
+    let folder = tempfile::tempdir().unwrap();
+    let lora = scaled_adapter(folder.path(), &tiny("llama-q8_0.gguf"), 0.0);
+    let output = folder.path().join("merged.gguf");
+    export(&tiny("llama-q8_0.gguf"), &lora, &output).assert().success();
+    let (base, merged) = (GgufFile::open(tiny("llama-q8_0.gguf")).unwrap(), GgufFile::open(&output).unwrap());
+    for (a, b) in base.tensors().iter().zip(merged.tensors()) {
+        assert!(base.read_tensor(a).unwrap() == merged.read_tensor(b).unwrap(), "{}", a.name());
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("merged.gguf");
+    // No file over 100 KiB: a write fails in the middle of the tensors, as on a full disk.
+    let run = std::process::Command::new("bash")
+        .args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$0\" \"$@\""])
+        .arg(assert_cmd::cargo::cargo_bin("detox-gguf"))
+        .args(["export", "-t", "1", "-m"])
+        .arg(tiny("llama.gguf"))
+        .arg("--lora")
+        .arg(tiny("llama-lora.gguf"))
+        .arg("-o")
+        .arg(&output)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(run.stderr).unwrap();
+    assert_eq!(run.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("cannot write {}", output.display())), "{said}");
+    assert_eq!(n_files(folder.path()), 0);
+}
+
+#[test]
+fn rejects_what_is_no_merge_with_what_to_do() {
+    let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (llama, lora) = (tiny("llama.gguf"), tiny("llama-lora.gguf"));
+    let vector = work.path().join("steer.gguf");
+    let fingerprint = Fingerprint::of(&GgufFile::open(&llama).unwrap()).unwrap();
+    control_vector::write(&vector, &fingerprint, &[(1, vec![0.5; 64])].into(), &Metadata::new()).unwrap();
+    let of_llama = scaled_adapter(work.path(), &llama, 1.0);
+    let output = folder.path().join("merged.gguf");
+    let mut none = detox();
+    none.arg("export").arg("-m").arg(&llama).arg("-o").arg(&output);
+    let with = |arguments: &[&str]| {
+        let mut command = export(&llama, &lora, &output);
+        command.args(arguments);
+        command
+    };
+    let cases = [
+        (2, "steer --bake", none),
+        (1, "--bake -o", export(&llama, &vector, &output)),
+        (1, "expected a LoRA adapter", export(&llama, &llama, &output)),
+        (
+            1,
+            "architecture \"llama\", and this model has \"gpt2\"",
+            export(&tiny("gpt2.gguf"), &lora, &output),
+        ),
+        (1, "--force", export(&tiny("llama-q8_0.gguf"), &of_llama, &output)),
+        (1, "No such file", export(&llama, &work.path().join("none"), &output)),
+        (1, "No such file", export(&work.path().join("none"), &lora, &output)),
+        (1, "No such file", export(&llama, &lora, &folder.path().join("none/merged.gguf"))),
+        (2, "importance matrix", with(&["--type", "iq1_s"])),
+        (2, "hint: one of f32, f16, q4_0", with(&["--type", "q4_k_m"])),
+        (1, "multiple of 256", with(&["--type", "q4_k"])),
+        (2, "--lora-scaled", with(&["--lora-scaled", &format!("{}:inf", lora.display())])),
+        (2, "the folder", export(&llama, &lora, folder.path())),
+    ];
+    for (code, part, mut command) in cases {
+        let (found, said) = failure(&mut command);
+        assert!(found == code && said.contains(part), "{part}: {found} {said}");
+        assert_eq!(n_files(folder.path()), 0, "{part}");
+    }
+    // Neither of the files it is made of.
+    let copy = work.path().join("copy.gguf");
+    std::fs::copy(&llama, &copy).unwrap();
+    assert!(failure(&mut export(&copy, &lora, &copy)).1.contains("the model itself"));
+    assert!(failure(&mut export(&llama, &of_llama, &of_llama)).1.contains("the adapter itself"));
+    export(&tiny("llama-q8_0.gguf"), &of_llama, &output).arg("--force").assert().success();
+}
