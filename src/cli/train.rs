@@ -147,7 +147,7 @@ struct ComputeArguments {
     #[arg(short = 't', long, value_name = "N")]
     threads: Option<usize>,
     /// Products with frozen matrices
-    #[arg(long, value_enum, default_value = "exact")]
+    #[arg(long, value_enum, default_value = "auto")]
     products: ProductsArgument,
     /// Tokens computed at once (-ub); a pair that has more is computed by itself
     #[arg(long, value_name = "N", default_value_t = 512)]
@@ -157,13 +157,15 @@ struct ComputeArguments {
     checkpointing: CheckpointingArgument,
 }
 
-/// `exact` or `fast`.
+/// `exact`, `fast` or `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum ProductsArgument {
     /// In f32
     Exact,
-    /// By ggml's kernels, which round to 8 bits
+    /// With quantised matrices, rounded to 8 bits
     Fast,
+    /// Fast where the CPU has AVX-512 VNNI and memory suffices, else exact
+    Auto,
 }
 
 /// `on`, `off` or `auto`.
@@ -194,7 +196,7 @@ impl TrainCommand {
         let mut progress = Shown::new();
         let base = GgufFile::open(&self.model)?;
         check_decoder(&base)?;
-        let settings = self.settings()?;
+        let settings = self.settings(&base)?;
         artifact::check(&base, settings.method)?;
         let (all, pairs_name) = self.read_pairs()?;
         let vocabulary = Vocabulary::open(&self.model)?;
@@ -268,7 +270,7 @@ impl TrainCommand {
         Ok(())
     }
 
-    fn settings(&self) -> Result<Settings> {
+    fn settings(&self, base: &GgufFile) -> Result<Settings> {
         let (lora, recipe, compute) = (&self.lora, &self.recipe, &self.compute);
         let default_targets = LoraOptions::default().targets;
         let all_cores = std::thread::available_parallelism().map_or(1, usize::from);
@@ -302,6 +304,7 @@ impl TrainCommand {
             products: match compute.products {
                 ProductsArgument::Exact => Products::Exact,
                 ProductsArgument::Fast => Products::Fast,
+                ProductsArgument::Auto => Products::auto(base.n_params()),
             },
             n_threads: compute.threads.unwrap_or(all_cores),
             max_rows: compute.ubatch_size,

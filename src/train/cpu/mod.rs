@@ -46,6 +46,16 @@ pub enum Products {
     Fast,
 }
 
+impl Products {
+    /// Fast where this program's kernels run and their copies of `n_weights` numbers fit into half the machine's
+    /// memory: what they round moves losses less than another seed does (docs/training.md). Else exact.
+    pub fn auto(n_weights: u64) -> Products {
+        let copies = n_weights.saturating_mul(19) / 8;
+        let fits = copies <= super::memory::total_bytes() / 2;
+        if has_vnni() && fits { Products::Fast } else { Products::Exact }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 fn has_vnni() -> bool {
     vnni::is_supported()
