@@ -185,7 +185,7 @@ impl Config {
             Position::Rope(pairs) => {
                 let n_rot = file.u32_if_present(&key("rope.dimension_count")?)?.unwrap_or(head_dim as u32);
                 let n_rot = n_rot as usize;
-                if n_rot > head_dim || n_rot % 2 != 0 {
+                if n_rot > head_dim || !n_rot.is_multiple_of(2) {
                     return Err(refuse(format!("a rotation of {n_rot} numbers of {head_dim} in a head"), ""));
                 }
                 if let Some(factors) = rope_factors

@@ -336,6 +336,7 @@ pub trait Device: Debug + Send + Sync {
     fn scale_rows(&self, factors: &[f32], n_cols: usize, x: &mut Self::Buffer) -> Result<()>;
     /// `dst[r][to .. to + n] += src[r][from .. from + n]`, rows of `src` having `src_cols` numbers and those of
     /// `dst` `dst_cols`.
+    #[allow(clippy::too_many_arguments, reason = "one operation's operands")]
     fn add_columns(
         &self,
         src: &Self::Buffer,

@@ -281,8 +281,8 @@ impl Panel {
                 words[i] = u32::from_le_bytes(bytes);
             }
         }
-        for i in 0..PANEL {
-            self.starts[at + i] = -128 * sums[i];
+        for (start, sum) in self.starts[at..].iter_mut().zip(sums) {
+            *start = -128 * sum;
         }
     }
 }
