@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Check that stock llama.cpp gives the same logits as this program under a control vector that it wrote, and with
-a model that it baked.
+"""Check that stock llama.cpp gives the same logits as this program under a control vector that it wrote, with a model
+that it baked, and with an adapter that it trained.
 
     pip install llama-cpp-python==0.3.36 gguf==0.17.1 numpy
     cargo build --release --bins --example logits
@@ -33,7 +33,7 @@ def ours(target: Path, model: Path, *steer: str) -> np.ndarray:
     return np.array(json.loads(subprocess.check_output(command, stderr=subprocess.DEVNULL)))
 
 
-def stock(model: Path, control_vector: Path | None, n_layer: int, n_embd: int) -> np.ndarray:
+def stock(model: Path, control_vector: Path | None, n_layer: int, n_embd: int, lora: Path | None = None) -> np.ndarray:
     """Logits after the last token, by llama.cpp's C API alone."""
     llama_cpp.llama_backend_init()
     loaded = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
@@ -49,6 +49,12 @@ def stock(model: Path, control_vector: Path | None, n_layer: int, n_embd: int) -
         data = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         code = llama_cpp.llama_set_adapter_cvec(context, data, rows.size, n_embd, 1, n_layer - 1)
         assert code == 0, "llama.cpp refused the control vector"
+    if lora is not None:
+        adapter = llama_cpp.llama_adapter_lora_init(loaded, str(lora).encode())
+        assert adapter, "llama.cpp refused the adapter"
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+        code = llama_cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
+        assert code == 0, "llama.cpp refused to use the adapter"
     tokens = (llama_cpp.llama_token * len(TOKENS))(*TOKENS)
     batch = llama_cpp.llama_batch_get_one(tokens, len(TOKENS))
     assert llama_cpp.llama_decode(context, batch) == 0
@@ -78,6 +84,14 @@ def main() -> int:
             if name in ("llama", "gpt2", "bloom"):
                 subprocess.run([*make, baked, "--bake"], check=True, stderr=subprocess.DEVNULL)
                 rows.append(("baked model", rows[0][1], stock(baked, None, n_layer, n_embd)))
+            # Enough steps, at a high rate, that the adapter changes something.
+            run = Path(folder) / f"{name}-dpo"
+            subprocess.run([program, "train", "-m", model, "-o", run, "--rank", "4", "--max-steps", "20", "--warmup-steps", "0",
+                            "--learning-rate", "1e-2", "--held-out", "0", "-t", "1"],
+                           check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            adapter = run / "adapter.gguf"
+            rows.append(("trained adapter", ours(args.target, model, "--lora", str(adapter)),
+                         stock(model, None, n_layer, n_embd, adapter)))
             for what, a, b in rows:
                 effect, difference = np.abs(a - plain).max(), np.abs(a - b).max()
                 good = difference < TOLERANCE < effect
