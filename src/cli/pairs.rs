@@ -133,11 +133,13 @@ impl PairsCommand {
         let table = report::to_terminal(&made);
         if made.rows.is_empty() {
             eprint!("{table}");
+            let is_steered = request.steer_chosen.is_some() || request.steer_rejected.is_some();
+            let cure = "raise -k/--samples, take other prompts, or loosen the rule that dropped most";
+            // Seen on a small model: 0.1 times a direction made it toxic, 0.2 times neither that nor fluent.
+            let coefficient = if is_steered { "; try smaller coefficients too" } else { "" };
             return Err(Error::NoResult {
                 reason: "no two samples made a pair, and nothing was written".into(),
-                hint: Some(
-                    "raise -k/--samples, take other prompts, or loosen the rule that dropped most".into(),
-                ),
+                hint: Some(format!("{cure}{coefficient}")),
             });
         }
         let lines = file::json_lines(&made.rows);

@@ -62,7 +62,7 @@ impl Default for Limits {
 impl Limits {
     /// Errors: [`Error::Setting`] where either is 0.
     pub fn validate(&self) -> Result<()> {
-        for (flag, n) in [("--max-prompt-length", self.max_prompt), ("--max-length", self.max_length)] {
+        for (flag, n) in [("--max-prompt", self.max_prompt), ("--max-length", self.max_length)] {
             if n == 0 {
                 return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
             }

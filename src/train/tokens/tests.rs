@@ -178,8 +178,12 @@ fn rejects_eos_where_the_model_has_none_with_the_cure() {
 
 #[test]
 fn rejects_limits_of_zero() {
-    for limits in [Limits { max_prompt: 0, ..SHORT }, Limits { max_length: 0, ..SHORT }] {
-        assert!(tokenize(&vocabulary("llama"), &[], &limits).unwrap_err().is_usage());
+    for (limits, flag) in [
+        (Limits { max_prompt: 0, ..SHORT }, "--max-prompt: "),
+        (Limits { max_length: 0, ..SHORT }, "--max-length: "),
+    ] {
+        let error = tokenize(&vocabulary("llama"), &[], &limits).unwrap_err();
+        assert!(error.is_usage() && error.to_string().starts_with(flag), "{error}");
     }
 }
 
