@@ -105,8 +105,9 @@ pub fn agreement<D: Device>(
 }
 
 /// 0.001 more on one neuron in each block of 32 of the first layer: next to nothing in itself, but it moves the
-/// roundings of all that follows. The trainer, which rounds nothing, differs from the first layer on too.
-fn nudges(model: &Model) -> Vec<Edit> {
+/// roundings of all that follows. The trainer, which rounds nothing, differs from the first
+/// layer on too, and so does a model whose weights are others everywhere.
+pub(super) fn nudges(model: &Model) -> Vec<Edit> {
     const BLOCK: usize = 32;
     let n_ff = model.n_ff().first().copied().unwrap_or(0);
     let operation = Operation::Offset(0.001);

@@ -7,7 +7,9 @@ use crate::engine::steering::LoraScaled;
 use crate::engine::{CacheType, FlashAttention, Model, ModelOptions, SessionOptions, Steering, Token};
 use crate::error::{Error, Result};
 use crate::gguf::{GgufFile, TensorType, check_decoder};
-use crate::steer::exact_check::{Difference, compare, logits, noise_floor};
+use crate::steer::exact_check::{Difference, compare, logits};
+
+use super::agreement::nudges;
 
 /// A merged model against its base with the adapters at run time, by the logits of llama.cpp.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -53,13 +55,16 @@ impl LoadedBack {
         let texts = tokenize(&model)?;
         go_on()?;
         let steering = Steering { loras: loras.to_vec(), ..Steering::default() };
-        let without = logits(&model, &texts, &options)?;
-        go_on()?;
         let expected = logits(&model.with_steering(steering.clone())?, &texts, &options)?;
         go_on()?;
+        let effect = compare(&logits(&model, &texts, &options)?, &expected);
+        go_on()?;
         let floor = match model.graph() {
-            Ok(_) => Some(noise_floor(&model, &steering, &texts, &options)?),
-            // The callback that nudges a neuron does not know this architecture.
+            Ok(_) => {
+                let nudged = Steering { edits: nudges(&model), ..steering };
+                Some(compare(&logits(&model.with_steering(nudged)?, &texts, &options)?, &expected))
+            }
+            // The callback that nudges neurons does not know this architecture.
             Err(Error::Model { .. }) => None,
             Err(other) => return Err(other),
         };
@@ -67,7 +72,7 @@ impl LoadedBack {
         go_on()?;
         check_decoder(&GgufFile::open(merged)?)?;
         let found = logits(&Model::open(merged, model_options)?, &texts, &options)?;
-        Ok(LoadedBack { effect: compare(&without, &expected), missed: compare(&found, &expected), floor })
+        Ok(LoadedBack { effect, missed: compare(&found, &expected), floor })
     }
 
     /// Whether the merged model may be kept. `changed` are the types of the changed tensors before and after,
@@ -94,8 +99,7 @@ impl LoadedBack {
             }
         }
         if !is_zero && missed >= effect {
-            // A change in all layers moves more roundings than the floor's, of one neuron.
-            let why = if effect < 10.0 * floor {
+            let why = if effect < 4.0 * floor {
                 "the adapters' effect is hardly above the noise of the model's own quantisation, and cannot be \
                  told from it"
             } else {
@@ -150,7 +154,7 @@ mod tests {
         let reason = verdict(0.1, 0.1, 0.001, &[LOW], false).unwrap_err();
         assert!(reason.contains("no nearer") && reason.contains("1.0e-1"), "{reason}");
         assert!(reason.contains("rounding took the change"), "{reason}");
-        let reason = verdict(0.1, 0.1, 0.02, &[LOW], false).unwrap_err();
+        let reason = verdict(0.1, 0.1, 0.03, &[LOW], false).unwrap_err();
         assert!(reason.contains("hardly above the noise"), "{reason}");
         // An adapter of zeros has no effect to be near to.
         verdict(0.0, 0.0, 0.0, &[LOW], true).unwrap();
