@@ -165,9 +165,7 @@ impl Error {
             Error::PromptTooLong { .. } => Some(
                 "raise -c/--ctx-size, lower -np/--parallel or -n/--n-predict, or shorten the prompt".into(),
             ),
-            Error::Training { .. } => {
-                Some("lower --learning-rate, and go on from the last checkpoint with the same command".into())
-            }
+            Error::Training { .. } => Some("lower --learning-rate, and choose a new folder with -o".into()),
             Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
                 Some("free some space and run the same command again".into())
             }

@@ -14,16 +14,18 @@ use crate::progress::hash_model;
 use crate::report::json as report_json;
 use crate::report::training::TrainingReport;
 use crate::train::agreement::{self, agreement};
+use crate::train::config::Config;
 use crate::train::cpu::{Cpu, Products};
 use crate::train::dpo::LossKind;
 use crate::train::lora::LoraOptions;
 use crate::train::metrics::Record;
 use crate::train::optimizer::{OptimizerKind, ScheduleKind};
 use crate::train::pairs::{self, PreferencePair};
-use crate::train::run::{RunFiles, run};
+use crate::train::run::{RunFiles, check_lengths, run};
 use crate::train::settings::{MethodName, Settings};
 use crate::train::tokens::{self, TokenPair, Tokenized};
 use crate::train::trainer::Trainer;
+use crate::train::transformer::Method;
 use crate::train::{artifact, memory};
 
 use super::eval::write_reports;
@@ -71,7 +73,7 @@ struct LoraArguments {
     #[arg(long, value_name = "R", default_value_t = 64)]
     rank: usize,
     /// The change is multiplied by alpha / rank
-    #[arg(long, value_name = "A", default_value_t = 16.0)]
+    #[arg(long, value_name = "A", default_value_t = 16.0, allow_negative_numbers = true)]
     alpha: f32,
     /// Matrices, out of q k v o gate up down embed output [default: those of the blocks]
     #[arg(long, value_name = "T,…", value_delimiter = ',')]
@@ -85,10 +87,10 @@ struct RecipeArguments {
     #[arg(long, value_name = "L", default_value = "sigmoid")]
     loss: LossKind,
     /// How much the policy is held to the reference
-    #[arg(long, value_name = "B", default_value_t = 0.1)]
+    #[arg(long, value_name = "B", default_value_t = 0.1, allow_negative_numbers = true)]
     beta: f64,
     /// Share of pairs whose labels are taken to be swapped
-    #[arg(long, value_name = "S", default_value_t = 0.0)]
+    #[arg(long, value_name = "S", default_value_t = 0.0, allow_negative_numbers = true)]
     label_smoothing: f64,
     /// Passes through the pairs
     #[arg(long, value_name = "N", default_value_t = 5)]
@@ -100,7 +102,7 @@ struct RecipeArguments {
     #[arg(long, value_name = "N", default_value_t = 4)]
     batch_size: usize,
     /// The highest learning rate
-    #[arg(long, value_name = "X", default_value_t = 1e-5)]
+    #[arg(long, value_name = "X", default_value_t = 1e-5, allow_negative_numbers = true)]
     learning_rate: f64,
     /// Steps up to it
     #[arg(long, value_name = "N", default_value_t = 150)]
@@ -112,16 +114,16 @@ struct RecipeArguments {
     #[arg(long, value_name = "O", default_value = "rmsprop")]
     optimizer: OptimizerKind,
     /// Weight decay, of adamw
-    #[arg(long, value_name = "X", default_value_t = 0.0)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
     weight_decay: f32,
     /// Gradients are cut to this norm
-    #[arg(long, value_name = "X", default_value_t = 10.0)]
+    #[arg(long, value_name = "X", default_value_t = 10.0, allow_negative_numbers = true)]
     max_grad_norm: f64,
     /// Steps from one look at the held-out pairs, and one checkpoint, to the next
     #[arg(long, value_name = "N", default_value_t = 25)]
     eval_every: u64,
     /// Share of pairs that are held out
-    #[arg(long, value_name = "S", default_value_t = 0.05)]
+    #[arg(long, value_name = "S", default_value_t = 0.05, allow_negative_numbers = true)]
     held_out: f64,
     /// Looks without a better held-out loss after which training ends
     #[arg(long, value_name = "N", default_value_t = 10)]
@@ -198,6 +200,10 @@ impl TrainCommand {
         check_decoder(&base)?;
         let settings = self.settings(&base)?;
         artifact::check(&base, settings.method)?;
+        let config = Config::read(&base, None)?;
+        if let Method::Lora(options) = settings.method() {
+            options.check(&base)?;
+        }
         let (all, pairs_name) = self.read_pairs()?;
         let vocabulary = Vocabulary::open(&self.model)?;
         let tokenized = tokens::tokenize(&vocabulary, &all, &settings.limits())?;
@@ -205,6 +211,7 @@ impl TrainCommand {
         if token_pairs.is_empty() {
             return Err(self.no_pairs(&tokenized, &all));
         }
+        check_lengths(&config, &token_pairs)?;
         file::create_folder(&self.output)?;
         file::remove_unfinished(&self.output)?;
         let model_sha256 = hash_model(&self.model, &mut progress)?;

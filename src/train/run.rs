@@ -15,6 +15,7 @@ use crate::file::JsonLog;
 use crate::progress::Progress;
 
 use super::checkpoint::{self, State};
+use super::config::Config;
 use super::device::Device;
 use super::metrics::{EvaluationRecord, PairMeans, Record, StepRecord};
 use super::pack::Packed;
@@ -92,6 +93,7 @@ pub fn run<D: Device>(
     interrupt: &AtomicBool,
     progress: &mut dyn Progress,
 ) -> Result<(Outcome, Vec<Record>)> {
+    check_lengths(&trainer.transformer.config, pairs)?;
     let (train, held_out) = tokens::split(pairs.len(), settings.held_out, settings.seed);
     let n_steps = settings.n_steps(train.len());
     let mut references = References::open(&files.references)?;
@@ -142,6 +144,23 @@ pub fn run<D: Device>(
         seconds: state.seconds,
     };
     Ok((outcome, records))
+}
+
+/// Whether the model has a position for every token: a table of positions has an end.
+///
+/// # Errors
+/// [`Error::Setting`].
+pub fn check_lengths(config: &Config, pairs: &[TokenPair]) -> Result<()> {
+    // The last token of an answer is predicted and never read.
+    let n_read = |pair: &TokenPair| pair.prompt.len() + pair.chosen.len().max(pair.rejected.len()) - 1;
+    let longest = pairs.iter().map(n_read).max().unwrap_or(0);
+    if config.learned_positions && longest > config.n_ctx_train {
+        let reason =
+            format!("a pair has {longest} tokens to read, and this model {} positions", config.n_ctx_train);
+        let hint = Some(format!("lower it to {} or less", config.n_ctx_train));
+        return Err(Error::Setting { setting: "--max-length".into(), reason, hint });
+    }
+    Ok(())
 }
 
 struct Run<'a, D: Device> {
@@ -247,6 +266,7 @@ impl<D: Device> Run<'_, D> {
             if interrupt.load(Ordering::Relaxed) {
                 return Ok(false);
             }
+            progress.note(&format!("held out: {} of {} pairs", losses.len(), held_out.len()));
             let part: Vec<&TokenPair> = part.iter().map(|&i| &self.pairs[i]).collect();
             let references = self.references.of(self.trainer, &part)?;
             losses.extend(self.trainer.losses(&part, &references)?);

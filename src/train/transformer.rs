@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use rand_chacha::ChaCha8Rng;
 use rand_core::SeedableRng;
+use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile, TensorInfo};
@@ -145,6 +146,30 @@ pub fn read_numbers(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>> {
         Some(at) => Err(refuse(format!("expected finite numbers, found {} at element {at}", values[at]))),
         None => Ok(values),
     }
+}
+
+/// Every number of a matrix, a row at a time, so that it is never whole in f32.
+fn check_finite(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8]) -> Result<()> {
+    let refuse = |reason: String| Error::Gguf {
+        path: file.path().to_path_buf(),
+        reason: format!("tensor {:?}: {reason}", tensor.name()),
+    };
+    let n = tensor.shape()[0] as usize;
+    let rows = bytes.par_chunks(tensor.row_bytes() as usize).enumerate();
+    rows.try_for_each_init(
+        || vec![0.0; n],
+        |values, (row, bytes)| {
+            gguf::dequantize(tensor.tensor_type(), bytes, values).map_err(refuse)?;
+            match values.iter().position(|x| !x.is_finite()) {
+                Some(at) => Err(refuse(format!(
+                    "expected finite numbers, found {} at element {}",
+                    values[at],
+                    row * n + at
+                ))),
+                None => Ok(()),
+            }
+        },
+    )
 }
 
 struct Loader<'a, D: Device> {
@@ -304,13 +329,10 @@ impl<D: Device> Loader<'_, D> {
             let id = self.parameters.add(self.device, name.to_owned(), vec![n_out, n_in], &values)?;
             return Ok(Weight::Trained(id));
         }
-        let matrix = HostMatrix {
-            name: name.to_owned(),
-            tensor_type: tensor.tensor_type(),
-            n_in,
-            n_out,
-            bytes: self.file.read_tensor(tensor)?,
-        };
+        let bytes = self.file.read_tensor(tensor)?;
+        check_finite(self.file, tensor, &bytes)?;
+        let matrix =
+            HostMatrix { name: name.to_owned(), tensor_type: tensor.tensor_type(), n_in, n_out, bytes };
         Ok(Weight::Frozen(Arc::new(self.device.matrix(matrix)?)))
     }
 

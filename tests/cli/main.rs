@@ -10,6 +10,7 @@ mod real_model;
 mod resume;
 mod score;
 mod steering;
+mod train;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

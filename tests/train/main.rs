@@ -1,3 +1,120 @@
-//! The trainer against goldens that `scripts/make_train_goldens.py` made with PyTorch and TRL.
+//! The trainer against goldens that `scripts/make_train_goldens.py` made with PyTorch and TRL, against itself, and
+//! against llama.cpp.
 
 mod golden;
+mod refusals;
+mod result;
+mod run;
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use detox_gguf::engine::Vocabulary;
+use detox_gguf::error::Result;
+use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec};
+use detox_gguf::progress::Progress;
+use detox_gguf::train::cpu::Cpu;
+use detox_gguf::train::metrics::Record;
+use detox_gguf::train::run::{Outcome, RunFiles, run};
+use detox_gguf::train::settings::Settings;
+use detox_gguf::train::tokens::{Limits, TokenPair, tokenize};
+use detox_gguf::train::trainer::Trainer;
+use detox_gguf::train::{artifact, pairs};
+
+fn tiny(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("gguf/tiny/{name}.gguf"))
+}
+
+/// The program's own pairs as a tiny model's tokens, the first `n`.
+fn own_pairs(name: &str, n: usize) -> Vec<TokenPair> {
+    let vocabulary = Vocabulary::open(&tiny(name)).unwrap();
+    let limits = Limits { max_prompt: 16, max_length: 40, append_eos: true };
+    let tokenized = tokenize(&vocabulary, &pairs::own()[..n], &limits).unwrap();
+    assert_eq!(tokenized.pairs.len(), n);
+    tokenized.pairs.into_iter().map(|(_, pair)| pair).collect()
+}
+
+/// Of a run of some dozen steps, large enough to be seen.
+fn small_settings() -> Settings {
+    Settings {
+        rank: 4,
+        alpha: 8.0,
+        learning_rate: 2e-3,
+        warmup_steps: 2,
+        batch_size: 3,
+        epochs: 2,
+        eval_every: 4,
+        held_out: 0.25,
+        // Two passes a step.
+        max_rows: 120,
+        n_threads: 2,
+        seed: 7,
+        ..Settings::paper()
+    }
+}
+
+fn load(base: &GgufFile, settings: &Settings) -> Result<Trainer<Cpu>> {
+    let device = Cpu::new(settings.n_threads, settings.products)?;
+    Trainer::load(device, base, &settings.method(), settings.seed, settings.step_options())
+}
+
+/// Told nothing and telling nothing.
+struct Silent;
+
+impl Progress for Silent {
+    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
+    fn advance(&mut self, _n: u64) {}
+    fn finish(&mut self) {}
+    fn say(&mut self, _text: &str) {}
+}
+
+/// What a run that ended leaves in memory.
+struct Trained {
+    trainer: Trainer<Cpu>,
+    outcome: Outcome,
+    records: Vec<Record>,
+}
+
+/// Trains in `folder`, or goes on there, and writes the result as `train` does.
+fn train(
+    name: &str,
+    settings: &Settings,
+    pairs: &[TokenPair],
+    folder: &Path,
+    interrupt: &AtomicBool,
+    progress: &mut dyn Progress,
+) -> Result<Trained> {
+    std::fs::create_dir_all(folder).unwrap();
+    let base = GgufFile::open(tiny(name)).unwrap();
+    let mut trainer = load(&base, settings)?;
+    let files = RunFiles::of(folder);
+    let (outcome, records) = run(&mut trainer, pairs, settings, &files, interrupt, progress)?;
+    let path = folder.join(artifact::file_name(settings.method));
+    artifact::write(&trainer, &base, settings, &path, &Metadata::new())?;
+    Ok(Trained { trainer, outcome, records })
+}
+
+/// As [`train`], undisturbed.
+fn train_whole(name: &str, settings: &Settings, pairs: &[TokenPair], folder: &Path) -> Trained {
+    train(name, settings, pairs, folder, &AtomicBool::new(false), &mut Silent).unwrap()
+}
+
+/// A copy of a model in which `change` was done to the bytes of one tensor.
+fn changed(base: &GgufFile, tensor: &str, path: &Path, change: impl Fn(&mut [u8])) -> GgufFile {
+    let spec = |t: &detox_gguf::gguf::TensorInfo| TensorSpec {
+        name: t.name().to_owned(),
+        shape: t.shape().to_vec(),
+        tensor_type: t.tensor_type(),
+    };
+    let specs = base.tensors().iter().map(spec).collect();
+    let mut writer = GgufWriter::create(path, base.metadata(), specs).unwrap();
+    for t in base.tensors() {
+        let mut bytes = base.read_tensor(t).unwrap();
+        if t.name() == tensor {
+            change(&mut bytes);
+        }
+        writer.write(&bytes).unwrap();
+    }
+    writer.finish().unwrap();
+    GgufFile::open(path).unwrap()
+}

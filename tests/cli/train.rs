@@ -1,0 +1,477 @@
+//! `train`: what it leaves, what it says, and what it refuses.
+
+use std::path::Path;
+use std::process::{Command as Process, Stdio};
+use std::time::{Duration, Instant};
+
+use assert_cmd::Command;
+
+use super::{contents, detox, failure, rows, tiny};
+
+/// Six steps on the program's own pairs.
+fn small_train(output: &Path) -> Command {
+    let mut command = detox();
+    command.args(["train", "--rank", "4", "--max-steps", "6", "--eval-every", "3", "-t", "2", "-s", "5"]);
+    command.args([
+        "--warmup-steps",
+        "2",
+        "--learning-rate",
+        "1e-3",
+        "--max-length",
+        "64",
+        "--max-prompt",
+        "32",
+    ]);
+    command.arg("-m").arg(tiny("llama.gguf")).arg("-o").arg(output);
+    command
+}
+
+fn train(model: &str, output: &Path) -> Command {
+    let mut command = detox();
+    command.args(["train", "-t", "2", "-m"]).arg(tiny(model)).arg("-o").arg(output);
+    command
+}
+
+#[test]
+fn a_run_leaves_its_result_its_numbers_and_a_report_with_its_curves() {
+    let folder = tempfile::tempdir().unwrap();
+    for (method, result) in [("lora", "adapter.gguf"), ("vector", "steer.gguf"), ("full", "model.gguf")] {
+        let run = folder.path().join(method);
+        let output = small_train(&run).args(["--method", method]).assert().success().get_output().clone();
+        let (stdout, stderr) =
+            (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        let names: Vec<String> = contents(&run).into_keys().collect();
+        let mut expected = vec![
+            "best.gguf",
+            "checkpoint.gguf",
+            "metrics.jsonl",
+            "reference.jsonl",
+            "report.html",
+            "report.json",
+            "run.json",
+            result,
+        ];
+        expected.sort_unstable();
+        assert_eq!(names, expected);
+
+        let metrics = rows(&run.join("metrics.jsonl"));
+        let steps: Vec<u64> = metrics
+            .iter()
+            .filter(|row| row["loss"].is_f64())
+            .map(|row| row["step"].as_u64().unwrap())
+            .collect();
+        let looks: Vec<u64> = metrics
+            .iter()
+            .filter(|row| row["eval_loss"].is_f64())
+            .map(|row| row["step"].as_u64().unwrap())
+            .collect();
+        assert_eq!((steps, looks), (vec![1, 2, 3, 4, 5, 6], vec![3, 6]));
+        for name in [
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/margins",
+            "rewards/accuracies",
+            "logps/chosen",
+            "logps/rejected",
+            "grad_norm",
+            "learning_rate",
+            "epoch",
+        ] {
+            assert!(metrics[0][name].is_f64(), "{name} in {}", metrics[0]);
+        }
+
+        let html = std::fs::read_to_string(run.join("report.html")).unwrap();
+        for title in [
+            "Loss",
+            "Margin: chosen less rejected reward",
+            "Share of pairs with a margin above 0",
+            "Rewards of chosen",
+            "Norm of the gradient",
+        ] {
+            assert!(html.contains(&format!("<figcaption>{title}")), "no plot of {title}");
+        }
+        assert_eq!(html.matches("<svg").count(), 5);
+        assert!(html.contains("Training of llama.gguf") && html.contains("of 6 was kept"));
+
+        let report: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(run.join("report.json")).unwrap()).unwrap();
+        assert_eq!((&report["outcome"]["n_steps"], &report["result"]), (&6.into(), &result.into()));
+        assert_eq!(
+            (&report["outcome"]["n_train"], &report["outcome"]["n_held_out"]),
+            (&152.into(), &8.into())
+        );
+        assert!(report["agreement"]["difference"]["mean_kl"].as_f64().unwrap() < 1e-6);
+
+        assert!(stdout.contains("in llama.cpp       mean KL ") && stdout.contains("best step "), "{stdout}");
+        assert!(stdout.contains("chosen by 8 held-out pairs alone"), "{stdout}");
+        assert!(stderr.contains("step     3  held out: loss 0."), "{stderr}");
+        assert!(stderr.contains(result) && stderr.contains("report.html"), "{stderr}");
+    }
+}
+
+#[test]
+fn a_result_can_be_evaluated_by_the_flags_that_the_run_names() {
+    let folder = tempfile::tempdir().unwrap();
+    for (method, flag, result) in
+        [("lora", "--lora", "adapter.gguf"), ("vector", "--control-vector", "steer.gguf")]
+    {
+        let run = folder.path().join(method);
+        let output = small_train(&run).args(["--method", method]).assert().success().get_output().clone();
+        assert!(String::from_utf8(output.stderr).unwrap().contains(flag));
+        let mut generate = detox();
+        generate.args(["generate", "-k", "1", "-n", "4", "--lang", "en", "--limit", "1", "-t", "1", "-m"]);
+        generate.arg(tiny("llama.gguf")).arg(flag).arg(run.join(result)).assert().success();
+    }
+}
+
+#[test]
+fn the_same_command_gives_the_same_adapter_and_finds_itself_finished() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+    let adapter = |run: &Path| std::fs::read(run.join("adapter.gguf")).unwrap();
+    small_train(&first).assert().success();
+    small_train(&second).assert().success();
+    assert!(adapter(&first) == adapter(&second));
+    let metrics = std::fs::read(second.join("metrics.jsonl")).unwrap();
+    small_train(&second).assert().success();
+    assert!(adapter(&first) == adapter(&second));
+    assert!(std::fs::read(second.join("metrics.jsonl")).unwrap() == metrics, "no step was made again");
+}
+
+/// The start of the message after "error: ", and arguments.
+const BAD_SETTINGS: [(&str, &[&str]); 28] = [
+    ("--rank: expected a number from 1 up, found 0", &["--rank", "0"]),
+    ("--alpha: expected a positive number, found 0", &["--alpha", "0"]),
+    ("--alpha: expected a positive number, found -2", &["--alpha", "-2"]),
+    ("--targets: expected names out of q, k,", &["--targets", "nonsense"]),
+    ("--targets: expected names out of q, k,", &["--targets", "q,nonsense"]),
+    ("--beta: expected a positive number, found -1", &["--beta", "-1"]),
+    ("--beta: expected a positive number, found 0", &["--beta", "0"]),
+    ("--beta: expected a positive number, found NaN", &["--beta", "NaN"]),
+    ("--held-out: expected a share from 0 up to 1, found 1.5", &["--held-out", "1.5"]),
+    ("--held-out: expected a share from 0 up to 1, found -0.1", &["--held-out", "-0.1"]),
+    ("--held-out: expected a share from 0 up to 1, found 1", &["--held-out", "1"]),
+    ("--learning-rate: expected a positive number, found -0.001", &["--learning-rate", "-1e-3"]),
+    ("--learning-rate: expected a positive number, found inf", &["--learning-rate", "inf"]),
+    ("--max-grad-norm: expected a positive number, found -1", &["--max-grad-norm", "-1"]),
+    ("--label-smoothing: expected a share from 0 up to 0.5, found 0.5", &["--label-smoothing", "0.5"]),
+    ("--label-smoothing: expected a share from 0 up to 0.5, found -1", &["--label-smoothing", "-1"]),
+    ("--label-smoothing: the hinge loss has none", &["--label-smoothing", "0.1", "--loss", "hinge"]),
+    ("--weight-decay: only AdamW has one", &["--weight-decay", "0.1"]),
+    (
+        "--weight-decay: expected a number from 0 up, found -1",
+        &["--weight-decay", "-1", "--optimizer", "adamw"],
+    ),
+    ("--batch-size: expected a number from 1 up, found 0", &["--batch-size", "0"]),
+    ("--epochs: expected a number from 1 up, found 0", &["--epochs", "0"]),
+    ("--max-steps: expected a number from 1 up, found 0", &["--max-steps", "0"]),
+    ("--eval-every: expected a number from 1 up, found 0", &["--eval-every", "0"]),
+    ("--patience: expected a number from 1 up, found 0", &["--patience", "0"]),
+    ("--max-prompt: expected a number from 1 up, found 0", &["--max-prompt", "0"]),
+    ("--max-length: expected a number from 1 up, found 0", &["--max-length", "0"]),
+    ("-t/--threads: expected a number from 1 up, found 0", &["-t", "0"]),
+    ("--ubatch-size: expected a number from 1 up, found 0", &["-ub", "0"]),
+];
+
+#[test]
+fn rejects_settings_out_of_range_before_there_is_a_folder() {
+    for (start, arguments) in BAD_SETTINGS {
+        let folder = tempfile::tempdir().unwrap();
+        let run = folder.path().join("run");
+        let mut command = detox();
+        command.args(["train", "-m"]).arg(tiny("llama.gguf")).arg("-o").arg(&run).args(arguments);
+        let (code, said) = failure(&mut command);
+        assert_eq!(code, 2, "{said}");
+        assert!(said.starts_with(&format!("error: {start}")), "{arguments:?}: {said}");
+        assert!(!run.exists(), "{arguments:?}");
+    }
+}
+
+#[test]
+fn rejects_words_that_there_are_not() {
+    let folder = tempfile::tempdir().unwrap();
+    for (arguments, words) in [
+        (["--method", "magic"], "lora, vector, full"),
+        (["--loss", "magic"], "expected sigmoid, ipo or hinge, found \"magic\""),
+        (["--optimizer", "magic"], "expected rmsprop or adamw, found \"magic\""),
+        (["--schedule", "magic"], "expected constant, linear or cosine, found \"magic\""),
+        (["--products", "magic"], "exact, fast"),
+    ] {
+        let (code, said) = failure(train("llama.gguf", &folder.path().join("run")).args(arguments));
+        assert_eq!(code, 2, "{said}");
+        assert!(said.contains(arguments[0]) && said.contains(words), "{said}");
+    }
+}
+
+#[test]
+fn rejects_models_that_cannot_be_trained_so_before_there_is_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    for (model, arguments, code, words) in [
+        (
+            "llama-q8_0.gguf",
+            &["--method", "full"][..],
+            2,
+            "--method full: it trains the weights themselves, and tensor",
+        ),
+        (
+            "gemma3.gguf",
+            &["--targets", "q,embed"][..],
+            2,
+            "--targets: embed: this model uses its token embeddings",
+        ),
+        ("gpt2.gguf", &["--targets", "gate"][..], 2, "--targets: this model has none of these matrices"),
+        ("gpt2.gguf", &["--max-length", "1000", "--pairs", "long.jsonl"][..], 2, "--max-length: "),
+        ("plamo2.gguf", &[][..], 1, "architecture \"plamo2\" cannot be trained here"),
+        ("bert.gguf", &[][..], 1, "bert"),
+        ("missing.gguf", &[][..], 1, "No such file"),
+    ] {
+        let mut command = train(model, &run);
+        let long = format!(
+            "{{\"prompt\": \"So it\", \"chosen\": \"{}\", \"rejected\": \" went\"}}\n",
+            " goes".repeat(300)
+        );
+        std::fs::write(folder.path().join("long.jsonl"), long).unwrap();
+        let (found, said) = failure(command.current_dir(folder.path()).args(arguments));
+        assert_eq!(found, code, "{model}: {said}");
+        assert!(said.starts_with("error: ") && said.contains(words), "{model}: {said}");
+        assert!(!run.exists(), "{model} {arguments:?}");
+    }
+}
+
+#[test]
+fn rejects_pairs_by_their_file_and_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let (pairs, run) = (folder.path().join("pairs.jsonl"), folder.path().join("run"));
+    let missing = failure(train("llama.gguf", &run).arg("--pairs").arg(&pairs));
+    assert_eq!(missing.0, 1);
+    assert!(missing.1.contains("pairs.jsonl: No such file"), "{}", missing.1);
+    let good = "{\"prompt\": \"a\", \"chosen\": \" b\", \"rejected\": \" c\"}";
+    for (content, words) in [
+        (format!("{good}\n{{broken\n"), "pairs.jsonl:2: expected a JSON object"),
+        (
+            format!("{good}\n\n{{\"prompt\": \"a\", \"chosen\": \"b\"}}\n"),
+            "pairs.jsonl:3: expected a \"rejected\"",
+        ),
+        (format!("{good}\n{{\"text\": \"a\"}}\n"), "pairs.jsonl:2: expected a preference pair"),
+        (String::new(), "pairs.jsonl: expected preference pairs, found an empty file"),
+    ] {
+        std::fs::write(&pairs, content).unwrap();
+        let (code, said) = failure(train("llama.gguf", &run).arg("--pairs").arg(&pairs));
+        assert_eq!(code, 1, "{said}");
+        assert!(said.contains(words) && said.contains("\nhint: "), "{said}");
+        assert!(!run.exists());
+    }
+}
+
+/// Two that can be trained on within 16 tokens, and one for each reason not to.
+const PAIRS: &str = r#"{"prompt": "It is", "chosen": " sunny", "rejected": " raining"}
+{"prompt": "It is", "chosen": "", "rejected": " raining"}
+{"prompt": "It is", "chosen": " raining", "rejected": " raining"}
+{"prompt": "It is the longest of all the prompts that anybody ever wrote down in this small file", "chosen": " yes", "rejected": " no"}
+{"prompt": "We saw", "chosen": " a cat", "rejected": " a dog"}
+"#;
+
+#[test]
+fn pairs_that_cannot_be_trained_on_are_counted_by_their_reasons() {
+    let folder = tempfile::tempdir().unwrap();
+    let (pairs, run) = (folder.path().join("pairs.jsonl"), folder.path().join("run"));
+    let limits = ["--max-length", "16", "--max-prompt", "16", "--max-steps", "1", "--pairs"];
+    std::fs::write(&pairs, PAIRS).unwrap();
+    let output = train("llama.gguf", &run).args(limits).arg(&pairs).assert().success().get_output().clone();
+    let said = String::from_utf8(output.stdout).unwrap();
+    for words in [
+        "1 trained on, 1 held out, pairs.jsonl",
+        "1 left out: an empty answer",
+        "1 left out: all prompt after it was cut",
+        "1 left out: chosen equal to rejected",
+    ] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    let report: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(run.join("report.json")).unwrap()).unwrap();
+    assert_eq!(report["skipped"].as_array().unwrap().len(), 3);
+
+    let none: String = PAIRS.lines().skip(1).take(3).map(|line| format!("{line}\n")).collect();
+    std::fs::write(&pairs, none).unwrap();
+    let other = folder.path().join("other");
+    let (code, said) = failure(train("llama.gguf", &other).args(limits).arg(&pairs));
+    assert_eq!(code, 1, "{said}");
+    let words = "pairs.jsonl: none of its 3 pairs can be trained on: 1 an empty answer, 1 all prompt after it was \
+                 cut, 1 chosen equal to rejected\nhint: raise --max-length";
+    assert!(said.contains(words), "{said}");
+    assert!(!other.exists());
+}
+
+#[test]
+fn rejects_a_folder_that_holds_another_run_and_names_the_difference() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    small_train(&run).assert().success();
+    let before = contents(&run);
+    for (arguments, words) in [
+        (["--beta", "0.2"], "beta is 0.1 there, and 0.2 now"),
+        (["--rank", "8"], "rank is 4 there, and 8 now"),
+        (["--targets", "q,v"], "targets is [\"q\","),
+        (["-s", "6"], "seed is 5 there, and 6 now"),
+        (["--method", "vector"], "method is \"lora\" there, and \"vector\" now"),
+    ] {
+        // The last of a flag given twice is refused by the parser, so the command is made anew.
+        let mut command = detox();
+        command.args(["train", "--max-steps", "6", "--eval-every", "3", "-t", "2", "--warmup-steps", "2"]);
+        command.args(["--learning-rate", "1e-3", "--max-length", "64", "--max-prompt", "32"]);
+        for (flag, value) in [("--rank", "4"), ("-s", "5")] {
+            if arguments[0] != flag {
+                command.args([flag, value]);
+            }
+        }
+        command.args(arguments).arg("-m").arg(tiny("llama.gguf")).arg("-o").arg(&run);
+        let (code, said) = failure(&mut command);
+        assert_eq!(code, 1, "{said}");
+        assert!(said.contains("holds another run: ") && said.contains(words), "{said}");
+        assert!(said.contains("hint: choose a new folder"), "{said}");
+    }
+    let pairs = folder.path().join("pairs.jsonl");
+    std::fs::write(&pairs, PAIRS).unwrap();
+    let (_, said) = failure(small_train(&run).arg("--pairs").arg(&pairs));
+    assert!(said.contains("pairs is \"the program's own pairs\" there, and \"pairs.jsonl\" now"), "{said}");
+    assert_eq!(contents(&run), before);
+}
+
+#[test]
+fn a_learning_rate_that_ends_in_no_numbers_is_an_error_with_a_cure_that_works() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let (code, said) =
+        failure(train("llama.gguf", &run).args(["--learning-rate", "1e30", "--warmup-steps", "0"]));
+    assert_eq!(code, 1, "{said}");
+    assert!(
+        said.contains("error: training cannot go on: ") && said.contains("hint: lower --learning-rate"),
+        "{said}"
+    );
+    assert!(!run.join("adapter.gguf").exists() && !run.join("report.html").exists());
+    // A lower rate is another run: in this folder it would be refused, and the hint must say so.
+    let hint = said.lines().find(|line| line.starts_with("hint: ")).unwrap();
+    assert!(hint.contains("-o") && !hint.contains("same command"), "{hint}");
+}
+
+/// Sixty steps, as a process of its own.
+fn long_train(output: &Path, method: &str) -> Process {
+    let mut command = Process::new(assert_cmd::cargo::cargo_bin("detox-gguf"));
+    command.args([
+        "train",
+        "--method",
+        method,
+        "--rank",
+        "2",
+        "--max-steps",
+        "60",
+        "--eval-every",
+        "5",
+        "-t",
+        "1",
+    ]);
+    command.args([
+        "--warmup-steps",
+        "4",
+        "--learning-rate",
+        "1e-3",
+        "--patience",
+        "99",
+        "--max-length",
+        "64",
+    ]);
+    command.args(["--max-prompt", "32", "-m"]).arg(tiny("llama.gguf")).arg("-o").arg(output);
+    command.stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+}
+
+/// Lines of the metrics without times.
+fn metrics(run: &Path) -> Vec<serde_json::Value> {
+    let mut rows = rows(&run.join("metrics.jsonl"));
+    rows.iter_mut().for_each(|row| drop(row.as_object_mut().unwrap().remove("step_seconds")));
+    rows
+}
+
+fn assert_same(whole: &Path, other: &Path, result: &str) {
+    assert_eq!(metrics(whole), metrics(other));
+    assert!(std::fs::read(whole.join(result)).unwrap() == std::fs::read(other.join(result)).unwrap());
+}
+
+/// Waits until a run has written more than `n_bytes` of metrics, or has ended.
+fn wait_for_metrics(run: &Path, n_bytes: u64, child: &mut std::process::Child) {
+    let started = Instant::now();
+    while std::fs::metadata(run.join("metrics.jsonl")).map_or(0, |m| m.len()) <= n_bytes {
+        if child.try_wait().unwrap().is_some() {
+            return;
+        }
+        assert!(started.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_killed_run_of_training_goes_on_without_a_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+    assert!(long_train(&whole, "lora").status().unwrap().success());
+    let mut n_kills = 0;
+    for _ in 0..3 {
+        let before = std::fs::metadata(killed.join("metrics.jsonl")).map_or(0, |m| m.len());
+        let mut child = long_train(&killed, "lora").spawn().unwrap();
+        wait_for_metrics(&killed, before + 2000, &mut child);
+        if child.try_wait().unwrap().is_none() {
+            child.kill().unwrap();
+            n_kills += 1;
+        }
+        child.wait().unwrap();
+    }
+    assert!(n_kills > 0, "the run was too quick to be killed");
+    assert!(long_train(&killed, "lora").status().unwrap().success());
+    assert_same(&whole, &killed, "adapter.gguf");
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_a_step_saves_and_says_how_to_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, stopped) = (folder.path().join("whole"), folder.path().join("stopped"));
+    assert!(long_train(&whole, "lora").status().unwrap().success());
+    let mut child = long_train(&stopped, "lora").spawn().unwrap();
+    wait_for_metrics(&stopped, 100, &mut child);
+    assert!(Process::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    let steps = metrics(&stopped).iter().filter(|row| row["loss"].is_f64()).count();
+    assert!(
+        said.contains(&format!("saved after step {steps}:")) && said.contains("the same command"),
+        "{said}"
+    );
+    assert!(stopped.join("checkpoint.gguf").exists() && !stopped.join("adapter.gguf").exists());
+    assert!(long_train(&stopped, "lora").status().unwrap().success());
+    assert_same(&whole, &stopped, "adapter.gguf");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_of_training_that_could_not_write_goes_on_once_it_can() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, stopped) = (folder.path().join("whole"), folder.path().join("stopped"));
+    assert!(long_train(&whole, "vector").status().unwrap().success());
+    let train = long_train(&stopped, "vector");
+    // No file over 12 KiB: a line of the metrics or of the references fails in the middle of a run, as on a
+    // full disk, and the checkpoints of two directions are smaller.
+    let output = Process::new("bash")
+        .args(["-c", "trap '' XFSZ; ulimit -f 12; exec \"$0\" \"$@\""])
+        .arg(train.get_program())
+        .args(train.get_args())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("cannot write") && said.contains(".jsonl"), "{said}");
+    assert!(stopped.join("checkpoint.gguf").exists() && !stopped.join("steer.gguf").exists());
+    assert!(long_train(&stopped, "vector").status().unwrap().success());
+    assert_same(&whole, &stopped, "steer.gguf");
+}

@@ -1,0 +1,146 @@
+//! What cannot be trained is refused by name.
+
+use detox_gguf::error::Error;
+use detox_gguf::gguf::GgufFile;
+use detox_gguf::train::artifact;
+use detox_gguf::train::settings::{MethodName, Settings};
+
+use super::{Silent, changed, load, own_pairs, small_settings, tiny, train};
+
+const METHODS: [MethodName; 3] = [MethodName::Lora, MethodName::Vector, MethodName::Full];
+
+#[test]
+fn rejects_weights_that_are_no_numbers_by_their_tensor() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bad.gguf");
+    let nan = |at: usize| {
+        move |bytes: &mut [u8]| bytes[4 * at..4 * at + 4].copy_from_slice(&f32::NAN.to_le_bytes())
+    };
+    let infinite = |at: usize| {
+        move |bytes: &mut [u8]| bytes[4 * at..4 * at + 4].copy_from_slice(&f32::INFINITY.to_le_bytes())
+    };
+    for (name, tensor, at) in [
+        ("llama", "token_embd.weight", 0),
+        ("llama", "token_embd.weight", 7 * 64 + 3),
+        ("llama", "blk.1.ffn_up.weight", 95 * 64 + 63),
+        ("llama", "output.weight", 64),
+        ("llama", "output_norm.weight", 63),
+        ("gpt2", "position_embd.weight", 300),
+        ("gpt2", "blk.0.attn_qkv.bias", 190),
+        ("gemma3", "blk.0.attn_q_norm.weight", 1),
+    ] {
+        let base = GgufFile::open(tiny(name)).unwrap();
+        for (bad, word) in [
+            (changed(&base, tensor, &path, nan(at)), "NaN"),
+            (changed(&base, tensor, &path, infinite(at)), "inf"),
+        ] {
+            for method in METHODS {
+                let error = load(&bad, &Settings { method, ..small_settings() }).unwrap_err();
+                assert!(matches!(error, Error::Gguf { .. }), "{method:?}: {error}");
+                let expected =
+                    format!("tensor {tensor:?}: expected finite numbers, found {word} at element {at}");
+                assert!(error.to_string().ends_with(&expected), "{method:?}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rejects_quantised_weights_that_are_no_numbers_by_their_tensor() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = GgufFile::open(tiny("llama-q8_0")).unwrap();
+    // The scale of the block that holds numbers 64 * 5 to 64 * 5 + 31, an F16 before 32 bytes.
+    let at = 34 * 10;
+    let nan = move |bytes: &mut [u8]| bytes[at..at + 2].copy_from_slice(&0x7e00u16.to_le_bytes());
+    let bad = changed(&base, "blk.0.ffn_up.weight", &folder.path().join("bad.gguf"), nan);
+    for method in [MethodName::Lora, MethodName::Vector] {
+        let error = load(&bad, &Settings { method, ..small_settings() }).unwrap_err().to_string();
+        let expected = "tensor \"blk.0.ffn_up.weight\": expected finite numbers, found NaN at element 320";
+        assert!(error.ends_with(expected), "{error}");
+    }
+}
+
+#[test]
+fn rejects_training_quantised_weights_themselves() {
+    let base = GgufFile::open(tiny("llama-q8_0")).unwrap();
+    let error = artifact::check(&base, MethodName::Full).unwrap_err();
+    assert!(error.is_usage());
+    let said = error.to_string();
+    assert!(said.starts_with("--method full: ") && said.contains("is of type q8_0"), "{said}");
+    assert!(error.hint().unwrap().contains("--method lora"));
+    for method in [MethodName::Lora, MethodName::Vector] {
+        artifact::check(&base, method).unwrap();
+    }
+}
+
+#[test]
+fn rejects_changes_of_embeddings_that_are_the_output_too() {
+    for name in ["gemma3", "gpt2", "bloom", "command-r", "qwen2"] {
+        let base = GgufFile::open(tiny(name)).unwrap();
+        for target in ["embed", "output"] {
+            let targets = vec!["q".to_owned(), target.to_owned()];
+            let error = load(&base, &Settings { targets, ..small_settings() }).unwrap_err();
+            assert!(error.is_usage(), "{name}");
+            assert!(
+                error.to_string().starts_with(&format!("--targets: {target}: this model uses its token"))
+            );
+            assert!(error.hint().unwrap().contains("leave embed and output out"));
+        }
+    }
+}
+
+#[test]
+fn rejects_targets_that_there_are_not() {
+    let base = GgufFile::open(tiny("gpt2")).unwrap();
+    let refusal = |targets: &[&str], rank, alpha| {
+        let targets = targets.iter().map(|&target| target.to_owned()).collect();
+        let error = load(&base, &Settings { targets, rank, alpha, ..small_settings() }).unwrap_err();
+        assert!(error.is_usage());
+        error.to_string()
+    };
+    assert_eq!(
+        refusal(&["q", "knee"], 4, 1.0),
+        "--targets: expected names out of q, k, v, o, gate, up, down, embed, output, found \"knee\""
+    );
+    // GPT-2's FFN has no gate.
+    assert_eq!(refusal(&["gate"], 4, 1.0), "--targets: this model has none of these matrices");
+    assert_eq!(refusal(&[], 4, 1.0), "--targets: this model has none of these matrices");
+    assert_eq!(refusal(&["q"], 0, 1.0), "--rank: expected a number from 1 up, found 0");
+    assert_eq!(refusal(&["q"], 4, 0.0), "--alpha: expected a positive number, found 0");
+    assert_eq!(refusal(&["q"], 4, f32::NAN), "--alpha: expected a positive number, found NaN");
+}
+
+#[test]
+fn rejects_architectures_that_are_not_known_by_name() {
+    for (name, architecture) in [("plamo2", "plamo2"), ("bert", "bert")] {
+        let base = GgufFile::open(tiny(name)).unwrap();
+        for method in METHODS {
+            let error = load(&base, &Settings { method, ..small_settings() }).unwrap_err();
+            assert!(matches!(error, Error::Model { .. }), "{error}");
+            let expected = format!("architecture {architecture:?} cannot be trained here");
+            assert!(error.to_string().ends_with(&expected), "{error}");
+            assert!(error.hint().unwrap().contains("llama, command-r, gpt2, bloom, gemma3"));
+        }
+    }
+}
+
+#[test]
+fn rejects_pairs_longer_than_a_table_of_positions() {
+    let folder = tempfile::tempdir().unwrap();
+    let interrupt = std::sync::atomic::AtomicBool::new(false);
+    let mut pairs = own_pairs("gpt2", 8);
+    let n_places = 256;
+    // The last token of an answer is predicted and never read.
+    let n_prompt = pairs[3].prompt.len();
+    pairs[3].chosen = (0..n_places - n_prompt + 1).map(|i| (i % 50) as i32 + 5).collect();
+    let settings = Settings { max_steps: Some(1), ..small_settings() };
+    train("gpt2", &settings, &pairs, &folder.path().join("fits"), &interrupt, &mut Silent).unwrap();
+    pairs[3].chosen.push(9);
+    let refused = train("gpt2", &settings, &pairs, &folder.path().join("long"), &interrupt, &mut Silent);
+    let error = refused.err().unwrap();
+    assert!(error.is_usage());
+    let said = error.to_string();
+    assert!(said.starts_with("--max-length: ") && said.contains("257") && said.contains("256"), "{said}");
+    // Without a table there is no end.
+    train("llama", &settings, &pairs, &folder.path().join("llama"), &interrupt, &mut Silent).unwrap();
+}

@@ -1,0 +1,126 @@
+//! What training leaves is run by llama.cpp with the trainer's own logits.
+
+use detox_gguf::gguf::{GgufFile, Metadata};
+use detox_gguf::train::agreement::agreement;
+use detox_gguf::train::artifact;
+use detox_gguf::train::settings::{MethodName, Settings};
+use detox_gguf::train::tokens::TokenPair;
+use detox_gguf::train::trainer::Side;
+
+use super::{load, own_pairs, small_settings, tiny};
+
+const ARCHITECTURES: [&str; 7] = ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];
+
+/// Nats a token.
+const KL: f64 = 1e-6;
+
+fn agrees_before_and_after_some_steps(method: MethodName) {
+    let folder = tempfile::tempdir().unwrap();
+    for name in ARCHITECTURES {
+        let base = GgufFile::open(tiny(name)).unwrap();
+        let pairs = own_pairs(name, 6);
+        let pairs: Vec<&TokenPair> = pairs.iter().collect();
+        let settings = Settings { method, ..small_settings() };
+        let mut trainer = load(&base, &settings).unwrap();
+        let references = trainer.logps(Side::Policy, &pairs).unwrap();
+        for n_steps in [0, 4] {
+            for _ in 0..n_steps {
+                trainer.add_gradient(&pairs, &references).unwrap();
+                trainer.step(0.02, settings.max_grad_norm).unwrap();
+            }
+            let path = folder.path().join(format!("{name}-{n_steps}.gguf"));
+            artifact::write(&trainer, &base, &settings, &path, &Metadata::new()).unwrap();
+            let found = agreement(&trainer, &base, method, settings.products, &path, &pairs[..3], 2).unwrap();
+            let what = format!("{name}, {method:?} after {n_steps} steps: {found:?}");
+            assert!(found.difference.mean_kl < KL && found.difference.n_tokens > 30, "{what}");
+            assert!(found.holds() && found.bound <= KL, "{what}");
+            assert!(found.floor.mean_kl > 0.0, "{what}: nothing was nudged");
+            let policy = trainer.logps(Side::Policy, &pairs).unwrap();
+            let moved = policy.iter().zip(&references).map(|(a, b)| (a.rejected - b.rejected).abs());
+            let moved = moved.fold(0.0, f64::max);
+            assert_eq!(moved > 0.1, n_steps > 0, "{what}: log-probabilities moved by {moved}");
+        }
+    }
+}
+
+#[test]
+fn llama_cpp_runs_an_adapter_as_it_was_trained() {
+    agrees_before_and_after_some_steps(MethodName::Lora);
+}
+
+#[test]
+fn llama_cpp_runs_directions_as_they_were_trained() {
+    agrees_before_and_after_some_steps(MethodName::Vector);
+}
+
+#[test]
+fn llama_cpp_runs_a_whole_model_as_it_was_trained() {
+    agrees_before_and_after_some_steps(MethodName::Full);
+}
+
+#[test]
+fn llama_cpp_runs_changed_embeddings_and_output_as_they_were_trained() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, pairs) = (GgufFile::open(tiny("llama")).unwrap(), own_pairs("llama", 6));
+    let pairs: Vec<&TokenPair> = pairs.iter().collect();
+    let targets = ["q", "embed", "output"].map(str::to_owned).to_vec();
+    let settings = Settings { targets, ..small_settings() };
+    let mut trainer = load(&base, &settings).unwrap();
+    let references = trainer.logps(Side::Reference, &pairs).unwrap();
+    for _ in 0..4 {
+        trainer.add_gradient(&pairs, &references).unwrap();
+        trainer.step(0.02, settings.max_grad_norm).unwrap();
+    }
+    let path = folder.path().join("adapter.gguf");
+    artifact::write(&trainer, &base, &settings, &path, &Metadata::new()).unwrap();
+    let method = settings.method;
+    let found = agreement(&trainer, &base, method, settings.products, &path, &pairs, 2).unwrap();
+    assert!(found.difference.mean_kl < KL, "{found:?}");
+}
+
+#[test]
+fn a_result_that_is_not_what_was_trained_does_not_agree() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, pairs) = (GgufFile::open(tiny("llama")).unwrap(), own_pairs("llama", 6));
+    let pairs: Vec<&TokenPair> = pairs.iter().collect();
+    for method in [MethodName::Lora, MethodName::Vector, MethodName::Full] {
+        let settings = Settings { method, ..small_settings() };
+        let mut trainer = load(&base, &settings).unwrap();
+        let references = trainer.logps(Side::Policy, &pairs).unwrap();
+        let path = folder.path().join(artifact::file_name(method));
+        let mut written = None;
+        for _ in 0..4 {
+            trainer.add_gradient(&pairs, &references).unwrap();
+            trainer.step(0.01, settings.max_grad_norm).unwrap();
+            // A step too early.
+            if written.is_none() {
+                written = Some(artifact::write(&trainer, &base, &settings, &path, &Metadata::new()).unwrap());
+            }
+        }
+        let found = agreement(&trainer, &base, method, settings.products, &path, &pairs, 2).unwrap();
+        assert!(!found.holds(), "{method:?}: {found:?}");
+        let said = detox_gguf::train::agreement::refuse(&path, &found).to_string();
+        assert!(said.contains("expected a mean KL up to 1.0e-6 a token, found"), "{said}");
+    }
+}
+
+#[test]
+fn llama_cpp_runs_an_adapter_of_a_quantised_base_within_its_own_noise() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, pairs) = (GgufFile::open(tiny("llama-q8_0")).unwrap(), own_pairs("llama-q8_0", 8));
+    let pairs: Vec<&TokenPair> = pairs.iter().collect();
+    for products in [detox_gguf::train::cpu::Products::Exact, detox_gguf::train::cpu::Products::Fast] {
+        let settings = Settings { products, ..small_settings() };
+        let mut trainer = load(&base, &settings).unwrap();
+        let references = trainer.logps(Side::Reference, &pairs).unwrap();
+        for _ in 0..4 {
+            trainer.add_gradient(&pairs, &references).unwrap();
+            trainer.step(0.02, settings.max_grad_norm).unwrap();
+        }
+        let path = folder.path().join("adapter.gguf");
+        artifact::write(&trainer, &base, &settings, &path, &Metadata::new()).unwrap();
+        let found = agreement(&trainer, &base, settings.method, products, &path, &pairs, 2).unwrap();
+        assert!(found.holds(), "{products:?}: {found:?}");
+        assert!(found.bound < 1e-3, "a bound that anything would keep: {found:?}");
+    }
+}

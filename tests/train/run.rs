@@ -1,0 +1,474 @@
+//! Runs: the same bytes from the same command, however often it was broken off.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use detox_gguf::error::Error;
+use detox_gguf::gguf::GgufFile;
+use detox_gguf::progress::Progress;
+use detox_gguf::train::device::Device;
+use detox_gguf::train::metrics::{EvaluationRecord, Record, StepRecord};
+use detox_gguf::train::run::{Ending, RunFiles};
+use detox_gguf::train::settings::{MethodName, Settings};
+use detox_gguf::train::tokens::TokenPair;
+use detox_gguf::train::trainer::Side;
+use serde_json::Value;
+
+use super::{Silent, load, own_pairs, small_settings, tiny, train, train_whole};
+
+/// Calls `at_step` after each step, and `at_look` before each part of a look at the held-out pairs.
+struct Watching<'a> {
+    is_training: bool,
+    n_steps: u64,
+    n_parts: u64,
+    at_step: &'a mut dyn FnMut(u64),
+    at_part: &'a mut dyn FnMut(u64),
+}
+
+impl<'a> Watching<'a> {
+    fn new(at_step: &'a mut dyn FnMut(u64), at_part: &'a mut dyn FnMut(u64)) -> Watching<'a> {
+        Watching { is_training: false, n_steps: 0, n_parts: 0, at_step, at_part }
+    }
+}
+
+impl Progress for Watching<'_> {
+    fn start(&mut self, phase: &str, _total: u64, done: u64) {
+        self.is_training = phase == "training";
+        self.n_steps = done;
+    }
+
+    fn advance(&mut self, n: u64) {
+        if self.is_training {
+            self.n_steps += n;
+            (self.at_step)(self.n_steps);
+        }
+    }
+
+    fn note(&mut self, text: &str) {
+        if text.starts_with("held out") {
+            self.n_parts += 1;
+            (self.at_part)(self.n_parts);
+        }
+    }
+
+    fn finish(&mut self) {}
+
+    fn say(&mut self, _text: &str) {}
+}
+
+/// Lines of `metrics.jsonl` without what a clock put there.
+fn metrics(folder: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
+    let line = |line: &str| {
+        let mut value: Value = serde_json::from_str(line).unwrap();
+        value.as_object_mut().unwrap().remove("step_seconds");
+        value
+    };
+    text.lines().map(line).collect()
+}
+
+#[track_caller]
+fn assert_same(whole: &Path, other: &Path, what: &str) {
+    assert_eq!(metrics(whole), metrics(other), "{what}");
+    let bytes = |folder: &Path| std::fs::read(folder.join("adapter.gguf")).unwrap();
+    assert!(bytes(whole) == bytes(other), "{what}: adapters differ");
+}
+
+fn steps(records: &[Record]) -> Vec<StepRecord> {
+    records.iter().filter_map(|r| if let Record::Step(step) = r { Some(*step) } else { None }).collect()
+}
+
+fn looks(records: &[Record]) -> Vec<EvaluationRecord> {
+    records.iter().filter_map(|r| if let Record::Evaluation(look) = r { Some(*look) } else { None }).collect()
+}
+
+/// A copy of what a killed run left.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
+/// Enough for a look of two parts: 18 held out, and 14 steps to each epoch.
+fn enough_pairs(name: &str) -> Vec<TokenPair> {
+    own_pairs(name, 60)
+}
+
+fn settings() -> Settings {
+    Settings { held_out: 0.3, epochs: 1, ..small_settings() }
+}
+
+#[test]
+fn the_same_command_twice_gives_the_same_bytes() {
+    for name in ["llama", "gemma3"] {
+        let folder = tempfile::tempdir().unwrap();
+        let (first, second) = (folder.path().join("first"), folder.path().join("second"));
+        let pairs = enough_pairs(name);
+        let trained = train_whole(name, &settings(), &pairs, &first);
+        assert_eq!((trained.outcome.n_steps, trained.outcome.n_held_out), (14, 18));
+        assert_eq!(looks(&trained.records).iter().map(|look| look.step).collect::<Vec<_>>(), [4, 8, 12, 14]);
+        train_whole(name, &settings(), &pairs, &second);
+        assert_same(&first, &second, name);
+        // Another seed draws other numbers: the comparison could have failed.
+        let third = folder.path().join("third");
+        train_whole(name, &Settings { seed: 8, ..settings() }, &pairs, &third);
+        assert_ne!(metrics(&first), metrics(&third));
+    }
+}
+
+#[test]
+fn a_run_that_is_interrupted_at_any_step_goes_on_to_the_bytes_of_an_unbroken_one() {
+    for (name, stops) in [("llama", &[0, 1, 3, 4, 5, 8, 13, 14][..]), ("gemma3", &[3, 8][..])] {
+        let folder = tempfile::tempdir().unwrap();
+        let whole = folder.path().join("whole");
+        let pairs = enough_pairs(name);
+        train_whole(name, &settings(), &pairs, &whole);
+        // Each stop by itself, and then one after the other in one run.
+        let each = stops.iter().map(|stop| vec![*stop]);
+        for stops in each.chain([stops.to_vec()]) {
+            let broken = folder.path().join(format!("{stops:?}"));
+            for stop in &stops {
+                let interrupt = AtomicBool::new(*stop == 0);
+                let mut at_step = |n| interrupt.store(n == *stop, Ordering::Relaxed);
+                let mut at_part = |_| {};
+                let mut progress = Watching::new(&mut at_step, &mut at_part);
+                let error = train(name, &settings(), &pairs, &broken, &interrupt, &mut progress).err();
+                assert!(matches!(error, Some(Error::Interrupted)), "{name} at {stop}: {error:?}");
+                assert!(broken.join("checkpoint.gguf").exists());
+            }
+            train_whole(name, &settings(), &pairs, &broken);
+            assert_same(&whole, &broken, &format!("{name}, interrupted at {stops:?}"));
+        }
+    }
+}
+
+#[test]
+fn a_run_that_is_interrupted_during_a_look_makes_the_look_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
+    let pairs = enough_pairs("llama");
+    train_whole("llama", &settings(), &pairs, &whole);
+    let mut n_interrupted = 0;
+    // The second part of the first look, and of one that is not the first after a start.
+    for stop in [1, 3] {
+        let interrupt = AtomicBool::new(false);
+        let (mut at_step, mut at_part) = (|_| {}, |n| interrupt.store(n == stop, Ordering::Relaxed));
+        let mut progress = Watching::new(&mut at_step, &mut at_part);
+        let ended = train("llama", &settings(), &pairs, &broken, &interrupt, &mut progress);
+        assert!(matches!(ended.err(), Some(Error::Interrupted)));
+        let n_looks = metrics(&broken).iter().filter(|line| line.get("eval_loss").is_some()).count();
+        assert_eq!(n_looks, n_interrupted, "half a look is none, and the one before was made again");
+        n_interrupted += 1;
+    }
+    train_whole("llama", &settings(), &pairs, &broken);
+    assert_same(&whole, &broken, "interrupted during looks");
+}
+
+/// Cuts the last `n` bytes off.
+fn cut(path: &Path, n: usize) {
+    let bytes = std::fs::read(path).unwrap();
+    std::fs::write(path, &bytes[..bytes.len() - n]).unwrap();
+}
+
+#[test]
+fn a_killed_run_goes_on_from_its_checkpoint_whatever_was_written_after_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole");
+    let pairs = enough_pairs("llama");
+    let killed = |step: u64| folder.path().join(format!("killed at {step}"));
+    let mut at_step = |step| {
+        if [2, 4, 7, 12].contains(&step) {
+            copy(&whole, &killed(step));
+        }
+    };
+    let (interrupt, mut at_part) = (AtomicBool::new(false), |_| {});
+    let mut progress = Watching::new(&mut at_step, &mut at_part);
+    train("llama", &settings(), &pairs, &whole, &interrupt, &mut progress).unwrap();
+    for (step, n_checkpoint) in [(2, None), (4, None), (7, Some(4)), (12, Some(8))] {
+        let killed = killed(step);
+        let n_steps = metrics(&killed).iter().filter(|line| line.get("loss").is_some()).count() as u64;
+        assert_eq!(n_steps, step, "lines beyond the checkpoint are what this is about");
+        assert_eq!(killed.join("checkpoint.gguf").exists(), n_checkpoint.is_some());
+        // The last line of each file was not written whole.
+        let torn = folder.path().join(format!("torn at {step}"));
+        copy(&killed, &torn);
+        cut(&torn.join("metrics.jsonl"), 40);
+        cut(&torn.join("reference.jsonl"), 40);
+        std::fs::write(torn.join(".detox-gguf-x.tmp"), "half").unwrap();
+        for broken in [killed, torn] {
+            let mut first = None;
+            let (mut at_step, mut at_part) = (|n| first = first.or(Some(n)), |_| {});
+            let mut progress = Watching::new(&mut at_step, &mut at_part);
+            train("llama", &settings(), &pairs, &broken, &interrupt, &mut progress).unwrap();
+            assert_eq!(first, Some(n_checkpoint.unwrap_or(0) + 1), "it goes on after its checkpoint");
+            assert_same(&whole, &broken, &broken.display().to_string());
+        }
+    }
+}
+
+#[test]
+fn references_that_were_cut_off_in_the_middle_of_a_step_come_out_the_same_to_the_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
+    let pairs = enough_pairs("llama");
+    let mut at_step = |step| {
+        if step == 7 {
+            copy(&whole, &killed);
+        }
+    };
+    let (interrupt, mut at_part) = (AtomicBool::new(false), |_| {});
+    let mut progress = Watching::new(&mut at_step, &mut at_part);
+    train("llama", &settings(), &pairs, &whole, &interrupt, &mut progress).unwrap();
+    let lines = std::fs::read_to_string(killed.join("reference.jsonl")).unwrap();
+    let n_lines = lines.lines().count();
+    // Steps of three pairs each, so that one or two of the last step's are left, alone in their pass.
+    for n_lost in [1, 2, 4, 5] {
+        let broken = folder.path().join(format!("{n_lost} lost"));
+        copy(&killed, &broken);
+        let kept: String = lines.lines().take(n_lines - n_lost).map(|line| format!("{line}\n")).collect();
+        std::fs::write(broken.join("reference.jsonl"), kept).unwrap();
+        train_whole("llama", &settings(), &pairs, &broken);
+        assert_same(&whole, &broken, &format!("{n_lost} references lost"));
+    }
+}
+
+#[test]
+fn a_finished_run_is_found_finished_and_leaves_the_same_bytes_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, again) = (folder.path().join("whole"), folder.path().join("again"));
+    let pairs = enough_pairs("llama");
+    let first = train_whole("llama", &settings(), &pairs, &whole);
+    copy(&whole, &again);
+    std::fs::remove_file(again.join("adapter.gguf")).unwrap();
+    let second = train_whole("llama", &settings(), &pairs, &again);
+    assert_eq!(first.outcome, second.outcome);
+    assert_same(&whole, &again, "a second time");
+}
+
+#[test]
+fn a_run_of_every_method_begins_at_ln_2_without_a_margin() {
+    for name in ["llama", "command-r", "gpt2", "bloom", "gemma3", "llama-q8_0"] {
+        let pairs = own_pairs(name, 12);
+        for method in [MethodName::Lora, MethodName::Vector, MethodName::Full] {
+            if (name, method) == ("llama-q8_0", MethodName::Full) {
+                continue;
+            }
+            let folder = tempfile::tempdir().unwrap();
+            let settings = Settings { method, max_steps: Some(2), ..small_settings() };
+            let trained = train_whole(name, &settings, &pairs, folder.path());
+            let what = format!("{name}, {method:?}");
+            let all = steps(&trained.records);
+            let (first, second) = (all[0].means, all[1].means);
+            // The reference of a model that is trained itself was computed with other pairs around it.
+            let tolerance = if method == MethodName::Full { 1e-5 } else { 0.0 };
+            assert!((first.loss - std::f64::consts::LN_2).abs() <= tolerance, "{what}: {}", first.loss);
+            assert!(first.rewards_margins.abs() <= tolerance, "{what}: {}", first.rewards_margins);
+            assert!(all[0].grad_norm > 0.0, "{what}");
+            // The first step of the warm-up has learning rate 0: the second begins there too.
+            assert!((second.loss - std::f64::consts::LN_2).abs() <= tolerance, "{what}: {}", second.loss);
+        }
+    }
+}
+
+#[test]
+fn the_reference_is_the_base_to_the_bit_after_any_training() {
+    for name in ["llama", "gemma3", "llama-q8_0"] {
+        let pairs = own_pairs(name, 12);
+        let some: Vec<&TokenPair> = pairs.iter().take(5).collect();
+        let base = GgufFile::open(tiny(name)).unwrap();
+        // A model without low-rank changes, whose directions are left out.
+        let untouched = load(&base, &Settings { method: MethodName::Vector, ..small_settings() }).unwrap();
+        let expected = untouched.logps(Side::Reference, &some).unwrap();
+        for method in [MethodName::Lora, MethodName::Vector] {
+            let folder = tempfile::tempdir().unwrap();
+            let settings = Settings { method, learning_rate: 0.05, ..small_settings() };
+            let trained = train_whole(name, &settings, &pairs, folder.path()).trainer;
+            assert_eq!(trained.logps(Side::Reference, &some).unwrap(), expected, "{name}, {method:?}");
+            let policy = trained.logps(Side::Policy, &some).unwrap();
+            let moved = policy.iter().zip(&expected).map(|(a, b)| (a.chosen - b.chosen).abs());
+            assert!(moved.fold(0.0, f64::max) > 0.1, "{name}, {method:?}: nothing was trained");
+        }
+    }
+}
+
+#[test]
+fn training_raises_the_margin_of_what_it_is_trained_on() {
+    for method in [MethodName::Lora, MethodName::Vector, MethodName::Full] {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            method,
+            epochs: 6,
+            held_out: 0.0,
+            eval_every: 100,
+            learning_rate: 3e-3,
+            ..small_settings()
+        };
+        let trained = train_whole("llama", &settings, &own_pairs("llama", 12), folder.path());
+        let all = steps(&trained.records);
+        let (first, last) = (all[0].means, all[all.len() - 1].means);
+        assert!(last.loss < first.loss && last.rewards_margins > 0.01, "{method:?}: {first:?}, {last:?}");
+        assert_eq!((trained.outcome.best, trained.outcome.n_held_out), (None, 0));
+        assert_eq!(trained.outcome.n_steps, 24);
+    }
+}
+
+#[test]
+fn a_run_ends_when_so_many_looks_found_nothing_better() {
+    let folder = tempfile::tempdir().unwrap();
+    // Steps too small to change a bit of the loss: the first look is the best, and the others are no better.
+    let settings =
+        Settings { learning_rate: 1e-30, eval_every: 2, patience: 3, epochs: 20, ..small_settings() };
+    let pairs = own_pairs("llama", 16);
+    let trained = train_whole("llama", &settings, &pairs, folder.path());
+    assert_eq!(trained.outcome.ending, Ending::EarlyStopping);
+    assert_eq!(looks(&trained.records).iter().map(|look| look.step).collect::<Vec<_>>(), [2, 4, 6, 8]);
+    assert_eq!((trained.outcome.n_steps, trained.outcome.best), (8, Some((2, std::f64::consts::LN_2))));
+    // Interrupted in between, it still counts the looks before.
+    let broken = folder.path().join("broken");
+    let interrupt = AtomicBool::new(false);
+    let (mut at_step, mut at_part) = (|n| interrupt.store(n == 5, Ordering::Relaxed), |_| {});
+    let mut progress = Watching::new(&mut at_step, &mut at_part);
+    train("llama", &settings, &pairs, &broken, &interrupt, &mut progress).err().unwrap();
+    let resumed = train_whole("llama", &settings, &pairs, &broken);
+    assert_eq!((resumed.outcome.ending, resumed.outcome.n_steps), (Ending::EarlyStopping, 8));
+    // And once it has ended it does not begin again.
+    let again = train_whole("llama", &settings, &pairs, &broken);
+    assert_eq!((again.outcome.ending, again.outcome.n_steps), (Ending::EarlyStopping, 8));
+}
+
+#[test]
+fn the_step_with_the_least_held_out_loss_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let pairs = own_pairs("llama", 24);
+    // Far too fast: what is learned by heart soon costs on other pairs.
+    let settings =
+        Settings { learning_rate: 0.02, warmup_steps: 0, eval_every: 2, epochs: 6, ..small_settings() };
+    let trained = train_whole("llama", &settings, &pairs, &folder.path().join("long"));
+    let looks = looks(&trained.records);
+    let least = looks.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).unwrap();
+    assert_eq!(trained.outcome.best, Some((least.step, least.eval_loss)));
+    assert!(
+        least.step < trained.outcome.n_steps,
+        "the last step was the best, which shows nothing: {looks:?}"
+    );
+    // A run that ends at that step ends with the same numbers.
+    let short = Settings { max_steps: Some(least.step), ..settings };
+    let ended = train_whole("llama", &short, &pairs, &folder.path().join("short"));
+    let values = |trained: &super::Trained| trained.trainer.parameters.values.clone();
+    assert!(values(&trained) == values(&ended));
+}
+
+#[test]
+fn numbers_that_are_none_end_a_run_and_leave_its_last_checkpoint_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    // The first step of the warm-up has learning rate 0, and the second 5e29.
+    let settings = Settings { learning_rate: 1e30, eval_every: 1, ..small_settings() };
+    let pairs = own_pairs("llama", 16);
+    let checkpoint = RunFiles::of(folder.path()).checkpoint;
+    let error = train("llama", &settings, &pairs, folder.path(), &AtomicBool::new(false), &mut Silent).err();
+    assert!(matches!(error, Some(Error::Training { .. })), "{error:?}");
+    let before = std::fs::read(&checkpoint).unwrap();
+    let base = GgufFile::open(tiny("llama")).unwrap();
+    let mut trainer = load(&base, &settings).unwrap();
+    let state = detox_gguf::train::checkpoint::load(&checkpoint, &mut trainer, true).unwrap();
+    assert_eq!((state.step, state.looked_at), (1, 1));
+    // It meets the same end from there.
+    let error = train("llama", &settings, &pairs, folder.path(), &AtomicBool::new(false), &mut Silent).err();
+    assert!(matches!(error, Some(Error::Training { .. })), "{error:?}");
+    assert!(std::fs::read(&checkpoint).unwrap() == before);
+    assert!(!folder.path().join("adapter.gguf").exists());
+}
+
+#[test]
+fn a_run_that_cannot_write_goes_on_once_it_can() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = folder.path().join("whole");
+    let pairs = enough_pairs("llama");
+    train_whole("llama", &settings(), &pairs, &whole);
+    // The metrics are not written beside their place and moved: they are an open file by then.
+    for full in ["checkpoint.gguf", "best.gguf"] {
+        let stopped = folder.path().join(full);
+        let place = stopped.join(full);
+        let mut kept = None;
+        let mut at_step = |step| {
+            if step == 6 {
+                kept = Some(std::fs::read(&place).unwrap());
+                std::fs::remove_file(&place).unwrap();
+                std::fs::create_dir(&place).unwrap();
+            }
+        };
+        let (interrupt, mut at_part) = (AtomicBool::new(false), |_| {});
+        let mut progress = Watching::new(&mut at_step, &mut at_part);
+        let error = train("llama", &settings(), &pairs, &stopped, &interrupt, &mut progress).err().unwrap();
+        assert!(matches!(&error, Error::Io { action: "write", .. }), "{error}");
+        // A file that cannot be written whole is not moved to its place: what was there stays.
+        std::fs::remove_dir(&place).unwrap();
+        std::fs::write(&place, kept.unwrap()).unwrap();
+        train_whole("llama", &settings(), &pairs, &stopped);
+        assert_same(&whole, &stopped, full);
+    }
+}
+
+#[test]
+fn rejects_a_folder_whose_metrics_are_shorter_than_its_checkpoint_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let pairs = own_pairs("llama", 16);
+    train_whole("llama", &small_settings(), &pairs, folder.path());
+    cut(&folder.path().join("metrics.jsonl"), 1);
+    let ended =
+        train("llama", &small_settings(), &pairs, folder.path(), &AtomicBool::new(false), &mut Silent);
+    let error = ended.err().unwrap();
+    assert!(matches!(error, Error::RunFolder { .. }), "{error}");
+    assert!(
+        error.to_string().contains("metrics.jsonl: expected the 10 lines of its checkpoint, found 9"),
+        "{error}"
+    );
+}
+
+#[test]
+fn rejects_checkpoints_of_other_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let pairs = own_pairs("llama", 16);
+    train_whole("llama", &small_settings(), &pairs, folder.path());
+    let other = Settings { rank: 8, ..small_settings() };
+    let error = train("llama", &other, &pairs, folder.path(), &AtomicBool::new(false), &mut Silent);
+    let error = error.err().unwrap().to_string();
+    assert!(error.contains("lora_a\": expected [64, 8], found [64, 4]"), "{error}");
+    std::fs::copy(tiny("llama"), folder.path().join("checkpoint.gguf")).unwrap();
+    let error =
+        train("llama", &small_settings(), &pairs, folder.path(), &AtomicBool::new(false), &mut Silent);
+    let error = error.err().unwrap().to_string();
+    assert!(error.contains("expected a checkpoint, found architecture \"llama\""), "{error}");
+}
+
+#[test]
+fn logits_in_several_chunks_give_the_gradients_of_one_chunk_a_pass() {
+    let pairs = own_pairs("llama", 40);
+    // Some 20,000 outputs, of which a chunk of 32 MiB of logits holds 16,384 at most.
+    let many: Vec<&TokenPair> = pairs.iter().cycle().take(700).collect();
+    let base = GgufFile::open(tiny("llama")).unwrap();
+    for targets in [&["q", "down"][..], &["v", "output"][..]] {
+        let targets = targets.iter().map(|&target| target.to_owned()).collect();
+        let settings = Settings { targets, ..small_settings() };
+        let gradients = |max_rows: usize| {
+            let settings = Settings { max_rows, ..settings.clone() };
+            let mut trainer = load(&base, &settings).unwrap();
+            let references = trainer.logps(Side::Reference, &many).unwrap();
+            trainer.add_gradient(&many, &references).unwrap();
+            let all = trainer.parameters.gradients.iter();
+            all.map(|gradient| trainer.device().download(gradient).unwrap()).collect::<Vec<_>>()
+        };
+        let n_outputs: usize = many.iter().map(|pair| pair.chosen.len() + pair.rejected.len()).sum();
+        let n_vocab = load(&base, &settings).unwrap().transformer.config.n_vocab;
+        assert!(n_outputs * n_vocab * 4 > 32 << 20, "one chunk holds all: {n_outputs} outputs of {n_vocab}");
+        let (together, apart) = (gradients(1 << 20), gradients(300));
+        for (together, apart) in together.iter().zip(&apart) {
+            let largest = apart.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+            let distance = together.iter().zip(apart).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            // Sums of 20,000 terms in other orders.
+            assert!(distance <= 1e-4 * largest, "{distance} apart, the largest being {largest}");
+        }
+    }
+}
