@@ -151,7 +151,7 @@ const BAD_SETTINGS: [(&str, &[&str]); 28] = [
     ("--held-out: expected a share from 0 up to 1, found 1.5", &["--held-out", "1.5"]),
     ("--held-out: expected a share from 0 up to 1, found -0.1", &["--held-out", "-0.1"]),
     ("--held-out: expected a share from 0 up to 1, found 1", &["--held-out", "1"]),
-    ("--learning-rate: expected a positive number, found -0.001", &["--learning-rate", "-1e-3"]),
+    ("--learning-rate: expected a positive number, found -0.001", &["--learning-rate", "-0.001"]),
     ("--learning-rate: expected a positive number, found inf", &["--learning-rate", "inf"]),
     ("--max-grad-norm: expected a positive number, found -1", &["--max-grad-norm", "-1"]),
     ("--label-smoothing: expected a share from 0 up to 0.5, found 0.5", &["--label-smoothing", "0.5"]),

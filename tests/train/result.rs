@@ -88,13 +88,12 @@ fn a_result_that_is_not_what_was_trained_does_not_agree() {
         let mut trainer = load(&base, &settings).unwrap();
         let references = trainer.logps(Side::Policy, &pairs).unwrap();
         let path = folder.path().join(artifact::file_name(method));
-        let mut written = None;
-        for _ in 0..4 {
+        for step in 0..4 {
             trainer.add_gradient(&pairs, &references).unwrap();
             trainer.step(0.01, settings.max_grad_norm).unwrap();
             // A step too early.
-            if written.is_none() {
-                written = Some(artifact::write(&trainer, &base, &settings, &path, &Metadata::new()).unwrap());
+            if step == 0 {
+                artifact::write(&trainer, &base, &settings, &path, &Metadata::new()).unwrap();
             }
         }
         let found = agreement(&trainer, &base, method, settings.products, &path, &pairs, 2).unwrap();

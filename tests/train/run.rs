@@ -150,9 +150,8 @@ fn a_run_that_is_interrupted_during_a_look_makes_the_look_again() {
     let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
     let pairs = enough_pairs("llama");
     train_whole("llama", &settings(), &pairs, &whole);
-    let mut n_interrupted = 0;
     // The second part of the first look, and of one that is not the first after a start.
-    for stop in [1, 3] {
+    for (n_interrupted, stop) in [1, 3].into_iter().enumerate() {
         let interrupt = AtomicBool::new(false);
         let (mut at_step, mut at_part) = (|_| {}, |n| interrupt.store(n == stop, Ordering::Relaxed));
         let mut progress = Watching::new(&mut at_step, &mut at_part);
@@ -160,7 +159,6 @@ fn a_run_that_is_interrupted_during_a_look_makes_the_look_again() {
         assert!(matches!(ended.err(), Some(Error::Interrupted)));
         let n_looks = metrics(&broken).iter().filter(|line| line.get("eval_loss").is_some()).count();
         assert_eq!(n_looks, n_interrupted, "half a look is none, and the one before was made again");
-        n_interrupted += 1;
     }
     train_whole("llama", &settings(), &pairs, &broken);
     assert_same(&whole, &broken, "interrupted during looks");
