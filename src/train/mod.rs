@@ -15,7 +15,8 @@
 //! - [`transformer`] holds a model's weights, [`parameters`] what of them is trained, [`linear`] and [`lora`] how.
 //! - [`dpo`] is the loss, a function of numbers.
 //! - [`run`](mod@run) is a whole run; [`artifact`] writes what it leaves, and [`agreement`] asks llama.cpp about it.
-//! - [`adapter`] reads and writes LoRA files.
+//! - [`adapter`] reads and writes LoRA files; [`merge`] puts them into a copy of a model and tells what of the
+//!   change survives, [`merge_bench`] times that, and [`loaded_back`] asks llama.cpp about the copy.
 
 pub mod adapter;
 pub mod agreement;
