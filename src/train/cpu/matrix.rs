@@ -13,6 +13,7 @@ use crate::train::device::HostMatrix;
 
 use super::dense::{self, Layout, Target};
 use super::ggml::{AlignedBytes, Blocks, Kernels};
+use super::math::sum_of;
 
 /// Bytes of a part of a matrix in f32: half of a core's second-level cache.
 const PART_BYTES: usize = 512 << 10;
@@ -97,7 +98,8 @@ impl Matrix {
     pub fn product(&self, x: &[f32], n_rows: usize, y: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = &self.rounded {
-            return rounded.product(x, n_rows, y);
+            rounded.product(x, n_rows, y);
+            return spread_nan(x, self.n_in, y, self.n_out);
         }
         let (n_in, n_out) = (self.n_in, self.n_out);
         let stride = n_in + ROW_GAP;
@@ -127,7 +129,8 @@ impl Matrix {
     pub fn product_back(&self, dy: &[f32], n_rows: usize, dx: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = &self.rounded {
-            return rounded.product_back(dy, n_rows, dx);
+            rounded.product_back(dy, n_rows, dx);
+            return spread_nan(dy, self.n_out, dx, self.n_in);
         }
         let (n_in, n_out) = (self.n_in, self.n_out);
         let n_cols = self.task_cols();
@@ -170,6 +173,7 @@ impl Matrix {
     pub fn fast_product(&self, kernels: &Kernels, x: &[f32], n_rows: usize, y: &mut [f32]) {
         let sizes = [self.n_out, self.n_in];
         kernels.multiply(self.tensor_type, sizes, self.bytes.as_slice(), x, n_rows, y);
+        spread_nan(x, self.n_in, y, self.n_out);
     }
 
     /// As [`Matrix::product_back`], by ggml's kernels where there is a transposed copy.
@@ -178,6 +182,7 @@ impl Matrix {
         let mut product = vec![0.0; n_rows * self.n_in];
         kernels.product(transposed, dy, n_rows, &mut product);
         super::elementwise::add(1.0, &product, dx);
+        spread_nan(dy, self.n_out, dx, self.n_in);
     }
 
     /// Makes the rounded copies for kernels that have them; a matrix of plain numbers needs none, since its products
@@ -206,4 +211,17 @@ impl Matrix {
             }
         });
     }
+}
+
+/// Makes the rows of `y[R][n_out]` no numbers where those of `x[R][n_in]` hold one that is not finite: rounding to
+/// bytes forgets that, and a run that went wrong would go on.
+fn spread_nan(x: &[f32], n_in: usize, y: &mut [f32], n_out: usize) {
+    super::parallel::for_rows(y, n_out, |first, rows| {
+        for (y, x) in rows.chunks_exact_mut(n_out).zip(x[first * n_in..].chunks_exact(n_in)) {
+            // 0 times a finite number is 0: a sum, unlike a search, is made in vector code.
+            if sum_of(x, |x| x * 0.0) != 0.0 {
+                y.fill(f32::NAN);
+            }
+        }
+    });
 }

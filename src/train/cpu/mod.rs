@@ -162,10 +162,10 @@ impl Device for Cpu {
     }
 
     fn product(&self, w: &Matrix, x: &Vec<f32>, n_rows: usize, y: &mut Vec<f32>) -> Result<()> {
-        match &self.kernels {
+        self.pool.install(|| match &self.kernels {
             Some(kernels) => w.fast_product(kernels, x, n_rows, y),
-            None => self.pool.install(|| w.product(x, n_rows, y)),
-        }
+            None => w.product(x, n_rows, y),
+        });
         Ok(())
     }
 

@@ -117,7 +117,7 @@ fn check_fast_products(device: &Cpu, rounds_matrix: bool) {
             let (host, w) = matrix(&mut random, tensor_type, [n_out, n_in]);
             let matrix = device.matrix(host).unwrap();
             let len = tensor_type.block_len() as usize;
-            for n_rows in [1, 3, 17] {
+            for n_rows in [1, 3, 17, 70] {
                 let what = format!("{tensor_type} [{n_out}][{n_in}], {n_rows} rows");
                 let x = random.numbers(n_rows * n_in);
                 let mut y = vec![f32::NAN; n_rows * n_out];
@@ -161,12 +161,12 @@ fn check_fast_products_back(device: &Cpu, is_own: bool) {
         let block_len = tensor_type.block_len() as usize;
         // More inputs than a part of a transposed copy has.
         // ggml's are exact where outputs are no whole blocks.
-        let odd = is_own.then_some([33, block_len]);
-        for [n_out, n_in] in [[32, block_len], [96, 768]].into_iter().chain(odd) {
+        let odd = if is_own { &[[33, block_len], [3, 256], [197, 256]][..] } else { &[] };
+        for &[n_out, n_in] in [[32, block_len], [96, 768]].iter().chain(odd) {
             let (host, w) = matrix(&mut random, tensor_type, [n_out, n_in]);
             let matrix = device.matrix(host).unwrap();
             let w = transposed(&w, [n_out, n_in]);
-            for n_rows in [1, 3, 17] {
+            for n_rows in [1, 3, 17, 70] {
                 let what = format!("{tensor_type} [{n_out}][{n_in}], {n_rows} rows");
                 let dy = random.numbers(n_rows * n_out);
                 let mut dx = vec![HELD; n_rows * n_in];
@@ -202,6 +202,33 @@ fn ggml_s_products_back_are_exact_to_the_bit_where_outputs_are_no_whole_blocks()
         exact.product_back(&a, &dy, 5, &mut of_exact).unwrap();
         fast.product_back(&b, &dy, 5, &mut of_fast).unwrap();
         assert_eq!(of_exact, of_fast, "{tensor_type} [{n_out}][{n_in}]");
+    }
+}
+
+#[test]
+fn rows_that_hold_no_number_stay_none_and_leave_others_alone() {
+    let mut random = Random::new(25);
+    let exact = Cpu::new(2, Products::Exact).unwrap();
+    for device in fast_devices().into_iter().map(|(device, _)| device).chain([exact]) {
+        for tensor_type in [TensorType::F32, TensorType::Q8_0, TensorType::Q4_K] {
+            let [n_out, n_in] = [64, 256];
+            let matrix = device.matrix(matrix(&mut random, tensor_type, [n_out, n_in]).0).unwrap();
+            for bad in [f32::NAN, f32::INFINITY] {
+                let what = format!("{bad} in {tensor_type}, {}", device.describe());
+                // In the second of three rows.
+                let (mut x, mut dy) = (random.numbers(3 * n_in), random.numbers(3 * n_out));
+                (x[n_in + 45], dy[n_out + 37]) = (bad, bad);
+                let (mut y, mut dx) = (vec![0.0; 3 * n_out], vec![HELD; 3 * n_in]);
+                device.product(&matrix, &x, 3, &mut y).unwrap();
+                device.product_back(&matrix, &dy, 3, &mut dx).unwrap();
+                for (found, n, of) in [(y, n_out, "product"), (dx, n_in, "product back")] {
+                    let is_number = |x: &f32| x.is_finite();
+                    assert!(!found[n..2 * n].iter().any(is_number), "{what}, {of}: numbers out of none");
+                    assert!(found[..n].iter().all(is_number), "{what}, {of}: the row before");
+                    assert!(found[2 * n..].iter().all(is_number), "{what}, {of}: the row after");
+                }
+            }
+        }
     }
 }
 
