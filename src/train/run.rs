@@ -94,7 +94,7 @@ pub fn run<D: Device>(
     progress: &mut dyn Progress,
 ) -> Result<(Outcome, Vec<Record>)> {
     check_lengths(&trainer.transformer.config, pairs)?;
-    let (train, held_out) = tokens::split(pairs.len(), settings.held_out, settings.seed);
+    let (train, held_out) = tokens::split(pairs, settings.held_out, settings.seed);
     let n_steps = settings.n_steps(train.len());
     let mut references = References::open(&files.references)?;
     let state = match files.checkpoint.exists() {

@@ -21,6 +21,8 @@
 //! # What is skipped
 //! Every pair that is left out is counted by its reason ([`Skip`]), and so is every pair that was cut.
 
+use std::collections::HashMap;
+
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -246,23 +248,37 @@ fn cut(mut pair: TokenPair, bos: Option<Token>, eos: Option<Token>, limits: &Lim
     Ok(Cut { pair, is_cut })
 }
 
-/// Indices of `n` pairs to train on and to hold out, each in ascending order.
+/// Indices of pairs to train on and to hold out, each in ascending order.
 ///
 /// `fraction` of the pairs, rounded up (as scikit-learn's `train_test_split`, which the paper uses), is
-/// held out: at least one where the fraction is over 0 and there are two or more, and never all. They are
-/// the first of an order drawn by Fisher-Yates from a ChaCha8 stream that `seed` alone decides.
+/// held out, and with a pair every other pair of its prompt: what is held out is to tell of prompts that were
+/// never seen. One prompt at least is left to train on. Prompts are taken from an order drawn by Fisher-Yates from
+/// a ChaCha8 stream that `seed` alone decides.
 ///
 /// # Panics
 /// Unless `fraction` is in [0, 1].
-pub fn split(n: usize, fraction: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
+pub fn split(pairs: &[TokenPair], fraction: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
     assert!((0.0..=1.0).contains(&fraction), "a fraction in [0, 1], found {fraction}");
-    let n_held_out = ((n as f64 * fraction).ceil() as usize).min(n.saturating_sub(1));
-    let mut order: Vec<usize> = (0..n).collect();
-    shuffle(&mut order, &mut random_stream(seed, "preference pairs: held out", 0));
-    let mut train = order.split_off(n_held_out);
-    order.sort_unstable();
+    let mut of_prompt: HashMap<&[Token], usize> = HashMap::new();
+    let mut prompts: Vec<Vec<usize>> = Vec::new();
+    for (i, pair) in pairs.iter().enumerate() {
+        let prompt = *of_prompt.entry(&pair.prompt).or_insert(prompts.len());
+        if prompt == prompts.len() {
+            prompts.push(Vec::new());
+        }
+        prompts[prompt].push(i);
+    }
+    shuffle(&mut prompts, &mut random_stream(seed, "preference pairs: held out", 0));
+    let n_held_out = (pairs.len() as f64 * fraction).ceil() as usize;
+    let (mut train, mut held_out) = (Vec::new(), Vec::new());
+    let n_prompts = prompts.len();
+    for (i, of_prompt) in prompts.into_iter().enumerate() {
+        let is_held_out = held_out.len() < n_held_out && i + 1 < n_prompts;
+        if is_held_out { &mut held_out } else { &mut train }.extend(of_prompt);
+    }
     train.sort_unstable();
-    (train, order)
+    held_out.sort_unstable();
+    (train, held_out)
 }
 
 /// The order of `n` pairs in epoch `epoch`, from 0.

@@ -3,6 +3,7 @@
 //! merges, by rank: ` t` 261, ` d` 263, `he` 266, `at` 267, ` c` 274, `or` 283, ` the` 286, `om` 311,
 //! ` dor` 352, `The` 371, `og` 383.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::*;
@@ -199,12 +200,36 @@ fn a_vocabulary_alone_and_that_of_a_model_are_one() {
     assert_eq!(alone.tokenize_text("the").unwrap(), [87, 266]);
 }
 
+/// Pairs with these prompts, each of one token.
+fn pairs_of_prompts(prompts: impl IntoIterator<Item = usize>) -> Vec<TokenPair> {
+    let pair = |prompt| TokenPair { prompt: vec![prompt as Token], chosen: vec![1], rejected: vec![2] };
+    prompts.into_iter().map(pair).collect()
+}
+
+#[test]
+fn a_split_keeps_the_pairs_of_a_prompt_together() {
+    // Three pairs a prompt: a fifth of the 30 is two prompts, and a quarter, 8 pairs, begins a third.
+    let pairs = pairs_of_prompts((0..30).map(|i| i / 3));
+    for (fraction, expected) in [(0.2, 6), (0.25, 9)] {
+        for seed in 0..20 {
+            let (train, held_out) = split(&pairs, fraction, seed);
+            assert_eq!((train.len(), held_out.len()), (30 - expected, expected));
+            let prompts =
+                |of: &[usize]| -> BTreeSet<Token> { of.iter().map(|&i| pairs[i].prompt[0]).collect() };
+            assert!(prompts(&train).is_disjoint(&prompts(&held_out)), "seed {seed}");
+        }
+    }
+    // A single prompt is trained on.
+    let (train, held_out) = split(&pairs_of_prompts([5; 8]), 0.5, 0);
+    assert_eq!((train.len(), held_out.len()), (8, 0));
+}
+
 #[test]
 fn a_split_holds_out_the_share_rounded_up_and_loses_and_doubles_nothing() {
     for (n, fraction, expected) in
         [(0, 0.05, 0), (1, 0.05, 0), (2, 0.05, 1), (20, 0.05, 1), (21, 0.05, 2), (10, 0.0, 0), (5, 1.0, 4)]
     {
-        let (train, held_out) = split(n, fraction, 3);
+        let (train, held_out) = split(&pairs_of_prompts(0..n), fraction, 3);
         assert_eq!(held_out.len(), expected, "{n} {fraction}");
         assert!(train.is_sorted() && held_out.is_sorted());
         let mut all = [train, held_out].concat();
@@ -215,8 +240,9 @@ fn a_split_holds_out_the_share_rounded_up_and_loses_and_doubles_nothing() {
 
 #[test]
 fn splits_and_orders_depend_on_the_seed_alone_and_stay_what_they_are() {
-    assert_eq!(split(1000, 0.05, 7), split(1000, 0.05, 7));
-    assert_ne!(split(1000, 0.05, 7), split(1000, 0.05, 8));
+    let pairs = pairs_of_prompts(0..1000);
+    assert_eq!(split(&pairs, 0.05, 7), split(&pairs, 0.05, 7));
+    assert_ne!(split(&pairs, 0.05, 7), split(&pairs, 0.05, 8));
     assert_eq!(epoch_order(1000, 7, 2), epoch_order(1000, 7, 2));
     for (seed, epoch) in [(8, 2), (7, 3)] {
         assert_ne!(epoch_order(1000, 7, 2), epoch_order(1000, seed, epoch));
@@ -227,7 +253,7 @@ fn splits_and_orders_depend_on_the_seed_alone_and_stay_what_they_are() {
     // A change of the stream would change what every seed means: a resumed run would see other pairs.
     // Expected values from a ChaCha8 written from RFC 8439 with 8 rounds, in another language.
     assert_eq!(epoch_order(8, 0, 0), [0, 3, 1, 6, 2, 5, 4, 7]);
-    assert_eq!(split(8, 0.25, 0).1, [0, 2]);
+    assert_eq!(split(&pairs[..8], 0.25, 0).1, [0, 2]);
 }
 
 #[test]
