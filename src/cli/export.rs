@@ -45,6 +45,9 @@ pub struct ExportCommand {
     /// Merge an adapter made for another quantisation or fine-tune of this model
     #[arg(long)]
     force: bool,
+    /// Keep a merged model that misses more than half of the adapter's effect
+    #[arg(long)]
+    allow_loss: bool,
     /// Threads [default: all cores]
     #[arg(short = 't', long, value_name = "N")]
     threads: Option<usize>,
@@ -101,11 +104,17 @@ impl ExportCommand {
         print(&differences(&compared))?;
         let changed: Vec<(TensorType, TensorType)> = report.tensors.iter().map(|t| (t.from, t.to)).collect();
         let advice = report.advice();
-        compared.verdict(&changed, is_zero).map_err(|reason| Error::Input {
-            path: self.output.clone(),
-            line: None,
-            reason: format!("not written: {reason}"),
-            hint: Some(advice.clone().unwrap_or("use the adapter as it is, with --lora".into())),
+        compared.verdict(&changed, is_zero, self.allow_loss).map_err(|refusal| {
+            let mut hint = advice.clone().unwrap_or("use the adapter as it is, with --lora".into());
+            if refusal.can_be_allowed {
+                hint.push_str("; --allow-loss keeps the merged model all the same");
+            }
+            Error::Input {
+                path: self.output.clone(),
+                line: None,
+                reason: format!("not written: {}", refusal.reason),
+                hint: Some(hint),
+            }
         })?;
         std::fs::rename(&unnamed, &self.output).map_err(Error::io("write", &self.output))?;
         if let Some(advice) = advice {

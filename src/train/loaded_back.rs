@@ -11,6 +11,9 @@ use crate::steer::exact_check::{Difference, compare, logits};
 
 use super::agreement::nudges;
 
+/// A merged model must miss less than this share of the adapters' effect, both as mean KL.
+const MOST_MISSED: f64 = 0.5;
+
 /// A merged model against its base with the adapters at run time, by the logits of llama.cpp.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LoadedBack {
@@ -21,6 +24,15 @@ pub struct LoadedBack {
     /// What the least change makes on the base with the adapters; `None` where the architecture has no
     /// place for it that this program knows.
     pub floor: Option<Difference>,
+}
+
+/// Why a merged model is not kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// In words.
+    pub reason: String,
+    /// Whether `allow_loss` would keep it.
+    pub can_be_allowed: bool,
 }
 
 /// `options` with an F32 cache and without fused attention: what differs then comes from the weights.
@@ -79,38 +91,50 @@ impl LoadedBack {
     /// and `is_zero` says that the adapters change nothing.
     ///
     /// Whatever the types, the merged model must be nearer to the base with the adapters than the base is, unless
-    /// there is no change. Where all were and are float types, rounding is all that may differ: the
+    /// there is no change; and at most half as far from it, unless `allow_loss`. Where all were and are float types, rounding is all that may differ: the
     /// divergence must be below a bound for the type, or below twice the noise floor where other tensors of the
     /// model are quantised.
     ///
     /// # Errors
-    /// In words.
-    pub fn verdict(&self, changed: &[(TensorType, TensorType)], is_zero: bool) -> Result<(), String> {
+    /// [`Refusal`].
+    pub fn verdict(
+        &self,
+        changed: &[(TensorType, TensorType)],
+        is_zero: bool,
+        allow_loss: bool,
+    ) -> Result<(), Refusal> {
         let (missed, effect) = (self.missed.mean_kl, self.effect.mean_kl);
         let floor = self.floor.map_or(0.0, |floor| floor.mean_kl);
         let bounds = changed.iter().map(|&(from, to)| float_bound(from).and(float_bound(to)));
         if let Some(bounds) = bounds.collect::<Option<Vec<f64>>>() {
             let bound = bounds.into_iter().fold(2.0 * floor, f64::max);
             if missed > bound {
-                return Err(format!(
+                let reason = format!(
                     "the merged model is not the base with the adapters: expected a mean KL up to {bound:.1e}, \
                      found {missed:.1e}"
-                ));
+                );
+                return Err(Refusal { reason, can_be_allowed: false });
             }
         }
-        if !is_zero && missed >= effect {
-            let why = if effect < 4.0 * floor {
-                "the adapters' effect is hardly above the noise of the model's own quantisation, and cannot be \
-                 told from it"
-            } else {
-                "rounding took the change, or added as much"
-            };
-            return Err(format!(
-                "the merged model is no nearer to the base with the adapters (mean KL {missed:.1e}) than the \
-                 base is ({effect:.1e}): {why}"
-            ));
+        let is_nearer = missed < effect;
+        if is_zero || is_nearer && missed <= MOST_MISSED * effect {
+            return Ok(());
         }
-        Ok(())
+        let why = if effect < 4.0 * floor {
+            "the adapters' effect is hardly above the noise of the model's own quantisation, and cannot be told \
+             from it"
+        } else {
+            "rounding took the change, or added as much"
+        };
+        if is_nearer && allow_loss {
+            return Ok(());
+        }
+        let near = if is_nearer { "hardly" } else { "no" };
+        let reason = format!(
+            "the merged model is {near} nearer to the base with the adapters (mean KL {missed:.1e}) than the base \
+             is ({effect:.1e}): {why}"
+        );
+        Err(Refusal { reason, can_be_allowed: is_nearer })
     }
 }
 
@@ -141,7 +165,8 @@ mod tests {
         is_zero: bool,
     ) -> Result<(), String> {
         let floor = Some(difference(floor));
-        LoadedBack { effect: difference(effect), missed: difference(missed), floor }.verdict(changed, is_zero)
+        let compared = LoadedBack { effect: difference(effect), missed: difference(missed), floor };
+        compared.verdict(changed, is_zero, false).map_err(|refusal| refusal.reason)
     }
 
     #[test]
@@ -150,7 +175,14 @@ mod tests {
         const F16: (TensorType, TensorType) = (TensorType::F16, TensorType::F16);
         const LOW: (TensorType, TensorType) = (TensorType::Q4_K, TensorType::Q4_K);
         const FINER: (TensorType, TensorType) = (TensorType::Q4_K, TensorType::F32);
-        verdict(0.1, 0.09, 0.01, &[LOW], false).unwrap();
+        verdict(0.1, 0.05, 0.01, &[LOW], false).unwrap();
+        // Nearly all of the change lost is not what was asked for, unless it was.
+        let reason = verdict(0.1, 0.09, 0.001, &[LOW], false).unwrap_err();
+        assert!(reason.contains("hardly nearer") && reason.contains("9.0e-2"), "{reason}");
+        let lossy = |missed| LoadedBack { effect: difference(0.1), missed: difference(missed), floor: None };
+        assert!(lossy(0.09).verdict(&[LOW], false, false).unwrap_err().can_be_allowed);
+        lossy(0.09).verdict(&[LOW], false, true).unwrap();
+        assert!(!lossy(0.1).verdict(&[LOW], false, true).unwrap_err().can_be_allowed);
         let reason = verdict(0.1, 0.1, 0.001, &[LOW], false).unwrap_err();
         assert!(reason.contains("no nearer") && reason.contains("1.0e-1"), "{reason}");
         assert!(reason.contains("rounding took the change"), "{reason}");
