@@ -13,7 +13,7 @@ use crate::gguf::{GgufFile, Metadata, Value, check_decoder};
 use crate::progress::hash_model;
 use crate::report::json as report_json;
 use crate::report::training::TrainingReport;
-use crate::train::agreement::{self, agreement};
+use crate::train::agreement::{self, Expected, agreement};
 use crate::train::config::Config;
 use crate::train::cpu::{Cpu, Products};
 use crate::train::dpo::LossKind;
@@ -246,14 +246,17 @@ impl TrainCommand {
         let provenance = provenance(&model_sha256, &record.pairs_sha256, &settings, &outcome.best);
         artifact::write(&trainer, &base, &settings, &result_path, &provenance)?;
         let compared: Vec<&TokenPair> = token_pairs.iter().take(COMPARED_PAIRS).collect();
-        let (method, n_threads) = (settings.method, settings.n_threads);
-        let agreement =
-            agreement(&trainer, &base, method, settings.products, &result_path, &compared, n_threads)?;
+        let expected = Expected::of(&trainer, settings.products, &compared)?;
+        let (device, n_trained) = (trainer.describe(), trainer.parameters.n_values());
+        // Before llama.cpp takes memory of its own.
+        drop(trainer);
+        let method = settings.method;
+        let agreement = agreement(&expected, &base, method, &result_path, settings.n_threads)?;
         let report = TrainingReport {
             model: file_name(&self.model),
             pairs: pairs_name.clone(),
-            device: trainer.describe(),
-            n_trained: trainer.parameters.n_values(),
+            device,
+            n_trained,
             settings,
             outcome,
             skipped: tokenized.skipped.reasons().iter().map(|(s, n)| (s.reason().to_owned(), *n)).collect(),

@@ -130,11 +130,13 @@ impl TrainingReport {
         if let Some(bytes) = self.peak_rss_bytes {
             row("peak memory", format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30)));
         }
+        let Agreement { difference, floor, untrained, bound } = &self.agreement;
+        let untrained = untrained.map_or(String::new(), |u| format!(", untrained {:.1e}", u.mean_kl));
         row(
             "in llama.cpp",
             format!(
-                "mean KL {:.1e} a token (bound {:.1e}; its own noise {:.1e})",
-                self.agreement.difference.mean_kl, self.agreement.bound, self.agreement.floor.mean_kl
+                "mean KL {:.1e} a token{untrained} (bound {bound:.1e}; its own noise {:.1e})",
+                difference.mean_kl, floor.mean_kl
             ),
         );
         text

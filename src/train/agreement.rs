@@ -33,6 +33,16 @@ const QUANTISED_BOUND: f64 = 5e-4;
 /// How many times the floor two that round differently may differ.
 const FAST_FACTOR: f64 = 4.0;
 
+/// How many times as much as before training they may differ on quantised weights.
+const UNTRAINED_FACTOR: f64 = 2.0;
+
+/// More than rounding was ever seen to make between two that run one model, by ten times: beyond it, what they
+/// differed by before training excuses nothing.
+const MOST_ROUNDING: f64 = 0.1;
+
+/// Most bytes of logits that are kept of one side: a vocabulary can have 262,144 words.
+const MOST_BYTES: usize = 16 << 20;
+
 /// Trainer and llama.cpp on the same texts.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Agreement {
@@ -40,6 +50,8 @@ pub struct Agreement {
     pub difference: Difference,
     /// What the least change makes in llama.cpp itself.
     pub floor: Difference,
+    /// What they differed by before training; none where every weight was trained.
+    pub untrained: Option<Difference>,
     /// The mean KL up to which they agree.
     pub bound: f64,
 }
@@ -51,29 +63,64 @@ impl Agreement {
     }
 }
 
-/// Compares the trainer's logits with llama.cpp's that runs `result`, after each token before the ones
-/// that `pairs`' answers hold.
+/// The trainer's logits of some pairs, to be compared with llama.cpp's when the trainer's memory is free again.
+#[derive(Debug, Clone)]
+pub struct Expected {
+    /// Prompts with answers but for the last token, and the prompts' lengths.
+    texts: Vec<(Vec<Token>, usize)>,
+    /// Of the model as it is trained: of every token that predicts an answer's, `[rows][n_vocab]`.
+    policy: Vec<Vec<f32>>,
+    /// Of the model as it was.
+    reference: Option<Vec<Vec<f32>>>,
+    products: Products,
+}
+
+impl Expected {
+    /// Those of the first of `pairs`, as many as fit into [`MOST_BYTES`] but one at least.
+    ///
+    /// # Errors
+    /// Of the device.
+    pub fn of<D: Device>(trainer: &Trainer<D>, products: Products, pairs: &[&TokenPair]) -> Result<Expected> {
+        let of_side = |side, batch: &Batch<D>| trainer.transformer.logits(&trainer.pass(side), batch);
+        let row_bytes = 4 * trainer.transformer.config.n_vocab;
+        let reference = trainer.has_reference().then(Vec::new);
+        let mut expected = Expected { texts: Vec::new(), policy: Vec::new(), reference, products };
+        for pair in pairs {
+            let n_rows = pair.chosen.len() + pair.rejected.len();
+            if !expected.texts.is_empty() && (expected.policy.len() + n_rows) * row_bytes > MOST_BYTES {
+                break;
+            }
+            for answer in [&pair.chosen, &pair.rejected] {
+                let text = pair.prompt.iter().chain(&answer[..answer.len() - 1]).copied().collect();
+                expected.texts.push((text, pair.prompt.len()));
+            }
+            let mut packed = Packed::default();
+            packed.push(&pair.prompt, &pair.chosen, &pair.rejected);
+            let batch = Batch::new(trainer.device(), packed)?;
+            expected.policy.extend(of_side(Side::Policy, &batch)?);
+            if let Some(reference) = &mut expected.reference {
+                reference.extend(of_side(Side::Reference, &batch)?);
+            }
+        }
+        Ok(expected)
+    }
+}
+
+/// Compares the trainer's logits with llama.cpp's that runs `result`.
 ///
 /// The bound is 1e-6 a token in F32 and 1e-4 in F16 and BF16. On quantised weights llama.cpp rounds to 8
-/// bits what it multiplies, which the trainer's exact products do not: there the bound is llama.cpp's own
-/// noise floor, or four times it where the trainer rounds too.
+/// bits what it multiplies, and the trainer either does not or does otherwise: there the bound is llama.cpp's own
+/// noise floor, four times it where the trainer rounds too, or twice what the two differed by before training.
 ///
 /// # Errors
-/// Those of loading and decoding, and of the device.
-pub fn agreement<D: Device>(
-    trainer: &Trainer<D>,
+/// Those of loading and decoding.
+pub fn agreement(
+    expected: &Expected,
     base: &GgufFile,
     method: MethodName,
-    products: Products,
     result: &Path,
-    pairs: &[&TokenPair],
     n_threads: usize,
 ) -> Result<Agreement> {
-    let texts: Vec<Vec<Token>> = pairs
-        .iter()
-        .flat_map(|pair| [&pair.chosen, &pair.rejected].map(|answer| (&pair.prompt, answer)))
-        .map(|(prompt, answer)| prompt.iter().chain(&answer[..answer.len() - 1]).copied().collect())
-        .collect();
     let options = exact_options(&SessionOptions { n_threads: Some(n_threads), ..SessionOptions::default() });
     let model_options = ModelOptions { n_gpu_layers: 0, check_tensors: false };
     let path = if method == MethodName::Full { result } else { base.path() };
@@ -81,31 +128,25 @@ pub fn agreement<D: Device>(
     let steering = steering(&model, method, result)?;
     // The rows that predict answers, of all rows.
     let theirs = |steering: &Steering| -> Result<Vec<Vec<f32>>> {
-        let all = logits(&model.with_steering(steering.clone())?, &texts, &options)?;
+        let model = model.with_steering(steering.clone())?;
         let mut rows = Vec::new();
-        let mut first = 0;
-        for (i, text) in texts.iter().enumerate() {
-            let n_prompt = pairs[i / 2].prompt.len();
-            rows.extend_from_slice(&all[first + n_prompt - 1..first + text.len()]);
-            first += text.len();
+        for (text, n_prompt) in &expected.texts {
+            let mut of_text = logits(&model, std::slice::from_ref(text), &options)?;
+            rows.extend(of_text.drain(n_prompt - 1..));
         }
         Ok(rows)
     };
     let found = theirs(&steering)?;
     let nudged = Steering { edits: nudges(&model), ..steering.clone() };
     let floor = compare(&found, &theirs(&nudged)?);
-    drop(model);
-
-    let mut ours = Vec::new();
-    for pair in pairs {
-        let mut packed = Packed::default();
-        packed.push(&pair.prompt, &pair.chosen, &pair.rejected);
-        let batch = Batch::new(trainer.device(), packed)?;
-        ours.extend(trainer.transformer.logits(&trainer.pass(Side::Policy), &batch)?);
-    }
-    let difference = compare(&ours, &found);
-    let bound = bound(base, &floor, products);
-    Ok(Agreement { difference, floor, bound })
+    let difference = compare(&expected.policy, &found);
+    drop(found);
+    let untrained = match &expected.reference {
+        Some(reference) => Some(compare(reference, &theirs(&Steering::default())?)),
+        None => None,
+    };
+    let bound = bound(base, &floor, untrained.as_ref(), expected.products);
+    Ok(Agreement { difference, floor, untrained, bound })
 }
 
 /// 0.001 more on one neuron in each block of 32 of the first layer: next to nothing in itself, but it moves the
@@ -124,13 +165,16 @@ pub(super) fn nudges(model: &Model) -> Vec<Edit> {
     (0..n_ff).step_by(BLOCK).map(nudge).collect()
 }
 
-fn bound(base: &GgufFile, floor: &Difference, products: Products) -> f64 {
+fn bound(base: &GgufFile, floor: &Difference, untrained: Option<&Difference>, products: Products) -> f64 {
     let matrices = || base.tensors().iter().filter(|t| t.shape().len() > 1).map(|t| t.tensor_type());
     let is_half = |t: TensorType| matches!(t, TensorType::F16 | TensorType::BF16);
-    let least = if matrices().any(is_half) { HALF_BOUND } else { F32_BOUND };
+    if !matrices().any(|t| t.block_len() > 1) {
+        return if matrices().any(is_half) { HALF_BOUND } else { F32_BOUND };
+    }
     let factor = if products == Products::Fast { FAST_FACTOR } else { 1.0 };
-    let quantised = matrices().any(|t| t.block_len() > 1);
-    if quantised { (factor * floor.mean_kl).max(QUANTISED_BOUND) } else { least }
+    let untrained = untrained.map_or(0.0, |untrained| untrained.mean_kl);
+    let excused = if untrained <= MOST_ROUNDING { UNTRAINED_FACTOR * untrained } else { 0.0 };
+    excused.max(factor * floor.mean_kl).max(QUANTISED_BOUND)
 }
 
 /// How llama.cpp is told to run what was trained.
