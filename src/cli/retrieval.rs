@@ -63,7 +63,13 @@ impl RetrievalCommand {
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let mut languages = language::parse_languages(&self.lang)?;
         if !languages.is_empty() && !languages.contains(&self.pivot.as_str()) {
-            languages.extend(language::parse_languages(std::slice::from_ref(&self.pivot))?);
+            let pivot = language::parse_languages(std::slice::from_ref(&self.pivot));
+            languages.extend(pivot.map_err(|error| match error {
+                Error::Setting { reason, hint, .. } => {
+                    Error::Setting { setting: "--pivot".into(), reason, hint }
+                }
+                other => other,
+            })?);
         }
         let aligned = read_aligned(&self.aligned, &languages)?;
         for (language, n) in aligned.n_with_entities.iter().filter(|(_, n)| **n > 0) {
