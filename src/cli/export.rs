@@ -117,7 +117,9 @@ impl ExportCommand {
             }
         })?;
         std::fs::rename(&unnamed, &self.output).map_err(Error::io("write", &self.output))?;
-        if let Some(advice) = advice {
+        if let Some(advice) = advice
+            && !compared.is_close()
+        {
             print(&format!("{advice}\n"))?;
         }
         eprintln!("model: {}", self.output.display());

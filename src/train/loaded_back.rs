@@ -87,6 +87,12 @@ impl LoadedBack {
         Ok(LoadedBack { effect, missed: compare(&found, &expected), floor })
     }
 
+    /// Whether next to nothing was missed: a tenth of the effect, or twice the noise floor.
+    pub fn is_close(&self) -> bool {
+        let floor = self.floor.map_or(0.0, |floor| floor.mean_kl);
+        self.missed.mean_kl <= f64::max(0.1 * self.effect.mean_kl, 2.0 * floor)
+    }
+
     /// Whether the merged model may be kept. `changed` are the types of the changed tensors before and after,
     /// and `is_zero` says that the adapters change nothing.
     ///
@@ -180,6 +186,7 @@ mod tests {
         let reason = verdict(0.1, 0.09, 0.001, &[LOW], false).unwrap_err();
         assert!(reason.contains("hardly nearer") && reason.contains("9.0e-2"), "{reason}");
         let lossy = |missed| LoadedBack { effect: difference(0.1), missed: difference(missed), floor: None };
+        assert!(!lossy(0.011).is_close() && lossy(0.01).is_close());
         assert!(lossy(0.09).verdict(&[LOW], false, false).unwrap_err().can_be_allowed);
         lossy(0.09).verdict(&[LOW], false, true).unwrap();
         assert!(!lossy(0.1).verdict(&[LOW], false, true).unwrap_err().can_be_allowed);
