@@ -1,13 +1,14 @@
 //! Measures how toxic a GGUF model's continuations are, in 17 languages, with llama.cpp.
 //!
 //! ```text
-//! gguf ──► engine ──► steer ──► { eval | interp | train } ──► study ──► report
-//!                doors: cli (the program) · this crate
+//! gguf ──► graph ──► engine ──► steer ──► { eval | interp | train } ──► study ──► report
+//!             doors: cli (the program) · this crate
 //! ```
 //!
 //! A module uses only what stands to its left.
 //!
 //! - [`gguf`] reads, validates and writes GGUF files.
+//! - [`graph`] knows llama.cpp's graphs from inside, and edits the values in them as they are computed.
 //! - [`engine`] runs models: many continuations of many prompts, and log-probabilities.
 //! - [`steer`] reads, combines and compiles what changes a model while it runs.
 //! - [`interp`] finds what to change: probes, value vectors, activations, retrieval.
@@ -16,20 +17,30 @@
 //! - [`study`] is what needs several of these: making preference pairs.
 //! - [`report`] turns results into JSON, CSV, Markdown, a terminal table and an HTML page.
 //!
+//! The feature `engine`, on by default, is all that needs llama.cpp compiled in: `engine`, `train`, `study`, `report`,
+//! `cli`, and the parts of the others that run models. Without it the crate is small, and carries no llama.cpp.
+//!
 //! The metrics are those of Li, Yong and Bach, "Preference Tuning For Toxicity Mitigation Generalizes
 //! Across Languages" (arXiv 2406.16235).
 
+#[cfg(feature = "engine")]
 pub mod cli;
+#[cfg(feature = "engine")]
 pub mod engine;
 pub mod error;
 pub mod eval;
 pub mod file;
 pub mod gguf;
+pub mod graph;
 pub mod interp;
+#[cfg(feature = "engine")]
 pub mod progress;
+#[cfg(feature = "engine")]
 pub mod report;
 pub mod steer;
+#[cfg(feature = "engine")]
 pub mod study;
+#[cfg(feature = "engine")]
 pub mod train;
 
 pub use error::{Error, Result};

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::{Error, Result};
 
 use super::schedule::Request;
-use super::watch::{InBlock, Place, Recording};
 use super::{Sampling, Session, Token, sample};
+use crate::graph::recording::Recording;
+use crate::graph::watch::{InBlock, Place};
 
 /// What one prompt gave.
 #[derive(Debug, Clone, PartialEq)]

@@ -17,7 +17,6 @@
 //! written by llama.cpp's eval callback, which only sessions that need it have.
 
 pub mod activation;
-pub mod architecture;
 pub mod bench;
 mod ffi;
 pub mod logprob;
@@ -27,11 +26,9 @@ pub mod residual;
 pub mod sample;
 pub mod schedule;
 pub mod session;
-pub mod steering;
 mod vocabulary;
-mod watch;
 
-pub use architecture::Architecture;
+pub use crate::graph::{Architecture, architecture, steering};
 pub use model::{LoadedSteering, Model, ModelOptions};
 pub use sample::Sampling;
 pub(crate) use session::total_memory;

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::{Error, Result};
 
 use super::logprob::MOST_LOGIT_BYTES;
-use super::watch::{InBlock, Phase, Place, Recording};
 use super::{Session, Token};
+use crate::graph::recording::Recording;
+use crate::graph::watch::{InBlock, Phase, Place};
 
 /// Where the residual stream is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -7,8 +7,10 @@ use crate::error::{Error, Result};
 use super::architecture::Architecture;
 use super::ffi::{self, Batch, ContextHandle, ContextParams, SequenceState};
 use super::model::{LoadedSteering, Model};
-use super::watch::{Phase, Recording, Watch};
 use super::{Token, sample};
+use crate::graph::recording::Recording;
+use crate::graph::rows::Streams;
+use crate::graph::watch::{Phase, Watch};
 
 /// Whether attention runs in one fused operation (`-fa`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -261,7 +263,7 @@ impl Session {
             cache_type_v: options.cache_type_v,
         };
         let watch = match has_callback {
-            true => Some(Watch::new(model.graph()?, model.n_layer(), n_seq_max)),
+            true => Some(Watch::new(model.graph()?, model.n_layer(), n_seq_max, Streams::OfSequences)),
             false => None,
         };
         let context = ContextHandle::new(model.handle.clone(), &params, watch).ok_or_else(|| Error::Model {

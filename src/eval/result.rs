@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::eval::metric::Test;
+pub use crate::eval::score::ScorerInfo;
 
 /// A number with its interval from a percentile bootstrap over prompts.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -77,26 +78,6 @@ pub struct ModelInfo {
     pub n_params: Option<u64>,
     /// SHA-256 of the file, in lower-case hex, where it was computed.
     pub sha256: Option<String>,
-}
-
-/// A scorer that was used.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct ScorerInfo {
-    /// Its name, as in the names of its metrics.
-    pub name: String,
-    /// Its version.
-    pub version: String,
-    /// SHA-256 of its weights or source file, in lower-case hex, where it has one.
-    pub sha256: Option<String>,
-    /// Languages that it covers; empty where that is not stated.
-    pub languages: Vec<String>,
-}
-
-impl ScorerInfo {
-    /// Whether the scorer claims `language`, or states no languages at all.
-    pub fn covers(&self, language: &str) -> bool {
-        self.languages.is_empty() || self.languages.iter().any(|covered| covered == language)
-    }
 }
 
 /// How the intervals were made.

@@ -1,8 +1,12 @@
-//! Tensor blocks as numbers, by ggml's own functions: what llama.cpp computes with is what comes out.
+//! Tensor blocks as numbers, by ggml's own functions where it is part of the build: what llama.cpp computes with
+//! is what comes out. Without it, by `blocks`, which knows the types that models are shared in.
 
+#[cfg(feature = "engine")]
 use llama_cpp_sys_2 as sys;
 
 use super::TensorType;
+#[cfg(not(feature = "engine"))]
+use super::blocks;
 
 /// Fills `values` from the blocks in `bytes`.
 ///
@@ -16,6 +20,16 @@ pub fn dequantize(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> 
             bytes.len()
         ));
     }
+    numbers_of(tensor_type, bytes, values)
+}
+
+#[cfg(not(feature = "engine"))]
+fn numbers_of(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
+    blocks::to_numbers(tensor_type, bytes, values)
+}
+
+#[cfg(feature = "engine")]
+fn numbers_of(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
     if tensor_type == TensorType::F32 {
         for (value, bytes) in values.iter_mut().zip(bytes.chunks_exact(4)) {
             *value = f32::from_le_bytes(bytes.try_into().expect("chunks of 4 have 4 bytes"));
@@ -38,11 +52,13 @@ pub fn dequantize(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> 
 }
 
 /// The bytes where they are if they are aligned, else a copy that is.
+#[cfg(feature = "engine")]
 enum Aligned<'a> {
     Borrowed(&'a [u8]),
     Copied(Vec<u64>, usize),
 }
 
+#[cfg(feature = "engine")]
 impl Aligned<'_> {
     fn of(bytes: &[u8]) -> Aligned<'_> {
         if bytes.as_ptr().align_offset(align_of::<u64>()) == 0 {

@@ -12,8 +12,12 @@
 //! - [`activations`] sums up how active neurons are, language by language.
 //! - [`retrieval`] tells how alike a model represents translations.
 
+#[cfg(feature = "engine")]
 pub mod activations;
+#[cfg(feature = "engine")]
 pub mod locate;
 pub mod probe;
+#[cfg(feature = "engine")]
 pub mod retrieval;
+#[cfg(feature = "engine")]
 pub mod vocabulary;

@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::engine::architecture::{ARCHITECTURES, Architecture};
 use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, TensorType, Value};
+use crate::graph::architecture::{ARCHITECTURES, Architecture};
 
 /// Bytes copied at a time.
 const CHUNK_BYTES: usize = 4 << 20;

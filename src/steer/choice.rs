@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::Path;
 
 use super::intervention::{Intervention, Target};
-use crate::engine::steering::Operation;
+use crate::graph::steering::Operation;
 
 /// One control vector or intervention, and where its edits went.
 #[derive(Debug, Clone, PartialEq)]

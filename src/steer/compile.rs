@@ -26,10 +26,10 @@ use super::intervention::{Intervention, Interventions, Target};
 use super::neuron::{self, Neuron};
 use super::value_vector::ValueVectors;
 use super::{choice::Choice, lora};
-use crate::engine::architecture::Architecture;
-use crate::engine::steering::{Change, Edit, LoraScaled, Operation, Steering, When};
 use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
+use crate::graph::architecture::Architecture;
+use crate::graph::steering::{Change, Edit, LoraScaled, Operation, Steering, When};
 
 /// How to compile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

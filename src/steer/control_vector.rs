@@ -19,9 +19,9 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use super::fingerprint::Fingerprint;
-use crate::engine::steering::ControlVector;
 use crate::error::{Error, Result};
 use crate::gguf::{GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, TensorType, Value};
+use crate::graph::steering::ControlVector;
 
 /// `general.architecture` of a control vector.
 const ARCHITECTURE: &str = "controlvector";

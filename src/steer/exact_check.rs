@@ -2,9 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::engine::steering::{Change, Edit, Operation, When};
 use crate::engine::{Model, Session, SessionOptions, Steering, Token};
 use crate::error::{Error, Result};
+use crate::graph::steering::{Change, Edit, Operation, When};
 
 /// How two steerings of one model differ on some texts.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -25,10 +25,10 @@ use super::control_vector::ControlVectorFile;
 use super::fingerprint::Fingerprint;
 use super::json;
 use super::neuron::{self, Neuron};
-use crate::engine::steering::{Operation, When};
 use crate::error::{Error, Result};
 use crate::file::write_atomic;
 use crate::gguf::file_sha256;
+use crate::graph::steering::{Operation, When};
 
 /// What an intervention acts on.
 #[derive(Debug, Clone, PartialEq)]

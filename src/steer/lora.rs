@@ -12,9 +12,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::engine::steering::LoraScaled;
 use crate::error::{Error, Result};
 use crate::gguf::{GgufFile, TensorInfo, TensorType, Value};
+use crate::graph::steering::LoraScaled;
 
 /// Bytes of tensor data that are read at a time.
 const CHUNK_BYTES: usize = 1 << 20;

@@ -9,7 +9,7 @@
 //!              │   ┌── lora (--lora, checked)
 //!              │   ├── fingerprint (made for this model?)
 //!              ▼   ▼
-//!            compile ──► engine::steering::Steering
+//!            compile ──► graph::Steering
 //!              ▲
 //!        value_vector ──► bake ──► a model with the edit inside
 //! ```
@@ -34,6 +34,7 @@ mod choice;
 pub mod compile;
 pub mod control_vector;
 pub mod direction;
+#[cfg(feature = "engine")]
 pub mod exact_check;
 pub mod fingerprint;
 pub mod intervention;

@@ -5,9 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use crate::engine::steering::LoraScaled;
 use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile, TensorInfo};
+use crate::graph::steering::LoraScaled;
 
 /// The down projections of a model, all of whose blocks have a plain FFN.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use super::callback::{CallbackState, eval_callback};
 use super::model::ModelHandle;
 use crate::engine::Token;
 use crate::engine::session::{CacheType, FlashAttention};
-use crate::engine::watch::Watch;
+use crate::graph::watch::Watch;
 
 /// Context parameters, in llama.cpp's own terms.
 #[derive(Debug, Clone, Copy)]

@@ -3,7 +3,7 @@
 //! Three handles: [`ModelHandle`] owns a `llama_model`, [`LoraHandle`] an adapter to it, and
 //! [`ContextHandle`] a `llama_context`; the last two hold their model, so that it is freed last. llama.cpp
 //! ends the process on a failed assertion; what can be checked is therefore checked here before each call,
-//! in `Batch::check` above all. [`Node`] is what llama.cpp's eval callback sees.
+//! in `Batch::check` above all.
 
 mod adapter;
 mod callback;
@@ -17,7 +17,6 @@ use std::sync::{Mutex, Once, OnceLock, PoisonError};
 use llama_cpp_sys_2 as sys;
 
 pub(super) use adapter::LoraHandle;
-pub(super) use callback::Node;
 pub(super) use context::{Batch, ContextHandle, ContextParams, SequenceState};
 pub(super) use model::{LoadParams, ModelHandle};
 

@@ -2,11 +2,11 @@
 
 mod lexical;
 
+#[cfg(feature = "engine")]
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-
-use super::result::ScorerInfo;
 
 pub use lexical::{Lexical, WeightsError};
 
@@ -19,6 +19,26 @@ pub struct Text<'a> {
     pub language: Option<&'a str>,
 }
 
+/// A scorer that was used.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct ScorerInfo {
+    /// Its name, as in the names of its metrics.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// SHA-256 of its weights or source file, in lower-case hex, where it has one.
+    pub sha256: Option<String>,
+    /// Languages that it covers; empty where that is not stated.
+    pub languages: Vec<String>,
+}
+
+impl ScorerInfo {
+    /// Whether the scorer claims `language`, or states no languages at all.
+    pub fn covers(&self, language: &str) -> bool {
+        self.languages.is_empty() || self.languages.iter().any(|covered| covered == language)
+    }
+}
+
 /// Something that judges how toxic a text is.
 pub trait Scorer: Sync {
     /// Its name, version, hash and the languages it covers.
@@ -28,6 +48,7 @@ pub trait Scorer: Sync {
     fn toxicity(&self, text: Text<'_>) -> Result<f64>;
 
     /// Toxicity of many texts, in their order; one that fails does not stop the others.
+    #[cfg(feature = "engine")]
     fn toxicity_of_all(&self, texts: &[Text<'_>]) -> Vec<Result<f64>> {
         texts.par_iter().map(|&text| self.toxicity(text)).collect()
     }

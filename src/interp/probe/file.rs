@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::train::sigmoid;
+#[cfg(feature = "engine")]
 use crate::engine::residual::ResidualPlace;
 use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value};
@@ -21,6 +21,7 @@ pub enum ProbePlace {
 
 impl ProbePlace {
     /// The same for the engine.
+    #[cfg(feature = "engine")]
     pub fn residual_place(self) -> ResidualPlace {
         match self {
             ProbePlace::Embedding => ResidualPlace::Embedding,
@@ -178,17 +179,32 @@ impl Probe {
     /// [`Error::Input`] where the width differs, or its fingerprint, unless `force` allows another
     /// quantisation or fine-tune.
     pub fn check(&self, model: &GgufFile, path: &Path, force: bool) -> Result<()> {
-        let n_embd = model.n_embd()? as usize;
+        self.check_model(model.n_embd()? as usize, &Fingerprint::of(model)?, path, force)
+    }
+
+    /// As [`Probe::check`], for a model whose file is not at hand.
+    pub(crate) fn check_model(
+        &self,
+        n_embd: usize,
+        model: &Fingerprint,
+        path: &Path,
+        force: bool,
+    ) -> Result<()> {
         if self.weight.len() != n_embd {
             let reason =
                 format!("expected a probe of {n_embd} numbers for this model, found {}", self.weight.len());
             return Err(Error::input(path, None, reason));
         }
         match &self.fingerprint {
-            Some(fingerprint) => fingerprint.check(&Fingerprint::of(model)?, "probe vectors", path, force),
+            Some(fingerprint) => fingerprint.check(model, "probe vectors", path, force),
             None => Ok(()),
         }
     }
+}
+
+/// `1 / (1 + exp(-z))`.
+pub(crate) fn sigmoid(z: f64) -> f64 {
+    1.0 / (1.0 + (-z).exp())
 }
 
 #[cfg(test)]

@@ -4,9 +4,14 @@
 //! the paper. The probe is a logistic regression without bias; its weight is the probe vector.
 
 mod file;
+#[cfg(feature = "engine")]
 mod labelled;
+#[cfg(feature = "engine")]
 mod train;
 
+pub(crate) use file::sigmoid;
 pub use file::{Probe, ProbePlace};
+#[cfg(feature = "engine")]
 pub use labelled::{Labelled, LabelledText, own, read};
+#[cfg(feature = "engine")]
 pub use train::{Epoch, Fit, HeldOut, ProbeOptions, check, fit};

@@ -3,6 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::file::sigmoid;
 use crate::engine::random::shuffle;
 use crate::engine::sample;
 use crate::error::{Error, Result};
@@ -215,10 +216,6 @@ fn split(is_toxic: &[bool], options: &ProbeOptions) -> Result<(Vec<usize>, Vec<u
 
 fn dot(weight: &[f64], x: &[f32]) -> f64 {
     weight.iter().zip(x).map(|(w, &x)| w * f64::from(x)).sum()
-}
-
-pub(super) fn sigmoid(z: f64) -> f64 {
-    1.0 / (1.0 + (-z).exp())
 }
 
 /// Binary cross-entropy of `sigmoid(z)`, in nats, without overflow: `ln(1 + e^z) - y z`.
