@@ -119,6 +119,24 @@ pub enum Error {
         reason: String,
     },
 
+    /// What another program decoded was not steered as it should have been.
+    #[error("this decode was not steered as it should be: {reason}")]
+    NotSteered {
+        /// What the graph lacked, or what was not said of the batch.
+        reason: String,
+    },
+
+    /// Steering that is not possible as things are set up.
+    #[error("{what}: {reason}")]
+    Refused {
+        /// What was asked for.
+        what: String,
+        /// Why it is not possible.
+        reason: String,
+        /// What to set up otherwise.
+        hint: Option<String>,
+    },
+
     /// The work was done, and nothing came of it that could be written.
     #[error("{reason}")]
     NoResult {
@@ -158,6 +176,7 @@ impl Error {
             | Error::Setting { hint, .. }
             | Error::Scorer { hint, .. }
             | Error::RunFolder { hint, .. }
+            | Error::Refused { hint, .. }
             | Error::NoResult { hint, .. } => hint.clone(),
             Error::Gguf { .. } => Some(
                 "download or convert the file again, and compare its size and sha256 with the source".into(),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! gguf ──► graph ──► engine ──► steer ──► { eval | interp | train } ──► study ──► report
-//!             doors: cli (the program) · this crate
+//!             doors: cli (the program) · plugin (inside another program) · this crate
 //! ```
 //!
 //! A module uses only what stands to its left.
@@ -16,9 +16,11 @@
 //! - [`eval`] turns prompts into continuations, scores and metrics with intervals.
 //! - [`study`] is what needs several of these: making preference pairs.
 //! - [`report`] turns results into JSON, CSV, Markdown, a terminal table and an HTML page.
+//! - [`plugin`] steers inside a program that runs llama.cpp itself.
 //!
 //! The feature `engine`, on by default, is all that needs llama.cpp compiled in: `engine`, `train`, `study`, `report`,
-//! `cli`, and the parts of the others that run models. Without it the crate is small, and carries no llama.cpp.
+//! `cli`, and the parts of the others that run models. Without it the crate is small, and carries no llama.cpp; with
+//! `capi` it is then the plugin, a C library (`vendor/include/detox_gguf.h`).
 //!
 //! The metrics are those of Li, Yong and Bach, "Preference Tuning For Toxicity Mitigation Generalizes
 //! Across Languages" (arXiv 2406.16235).
@@ -33,6 +35,7 @@ pub mod file;
 pub mod gguf;
 pub mod graph;
 pub mod interp;
+pub mod plugin;
 #[cfg(feature = "engine")]
 pub mod progress;
 #[cfg(feature = "engine")]

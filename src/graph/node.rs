@@ -40,7 +40,8 @@ impl Shape {
 
 /// One node, valid while the callback that got it runs.
 ///
-/// The engine implements it over its own llama.cpp.
+/// The engine implements it over its own llama.cpp, and the plugin over a host's table of functions. A Rust
+/// program with a llama.cpp of its own implements it over that, see [`crate::plugin`].
 pub trait Node {
     /// Its name, such as `l_out-3`, without a final NUL.
     fn name(&self) -> &[u8];

@@ -262,6 +262,10 @@ impl Watch {
             self.start_micro_batch(node)?;
         }
         let Some(place) = self.place_of(node.name()) else { return Ok(false) };
+        // Of a batch of embeddings, say, whose graph has no node for them.
+        if self.progress.n_micro_batches == 0 && place != Place::Embedding && self.is_looked_at(place) {
+            return Err(format!("{place:?} came before a micro-batch was seen to begin"));
+        }
         Ok(self.is_edited(place)
             || self.recordings.iter().any(|r| r.place == place)
             || self.reader.as_ref().is_some_and(|reader| reader.place == place))
@@ -292,6 +296,10 @@ impl Watch {
             Place::Block(il, InBlock::Output) => &self.output_edits[il],
             Place::Embedding | Place::FinalNorm => &[],
         }
+    }
+
+    fn is_looked_at(&self, place: Place) -> bool {
+        !self.edits_at(place).is_empty() || self.reader.as_ref().is_some_and(|reader| reader.place == place)
     }
 
     fn is_edited(&self, place: Place) -> bool {

@@ -1,0 +1,234 @@
+//! The eval callback over a program's table, with the program's own callback behind it.
+
+use std::ffi::c_void;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::argument::{SizedStruct, array, check_out, read_options};
+use super::handle;
+use super::host::{HostNode, HostTable, RawTable, Tensor};
+use super::status::{Failure, Status, guard};
+use crate::error::Error;
+use crate::plugin::{Callback, ContextOptions, Token};
+
+/// `detox_eval_fn`.
+type EvalFn = unsafe extern "C" fn(*mut Tensor, bool, *mut c_void) -> bool;
+
+/// `detox_callback_options`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RawCallbackOptions {
+    pub(super) size: usize,
+    pub(super) n_seq_max: u32,
+    pub(super) kv_unified: u8,
+    pub(super) next: Option<EvalFn>,
+    pub(super) next_user_data: *mut c_void,
+}
+
+// SAFETY: `repr(C)`, numbers and pointers that may be null, the size first.
+unsafe impl SizedStruct for RawCallbackOptions {
+    const LEAST: usize = std::mem::offset_of!(RawCallbackOptions, next);
+}
+
+/// What a `detox_callback` stands for.
+#[derive(Debug)]
+pub(super) struct HostCallback {
+    pub(super) callback: Callback,
+    table: HostTable,
+    /// Whether rows can be followed only with the table's optional functions.
+    needs_sources: bool,
+    next: Option<Next>,
+    /// Of the node that was asked about last: whether its value was wanted here.
+    is_wanted: AtomicBool,
+}
+
+/// The program's own callback.
+#[derive(Debug)]
+struct Next {
+    function: EvalFn,
+    user_data: *mut c_void,
+    /// As [`HostCallback::is_wanted`], there.
+    is_wanted: AtomicBool,
+}
+
+// SAFETY: the pointer is only handed back to the program's own function, in the thread that decodes, as llama.cpp
+// itself would do.
+unsafe impl Send for Next {}
+// SAFETY: as above; the rest of it is an atomic.
+unsafe impl Sync for Next {}
+
+impl HostCallback {
+    /// # Safety
+    /// As [`detox_eval_callback`].
+    unsafe fn eval(&self, tensor: *mut Tensor, ask: bool) -> bool {
+        if ask || self.is_wanted.load(Ordering::Relaxed) {
+            // SAFETY: as this function's own contract.
+            let mut node = unsafe { HostNode::new(&self.table, tensor) };
+            let answer = self.callback.eval(&mut node, ask);
+            if ask {
+                self.is_wanted.store(answer, Ordering::Relaxed);
+            }
+            return answer;
+        }
+        true
+    }
+}
+
+impl Next {
+    /// # Safety
+    /// As [`detox_eval_callback`].
+    unsafe fn eval(&self, tensor: *mut Tensor, ask: bool) -> bool {
+        if ask || self.is_wanted.load(Ordering::Relaxed) {
+            // SAFETY: the program's own callback, with its own data, as llama.cpp would call it.
+            let answer = unsafe { (self.function)(tensor, ask, self.user_data) };
+            if ask {
+                self.is_wanted.store(answer, Ordering::Relaxed);
+            }
+            return answer;
+        }
+        true
+    }
+}
+
+/// # Safety
+/// - `table` is null, or a struct that is as long as its size says, whose functions are those that the header
+///   describes, and stay so until the callback is freed.
+/// - `options` is null, or a struct that is as long as its size says; its `next` may be called with its data.
+/// - `callback` is null, or can be written to.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn detox_steer_callback(
+    steer: *mut c_void,
+    table: *const RawTable,
+    options: *const RawCallbackOptions,
+    callback: *mut *mut c_void,
+) -> Status {
+    guard(|| {
+        check_out("callback", callback)?;
+        let steer = handle::steer(steer)?;
+        // SAFETY: as this function's own contract.
+        let (table, options) = unsafe {
+            let no_data = std::ptr::null_mut();
+            let default = RawCallbackOptions {
+                size: 0,
+                n_seq_max: 1,
+                kv_unified: 0,
+                next: None,
+                next_user_data: no_data,
+            };
+            (HostTable::read(table)?, read_options("options", options, default)?)
+        };
+        let (n_seq_max, kv_unified) = (options.n_seq_max as usize, options.kv_unified != 0);
+        let made = HostCallback {
+            callback: steer.callback(&ContextOptions { n_seq_max, kv_unified })?,
+            table,
+            needs_sources: n_seq_max > 1 && !kv_unified,
+            next: options.next.map(|function| Next {
+                function,
+                user_data: options.next_user_data,
+                is_wanted: AtomicBool::new(false),
+            }),
+            is_wanted: AtomicBool::new(false),
+        };
+        // SAFETY: not null and aligned, see `check_out`, and writable by the contract.
+        unsafe { callback.write(handle::insert_callback(made)) };
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn detox_callback_free(callback: *mut c_void) -> Status {
+    guard(|| handle::free_callback(callback))
+}
+
+/// # Safety
+/// `tensor` is null, or one that llama.cpp passes to the eval callback of a context of this program.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn detox_eval_callback(tensor: *mut Tensor, ask: bool, user_data: *mut c_void) -> bool {
+    let found = catch_unwind(AssertUnwindSafe(|| handle::callback(user_data).ok())).unwrap_or_default();
+    let Some(entry) = found.filter(|_| !tensor.is_null()) else { return !ask };
+    // SAFETY: a live tensor by the contract, and not null.
+    let ours = catch_unwind(AssertUnwindSafe(|| unsafe { entry.callback.eval(tensor, ask) })).unwrap_or(!ask);
+    // Not within a guard: the program's own function may do what it likes.
+    // SAFETY: as above.
+    let theirs = entry.callback.next.as_ref().map(|next| unsafe { next.eval(tensor, ask) });
+    match ask {
+        true => ours || theirs.unwrap_or(false),
+        false => ours && theirs.unwrap_or(true),
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn detox_check(callback: *mut c_void) -> Status {
+    guard(|| Ok(handle::callback(callback)?.callback.callback.check()?))
+}
+
+/// # Safety
+/// Each array is null, or has `n_tokens` entries.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn detox_batch(
+    callback: *mut c_void,
+    n_tokens: usize,
+    sequences: *const i32,
+    outputs: *const i8,
+    generated: *const i8,
+) -> Status {
+    guard(|| {
+        let entry = handle::callback(callback)?;
+        let HostCallback { callback, table, needs_sources, .. } = &entry.callback;
+        if *needs_sources && !table.knows_sources() {
+            return Err(Error::Refused {
+                what: "batch".into(),
+                reason: "in this context sequences are told apart by the functions `op` and `source` of the host table, which it lacks".into(),
+                hint: Some("give them, or make the context with kv_unified = true".into()),
+            }
+            .into());
+        }
+        // llama.cpp counts a batch's tokens in an i32.
+        if i32::try_from(n_tokens).is_err() {
+            return Err(Failure::argument(format!(
+                "n_tokens: expected at most {}, found {n_tokens}",
+                i32::MAX
+            )));
+        }
+        // SAFETY: as this function's own contract.
+        let (sequences, outputs, generated) = unsafe {
+            (
+                array("sequences", sequences, n_tokens)?,
+                array("outputs", outputs, n_tokens)?,
+                array("generated", generated, n_tokens)?,
+            )
+        };
+        if sequences.is_none() && outputs.is_none() && generated.is_none() && n_tokens > MOST_PLAIN_TOKENS {
+            let reason = format!("n_tokens: expected at most {MOST_PLAIN_TOKENS}, found {n_tokens}");
+            return Err(Failure::argument(reason));
+        }
+        let token = |i: usize| -> Result<Token, Failure> {
+            let sequence = sequences.map_or(0, |all| all[i]);
+            Ok(Token {
+                sequence: usize::try_from(sequence).map_err(|_| {
+                    Failure::argument(format!("sequences[{i}]: expected 0 or more, found {sequence}"))
+                })?,
+                is_output: outputs.map_or(i + 1 == n_tokens, |all| all[i] != 0),
+                is_generated: generated.map(|all| all[i] != 0),
+            })
+        };
+        let tokens = (0..n_tokens).map(token).collect::<Result<Vec<_>, _>>()?;
+        Ok(callback.announce(&tokens)?)
+    })
+}
+
+/// A number that no array proves is not believed beyond this: more than any context holds.
+const MOST_PLAIN_TOKENS: usize = 1 << 24;
+
+#[unsafe(no_mangle)]
+extern "C" fn detox_set_sequence(callback: *mut c_void, sequence: i32, is_on: bool) -> Status {
+    guard(|| {
+        let sequence = sequence_of(sequence)?;
+        Ok(handle::callback(callback)?.callback.callback.set_sequence(sequence, is_on)?)
+    })
+}
+
+pub(super) fn sequence_of(sequence: i32) -> Result<usize, Failure> {
+    usize::try_from(sequence)
+        .map_err(|_| Failure::argument(format!("sequence: expected 0 or more, found {sequence}")))
+}

@@ -1,0 +1,173 @@
+//! Conditional steering: a probe on the residual stream says of each sequence whether its text is turning toxic.
+
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::graph::recording::{Reader, Reading};
+use crate::graph::watch::{InBlock, Place};
+use crate::interp::probe::{Probe, ProbePlace, sigmoid};
+
+use super::steer::Inner;
+
+/// When a gate opens.
+///
+/// The probe reads every token at its place in the graph, before the edits of that place are made. Its product with
+/// the residual stream is averaged: over the first `window` tokens of a sequence as a plain mean, and from then on
+/// each new token counts `1 / window`. The sigmoid of that mean is the probability that the text is toxic: a probe is
+/// trained on the mean residual stream of a text, and with a window of 0 (without end) this is that mean.
+///
+/// Edits are made on a micro-batch of a sequence if the probability after the tokens before that micro-batch was at
+/// least `threshold`: a prompt that fits into one micro-batch is never steered, and each generated token by what was
+/// written before it. In the last block and after the final norm llama.cpp computes outputs alone, so that a probe
+/// there reads only tokens whose logits were asked for.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GateOptions {
+    /// The least probability at which a sequence is steered, in [0, 1].
+    pub threshold: f64,
+    /// Tokens of the mean; 0 for all since the sequence began.
+    pub window: u32,
+    /// Allow a probe made for another quantisation or fine-tune of the same model.
+    pub force: bool,
+}
+
+impl Default for GateOptions {
+    fn default() -> GateOptions {
+        GateOptions { threshold: 0.5, window: 16, force: false }
+    }
+}
+
+/// What a gate knows of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GateState {
+    /// The probability that its text is toxic; `None` before the first token.
+    pub probability: Option<f64>,
+    /// Whether the next micro-batch of it is steered.
+    pub is_open: bool,
+}
+
+/// The mean of what the probe read of one sequence.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mean {
+    n_tokens: u64,
+    product: f64,
+}
+
+#[derive(Debug)]
+pub(super) struct Gate {
+    threshold: f64,
+    window: u64,
+    /// `[n_seq_max]`.
+    means: Vec<Mean>,
+}
+
+impl Gate {
+    /// The gate, and what reads for it.
+    pub(super) fn open(
+        path: &Path,
+        options: &GateOptions,
+        model: &Inner,
+        n_seq_max: usize,
+    ) -> Result<(Gate, Reader)> {
+        check_threshold(options.threshold)?;
+        let probe = Probe::read(path)?;
+        probe.check_model(model.n_embd, &model.fingerprint, path, options.force)?;
+        let place = match probe.place {
+            ProbePlace::Embedding => Place::Embedding,
+            ProbePlace::FinalNorm => Place::FinalNorm,
+            ProbePlace::Block(il) if (il as usize) < model.n_layer => {
+                Place::Block(il as usize, InBlock::Output)
+            }
+            ProbePlace::Block(il) => {
+                let reason = format!("expected a probe of a layer below {}, found {il}", model.n_layer);
+                return Err(Error::input(path, None, reason));
+            }
+        };
+        let means = vec![Mean::default(); n_seq_max];
+        let gate = Gate { threshold: options.threshold, window: u64::from(options.window), means };
+        Ok((gate, Reader { place, weight: probe.weight }))
+    }
+
+    pub(super) fn set_threshold(&mut self, threshold: f64) -> Result<()> {
+        check_threshold(threshold)?;
+        self.threshold = threshold;
+        Ok(())
+    }
+
+    pub(super) fn take(&mut self, Reading { sequence, product }: Reading) {
+        let mean = &mut self.means[sequence];
+        mean.n_tokens += 1;
+        let n = if self.window == 0 { mean.n_tokens } else { mean.n_tokens.min(self.window) };
+        mean.product += (product - mean.product) / n as f64;
+    }
+
+    /// Forgets a sequence's text.
+    pub(super) fn reset(&mut self, sequence: usize) {
+        self.means[sequence] = Mean::default();
+    }
+
+    pub(super) fn state(&self, sequence: usize) -> GateState {
+        let mean = self.means[sequence];
+        let probability = (mean.n_tokens > 0).then(|| sigmoid(mean.product));
+        // What is not a number (from a model that computes none) opens nothing.
+        GateState { probability, is_open: probability.is_some_and(|p| p >= self.threshold) }
+    }
+}
+
+fn check_threshold(threshold: f64) -> Result<()> {
+    match (0.0..=1.0).contains(&threshold) {
+        true => Ok(()),
+        false => Err(Error::setting("threshold", format!("expected a number in [0, 1], found {threshold}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gate(threshold: f64, window: u64) -> Gate {
+        Gate { threshold, window, means: vec![Mean::default(); 2] }
+    }
+
+    fn read(gate: &mut Gate, products: &[f64]) {
+        products.iter().for_each(|&product| gate.take(Reading { sequence: 0, product }));
+    }
+
+    #[test]
+    fn a_gate_is_closed_until_something_was_read_and_sequences_are_apart() {
+        let mut gate = gate(0.0, 4);
+        assert_eq!(gate.state(0), GateState { probability: None, is_open: false });
+        read(&mut gate, &[0.0]);
+        assert_eq!(gate.state(0), GateState { probability: Some(0.5), is_open: true });
+        assert!(!gate.state(1).is_open);
+        gate.reset(0);
+        assert!(!gate.state(0).is_open);
+    }
+
+    #[test]
+    fn the_mean_is_plain_over_the_window_and_then_forgets() {
+        // Means: 2, 1, then with a window of 2: 1 + (4 - 1) / 2 = 2.5.
+        let mut gate = gate(0.9, 2);
+        for (product, mean) in [(2.0, 2.0), (0.0, 1.0), (4.0, 2.5)] {
+            read(&mut gate, &[product]);
+            assert_eq!(gate.state(0).probability, Some(sigmoid(mean)));
+            assert_eq!(gate.state(0).is_open, sigmoid(mean) >= 0.9);
+        }
+    }
+
+    #[test]
+    fn without_a_window_the_mean_is_that_of_all_tokens() {
+        let mut gate = gate(0.5, 0);
+        read(&mut gate, &[1.0, 2.0, 3.0, 6.0]);
+        assert_eq!(gate.state(0).probability, Some(sigmoid(3.0)));
+    }
+
+    #[test]
+    fn what_is_not_a_number_opens_nothing() {
+        let mut gate = gate(0.0, 0);
+        read(&mut gate, &[f64::NAN]);
+        assert!(!gate.state(0).is_open);
+        for threshold in [-0.1, 1.1, f64::NAN] {
+            assert!(gate.set_threshold(threshold).is_err());
+        }
+    }
+}

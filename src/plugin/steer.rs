@@ -1,0 +1,229 @@
+//! An intervention, checked against a model's file and ready to be made in a running model.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::error::{Error, Result};
+use crate::gguf::GgufFile;
+use crate::graph::Architecture;
+use crate::graph::steering::{Change, ControlVector, Edit, Operation};
+use crate::steer::compile::{CompileOptions, Route, compile};
+use crate::steer::{Fingerprint, SteerFile};
+
+use super::callback::{Callback, ContextOptions};
+
+/// How to load an intervention.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SteerOptions {
+    /// What the file's own coefficients are multiplied by; [`Steer::set_coefficient`] changes it.
+    pub coefficient: f32,
+    /// [`Route::Callback`] makes everything a matter of the callback: needed to leave sequences out, and for gates.
+    pub route: Route,
+    /// Allow a file made for another quantisation or fine-tune of the same model.
+    pub force: bool,
+}
+
+impl Default for SteerOptions {
+    fn default() -> SteerOptions {
+        SteerOptions { coefficient: 1.0, route: Route::Cheapest, force: false }
+    }
+}
+
+/// An intervention for one model. Clones share one coefficient; all methods may be called from any thread.
+#[derive(Debug, Clone)]
+pub struct Steer {
+    pub(super) inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+pub(super) struct Inner {
+    /// `None` for one that the callback does not know; then there are no edits.
+    pub(super) architecture: Option<&'static Architecture>,
+    pub(super) n_layer: usize,
+    pub(super) n_embd: usize,
+    pub(super) fingerprint: Fingerprint,
+    /// Whether llama.cpp keeps two caches for this model, and may then cut batches in more than one way.
+    pub(super) has_sliding_window: bool,
+    /// Compiled at a coefficient of 1.
+    control_vector: Option<ControlVector>,
+    pub(super) edits: Vec<Edit>,
+    choices: Vec<String>,
+    /// Of all that is multiplied by the coefficient, the largest.
+    largest: f32,
+    /// Bits of an f32.
+    coefficient: AtomicU32,
+}
+
+impl Inner {
+    pub(super) fn coefficient(&self) -> f32 {
+        f32::from_bits(self.coefficient.load(Ordering::Acquire))
+    }
+
+    pub(super) fn has_control_vector(&self) -> bool {
+        self.control_vector.is_some()
+    }
+}
+
+impl Steer {
+    /// Reads an intervention file or a control vector, checks it against the model's file, and finds the cheapest
+    /// exact way for each part. No weights but those of the neurons concerned are read.
+    ///
+    /// # Errors
+    /// As [`GgufFile::open`] for the model, [`SteerFile::open`] for the file, and [`compile`]; [`Error::Setting`] for
+    /// a coefficient that is not finite, or too large.
+    pub fn load(model: &Path, steer: &Path, options: &SteerOptions) -> Result<Steer> {
+        let model = GgufFile::open(model)?;
+        let sources = [(SteerFile::open(steer)?, 1.0)];
+        let how = CompileOptions { route: options.route, force: options.force, ..CompileOptions::default() };
+        let compiled = compile(&model, &sources, &[], &how)?;
+        let control_vector = compiled.steering.control_vector;
+        let rows = control_vector.iter().flat_map(|vector| &vector.rows).map(|x| x.abs());
+        let edits = compiled.steering.edits;
+        let largest = edits.iter().map(largest_of).chain(rows).fold(0.0, f32::max);
+        let sliding_window = model.arch_key("attention.sliding_window")?;
+        let steer = Steer {
+            inner: Arc::new(Inner {
+                architecture: Architecture::find(model.architecture()?),
+                n_layer: model.n_layer()? as usize,
+                n_embd: model.n_embd()? as usize,
+                fingerprint: Fingerprint::of(&model)?,
+                has_sliding_window: model.metadata().get(&sliding_window).is_some(),
+                control_vector,
+                edits,
+                choices: compiled.choices,
+                largest,
+                coefficient: AtomicU32::new(0),
+            }),
+        };
+        steer.set_coefficient(options.coefficient)?;
+        Ok(steer)
+    }
+
+    /// What is added to the residual stream after blocks 1 and up, for `llama_set_adapter_cvec`, at the coefficient of
+    /// now; `None` if that is nothing. It has to be set again after the coefficient was changed.
+    pub fn control_vector(&self) -> Option<ControlVector> {
+        let coefficient = self.coefficient();
+        let vector = self.inner.control_vector.as_ref().filter(|_| coefficient != 0.0)?;
+        let rows = vector.rows.iter().map(|x| x * coefficient).collect();
+        Some(ControlVector { n_embd: vector.n_embd, rows })
+    }
+
+    /// Whether the control vector is not the whole of it.
+    pub fn needs_callback(&self) -> bool {
+        !self.inner.edits.is_empty()
+    }
+
+    /// Sentences for people: which way each part goes.
+    pub fn choices(&self) -> &[String] {
+        &self.inner.choices
+    }
+
+    /// Blocks of the model.
+    pub fn n_layer(&self) -> usize {
+        self.inner.n_layer
+    }
+
+    /// Width of the model's residual stream.
+    pub fn n_embd(&self) -> usize {
+        self.inner.n_embd
+    }
+
+    /// What the file's own coefficients are multiplied by.
+    pub fn coefficient(&self) -> f32 {
+        self.inner.coefficient()
+    }
+
+    /// Changes the coefficient, while decoding too: a micro-batch has one coefficient from its start to its end. At 0
+    /// the callback does nothing, and logits are those of the model to the bit.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] where it is not finite, or makes what is added so.
+    pub fn set_coefficient(&self, coefficient: f32) -> Result<()> {
+        if !coefficient.is_finite() {
+            let reason = format!("expected a finite number, found {coefficient}");
+            return Err(Error::setting("coefficient", reason));
+        }
+        if !(self.inner.largest * coefficient).is_finite() {
+            let reason = format!("what {coefficient:e} adds exceeds the largest f32, {:e}", f32::MAX);
+            return Err(Error::setting("coefficient", reason));
+        }
+        self.inner.coefficient.store(coefficient.to_bits(), Ordering::Release);
+        Ok(())
+    }
+
+    /// What a context's eval callback works with. Each context needs one of its own.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a number of sequences that no context has.
+    pub fn callback(&self, context: &ContextOptions) -> Result<Callback> {
+        Callback::new(self.inner.clone(), context)
+    }
+}
+
+/// The largest number that an edit's coefficient makes with what it multiplies.
+fn largest_of(edit: &Edit) -> f32 {
+    let own = edit.coefficient.abs();
+    match &edit.change {
+        Change::Neuron { operation: Operation::Offset(offset), .. } => own.max((offset * own).abs()),
+        Change::Direction { vector, operation: Operation::Offset(offset) } => {
+            vector.iter().map(|v| (v * offset * own).abs()).fold(own, f32::max)
+        }
+        _ => own,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(model: &str, interventions: &str, options: &SteerOptions) -> Result<Steer> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("steer.json");
+        let text = format!(
+            "{{\"detox_gguf\": \"interventions\", \"format\": 1, \"interventions\": [{interventions}]}}"
+        );
+        std::fs::write(&path, text).unwrap();
+        let model = format!("{}/gguf/tiny/{model}.gguf", env!("CARGO_MANIFEST_DIR"));
+        Steer::load(Path::new(&model), &path, options)
+    }
+
+    const OFFSETS: &str = "{\"what\": {\"neurons\": [[1, 3], [2, 4]]}, \"edit\": {\"offset\": 2}}";
+
+    #[test]
+    fn what_a_control_vector_can_do_needs_no_callback() {
+        let steer = load("llama", OFFSETS, &SteerOptions::default()).unwrap();
+        assert!(!steer.needs_callback());
+        assert_eq!(steer.control_vector().unwrap().rows.len(), 2 * 64);
+        let options = SteerOptions { route: Route::Callback, ..SteerOptions::default() };
+        let steer = load("llama", OFFSETS, &options).unwrap();
+        assert!(steer.needs_callback() && steer.control_vector().is_none());
+        let steer = load("gemma3", OFFSETS, &SteerOptions::default()).unwrap();
+        assert!(steer.needs_callback() && steer.control_vector().is_none());
+    }
+
+    #[test]
+    fn the_coefficient_multiplies_the_control_vector() {
+        let steer = load("llama", OFFSETS, &SteerOptions::default()).unwrap();
+        let whole = steer.control_vector().unwrap().rows;
+        steer.clone().set_coefficient(-0.5).unwrap();
+        let half = steer.control_vector().unwrap().rows;
+        assert!(whole.iter().zip(&half).all(|(a, b)| a * -0.5 == *b));
+        steer.set_coefficient(0.0).unwrap();
+        assert!(steer.control_vector().is_none());
+    }
+
+    #[test]
+    fn rejects_coefficients_that_are_not_finite_or_make_something_so() {
+        let steer = load("llama", OFFSETS, &SteerOptions::default()).unwrap();
+        for coefficient in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(steer.set_coefficient(coefficient).is_err(), "{coefficient}");
+        }
+        let options = SteerOptions { route: Route::Callback, ..SteerOptions::default() };
+        let steer = load("llama", OFFSETS, &options).unwrap();
+        assert!(steer.set_coefficient(f32::MAX).is_err(), "twice the largest number");
+        assert_eq!(steer.coefficient(), 1.0);
+        let options = SteerOptions { coefficient: f32::NAN, ..options };
+        assert!(load("llama", OFFSETS, &options).unwrap_err().is_usage());
+    }
+}
