@@ -129,6 +129,32 @@ detox_install() {
         "install them by hand (clang 16 or later), then run this again"
 }
 
+# Whether the C compiler can link with its sanitizers.
+detox_has_sanitizers() {
+    local folder
+    folder=$(mktemp -d)
+    printf 'int LLVMFuzzerTestOneInput(const char *d, long n) { (void) d; (void) n; return 0; }\n' >"$folder/x.c"
+    "$CC" -fsanitize=address,undefined,fuzzer "$folder/x.c" -o "$folder/x" >/dev/null 2>&1
+    local result=$?
+    rm -rf "$folder"
+    return $result
+}
+
+# Installs clang's sanitizers where they are missing.
+detox_need_sanitizers() {
+    local version package
+    local -a apt=(env DEBIAN_FRONTEND=noninteractive apt-get)
+    if detox_has_sanitizers; then return 0; fi
+    version=$("$CC" -dumpversion | cut -d. -f1)
+    package=libclang-rt-$version-dev
+    detox_has apt-get || detox_stop "$CC has no sanitizers" "install its runtime libraries (Debian: $package)"
+    [ "$(id -u)" -eq 0 ] || apt=(sudo "${apt[@]}")
+    detox_say "installing: $package"
+    "${apt[@]}" update -qq >&2 && "${apt[@]}" install -y -qq "$package" >&2 ||
+        detox_stop "apt-get could not install $package" "see its message above"
+    detox_has_sanitizers || detox_stop "$CC has no sanitizers with $package" "set CC to a clang that has them"
+}
+
 # An old toolchain would stop at the edition or in a dependency, with a message that does not help.
 detox_check_rust() {
     local needed found version

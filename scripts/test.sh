@@ -11,6 +11,17 @@ if model=$(python3 scripts/fetch_model.py smollm2-135m-instruct-q4_1); then
 elif [ "${CI:-}" = true ]; then
     detox_stop "the model for the tests cannot be had" "see pip's message above"
 fi
+# So do a Python with llama.cpp and clang's sanitizers, for the tests of the plugin.
+if [ "${CI:-}" = true ]; then
+    if [ -z "${DETOX_GGUF_TEST_PYTHON:-}" ]; then
+        DETOX_GGUF_TEST_PYTHON=$(scripts/llama_cpp_python.sh) ||
+            detox_stop "llama-cpp-python cannot be had" "see pip's message above"
+        export DETOX_GGUF_TEST_PYTHON
+    fi
+    detox_need_sanitizers
+fi
+# The crate and the plugin without llama.cpp: what they have of tests besides those below.
+cargo test --quiet --lib --no-default-features --features capi --target-dir "$CARGO_TARGET_DIR/plugin-build"
 if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run --release "$@"
 else

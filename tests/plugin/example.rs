@@ -1,0 +1,195 @@
+//! `examples/c/steer.c` against the engine: the same interventions, the same logits.
+
+use std::path::Path;
+use std::process::Command;
+
+use detox_gguf::steer::compile::Route;
+use serde::Deserialize;
+
+use super::build::{program, run};
+use super::{TOKENS, engine_logits, interventions, largest_difference, tiny};
+
+/// What the example prints.
+#[derive(Debug, Deserialize)]
+pub struct Output {
+    /// `[n_sequences][n_vocab]`, after the last token.
+    pub logits: Vec<Vec<f32>>,
+    pub n_blocks: usize,
+    pub generated: Vec<Generated>,
+}
+
+#[derive(Debug, Deserialize)]
+pub struct Generated {
+    pub token: i32,
+    pub probability: f64,
+    pub is_open: bool,
+    pub logits: Vec<f32>,
+}
+
+fn command(model: &str, steer: Option<&Path>, flags: &[&str]) -> Command {
+    let mut command = Command::new(program("examples/c/steer.c", "steer", &[]));
+    let tokens = TOKENS.map(|token| token.to_string()).join(",");
+    command.arg("-m").arg(tiny(model)).arg("-t").arg(tokens).args(flags);
+    if let Some(steer) = steer {
+        command.arg("--steer").arg(steer);
+    }
+    command
+}
+
+pub fn example(model: &str, steer: Option<&Path>, flags: &[&str]) -> Output {
+    let text = run(&mut command(model, steer, flags));
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+const OFFSETS: &str = r#""what": {"neurons": [[1, 3], [1, 40]]}, "edit": {"offset": 3}"#;
+const LAYER_0: &str = r#""what": {"neurons": [[0, 9]]}, "edit": {"offset": 5}"#;
+const CLAMP: &str =
+    r#""what": {"neurons": [[1, 5], [1, 60]]}, "edit": {"clamp": {"min": -0.01, "max": 0.01}}"#;
+const ASSIGN: &str = r#""what": {"neurons": [[0, 9], [1, 7]]}, "edit": {"assign": 4}"#;
+
+/// The two programs cut batches and reserve caches differently, and nothing else: far below the effect.
+const TOLERANCE: f32 = 1e-4;
+
+#[test]
+fn a_control_vector_steers_as_it_does_in_the_engine() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = interventions(folder.path(), &[OFFSETS]);
+    for model in ["llama", "command-r", "gpt2", "bloom", "qwen2", "qwen3"] {
+        let plain = example(model, None, &[]).logits.remove(0);
+        let found = example(model, Some(&file), &["--coefficient", "1.5"]).logits.remove(0);
+        let expected = engine_logits(model, Some((&file, 1.5)), Route::Cheapest);
+        assert!(largest_difference(&plain, &expected) > 0.1, "{model}: it does something");
+        let difference = largest_difference(&found, &expected);
+        assert!(difference < TOLERANCE, "{model}: {difference}");
+    }
+}
+
+#[test]
+fn the_callback_steers_as_it_does_in_the_engine_where_no_control_vector_can() {
+    let folder = tempfile::tempdir().unwrap();
+    for (model, edits, flags) in [
+        ("llama", &[OFFSETS, LAYER_0][..], &[][..]),
+        ("llama", &[OFFSETS, LAYER_0], &["--callback"]),
+        ("llama", &[CLAMP, ASSIGN], &[]),
+        ("gpt2", &[LAYER_0], &[]),
+        ("bloom", &[ASSIGN], &[]),
+        ("gemma3", &[OFFSETS, LAYER_0], &[]),
+        ("gemma3", &[CLAMP, ASSIGN], &["--ubatch", "4"]),
+        ("llama", &[LAYER_0, CLAMP], &["--ubatch", "2"]),
+    ] {
+        let file = interventions(folder.path(), edits);
+        let plain = example(model, None, &[]).logits.remove(0);
+        let flags = [&["--coefficient", "-0.75"], flags].concat();
+        let found = example(model, Some(&file), &flags).logits.remove(0);
+        let route = if flags.contains(&"--callback") { Route::Callback } else { Route::Cheapest };
+        let expected = engine_logits(model, Some((&file, -0.75)), route);
+        assert!(largest_difference(&plain, &expected) > 0.05, "{model} {edits:?}: it does something");
+        let difference = largest_difference(&found, &expected);
+        assert!(difference < TOLERANCE, "{model} {edits:?} {flags:?}: {difference}");
+    }
+}
+
+#[test]
+fn a_coefficient_of_0_is_equal_to_no_plugin_to_the_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = interventions(folder.path(), &[OFFSETS, LAYER_0, ASSIGN]);
+    for model in ["llama", "gemma3", "llama-q8_0"] {
+        let plain = example(model, None, &["--sequences", "2"]).logits;
+        for route in [&[][..], &["--callback"]] {
+            let flags = [&["--sequences", "2", "--coefficient", "0"], route].concat();
+            assert_eq!(example(model, Some(&file), &flags).logits, plain, "{model} {route:?}");
+        }
+    }
+}
+
+#[test]
+fn sequences_that_are_left_out_are_those_of_the_model_and_the_others_are_steered() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = interventions(folder.path(), &[OFFSETS, LAYER_0, ASSIGN]);
+    for (model, layout) in [
+        ("llama", &[][..]),
+        ("llama", &["--unified"]),
+        ("llama", &["--ubatch", "5"]),
+        ("llama", &["--unified", "--ubatch", "5"]),
+        ("gemma3", &[]),
+        ("gpt2", &["--ubatch", "4"]),
+    ] {
+        let of_three = |flags: &[&'static str]| [&["--sequences", "3"], layout, flags].concat();
+        let plain = example(model, None, &of_three(&[])).logits;
+        let steered = example(model, Some(&file), &of_three(&["--callback"])).logits;
+        let mixed = example(model, Some(&file), &of_three(&["--callback", "--off", "1"])).logits;
+        assert!(largest_difference(&plain[0], &steered[0]) > 0.05, "{model}");
+        assert_eq!(mixed[1], plain[1], "{model} {layout:?}");
+        assert_eq!((&mixed[0], &mixed[2]), (&steered[0], &steered[2]), "{model} {layout:?}");
+    }
+}
+
+#[test]
+fn edits_of_prompts_or_generated_tokens_alone_follow_what_is_announced() {
+    let folder = tempfile::tempdir().unwrap();
+    let both = interventions(folder.path(), &[LAYER_0]);
+    let plain = example("llama", None, &[]).logits;
+    let steered = example("llama", Some(&both), &[]).logits;
+    for (when, on, off) in
+        [("prompt", "--as-prompt", "--as-generated"), ("generation", "--as-generated", "--as-prompt")]
+    {
+        let edit = format!("{LAYER_0}, \"when\": \"{when}\"");
+        let file = interventions(folder.path(), &[&edit]);
+        assert_eq!(example("llama", Some(&file), &[on]).logits, steered, "{when}");
+        assert_eq!(example("llama", Some(&file), &[off]).logits, plain, "{when}");
+        // Nobody said which token is which.
+        let output = command("llama", Some(&file), &[]).output().unwrap();
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && words.contains("status 7"), "{words}");
+        assert!(words.contains("nobody said which token is which"), "{words}");
+    }
+}
+
+#[test]
+fn what_cannot_be_told_apart_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for (model, edits, flags, reason) in [
+        // A part is a control vector, which is for all.
+        ("llama", OFFSETS, &["--sequences", "2", "--off", "1"][..], "llama.cpp adds to all sequences"),
+        ("gemma3", LAYER_0, &["--sequences", "2", "--off", "1", "--unified"], "sliding windows"),
+        ("llama", LAYER_0, &["--sequences", "2", "--off", "2"], "expected a sequence below 2"),
+    ] {
+        let file = interventions(folder.path(), &[edits]);
+        let output = command(model, Some(&file), flags).output().unwrap();
+        let words = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && words.contains(reason), "{words}");
+    }
+}
+
+#[test]
+fn a_callback_that_the_program_has_sees_what_it_saw_before() {
+    let folder = tempfile::tempdir().unwrap();
+    for (edits, flags) in [(LAYER_0, &[][..]), (CLAMP, &[]), (OFFSETS, &["--callback"])] {
+        let file = interventions(folder.path(), &[edits]);
+        // 9 tokens in micro-batches of 4 are 3 times 3 blocks.
+        let common = ["--ubatch", "4", "--count"];
+        let plain = example("llama", None, &common);
+        assert_eq!(plain.n_blocks, 9);
+        let steered = example("llama", Some(&file), &[&common, flags].concat());
+        assert_eq!(steered.n_blocks, 9);
+        assert_eq!(plain.logits, example("llama", None, &common[..2]).logits);
+        let alone = example("llama", Some(&file), &[&common[..2], flags].concat());
+        assert_eq!(steered.logits, alone.logits);
+    }
+}
+
+#[test]
+fn a_coefficient_changed_by_another_thread_never_splits_a_decode() {
+    #[derive(Deserialize)]
+    struct Race {
+        plain: usize,
+        steered: usize,
+        neither: usize,
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let file = interventions(folder.path(), &[OFFSETS, LAYER_0, ASSIGN]);
+    let text = run(&mut command("llama", Some(&file), &["--callback", "--race", "400"]));
+    let race: Race = serde_json::from_str(&text).unwrap();
+    assert_eq!((race.neither, race.plain + race.steered), (0, 400));
+    assert!(race.plain > 0 && race.steered > 0, "both were met: {text}");
+}

@@ -1,0 +1,119 @@
+//! Gates in `examples/c/steer.c`: what they read is what the engine records, and they open when they should.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use detox_gguf::engine::residual::{self, ResidualPlace};
+use detox_gguf::engine::{Model, ModelOptions, Session, Token};
+use detox_gguf::interp::probe::{Probe, ProbePlace};
+
+use super::example::{Generated, example};
+use super::{TOKENS, exact, interventions, tiny};
+
+const EDIT: &str = r#""what": {"neurons": [[0, 9], [2, 7]]}, "edit": {"assign": 4}"#;
+
+/// A probe with weights of either sign.
+fn probe(folder: &Path, place: ProbePlace) -> (PathBuf, Probe) {
+    let weight = (0..64).map(|i| ((i * 37 % 64) as f32 - 31.5) / 40.0).collect();
+    let probe =
+        Probe { weight, place, fingerprint: None, source: "a test".into(), accuracy: None, auc: None };
+    let path = folder.join("probe.gguf");
+    probe.write(&path).unwrap();
+    (path, probe)
+}
+
+/// What the engine says of the text until before each generated token, unsteered.
+fn expected(model: &str, probe: &Probe, generated: &[Generated]) -> Vec<f64> {
+    let model = Model::open(&tiny(model), &ModelOptions::default()).unwrap();
+    let mut session = Session::open_with_callback(&model, &exact(), 64).unwrap();
+    let mut text = TOKENS.to_vec();
+    let mut texts: Vec<Vec<Token>> = Vec::new();
+    for step in generated {
+        texts.push(text.clone());
+        text.push(step.token);
+    }
+    let place = match probe.place {
+        ProbePlace::Embedding => ResidualPlace::Embedding,
+        ProbePlace::Block(il) => ResidualPlace::AfterBlock(il as usize),
+        ProbePlace::FinalNorm => ResidualPlace::AfterFinalNorm,
+    };
+    let go_on = AtomicBool::new(false);
+    let means = residual::record(&mut session, &texts, &[place], &go_on, |_| {}).unwrap();
+    means.iter().map(|of_places| probe.probability(&of_places[0])).collect()
+}
+
+#[test]
+fn the_probability_is_that_of_the_mean_residual_stream_that_the_engine_records() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = interventions(folder.path(), &[EDIT]);
+    for model in ["llama", "gemma3"] {
+        for place in [ProbePlace::Block(0), ProbePlace::Block(1), ProbePlace::Embedding] {
+            let (path, probe) = probe(folder.path(), place);
+            // Never open: the text is the model's own. 15 tokens are within the window of 16.
+            let flags = ["--callback", "--gate", path.to_str().unwrap(), "1", "-n", "7"];
+            let found = example(model, Some(&file), &flags);
+            assert_eq!(found.logits, example(model, None, &[]).logits);
+            let expected = expected(model, &probe, &found.generated);
+            for (i, (step, expected)) in found.generated.iter().zip(&expected).enumerate() {
+                let difference = (step.probability - expected).abs();
+                assert!(difference < 1e-4, "{model} {place} {i}: {} {expected}", step.probability);
+                assert!(!step.is_open);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_gate_that_opens_at_once_steers_all_but_the_prompt() {
+    let folder = tempfile::tempdir().unwrap();
+    let generation = format!("{EDIT}, \"when\": \"generation\"");
+    for place in [ProbePlace::Block(1), ProbePlace::FinalNorm] {
+        let (path, _) = probe(folder.path(), place);
+        let both = interventions(folder.path(), &[EDIT]);
+        let gated =
+            example("llama", Some(&both), &["--callback", "--gate", path.to_str().unwrap(), "0", "-n", "5"]);
+        assert!(gated.generated.iter().all(|step| step.is_open));
+        let alone = interventions(folder.path(), &[&generation]);
+        let expected = example("llama", Some(&alone), &["--as-prompt", "-n", "5"]);
+        assert_eq!(gated.logits, expected.logits);
+        for (gated, expected) in gated.generated.iter().zip(&expected.generated) {
+            assert_eq!((gated.token, &gated.logits), (expected.token, &expected.logits));
+        }
+    }
+}
+
+#[test]
+fn a_gate_between_opens_and_closes_by_what_it_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = interventions(folder.path(), &[EDIT]);
+    let (path, _) = probe(folder.path(), ProbePlace::Block(0));
+    let run = |threshold: &str| {
+        let flags = ["--callback", "--gate", path.to_str().unwrap(), threshold, "-n", "12"];
+        example("llama", Some(&file), &flags).generated
+    };
+    // A threshold among the probabilities that a closed gate reads.
+    let mut seen: Vec<f64> = run("1").iter().map(|step| step.probability).collect();
+    seen.sort_by(f64::total_cmp);
+    let threshold = (seen[5] + seen[6]) / 2.0;
+    let steps = run(&format!("{threshold:.17}"));
+    for step in &steps {
+        assert_eq!(step.is_open, step.probability >= threshold, "{}", step.probability);
+    }
+}
+
+#[test]
+fn gates_of_several_sequences_are_apart() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = interventions(folder.path(), &[EDIT]);
+    let (path, _) = probe(folder.path(), ProbePlace::Block(1));
+    let gate = path.to_str().unwrap();
+    for layout in [&["--sequences", "3"][..], &["--sequences", "3", "--unified", "--ubatch", "7"]] {
+        // Alike in every sequence, so that the first has the probabilities that it has alone.
+        let flags = [layout, &["--callback", "--gate", gate, "1", "-n", "4"]].concat();
+        let found = example("llama", Some(&file), &flags).generated;
+        let alone = example("llama", Some(&file), &["--callback", "--gate", gate, "1", "-n", "4"]).generated;
+        for (a, b) in found.iter().zip(&alone) {
+            assert!((a.probability - b.probability).abs() < 1e-6, "{} {}", a.probability, b.probability);
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! The header: both languages, and the same interface as the library.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use super::build::{LLAMA, PLUGIN, compiler, run};
+use super::root;
+
+fn header() -> String {
+    std::fs::read_to_string(root().join("vendor/include/detox_gguf.h")).unwrap()
+}
+
+/// Functions that a text declares, one a line.
+pub fn declared() -> BTreeSet<String> {
+    let header = header();
+    let after_api = header.lines().filter_map(|line| line.strip_prefix("DETOX_API "));
+    after_api.map(|line| name_before_parenthesis(line).to_owned()).collect()
+}
+
+fn name_before_parenthesis(line: &str) -> &str {
+    let before = line.split_once('(').expect("a function").0;
+    before.rsplit([' ', '*']).next().expect("a name")
+}
+
+#[test]
+fn the_header_compiles_as_c11_and_cpp17_without_a_warning() {
+    let folder = tempfile::tempdir().unwrap();
+    let include = format!("-I{}", root().join("vendor/include").display());
+    let llama = format!("-I{}", LLAMA.join("include").display());
+    let plain =
+        "#include \"detox_gguf.h\"\nint main(void) { return detox_abi_version() != DETOX_ABI_VERSION; }\n";
+    let whole = "#define DETOX_WITH_GGML\n#include \"detox_gguf.h\"\n#include \"llama.h\"\n\
+        int main(void) {\n\
+        detox_steer_options steer = DETOX_STEER_OPTIONS_INIT;\n\
+        detox_callback_options callback = DETOX_CALLBACK_OPTIONS_INIT;\n\
+        detox_gate_options gate = DETOX_GATE_OPTIONS_INIT;\n\
+        detox_control_vector vector = DETOX_CONTROL_VECTOR_INIT;\n\
+        detox_host_table table = detox_ggml_host_table();\n\
+        struct llama_context_params params = llama_context_default_params();\n\
+        params.cb_eval = detox_eval_callback;\n\
+        return (int) (steer.size + callback.size + gate.size + vector.size + table.size) * (params.cb_eval != NULL);\n\
+        }\n";
+    for (is_cpp, name, standard) in [(false, "x.c", "-std=c11"), (true, "x.cpp", "-std=c++17")] {
+        for content in [plain, whole] {
+            let path = folder.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            let mut command = Command::new(compiler(is_cpp));
+            command
+                .args([standard, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", &include, &llama])
+                .arg(path);
+            // llama.cpp's own headers are not pedantic about C; this one is.
+            if content == plain {
+                command.arg("-pedantic");
+            }
+            run(&mut command);
+        }
+    }
+}
+
+#[test]
+fn header_map_and_library_have_the_same_functions() {
+    let declared = declared();
+    assert!(declared.len() > 15, "{declared:?}");
+    let map = std::fs::read_to_string(root().join("vendor/detox_gguf.map")).unwrap();
+    let of_map = map.lines().filter_map(|line| line.trim().strip_prefix("detox_"));
+    let of_map: BTreeSet<String> =
+        of_map.map(|rest| format!("detox_{}", rest.trim_end_matches(';'))).collect();
+    assert_eq!(of_map, declared);
+    let symbols =
+        run(Command::new("nm").args(["-D", "--defined-only"]).arg(PLUGIN.join("lib/libdetox_gguf.so")));
+    let defined: Vec<&str> = symbols.lines().filter_map(|line| line.split_whitespace().nth(2)).collect();
+    // The version node is a symbol itself.
+    let functions: BTreeSet<String> = defined
+        .iter()
+        .filter(|name| !name.starts_with("DETOX_GGUF_"))
+        .map(|name| {
+            let (function, version) = name.split_once("@@").expect("a versioned symbol");
+            assert_eq!(version, "DETOX_GGUF_1", "{name}");
+            function.to_owned()
+        })
+        .collect();
+    assert_eq!(functions, declared);
+}
+
+#[test]
+fn structs_and_numbers_of_the_header_are_those_of_the_library() {
+    // The same numbers stand in the tests of src/plugin/c/mod.rs.
+    let path = root().join("tests/plugin/layout.c");
+    let include = format!("-I{}", root().join("vendor/include").display());
+    let mut command = Command::new(compiler(false));
+    run(command.args(["-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", &include]).arg(path));
+}

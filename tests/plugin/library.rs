@@ -1,0 +1,66 @@
+//! The library by itself: no llama.cpp in it, and what a build with pkg-config needs.
+
+use std::process::Command;
+
+use super::build::{PLUGIN, compiler, run};
+use super::root;
+
+#[test]
+fn the_library_neither_has_nor_needs_a_symbol_of_llama_cpp() {
+    let library = PLUGIN.join("lib/libdetox_gguf.so");
+    let dynamic = run(Command::new("nm").arg("-D").arg(&library));
+    let all = run(Command::new("nm").arg(&library));
+    assert!(all.contains("detox_steer_load"), "symbols are there to be looked at");
+    for line in dynamic.lines().chain(all.lines()) {
+        let name = line.split_whitespace().last().unwrap_or_default();
+        let is_theirs = ["llama_", "ggml_", "gguf_"].iter().any(|prefix| name.starts_with(prefix));
+        assert!(!is_theirs, "{line}");
+    }
+    let needed = run(Command::new("readelf").arg("-d").arg(&library));
+    let needed: Vec<&str> = needed.lines().filter(|line| line.contains("(NEEDED)")).collect();
+    assert!(!needed.is_empty());
+    for line in needed {
+        let is_of_the_system =
+            ["libc.so", "libm.so", "libgcc_s.so", "ld-linux"].iter().any(|name| line.contains(name));
+        assert!(is_of_the_system, "{line}");
+    }
+}
+
+#[test]
+fn the_library_s_name_has_the_version_of_the_interface() {
+    let dynamic = run(Command::new("readelf").arg("-d").arg(PLUGIN.join("lib/libdetox_gguf.so")));
+    let soname = dynamic.lines().find(|line| line.contains("(SONAME)")).unwrap();
+    assert!(soname.contains("[libdetox_gguf.so.1]"), "{soname}");
+    assert!(PLUGIN.join("lib/libdetox_gguf.so.1").exists());
+    // What cargo-c takes for `cargo cinstall`.
+    let manifest = std::fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    let capi = manifest.split("[package.metadata.capi.library]").nth(1).expect("settings for cargo-c");
+    assert!(capi.contains("version = \"1.0.0\""), "the same number");
+    assert!(manifest.contains("from = \"vendor/include/detox_gguf.h\""));
+}
+
+#[test]
+fn the_pkg_config_file_has_what_compiles_a_program() {
+    let text = std::fs::read_to_string(PLUGIN.join("lib/pkgconfig/detox_gguf.pc")).unwrap();
+    let value = |key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key));
+        line.unwrap_or_else(|| panic!("{key} in {text}")).trim().to_owned()
+    };
+    assert_eq!(value("Version:"), env!("CARGO_PKG_VERSION"));
+    // As pkg-config does, which not every system has.
+    let prefix = value("prefix=");
+    let resolve = |text: String| {
+        let libdir = value("libdir=").replace("${prefix}", &prefix);
+        let includedir = value("includedir=").replace("${prefix}", &prefix);
+        text.replace("${libdir}", &libdir).replace("${includedir}", &includedir)
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let (source, program) = (folder.path().join("x.c"), folder.path().join("x"));
+    let content =
+        "#include <detox_gguf.h>\nint main(void) { return detox_abi_version() != DETOX_ABI_VERSION; }\n";
+    std::fs::write(&source, content).unwrap();
+    let mut command = Command::new(compiler(false));
+    command.args(resolve(value("Cflags:")).split_whitespace()).arg(&source);
+    run(command.args(resolve(value("Libs:")).split_whitespace()).arg("-o").arg(&program));
+    run(Command::new(&program).env("LD_LIBRARY_PATH", PLUGIN.join("lib")));
+}

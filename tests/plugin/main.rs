@@ -1,0 +1,69 @@
+//! The plugin as programs use it: its C library, built without llama.cpp, in C and Python programs over a llama.cpp of
+//! their own. Needs a system with ELF libraries and a C compiler, as `scripts/build_plugin.sh` does.
+#![cfg(target_os = "linux")]
+
+mod build;
+mod example;
+mod gate;
+mod header;
+mod library;
+mod misuse;
+mod python;
+mod sanitizer;
+mod server;
+
+use std::path::{Path, PathBuf};
+
+use detox_gguf::engine::{CacheType, FlashAttention, Model, ModelOptions, Session, SessionOptions, Token};
+use detox_gguf::gguf::GgufFile;
+use detox_gguf::steer::SteerFile;
+use detox_gguf::steer::compile::{CompileOptions, Route, compile};
+
+const TOKENS: [Token; 9] = [1, 60, 70, 80, 90, 100, 110, 120, 130];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn tiny(name: &str) -> PathBuf {
+    root().join("gguf/tiny").join(format!("{name}.gguf"))
+}
+
+/// As the C example opens its context.
+fn exact() -> SessionOptions {
+    SessionOptions {
+        n_parallel: Some(1),
+        n_threads: Some(1),
+        flash_attention: FlashAttention::Off,
+        cache_type_k: CacheType::F32,
+        cache_type_v: CacheType::F32,
+        ..SessionOptions::default()
+    }
+}
+
+/// A file of interventions on neurons, each as `{"what": …, "edit": …}` without the braces.
+fn interventions(folder: &Path, list: &[&str]) -> PathBuf {
+    let path = folder.join("steer.json");
+    let list = list.iter().map(|x| format!("{{{x}}}")).collect::<Vec<_>>().join(", ");
+    let text = format!("{{\"detox_gguf\": \"interventions\", \"format\": 1, \"interventions\": [{list}]}}");
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+/// The engine's own logits after the last of [`TOKENS`], steered by a file or not at all.
+fn engine_logits(model: &str, steer: Option<(&Path, f32)>, route: Route) -> Vec<f32> {
+    let path = tiny(model);
+    let mut loaded = Model::open(&path, &ModelOptions::default()).unwrap();
+    if let Some((file, coefficient)) = steer {
+        let sources = [(SteerFile::open(file).unwrap(), coefficient)];
+        let options = CompileOptions { route, ..CompileOptions::default() };
+        let compiled = compile(&GgufFile::open(&path).unwrap(), &sources, &[], &options).unwrap();
+        loaded = loaded.with_steering(compiled.steering).unwrap();
+    }
+    Session::open(&loaded, &exact(), 64).unwrap().logits(&TOKENS).unwrap().pop().unwrap()
+}
+
+fn largest_difference(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
