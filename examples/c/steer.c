@@ -18,6 +18,7 @@
  *     --count               chain a callback of this program's own, which counts the blocks that it sees
  *     --race N              decode N times while another thread changes the coefficient from 0 to C and back
  *     --bench N             N tokens, steered and not in turn; prints the seconds of each
+ *     --threads N           threads of --bench (llama.cpp's default)
  *
  * Build it with any llama.cpp:
  *     cc -I <llama.cpp>/include -I <detox_gguf>/include steer.c -ldetox_gguf -lllama -lggml -lggml-base -lpthread -lm
@@ -39,7 +40,7 @@ enum { MOST_TOKENS = 4096 };
 static struct {
     const char *model, *steer, *probe;
     llama_token tokens[MOST_TOKENS];
-    int n_tokens, n_sequences, off, n_predict, n_race, n_bench, n_ubatch, generated;
+    int n_tokens, n_sequences, off, n_predict, n_race, n_bench, n_ubatch, n_threads, generated;
     float coefficient;
     double threshold;
     bool callback, force, unified, count;
@@ -79,6 +80,7 @@ static void parse(int argc, char **argv) {
         else if (strcmp(flag, "-n") == 0) args.n_predict = atoi(value);
         else if (strcmp(flag, "--race") == 0) args.n_race = atoi(value);
         else if (strcmp(flag, "--bench") == 0) args.n_bench = atoi(value);
+        else if (strcmp(flag, "--threads") == 0) args.n_threads = atoi(value);
         else if (strcmp(flag, "--gate") == 0 && i + 1 < argc) {
             args.probe = value;
             args.threshold = strtod(argv[++i], NULL);
@@ -107,13 +109,14 @@ static int n_blocks;
 
 static struct llama_context *open_context(struct llama_model *model, detox_callback *callback) {
     struct llama_context_params params = llama_context_default_params();
-    params.n_ctx = 0;
     params.n_ctx = (uint32_t) (args.n_sequences * 256 * (1 + (args.n_tokens + args.n_predict + args.n_bench) / 256));
     params.n_batch = params.n_ctx;
     params.n_ubatch = (uint32_t) args.n_ubatch;
     params.n_seq_max = (uint32_t) args.n_sequences;
     params.kv_unified = args.unified;
-    if (args.n_bench == 0) {
+    if (args.n_bench > 0) {
+        if (args.n_threads > 0) params.n_threads = params.n_threads_batch = args.n_threads;
+    } else {
         /* Exact: what is compared is steering, not rounding. */
         params.n_threads = params.n_threads_batch = 1;
         params.type_k = params.type_v = GGML_TYPE_F32;
