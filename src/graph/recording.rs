@@ -54,6 +54,8 @@ impl Recording {
 /// A probe that reads every row of one place as it passes.
 #[derive(Debug, Clone)]
 pub(crate) struct Reader {
+    /// Which reader it is: readings carry the number.
+    pub(crate) number: u64,
     pub(crate) place: Place,
     /// The probe vector, as long as a row.
     pub(crate) weight: Vec<f32>,
@@ -62,6 +64,7 @@ pub(crate) struct Reader {
 /// What a probe read of one token: its product with the token's residual stream.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Reading {
+    pub(crate) reader: u64,
     pub(crate) sequence: usize,
     pub(crate) product: f64,
 }

@@ -49,6 +49,8 @@ pub(crate) struct Watch {
     coefficient: f32,
     recordings: Vec<Recording>,
     reader: Option<Reader>,
+    /// What replaces the reader when the next micro-batch begins.
+    next_reader: Option<Option<Reader>>,
     /// Since they were last taken.
     readings: Vec<Reading>,
     /// `[n_seq_max]`: sequences on which no edit is made.
@@ -93,6 +95,7 @@ impl Watch {
             coefficient: 1.0,
             recordings: Vec::new(),
             reader: None,
+            next_reader: None,
             readings: Vec::new(),
             is_exempt: vec![false; n_seq_max],
             stops_early: false,
@@ -127,10 +130,9 @@ impl Watch {
         &self.recordings
     }
 
-    /// Reads every token at one place, before the edits there are made.
+    /// Reads every token at one place, before the edits there are made, from the next micro-batch on.
     pub(crate) fn set_reader(&mut self, reader: Option<Reader>) {
-        self.reader = reader;
-        self.readings.clear();
+        self.next_reader = Some(reader);
     }
 
     /// What was read since the last call, the tokens of one sequence in their order.
@@ -214,7 +216,7 @@ impl Watch {
     }
 
     fn is_idle(&self) -> bool {
-        self.recordings.is_empty() && self.reader.is_none() && !self.has_edits()
+        self.recordings.is_empty() && self.reader.is_none() && self.next_reader.is_none() && !self.has_edits()
     }
 
     fn has_edits(&self) -> bool {
@@ -258,10 +260,21 @@ impl Watch {
         if self.is_idle() {
             return Ok(false);
         }
-        if self.starts_micro_batch(node) {
+        let place = self.place_of(node.name());
+        let starts = self.starts_micro_batch(node);
+        // The embedding is the first node of all, also where the keys tell the rows; what reads there cannot
+        // come later.
+        let reads_embedding =
+            |next: &Option<Reader>| next.as_ref().is_some_and(|reader| reader.place == Place::Embedding);
+        if place == Some(Place::Embedding)
+            || starts && !self.next_reader.as_ref().is_some_and(reads_embedding)
+        {
+            self.reader = self.next_reader.take().unwrap_or(self.reader.take());
+        }
+        if starts {
             self.start_micro_batch(node)?;
         }
-        let Some(place) = self.place_of(node.name()) else { return Ok(false) };
+        let Some(place) = place else { return Ok(false) };
         // Of a batch of embeddings, say, whose graph has no node for them.
         if self.progress.n_micro_batches == 0 && place != Place::Embedding && self.is_looked_at(place) {
             return Err(format!("{place:?} came before a micro-batch was seen to begin"));
@@ -400,7 +413,7 @@ impl Watch {
             let product = reader.read(values).ok_or_else(|| {
                 format!("the probe has {} numbers, and {place:?} has {width}", reader.weight.len())
             })?;
-            self.readings.push(Reading { sequence, product });
+            self.readings.push(Reading { reader: reader.number, sequence, product });
         }
         self.progress.n_read += 1;
         Ok(())

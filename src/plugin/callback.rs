@@ -1,7 +1,7 @@
 //! What the eval callback of one `llama_context` works with.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
@@ -38,8 +38,9 @@ pub struct Token {
 
 /// What the eval callback of one context works with: [`Callback::eval`] is called from it with every node.
 ///
-/// All methods may be called from any thread, while another decodes. Changes take effect from the next
-/// micro-batch on. One callback is for one context, which decodes on one thread at a time.
+/// All methods may be called from any thread, while another decodes: what they change takes effect from the next
+/// micro-batch on. [`Callback::announce`] and [`Callback::check`] alone belong between two decodes. One callback is
+/// for one context, which decodes on one thread at a time.
 #[derive(Debug)]
 pub struct Callback {
     steer: Arc<Inner>,
@@ -51,6 +52,8 @@ pub struct Callback {
     is_busy: AtomicBool,
     /// Whether two threads were there at once.
     was_shared: AtomicBool,
+    /// Gates that were set until now.
+    n_gates: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -83,6 +86,7 @@ impl Callback {
             is_on: (0..n_seq_max).map(|_| AtomicBool::new(true)).collect(),
             is_busy: AtomicBool::new(false),
             was_shared: AtomicBool::new(false),
+            n_gates: AtomicU64::new(0),
             state: Mutex::new(State { watch, gate: None, fault: None }),
             steer,
         })
@@ -152,7 +156,8 @@ impl Callback {
     pub fn set_gate(&self, probe: &Path, options: &GateOptions) -> Result<()> {
         self.check_by_sequence("gate")?;
         Architecture::require(&self.steer.fingerprint.architecture, probe)?;
-        let (gate, reader) = Gate::open(probe, options, &self.steer, self.n_seq_max)?;
+        let number = self.n_gates.fetch_add(1, Ordering::Relaxed);
+        let (gate, reader) = Gate::open(probe, options, &self.steer, self.n_seq_max, number)?;
         let mut state = self.state();
         if let Some(watch) = &mut state.watch {
             watch.set_reader(Some(reader));
@@ -319,8 +324,9 @@ impl Callback {
 
 impl State {
     fn settle_gate(&mut self) {
-        if let State { watch: Some(watch), gate: Some(gate), .. } = self {
-            watch.take_readings().into_iter().for_each(|reading| gate.take(reading));
+        let readings = self.watch.as_mut().map(Watch::take_readings).unwrap_or_default();
+        if let Some(gate) = &mut self.gate {
+            readings.into_iter().for_each(|reading| gate.take(reading));
         }
     }
 }

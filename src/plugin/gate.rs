@@ -54,6 +54,8 @@ struct Mean {
 
 #[derive(Debug)]
 pub(super) struct Gate {
+    /// Of its reader: another's readings are not for it.
+    number: u64,
     threshold: f64,
     window: u64,
     /// `[n_seq_max]`.
@@ -67,6 +69,7 @@ impl Gate {
         options: &GateOptions,
         model: &Inner,
         n_seq_max: usize,
+        number: u64,
     ) -> Result<(Gate, Reader)> {
         check_threshold(options.threshold)?;
         let probe = Probe::read(path)?;
@@ -83,8 +86,9 @@ impl Gate {
             }
         };
         let means = vec![Mean::default(); n_seq_max];
-        let gate = Gate { threshold: options.threshold, window: u64::from(options.window), means };
-        Ok((gate, Reader { place, weight: probe.weight }))
+        let (threshold, window) = (options.threshold, u64::from(options.window));
+        let gate = Gate { number, threshold, window, means };
+        Ok((gate, Reader { number, place, weight: probe.weight }))
     }
 
     pub(super) fn set_threshold(&mut self, threshold: f64) -> Result<()> {
@@ -93,7 +97,10 @@ impl Gate {
         Ok(())
     }
 
-    pub(super) fn take(&mut self, Reading { sequence, product }: Reading) {
+    pub(super) fn take(&mut self, Reading { reader, sequence, product }: Reading) {
+        if reader != self.number {
+            return;
+        }
         let mean = &mut self.means[sequence];
         mean.n_tokens += 1;
         let n = if self.window == 0 { mean.n_tokens } else { mean.n_tokens.min(self.window) };
@@ -125,11 +132,11 @@ mod tests {
     use super::*;
 
     fn gate(threshold: f64, window: u64) -> Gate {
-        Gate { threshold, window, means: vec![Mean::default(); 2] }
+        Gate { number: 7, threshold, window, means: vec![Mean::default(); 2] }
     }
 
     fn read(gate: &mut Gate, products: &[f64]) {
-        products.iter().for_each(|&product| gate.take(Reading { sequence: 0, product }));
+        products.iter().for_each(|&product| gate.take(Reading { reader: 7, sequence: 0, product }));
     }
 
     #[test]
@@ -141,6 +148,13 @@ mod tests {
         assert!(!gate.state(1).is_open);
         gate.reset(0);
         assert!(!gate.state(0).is_open);
+    }
+
+    #[test]
+    fn what_another_gates_probe_read_is_not_taken() {
+        let mut gate = gate(0.0, 4);
+        gate.take(Reading { reader: 6, sequence: 0, product: 1.0 });
+        assert_eq!(gate.state(0).probability, None);
     }
 
     #[test]

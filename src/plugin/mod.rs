@@ -96,7 +96,9 @@
 //! # }
 //! ```
 //!
-//! `llama-cpp-2` keeps its pointers to itself; its context parameters take a `cb_eval` of this form.
+//! A program over `llama-cpp-2` does the same where that takes an eval callback. Version 0.1.160 does not, sets no
+//! control vector, and keeps its pointers to itself: contexts that are to be steered are then made over
+//! `llama-cpp-sys-2`, as here.
 
 #[cfg(feature = "capi")]
 mod c;

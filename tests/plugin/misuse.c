@@ -225,6 +225,20 @@ static void use_callback(const char *model, const char *file, const char *probe)
     EXPECT(compute_graph(callback, true) == 4.0f);
     EXPECT(detox_check(callback) == DETOX_OK);
 
+    /* A gate that is set, and one that is removed, within a decode: from the next micro-batch on. */
+    for (int i = 0; i < 2; i++) {
+        struct ggml_tensor neurons = fake_matrix("ffn_swiglu-0", values, WIDTH, N_ROWS);
+        struct ggml_tensor output = fake_matrix("l_out-1", values, N_EMBD, N_ROWS);
+        fake_compute(callback, &embedding);
+        gate.threshold = 0.0;
+        EXPECT((i == 0 ? detox_gate_set(callback, probe, &gate) : detox_gate_remove(callback)) == DETOX_OK);
+        fake_compute(callback, &neurons);
+        fake_compute(callback, &output);
+        EXPECT(detox_check(callback) == DETOX_OK);
+    }
+    EXPECT(compute_graph(callback, true) == 4.0f);
+    EXPECT(detox_check(callback) == DETOX_OK);
+
     /* Freed, and of another kind. llama.cpp goes on without it. */
     EXPECT(detox_steer_free((detox_steer *) callback) == DETOX_INVALID_HANDLE);
     EXPECT(detox_callback_free(callback) == DETOX_OK);

@@ -1,8 +1,8 @@
 /*
  * detox_gguf.h: steer a model inside a program that runs llama.cpp itself.
  *
- * The library carries no llama.cpp. The program hands it the few functions that it needs (detox_host_table), so that
- * any revision and backend of llama.cpp works, and links its own.
+ * The library carries no llama.cpp. The program hands it the few functions that it needs (detox_host_table), and links
+ * its own: any build and backend, and any revision whose graphs have the nodes that are known, which detox_check tells.
  *
  *     detox_steer *steer;
  *     detox_steer_load("model.gguf", "steer.json", NULL, &steer);
@@ -15,8 +15,9 @@
  * - Handles are numbers in the form of pointers: never dereference one. One that was freed, or is of another kind, is
  *   refused (DETOX_INVALID_HANDLE), never followed.
  * - Strings are UTF-8, end with NUL, and are copied. Strings that are returned belong to the library.
- * - Any function may be called from any thread, at any time, also while llama_decode runs. What changes takes effect
- *   from the next micro-batch on: no micro-batch is steered in two ways.
+ * - Any function may be called from any thread, at any time, also while llama_decode runs; detox_batch and detox_check
+ *   alone belong between two decodes of their context. What changes takes effect from the next micro-batch on: no
+ *   micro-batch is steered in two ways.
  * - Structs begin with their size, so that they can grow: set it with sizeof, or use the *_INIT macros. Members that
  *   a program's older header has not are taken as zero.
  * - The functions in a host table are called only inside detox_eval_callback, in the thread of llama_decode.
