@@ -112,8 +112,8 @@ def main() -> None:
     code = llama_cpp.llama_set_adapter_cvec(context, rows if vector.len else None, vector.len, vector.n_embd,
                                             vector.il_start, vector.il_end)
     assert code == 0, "llama.cpp refused the control vector"
-    batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(tokens))(*tokens), len(tokens))
-    assert llama_cpp.llama_decode(context, batch) == 0
+    array = (llama_cpp.llama_token * len(tokens))(*tokens)  # which the batch only points to
+    assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))) == 0
     plugin.call("detox_check", callback)
     n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     print(json.dumps(llama_cpp.llama_get_logits_ith(context, -1)[:n_vocab]))
