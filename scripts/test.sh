@@ -20,8 +20,8 @@ if [ "${CI:-}" = true ]; then
     fi
     detox_need_sanitizers
 fi
-# The crate and the plugin without llama.cpp: what they have of tests besides those below.
-cargo test --quiet --lib --no-default-features --features capi --target-dir "$CARGO_TARGET_DIR/plugin-build"
+# The crate without llama.cpp, which is the plugin: its own tests, besides those below that use it from outside.
+[ $# -gt 0 ] || cargo test --quiet --lib --no-default-features --features capi --target-dir "$CARGO_TARGET_DIR/plugin-build"
 if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run --release "$@"
 else
