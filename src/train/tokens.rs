@@ -252,7 +252,8 @@ fn cut(mut pair: TokenPair, bos: Option<Token>, eos: Option<Token>, limits: &Lim
 ///
 /// `fraction` of the pairs, rounded up (as scikit-learn's `train_test_split`, which the paper uses), is
 /// held out, and with a pair every other pair of its prompt: what is held out is to tell of prompts that were
-/// never seen. One prompt at least is left to train on. Prompts are taken from an order drawn by Fisher-Yates from
+/// never seen. A prompt that would make it more than twice the share is left to train on while there are
+/// smaller ones, and one prompt at least is. Prompts are taken from an order drawn by Fisher-Yates from
 /// a ChaCha8 stream that `seed` alone decides.
 ///
 /// # Panics
@@ -270,11 +271,17 @@ pub fn split(pairs: &[TokenPair], fraction: f64, seed: u64) -> (Vec<usize>, Vec<
     }
     shuffle(&mut prompts, &mut random_stream(seed, "preference pairs: held out", 0));
     let n_held_out = (pairs.len() as f64 * fraction).ceil() as usize;
+    let most = prompts.iter().map(Vec::len).min().unwrap_or(0).max(2 * n_held_out);
     let (mut train, mut held_out) = (Vec::new(), Vec::new());
-    let n_prompts = prompts.len();
-    for (i, of_prompt) in prompts.into_iter().enumerate() {
-        let is_held_out = held_out.len() < n_held_out && i + 1 < n_prompts;
-        if is_held_out { &mut held_out } else { &mut train }.extend(of_prompt);
+    let mut n_left = prompts.len();
+    for of_prompt in prompts {
+        let fits = held_out.len() < n_held_out && held_out.len() + of_prompt.len() <= most;
+        if fits && n_left > 1 {
+            held_out.extend(of_prompt);
+            n_left -= 1;
+        } else {
+            train.extend(of_prompt);
+        }
     }
     train.sort_unstable();
     held_out.sort_unstable();

@@ -219,6 +219,13 @@ fn a_split_keeps_the_pairs_of_a_prompt_together() {
             assert!(prompts(&train).is_disjoint(&prompts(&held_out)), "seed {seed}");
         }
     }
+    // A prompt with most of the pairs is trained on; where the smallest has more than the share, one is held out.
+    for seed in 0..20 {
+        let (train, held_out) = split(&pairs_of_prompts((0..100).map(|i| usize::from(i == 7))), 0.05, seed);
+        assert_eq!((train.len(), held_out), (99, vec![7]), "seed {seed}");
+        let (train, held_out) = split(&pairs_of_prompts((0..20).map(|i| i / 4)), 0.05, seed);
+        assert_eq!((train.len(), held_out.len()), (16, 4), "seed {seed}");
+    }
     // A single prompt is trained on.
     let (train, held_out) = split(&pairs_of_prompts([5; 8]), 0.5, 0);
     assert_eq!((train.len(), held_out.len()), (8, 0));
