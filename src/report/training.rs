@@ -131,7 +131,8 @@ impl TrainingReport {
             row("peak memory", format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30)));
         }
         let Agreement { difference, floor, untrained, bound } = &self.agreement;
-        let untrained = untrained.map_or(String::new(), |u| format!(", untrained {:.1e}", u.mean_kl));
+        let untrained =
+            untrained.map_or(String::new(), |u| format!(", untrained {:.1e}", u.difference.mean_kl));
         row(
             "in llama.cpp",
             format!(

@@ -50,16 +50,30 @@ pub struct Agreement {
     pub difference: Difference,
     /// What the least change makes in llama.cpp itself.
     pub floor: Difference,
-    /// What they differed by before training; none where every weight was trained.
-    pub untrained: Option<Difference>,
+    /// What is known of the model before training; nothing where every weight was trained.
+    pub untrained: Option<Untrained>,
     /// The mean KL up to which they agree.
     pub bound: f64,
+}
+
+/// Trainer and llama.cpp without the result.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Untrained {
+    /// llama.cpp's divergence from the trainer, both without it.
+    pub difference: Difference,
+    /// Of the training: llama.cpp's divergence without the result from the trainer with it.
+    pub effect: Difference,
 }
 
 impl Agreement {
     /// Whether they agree.
     pub fn holds(&self) -> bool {
-        self.difference.mean_kl <= self.bound
+        // Where training did more than rounding does, llama.cpp must be nearer with the result than without.
+        let is_nearer = self.untrained.is_none_or(|Untrained { difference, effect }| {
+            effect.mean_kl <= UNTRAINED_FACTOR * difference.mean_kl
+                || self.difference.mean_kl < effect.mean_kl
+        });
+        self.difference.mean_kl <= self.bound && is_nearer
     }
 }
 
@@ -110,7 +124,8 @@ impl Expected {
 ///
 /// The bound is 1e-6 a token in F32 and 1e-4 in F16 and BF16. On quantised weights llama.cpp rounds to 8
 /// bits what it multiplies, and the trainer either does not or does otherwise: there the bound is llama.cpp's own
-/// noise floor, four times it where the trainer rounds too, or twice what the two differed by before training.
+/// noise floor, four times it where the trainer rounds too, or twice what the two differed by before training;
+/// and llama.cpp must be nearer to the trainer with `result` than without, where that can be told from rounding.
 ///
 /// # Errors
 /// Those of loading and decoding.
@@ -142,7 +157,11 @@ pub fn agreement(
     let difference = compare(&expected.policy, &found);
     drop(found);
     let untrained = match &expected.reference {
-        Some(reference) => Some(compare(reference, &theirs(&Steering::default())?)),
+        Some(reference) => {
+            let without = theirs(&Steering::default())?;
+            let effect = compare(&expected.policy, &without);
+            Some(Untrained { difference: compare(reference, &without), effect })
+        }
         None => None,
     };
     let bound = bound(base, &floor, untrained.as_ref(), expected.products);
@@ -165,14 +184,14 @@ pub(super) fn nudges(model: &Model) -> Vec<Edit> {
     (0..n_ff).step_by(BLOCK).map(nudge).collect()
 }
 
-fn bound(base: &GgufFile, floor: &Difference, untrained: Option<&Difference>, products: Products) -> f64 {
+fn bound(base: &GgufFile, floor: &Difference, untrained: Option<&Untrained>, products: Products) -> f64 {
     let matrices = || base.tensors().iter().filter(|t| t.shape().len() > 1).map(|t| t.tensor_type());
     let is_half = |t: TensorType| matches!(t, TensorType::F16 | TensorType::BF16);
     if !matrices().any(|t| t.block_len() > 1) {
         return if matrices().any(is_half) { HALF_BOUND } else { F32_BOUND };
     }
     let factor = if products == Products::Fast { FAST_FACTOR } else { 1.0 };
-    let untrained = untrained.map_or(0.0, |untrained| untrained.mean_kl);
+    let untrained = untrained.map_or(0.0, |untrained| untrained.difference.mean_kl);
     let excused = if untrained <= MOST_ROUNDING { UNTRAINED_FACTOR * untrained } else { 0.0 };
     excused.max(factor * floor.mean_kl).max(QUANTISED_BOUND)
 }
@@ -198,8 +217,12 @@ pub fn refuse(result: &Path, agreement: &Agreement) -> Error {
     Error::Model {
         path: result.to_path_buf(),
         reason: format!(
-            "llama.cpp runs it otherwise than it was trained: expected a mean KL up to {:.1e} a token, found {:.1e}",
-            agreement.bound, agreement.difference.mean_kl
+            "llama.cpp runs it otherwise than it was trained: expected a mean KL up to {:.1e} a token{}, found {:.1e}",
+            agreement.bound,
+            agreement
+                .untrained
+                .map_or(String::new(), |u| format!(", and below {:.1e}, that without it", u.effect.mean_kl)),
+            agreement.difference.mean_kl
         ),
         hint: Some("this is a fault of the program: please report it with the run's folder".into()),
     }
