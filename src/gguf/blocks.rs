@@ -12,12 +12,12 @@ const SUPER: usize = 256;
 /// What the sixteen codes of `iq4_nl` and `iq4_xs` stand for.
 const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
-/// Fills `values` from whole blocks; the caller has compared the lengths.
-///
-/// # Errors
-/// In words: a type that is not among those that can be read without ggml.
-pub(super) fn to_numbers(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
-    let of_block: fn(&[u8], &mut [f32]) = match tensor_type {
+/// Turns the bytes of one block into its numbers.
+type BlockReader = fn(&[u8], &mut [f32]);
+
+/// That of a type, if it can be read without ggml.
+fn reader(tensor_type: TensorType) -> Option<BlockReader> {
+    Some(match tensor_type {
         TensorType::F32 => f32_number,
         TensorType::F16 => |b, y| y[0] = half(b, 0),
         TensorType::BF16 => |b, y| y[0] = f32::from_bits(u32::from(u16_at(b, 0)) << 16),
@@ -33,11 +33,25 @@ pub(super) fn to_numbers(tensor_type: TensorType, bytes: &[u8], values: &mut [f3
         TensorType::Q6_K => q6_k,
         TensorType::IQ4_NL => iq4_nl,
         TensorType::IQ4_XS => iq4_xs,
-        other => {
-            return Err(format!(
-                "numbers of type {other} cannot be read by this build, which carries no llama.cpp"
-            ));
-        }
+        _ => return None,
+    })
+}
+
+/// Whether the type's numbers can be read without ggml.
+#[cfg(not(feature = "engine"))]
+pub(super) fn knows(tensor_type: TensorType) -> bool {
+    reader(tensor_type).is_some()
+}
+
+/// Fills `values` from whole blocks; the caller has compared the lengths.
+///
+/// # Errors
+/// In words: a type that is not among those that can be read without ggml.
+pub(super) fn to_numbers(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
+    let Some(of_block) = reader(tensor_type) else {
+        return Err(format!(
+            "numbers of type {tensor_type} cannot be read by this build, which carries no llama.cpp"
+        ));
     };
     let (block_bytes, block_len) = (tensor_type.block_bytes() as usize, tensor_type.block_len() as usize);
     for (block, values) in bytes.chunks_exact(block_bytes).zip(values.chunks_exact_mut(block_len)) {

@@ -23,6 +23,12 @@ pub fn dequantize(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> 
     numbers_of(tensor_type, bytes, values)
 }
 
+/// Whether this build can read the type's numbers.
+#[cfg(not(feature = "engine"))]
+pub(crate) fn can_dequantize(tensor_type: TensorType) -> bool {
+    blocks::knows(tensor_type)
+}
+
 #[cfg(not(feature = "engine"))]
 fn numbers_of(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
     blocks::to_numbers(tensor_type, bytes, values)

@@ -45,6 +45,8 @@ mod value;
 mod write;
 
 pub use decoder::check_decoder;
+#[cfg(not(feature = "engine"))]
+pub(crate) use dequantize::can_dequantize;
 pub use dequantize::dequantize;
 pub use file_hash::{file_sha256, model_sha256};
 pub use file_type::file_type_name;

@@ -184,6 +184,22 @@ fn numbers(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>> {
 }
 
 fn dequantize(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8], values: &mut [f32]) -> Result<()> {
+    #[cfg(not(feature = "engine"))]
+    if !gguf::can_dequantize(tensor.tensor_type()) {
+        return Err(Error::Model {
+            path: file.path().to_path_buf(),
+            reason: format!(
+                "tensor {:?}: numbers of type {} cannot be read by this build, which carries no llama.cpp",
+                tensor.name(),
+                tensor.tensor_type()
+            ),
+            hint: Some(
+                "steer its neurons by the callback alone, which needs no weights (Route::Callback, \
+                 DETOX_ROUTE_CALLBACK)"
+                    .into(),
+            ),
+        });
+    }
     gguf::dequantize(tensor.tensor_type(), bytes, values).map_err(|reason| Error::Gguf {
         path: file.path().to_path_buf(),
         reason: format!("tensor {:?}: {reason}", tensor.name()),
@@ -220,6 +236,28 @@ mod tests {
                 assert!((a - b).abs() < 1e-6, "{name}: {a} {b}");
             }
         }
+    }
+
+    #[cfg(not(feature = "engine"))]
+    #[test]
+    fn rejects_types_that_need_ggml_with_another_way_to_steer() {
+        use crate::gguf::{GgufWriter, Metadata, TensorSpec, TensorType, Value};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.gguf");
+        let mut metadata = Metadata::new();
+        metadata.set("general.architecture", Value::Str("llama".into()));
+        for (key, n) in [("block_count", 1), ("embedding_length", 2), ("feed_forward_length", 256)] {
+            metadata.set(format!("llama.{key}"), Value::U32(n));
+        }
+        let (name, shape) = ("blk.0.ffn_down.weight".to_owned(), vec![256, 2]);
+        let spec = TensorSpec { name, shape, tensor_type: TensorType::IQ3_S };
+        let mut writer = GgufWriter::create(&path, &metadata, vec![spec]).unwrap();
+        writer.write(&[0; 2 * 110]).unwrap();
+        writer.finish().unwrap();
+        let file = GgufFile::open(&path).unwrap();
+        let error = ValueVectors::open(&file).unwrap().weighted_sum(0, &[(3, 1.0)]).unwrap_err();
+        assert!(error.to_string().contains("iq3_s"), "{error}");
+        assert!(error.hint().unwrap().contains("DETOX_ROUTE_CALLBACK"));
     }
 
     #[test]
