@@ -1,4 +1,5 @@
-//! Records the git revision for `--version` and `run.json`.
+//! Records the git revision for `--version` and `run.json`; with the feature `cuda`, compiles `vendor/cuda` with nvcc and
+//! makes its bindings, and with `cuda-emulation` the same for a CPU.
 
 use std::path::Path;
 use std::process::Command;
@@ -16,10 +17,181 @@ fn main() {
         None => version.to_owned(),
     };
     println!("cargo:rustc-env=DETOX_GGUF_VERSION={version}");
+    #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+    cuda::build();
 }
 
 fn git(arguments: &[&str]) -> Option<String> {
     let output = Command::new("git").args(arguments).output().ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     (output.status.success() && !text.trim().is_empty()).then(|| text.trim().to_owned())
+}
+
+/// The extension for training on NVIDIA GPUs.
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+mod cuda {
+    use std::path::{Path, PathBuf};
+
+    const FOLDER: &str = "vendor/cuda";
+
+    /// cuBLASLt's products, in place of which the emulation has its own.
+    const BY_CUBLAS: &str = "multiply.cu";
+
+    pub fn build() {
+        println!("cargo:rerun-if-changed={FOLDER}");
+        let emulates = cfg!(feature = "cuda-emulation");
+        assert!(
+            !(emulates && cfg!(feature = "cuda")),
+            "the features cuda and cuda-emulation exclude each other: the latter is for tests without a GPU"
+        );
+        bindings(emulates);
+        if emulates { emulation() } else { nvidia() }
+    }
+
+    fn out_dir() -> PathBuf {
+        PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR for build scripts"))
+    }
+
+    fn bindings(emulates: bool) {
+        let mut builder = bindgen::Builder::default()
+            .header(format!("{FOLDER}/ops.h"))
+            .allowlist_item("detox_cuda_.*|DETOX_CUDA_.*")
+            .prepend_enum_name(false)
+            .layout_tests(false)
+            .parse_callbacks(Box::new(bindgen::CargoCallbacks::new()));
+        if emulates {
+            builder = builder.header(format!("{FOLDER}/emulation/control.h"));
+        }
+        let bindings = builder.generate().expect("bindgen reads vendor/cuda/ops.h");
+        bindings.write_to_file(out_dir().join("cuda_ops.rs")).expect("OUT_DIR can be written");
+    }
+
+    /// The files of `folder` that end with `extension`, in the order of their names.
+    fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
+        let entries =
+            std::fs::read_dir(folder).unwrap_or_else(|error| panic!("cannot read {folder}: {error}"));
+        let paths = entries.map(|entry| entry.expect("a folder that can be read").path());
+        let mut files: Vec<PathBuf> =
+            paths.filter(|path| path.extension().is_some_and(|e| e == extension)).collect();
+        files.sort();
+        files
+    }
+
+    /// The same sources as C++, with CUDA's execution model on a CPU. Without sums in other orders or widths than written.
+    fn emulation() {
+        let kernels = files(FOLDER, "cu").into_iter().filter(|path| !path.ends_with(BY_CUBLAS));
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").opt_level(2).define("DETOX_CUDA_EMULATION", None);
+        build.flag("-x").flag("c++").flag("-ffp-contract=off").flag_if_supported("-Wno-unused-parameter");
+        println!("cargo:rerun-if-env-changed=DETOX_CUDA_SANITIZE");
+        if std::env::var_os("DETOX_CUDA_SANITIZE").is_some_and(|value| value == "address") {
+            build.flag("-fsanitize=address").flag("-g");
+        }
+        build.files(kernels).files(files(&format!("{FOLDER}/emulation"), "cpp"));
+        build.compile("detox_cuda_emulation");
+    }
+
+    fn nvidia() {
+        for name in ["CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "DETOX_CUDA_ARCH", "PATH"] {
+            println!("cargo:rerun-if-env-changed={name}");
+        }
+        let Some(nvcc) = find_nvcc() else {
+            println!("cargo:warning=the feature cuda needs NVIDIA's compiler nvcc, and there is none");
+            eprintln!(
+                "error: the feature cuda needs NVIDIA's compiler nvcc, and there is none in $CUDA_HOME, $CUDA_PATH, on \
+                 PATH, in /usr/local/cuda or in Python's site-packages\n\
+                 hint: install the CUDA toolkit, or without root: pip install nvidia-cuda-nvcc nvidia-cuda-crt \
+                 nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cublas\n\
+                 hint: or build without --features cuda: training then runs on the CPU"
+            );
+            std::process::exit(1);
+        };
+        let toolkit =
+            nvcc.parent().and_then(Path::parent).expect("nvcc lies in a toolkit's bin").to_path_buf();
+        // SAFETY: this program has one thread so far; cc reads the variable, and knows no other way.
+        unsafe { std::env::set_var("NVCC", &nvcc) };
+        let mut build = cc::Build::new();
+        build.cuda(true).cudart("static").std("c++17").opt_level(3).warnings(false);
+        for flag in architectures() {
+            build.flag(flag);
+        }
+        for folder in ["include", "targets/x86_64-linux/include"] {
+            let folder = toolkit.join(folder);
+            if folder.is_dir() {
+                build.include(folder);
+            }
+        }
+        build.files(files(FOLDER, "cu")).compile("detox_cuda");
+        let cublas = link_folders(&toolkit);
+        println!("cargo:rustc-link-lib=dylib:+verbatim={cublas}");
+        for library in ["dl", "rt", "pthread"] {
+            println!("cargo:rustc-link-lib=dylib={library}");
+        }
+    }
+
+    /// Tells the linker where the libraries are, and the program too; gives the name of cuBLASLt's.
+    fn link_folders(toolkit: &Path) -> String {
+        let mut found = None;
+        for folder in ["lib64", "lib", "targets/x86_64-linux/lib"] {
+            let folder = toolkit.join(folder);
+            let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+            println!("cargo:rustc-link-search=native={}", folder.display());
+            println!("cargo:rustc-link-arg=-Wl,-rpath,{}", folder.display());
+            // Packages of PyPI have the library without the name for linking.
+            let mut names: Vec<String> =
+                entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+            names.sort();
+            found = found.or(names.into_iter().find(|name| name.starts_with("libcublasLt.so")));
+        }
+        found.unwrap_or_else(|| {
+            eprintln!(
+                "error: the toolkit in {} has no libcublasLt.so\nhint: install cuBLAS (of PyPI: nvidia-cublas)",
+                toolkit.display()
+            );
+            std::process::exit(1);
+        })
+    }
+
+    /// For `DETOX_CUDA_ARCH`, such as `89` or `80,90`: code for each, and for the last of them what later GPUs compile
+    /// for themselves.
+    fn architectures() -> Vec<String> {
+        let asked = std::env::var("DETOX_CUDA_ARCH").unwrap_or_default();
+        let asked = if asked.is_empty() { "80,86,89,90".to_owned() } else { asked };
+        let all: Vec<&str> = asked.split(',').map(str::trim).collect();
+        let is_number = |arch: &&str| !arch.is_empty() && arch.bytes().all(|b| b.is_ascii_digit());
+        if !all.iter().all(|arch| is_number(arch) && arch.parse::<u32>().is_ok_and(|n| n >= 80)) {
+            eprintln!(
+                "error: DETOX_CUDA_ARCH: expected compute capabilities without their points, from 80 up, such as 89 or \
+                 80,90; found {asked:?}"
+            );
+            std::process::exit(1);
+        }
+        let mut flags: Vec<String> =
+            all.iter().map(|arch| format!("-gencode=arch=compute_{arch},code=sm_{arch}")).collect();
+        let last = all.last().expect("split gives at least one");
+        flags.push(format!("-gencode=arch=compute_{last},code=compute_{last}"));
+        flags
+    }
+
+    fn find_nvcc() -> Option<PathBuf> {
+        let mut folders: Vec<PathBuf> = Vec::new();
+        for name in ["CUDA_HOME", "CUDA_PATH"] {
+            folders.extend(std::env::var_os(name).map(|root| PathBuf::from(root).join("bin")));
+        }
+        folders.extend(std::env::var_os("PATH").iter().flat_map(std::env::split_paths));
+        folders.push("/usr/local/cuda/bin".into());
+        let found = folders.into_iter().map(|folder| folder.join("nvcc")).find(|nvcc| nvcc.is_file());
+        found.map(|nvcc| nvcc.canonicalize().unwrap_or(nvcc)).or_else(nvcc_of_python)
+    }
+
+    /// That of NVIDIA's packages, in the site-packages of the Python that is found first.
+    fn nvcc_of_python() -> Option<PathBuf> {
+        const LIST: &str = "import sys, site\nprint('\\n'.join(sys.path + site.getsitepackages() + [site.getusersitepackages()]))";
+        let output = std::process::Command::new("python3").args(["-c", LIST]).output().ok()?;
+        let text = String::from_utf8(output.stdout).ok()?;
+        text.lines().filter(|line| !line.is_empty()).find_map(|folder| {
+            let nvcc = Path::new(folder).join("nvidia/cu13/bin/nvcc");
+            nvcc.is_file().then_some(nvcc)
+        })
+    }
 }

@@ -112,6 +112,28 @@ pub enum Error {
         hint: Option<String>,
     },
 
+    /// A GPU cannot be used, or failed.
+    #[error("{device}: {reason}")]
+    Device {
+        /// Which, as on the command line: `cuda:0`.
+        device: String,
+        /// What was wanted, and what came of it.
+        reason: String,
+        /// The cure, where there is one.
+        hint: Option<String>,
+    },
+
+    /// A GPU's memory does not suffice.
+    #[error("{device}: {reason}")]
+    DeviceMemory {
+        /// Which, as on the command line: `cuda:0`.
+        device: String,
+        /// How much was wanted, and how much there is.
+        reason: String,
+        /// The cure, where there is one.
+        hint: Option<String>,
+    },
+
     /// Training cannot go on: its numbers are no numbers any more.
     #[error("training cannot go on: {reason}")]
     Training {
@@ -175,6 +197,8 @@ impl Error {
             | Error::Model { hint, .. }
             | Error::Setting { hint, .. }
             | Error::Scorer { hint, .. }
+            | Error::Device { hint, .. }
+            | Error::DeviceMemory { hint, .. }
             | Error::RunFolder { hint, .. }
             | Error::Refused { hint, .. }
             | Error::NoResult { hint, .. } => hint.clone(),

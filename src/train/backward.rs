@@ -58,7 +58,7 @@ impl<D: Device> Transformer<D> {
                 device.scatter_add(&drows, n_embd, &Index::Output(all), &batch.rows, 1.0, &mut dx)?;
             }
             None => {
-                for range in self.chunks(dlogps.len()) {
+                for range in self.chunks(device, dlogps.len()) {
                     let (normed, rows) = self.output_rows(pass, batch, last, range.clone())?;
                     let (mut logits, reduced) = self.output.forward(pass, &normed, range.len())?;
                     self.logprobs(pass, batch, range.clone(), true, &mut logits)?;

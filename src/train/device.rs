@@ -26,6 +26,8 @@ pub struct HostMatrix {
     pub n_out: usize,
     /// The rows' blocks, one row after the other.
     pub bytes: Vec<u8>,
+    /// Whether rows of it are read one by one, as token embeddings are; else it is multiplied with alone.
+    pub is_table: bool,
 }
 
 /// `C = beta C + alpha op(A) op(B)`, where C is `[m][n]`.
@@ -170,6 +172,17 @@ pub struct AdamwStep {
     pub gradient_scale: f32,
 }
 
+/// A trained tensor, as the optimizer sees it.
+#[derive(Debug)]
+pub struct Trained<'a, B> {
+    /// What it is stepped against.
+    pub gradient: &'a B,
+    /// The optimizer's state.
+    pub states: &'a mut [B],
+    /// Its numbers.
+    pub value: &'a mut B,
+}
+
 /// Where the numbers are, and what is done with them.
 ///
 /// A caller keeps to the shapes that are given here; a device may end the process where they are not kept.
@@ -190,8 +203,17 @@ pub trait Device: Debug + Send + Sync {
         work()
     }
 
+    /// Bytes of logits that are computed at a time; more make larger products.
+    fn logit_bytes(&self) -> usize {
+        32 << 20
+    }
+
     /// `n` zeros.
     fn zeros(&self, n: usize) -> Result<Self::Buffer>;
+    /// `n` numbers that are overwritten before they are read.
+    fn space(&self, n: usize) -> Result<Self::Buffer> {
+        self.zeros(n)
+    }
     /// A copy of `values`.
     fn upload(&self, values: &[f32]) -> Result<Self::Buffer>;
     /// Overwrites `buffer`, which has as many numbers.
@@ -362,6 +384,10 @@ pub trait Device: Debug + Send + Sync {
 
     /// The sum of the squares of all numbers.
     fn square_sum(&self, x: &Self::Buffer) -> Result<f64>;
+    /// The sum of the squares of all numbers of all buffers.
+    fn square_sum_all(&self, all: &[Self::Buffer]) -> Result<f64> {
+        all.iter().try_fold(0.0, |sum, x| Ok(sum + self.square_sum(x)?))
+    }
     /// Steps `value` against `gradient`; `mean_square` is the optimizer's state.
     fn rmsprop(
         &self,
@@ -379,4 +405,15 @@ pub trait Device: Debug + Send + Sync {
         mean_square: &mut Self::Buffer,
         value: &mut Self::Buffer,
     ) -> Result<()>;
+    /// [`Device::rmsprop`] of every tensor; each has one state.
+    fn rmsprop_all(&self, step: RmspropStep, all: &mut [Trained<'_, Self::Buffer>]) -> Result<()> {
+        all.iter_mut().try_for_each(|t| self.rmsprop(step, t.gradient, &mut t.states[0], t.value))
+    }
+    /// [`Device::adamw`] of every tensor; each has two states, the mean first.
+    fn adamw_all(&self, step: AdamwStep, all: &mut [Trained<'_, Self::Buffer>]) -> Result<()> {
+        all.iter_mut().try_for_each(|t| {
+            let [mean, mean_square] = t.states else { unreachable!("AdamW has two states") };
+            self.adamw(step, t.gradient, mean, mean_square, t.value)
+        })
+    }
 }

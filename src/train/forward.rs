@@ -9,9 +9,6 @@ use super::linear::{Pass, Reduced, by_transposed};
 use super::pack::Packed;
 use super::transformer::{Layer, NormWeights, Qkv, Transformer};
 
-/// Rows of logits that are computed at a time: so many bytes of them.
-const LOGIT_BYTES: usize = 32 << 20;
-
 /// A batch on the device.
 #[derive(Debug)]
 pub struct Batch<D: Device> {
@@ -117,7 +114,7 @@ impl<D: Device> Transformer<D> {
             false => None,
         };
         let mut logps = Vec::with_capacity(n_outputs);
-        for range in self.chunks(n_outputs) {
+        for range in self.chunks(pass.device, n_outputs) {
             let (normed, _) = self.output_rows(pass, batch, &x, range.clone())?;
             let (mut logits, _) = self.output.forward(pass, &normed, range.len())?;
             logps.extend(self.logprobs(pass, batch, range.clone(), needs_gradient, &mut logits)?);
@@ -164,7 +161,7 @@ impl<D: Device> Transformer<D> {
             x = self.layer_forward(pass, batch, il, &x)?.0;
         }
         let mut rows = Vec::new();
-        for range in self.chunks(batch.packed.outputs.len()) {
+        for range in self.chunks(pass.device, batch.packed.outputs.len()) {
             let (normed, _) = self.output_rows(pass, batch, &x, range.clone())?;
             let (logits, _) = self.output.forward(pass, &normed, range.len())?;
             let logits = pass.device.download(&logits)?;
@@ -174,9 +171,9 @@ impl<D: Device> Transformer<D> {
         Ok(rows)
     }
 
-    /// Outputs whose logits fit into [`LOGIT_BYTES`] together.
-    pub(super) fn chunks(&self, n_outputs: usize) -> impl Iterator<Item = Range<usize>> + use<D> {
-        let n = (LOGIT_BYTES / (4 * self.config.n_vocab)).max(1);
+    /// Outputs whose logits fit into [`Device::logit_bytes`] together.
+    pub(super) fn chunks(&self, device: &D, n_outputs: usize) -> impl Iterator<Item = Range<usize>> + use<D> {
+        let n = (device.logit_bytes() / (4 * self.config.n_vocab)).max(1);
         (0..n_outputs).step_by(n).map(move |first| first..(first + n).min(n_outputs))
     }
 
@@ -189,7 +186,7 @@ impl<D: Device> Transformer<D> {
         range: Range<usize>,
     ) -> Result<(D::Buffer, D::Buffer)> {
         let (device, n_embd) = (pass.device, self.config.n_embd);
-        let mut rows = device.zeros(range.len() * n_embd)?;
+        let mut rows = device.space(range.len() * n_embd)?;
         device.gather(x, n_embd, &Index::Output(range.clone()), &batch.rows, 1.0, &mut rows)?;
         let normed = self.normed(pass, &self.output_norm, &rows, range.len() * n_embd, n_embd)?;
         Ok((normed, rows))
@@ -215,7 +212,7 @@ impl<D: Device> Transformer<D> {
         n: usize,
         n_cols: usize,
     ) -> Result<D::Buffer> {
-        let mut y = pass.device.zeros(n)?;
+        let mut y = pass.device.space(n)?;
         let bias = weights.bias.as_ref().map(|bias| bias.get(pass));
         pass.device.norm(self.config.norm, x, weights.weight.get(pass), bias, n_cols, &mut y)?;
         Ok(y)
@@ -231,7 +228,7 @@ impl<D: Device> Transformer<D> {
         let Pass { device, values, .. } = pass;
         let (n_rows, n_embd) = (batch.packed.n_rows(), self.config.n_embd);
         let scale = self.config.embedding_scale;
-        let mut x = device.zeros(n_rows * n_embd)?;
+        let mut x = device.space(n_rows * n_embd)?;
         match &self.embedding.weight {
             super::linear::Weight::Frozen(matrix) => device.embed(matrix, &batch.rows, scale, &mut x)?,
             super::linear::Weight::Trained(id) => {
@@ -240,7 +237,7 @@ impl<D: Device> Transformer<D> {
         }
         let mut reduced = None;
         if let (Some(low_rank), Some(adapter_scale)) = (self.embedding.low_rank, pass.adapter_scale) {
-            let mut a = device.zeros(n_rows * low_rank.rank)?;
+            let mut a = device.space(n_rows * low_rank.rank)?;
             device.gather(&values[low_rank.a], low_rank.rank, &Index::Token, &batch.rows, 1.0, &mut a)?;
             let mut change = by_transposed([n_rows, n_embd, low_rank.rank]);
             (change.alpha, change.beta) = (scale * adapter_scale, 1.0);
@@ -248,7 +245,7 @@ impl<D: Device> Transformer<D> {
             reduced = Some(a);
         }
         if let Some(positions) = &self.positions {
-            let mut added = device.zeros(n_rows * n_embd)?;
+            let mut added = device.space(n_rows * n_embd)?;
             device.gather(positions.get(pass), n_embd, &Index::Position, &batch.rows, 1.0, &mut added)?;
             device.add(1.0, &added, &mut x)?;
         }
@@ -278,7 +275,7 @@ impl<D: Device> Transformer<D> {
         let mut raw = None;
         if let Some((q_norm, k_norm)) = &layer.qk_norm {
             let head_dim = attention.head_dim;
-            let mut normed = [device.zeros(n_rows * n_query)?, device.zeros(n_rows * config.n_key())?];
+            let mut normed = [device.space(n_rows * n_query)?, device.space(n_rows * config.n_key())?];
             device.norm(config.norm, &q, q_norm.get(pass), None, head_dim, &mut normed[0])?;
             device.norm(config.norm, &k, k_norm.get(pass), None, head_dim, &mut normed[1])?;
             let [q_normed, k_normed] = normed;
@@ -288,8 +285,8 @@ impl<D: Device> Transformer<D> {
             device.rope(rope, &batch.rows, attention.head_dim, false, &mut q)?;
             device.rope(rope, &batch.rows, attention.head_dim, false, &mut k)?;
         }
-        let mut attn_out = device.zeros(n_rows * n_query)?;
-        let mut lse = device.zeros(n_rows * attention.n_head)?;
+        let mut attn_out = device.space(n_rows * n_query)?;
+        let mut lse = device.space(n_rows * attention.n_head)?;
         device.attention(attention, &batch.rows, &q, &k, &v, &mut attn_out, &mut lse)?;
         let (projected, output_reduced) = layer.attn_output.forward(pass, &attn_out, n_rows)?;
 
@@ -311,7 +308,7 @@ impl<D: Device> Transformer<D> {
             None => None,
         };
         let (up, up_reduced) = layer.ffn_up.forward(pass, read, n_rows)?;
-        let mut active = device.zeros(n_rows * n_ff)?;
+        let mut active = device.space(n_rows * n_ff)?;
         match &gate {
             Some((gate, _)) => device.activate(config.activation, gate, Some(&up), &mut active)?,
             None => device.activate(config.activation, &up, None, &mut active)?,

@@ -105,7 +105,7 @@ impl<D: Device> Linear<D> {
     ) -> Result<(D::Buffer, Reduced<D>)> {
         let Pass { device, values, .. } = pass;
         let (n_in, n_out) = (self.n_in, self.n_out);
-        let mut y = device.zeros(n_rows * n_out)?;
+        let mut y = device.space(n_rows * n_out)?;
         match &self.weight {
             Weight::Frozen(matrix) => device.product(matrix, x, n_rows, &mut y)?,
             Weight::Trained(id) => {
@@ -114,7 +114,7 @@ impl<D: Device> Linear<D> {
         }
         let mut reduced = None;
         if let (Some(LowRank { rank, a, b }), Some(scale)) = (self.low_rank, pass.adapter_scale) {
-            let mut xa = device.zeros(n_rows * rank)?;
+            let mut xa = device.space(n_rows * rank)?;
             device.gemm(by_transposed([n_rows, rank, n_in]), x, &values[a], &mut xa)?;
             let added = Gemm { alpha: scale, beta: 1.0, ..by_transposed([n_rows, n_out, rank]) };
             device.gemm(added, &xa, &values[b], &mut y)?;
@@ -159,7 +159,7 @@ impl<D: Device> Linear<D> {
         {
             let db = Gemm { transpose_a: true, alpha: scale, ..plain([n_out, rank, n_rows]) };
             device.gemm(added(db), dy, xa, &mut gradients[b])?;
-            let mut dxa = device.zeros(n_rows * rank)?;
+            let mut dxa = device.space(n_rows * rank)?;
             device.gemm(Gemm { alpha: scale, ..plain([n_rows, rank, n_out]) }, dy, &values[b], &mut dxa)?;
             let da = Gemm { transpose_a: true, ..plain([rank, n_in, n_rows]) };
             device.gemm(added(da), &dxa, x, &mut gradients[a])?;

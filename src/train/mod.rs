@@ -25,7 +25,11 @@ pub mod backward;
 pub mod checkpoint;
 pub mod config;
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+pub mod cuda;
 pub mod device;
+#[cfg(test)]
+mod device_tests;
 pub mod dpo;
 pub mod forward;
 pub mod linear;

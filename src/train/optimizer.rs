@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 
-use super::device::{AdamwStep, Device, RmspropStep};
+use super::device::{AdamwStep, Device, RmspropStep, Trained};
 use super::parameters::Parameters;
 
 /// Which optimizer, with PyTorch's defaults.
@@ -94,29 +94,27 @@ impl<D: Device> Optimizer<D> {
         self.n_steps += 1;
         let (learning_rate, gradient_scale) = (learning_rate as f32, gradient_scale as f32);
         let all = parameters.values.iter_mut().zip(&parameters.gradients).zip(&mut self.states);
-        for ((value, gradient), states) in all {
-            match (self.kind, states.as_mut_slice()) {
-                (OptimizerKind::Rmsprop, [mean_square]) => {
-                    let step =
-                        RmspropStep { learning_rate, alpha: RMSPROP_ALPHA, epsilon: EPSILON, gradient_scale };
-                    device.rmsprop(step, gradient, mean_square, value)?;
-                }
-                (OptimizerKind::Adamw, [mean, mean_square]) => {
-                    let step = AdamwStep {
-                        learning_rate,
-                        beta1: ADAMW_BETAS.0,
-                        beta2: ADAMW_BETAS.1,
-                        epsilon: EPSILON,
-                        weight_decay: self.weight_decay,
-                        step: self.n_steps,
-                        gradient_scale,
-                    };
-                    device.adamw(step, gradient, mean, mean_square, value)?;
-                }
-                _ => unreachable!("`new` makes as many states as the kind has"),
+        let mut all: Vec<Trained<'_, D::Buffer>> =
+            all.map(|((value, gradient), states)| Trained { gradient, states, value }).collect();
+        match self.kind {
+            OptimizerKind::Rmsprop => {
+                let step =
+                    RmspropStep { learning_rate, alpha: RMSPROP_ALPHA, epsilon: EPSILON, gradient_scale };
+                device.rmsprop_all(step, &mut all)
+            }
+            OptimizerKind::Adamw => {
+                let step = AdamwStep {
+                    learning_rate,
+                    beta1: ADAMW_BETAS.0,
+                    beta2: ADAMW_BETAS.1,
+                    epsilon: EPSILON,
+                    weight_decay: self.weight_decay,
+                    step: self.n_steps,
+                    gradient_scale,
+                };
+                device.adamw_all(step, &mut all)
             }
         }
-        Ok(())
     }
 }
 

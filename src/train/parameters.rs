@@ -74,7 +74,6 @@ impl<D: Device> Parameters<D> {
     /// # Errors
     /// Of the device.
     pub fn gradient_norm(&self, device: &D) -> Result<f64> {
-        let squares = self.gradients.iter().map(|g| device.square_sum(g)).collect::<Result<Vec<f64>>>()?;
-        Ok(squares.iter().sum::<f64>().sqrt())
+        Ok(device.square_sum_all(&self.gradients)?.sqrt())
     }
 }

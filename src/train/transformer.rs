@@ -172,6 +172,9 @@ fn check_finite(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8]) -> Result<()
     )
 }
 
+/// The one matrix whose rows are read one by one.
+const TOKEN_EMBEDDINGS: &str = "token_embd.weight";
+
 struct Loader<'a, D: Device> {
     device: &'a D,
     file: &'a GgufFile,
@@ -183,7 +186,7 @@ struct Loader<'a, D: Device> {
 impl<D: Device> Loader<'_, D> {
     fn transformer(&mut self, config: Config) -> Result<Transformer<D>> {
         let (n_embd, n_vocab) = (config.n_embd, config.n_vocab);
-        let name = "token_embd.weight";
+        let name = TOKEN_EMBEDDINGS;
         let weight = self.weight(name, n_embd, n_vocab)?;
         let low_rank = match self.method {
             Method::Lora(options) if options.trains(name) => {
@@ -331,8 +334,14 @@ impl<D: Device> Loader<'_, D> {
         }
         let bytes = self.file.read_tensor(tensor)?;
         check_finite(self.file, tensor, &bytes)?;
-        let matrix =
-            HostMatrix { name: name.to_owned(), tensor_type: tensor.tensor_type(), n_in, n_out, bytes };
+        let matrix = HostMatrix {
+            name: name.to_owned(),
+            tensor_type: tensor.tensor_type(),
+            n_in,
+            n_out,
+            bytes,
+            is_table: name == TOKEN_EMBEDDINGS,
+        };
         Ok(Weight::Frozen(Arc::new(self.device.matrix(matrix)?)))
     }
 

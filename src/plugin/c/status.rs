@@ -51,6 +51,8 @@ impl From<Error> for Failure {
             Error::Decode { .. }
             | Error::PromptTooLong { .. }
             | Error::RunFolder { .. }
+            | Error::Device { .. }
+            | Error::DeviceMemory { .. }
             | Error::Training { .. }
             | Error::NoResult { .. }
             | Error::Interrupted => Status::InternalError,

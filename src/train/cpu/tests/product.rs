@@ -1,83 +1,10 @@
-//! Products with frozen matrices of every type that models come in.
+//! Fast products, and exact ones on other numbers of threads.
 
-use super::{Cpu, HELD, Products, Random, SUMS, assert_close, cpu};
-use crate::error::Error;
-use crate::gguf::{TensorType, dequantize, quantize};
-use crate::train::device::{Device, HostMatrix};
-
-const TYPES: [TensorType; 11] = [
-    TensorType::F32,
-    TensorType::F16,
-    TensorType::BF16,
-    TensorType::Q4_0,
-    TensorType::Q4_1,
-    TensorType::Q5_0,
-    TensorType::Q5_1,
-    TensorType::Q8_0,
-    TensorType::Q4_K,
-    TensorType::Q5_K,
-    TensorType::Q6_K,
-];
-
-/// A matrix of random numbers, and the numbers that its blocks stand for, `[n_out][n_in]`.
-fn matrix(random: &mut Random, tensor_type: TensorType, [n_out, n_in]: [usize; 2]) -> (HostMatrix, Vec<f32>) {
-    let bytes = quantize(tensor_type, &random.numbers(n_out * n_in), n_in).unwrap();
-    let mut values = vec![0.0; n_out * n_in];
-    dequantize(tensor_type, &bytes, &mut values).unwrap();
-    (HostMatrix { name: "blk.0.ffn_up.weight".into(), tensor_type, n_in, n_out, bytes }, values)
-}
-
-/// Outputs and inputs: odd ones where the type has no blocks; more outputs and inputs than a part of a
-/// matrix has; and few.
-fn sizes(tensor_type: TensorType) -> Vec<[usize; 2]> {
-    match tensor_type.block_len() {
-        1 => vec![[1, 1], [5, 7], [33, 45], [300, 770]],
-        32 => vec![[1, 32], [5, 96], [64, 160], [300, 736]],
-        n => vec![[1, n as usize], [37, 256], [300, 768]],
-    }
-}
-
-/// `[R][O]`
-fn product(w: &[f32], [n_out, n_in]: [usize; 2], x: &[f32]) -> Vec<f64> {
-    let rows = x.chunks_exact(n_in);
-    let of_row = |x: &[f32]| -> Vec<f64> {
-        (0..n_out)
-            .map(|o| super::dot(w[o * n_in..(o + 1) * n_in].iter().copied(), x.iter().copied()))
-            .collect()
-    };
-    rows.flat_map(of_row).collect()
-}
-
-/// `[I][O]` of `[O][I]`
-fn transposed(w: &[f32], [n_out, n_in]: [usize; 2]) -> Vec<f32> {
-    (0..n_in * n_out).map(|i| w[i % n_out * n_in + i / n_out]).collect()
-}
-
-#[test]
-fn products_are_those_with_the_numbers_that_blocks_stand_for() {
-    let mut random = Random::new(19);
-    for n_threads in [1, 3] {
-        let device = Cpu::new(n_threads, Products::Exact).unwrap();
-        for tensor_type in TYPES {
-            for [n_out, n_in] in sizes(tensor_type) {
-                let (host, w) = matrix(&mut random, tensor_type, [n_out, n_in]);
-                let matrix = device.matrix(host).unwrap();
-                for n_rows in [1, 3, 17] {
-                    let what = format!("{tensor_type} [{n_out}][{n_in}], {n_rows} rows");
-                    let (x, dy) = (random.numbers(n_rows * n_in), random.numbers(n_rows * n_out));
-                    let mut y = vec![f32::NAN; n_rows * n_out];
-                    device.product(&matrix, &x, n_rows, &mut y).unwrap();
-                    assert_close(&y, &product(&w, [n_out, n_in], &x), SUMS, &what);
-                    let mut dx = vec![HELD; n_rows * n_in];
-                    device.product_back(&matrix, &dy, n_rows, &mut dx).unwrap();
-                    let expected = product(&transposed(&w, [n_out, n_in]), [n_in, n_out], &dy);
-                    let expected: Vec<f64> = expected.into_iter().map(|x| x + f64::from(HELD)).collect();
-                    assert_close(&dx, &expected, SUMS, &format!("{what}, back"));
-                }
-            }
-        }
-    }
-}
+use crate::gguf::TensorType;
+use crate::train::cpu::{Cpu, Products};
+use crate::train::device::Device;
+use crate::train::device_tests::product::{TYPES, matrix, product, sizes, transposed};
+use crate::train::device_tests::{HELD, Random, SUMS, oracle, product as common};
 
 /// The most that rounding a row to 8 bits in blocks of `len` changes each number: half a step of the largest
 /// over 127, and an F16's rounding of that step and of what the block adds up to.
@@ -122,7 +49,7 @@ fn check_fast_products(device: &Cpu, rounds_matrix: bool) {
                 let x = random.numbers(n_rows * n_in);
                 let mut y = vec![f32::NAN; n_rows * n_out];
                 device.product(&matrix, &x, n_rows, &mut y).unwrap();
-                let exact = product(&w, [n_out, n_in], &x);
+                let (exact, _) = product(&w, [n_out, n_in], &x);
                 let mut largest = 0.0f64;
                 for (i, (&found, exact)) in y.iter().zip(&exact).enumerate() {
                     let x = &x[i / n_out * n_in..(i / n_out + 1) * n_in];
@@ -171,7 +98,7 @@ fn check_fast_products_back(device: &Cpu, is_own: bool) {
                 let dy = random.numbers(n_rows * n_out);
                 let mut dx = vec![HELD; n_rows * n_in];
                 device.product_back(&matrix, &dy, n_rows, &mut dx).unwrap();
-                let exact = product(&w, [n_in, n_out], &dy);
+                let (exact, _) = product(&w, [n_in, n_out], &dy);
                 let mut largest = 0.0f64;
                 for (i, (&found, exact)) in dx.iter().zip(&exact).enumerate() {
                     let dy = &dy[i / n_in * n_out..(i / n_in + 1) * n_out];
@@ -190,7 +117,7 @@ fn check_fast_products_back(device: &Cpu, is_own: bool) {
 #[test]
 fn ggml_s_products_back_are_exact_to_the_bit_where_outputs_are_no_whole_blocks() {
     let mut random = Random::new(22);
-    let (exact, fast) = (cpu(), Cpu::with(2, Products::Fast, true).unwrap());
+    let (exact, fast) = (oracle(), Cpu::with(2, Products::Fast, true).unwrap());
     let plain = [TensorType::F32, TensorType::F16, TensorType::BF16].map(|t| (t, [64, 96]));
     for (tensor_type, [n_out, n_in]) in
         [(TensorType::Q8_0, [33, 96]), (TensorType::Q4_K, [16, 256])].into_iter().chain(plain)
@@ -206,45 +133,16 @@ fn ggml_s_products_back_are_exact_to_the_bit_where_outputs_are_no_whole_blocks()
 }
 
 #[test]
-fn rows_that_hold_no_number_stay_none_and_leave_others_alone() {
-    let mut random = Random::new(25);
-    let exact = Cpu::new(2, Products::Exact).unwrap();
-    for device in fast_devices().into_iter().map(|(device, _)| device).chain([exact]) {
-        for tensor_type in [TensorType::F32, TensorType::Q8_0, TensorType::Q4_K] {
-            let [n_out, n_in] = [64, 256];
-            let matrix = device.matrix(matrix(&mut random, tensor_type, [n_out, n_in]).0).unwrap();
-            for bad in [f32::NAN, f32::INFINITY] {
-                let what = format!("{bad} in {tensor_type}, {}", device.describe());
-                // In the second of three rows.
-                let (mut x, mut dy) = (random.numbers(3 * n_in), random.numbers(3 * n_out));
-                (x[n_in + 45], dy[n_out + 37]) = (bad, bad);
-                let (mut y, mut dx) = (vec![0.0; 3 * n_out], vec![HELD; 3 * n_in]);
-                device.product(&matrix, &x, 3, &mut y).unwrap();
-                device.product_back(&matrix, &dy, 3, &mut dx).unwrap();
-                for (found, n, of) in [(y, n_out, "product"), (dx, n_in, "product back")] {
-                    let is_number = |x: &f32| x.is_finite();
-                    assert!(!found[n..2 * n].iter().any(is_number), "{what}, {of}: numbers out of none");
-                    assert!(found[..n].iter().all(is_number), "{what}, {of}: the row before");
-                    assert!(found[2 * n..].iter().all(is_number), "{what}, {of}: the row after");
-                }
-            }
-        }
+fn rows_that_hold_no_number_stay_none_in_fast_products() {
+    for (device, _) in fast_devices() {
+        common::rows_that_hold_no_number_stay_none_and_leave_others_alone(&device);
     }
 }
 
 #[test]
-fn rejects_a_matrix_whose_bytes_are_not_those_of_its_shape() {
-    let mut random = Random::new(23);
-    let (host, _) = matrix(&mut random, TensorType::Q8_0, [4, 64]);
-    let cases = [
-        HostMatrix { n_out: 5, ..host.clone() },
-        HostMatrix { n_in: 32, ..host.clone() },
-        HostMatrix { n_in: 33, ..host.clone() },
-        HostMatrix { tensor_type: TensorType::F32, ..host },
-    ];
-    for host in cases {
-        let error = cpu().matrix(host).unwrap_err();
-        assert!(matches!(error, Error::Setting { .. }), "{error}");
-        assert!(error.to_string().starts_with("blk.0.ffn_up.weight: expected"), "{error}");
+fn products_on_one_thread_and_on_three_are_exact() {
+    for n_threads in [1, 3] {
+        let device = Cpu::new(n_threads, Products::Exact).unwrap();
+        common::products_are_those_with_the_numbers_that_blocks_stand_for(&device);
     }
 }

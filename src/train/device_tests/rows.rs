@@ -1,14 +1,12 @@
 //! Buffers, and sums and copies of rows.
 
-use super::{HELD, Random, SUMS, assert_close, cpu};
-use crate::train::device::Device;
+use super::{HELD, Random, SUMS, Tested, assert_close};
 
 /// Rows and columns; the last are more than a task takes.
 const SIZES: [[usize; 2]; 5] = [[1, 1], [1, 17], [5, 3], [4, 32], [700, 33]];
 
-#[test]
-fn buffers_hold_what_is_written_to_them() {
-    let device = cpu();
+pub fn buffers_hold_what_is_written_to_them<D: Tested>(device: &D) {
+    let device = device;
     let mut buffer = device.zeros(3).unwrap();
     assert_eq!(device.download(&buffer).unwrap(), [0.0; 3]);
     device.write(&[1.0, 2.0, 3.0], &mut buffer).unwrap();
@@ -19,16 +17,7 @@ fn buffers_hold_what_is_written_to_them() {
     assert_eq!(device.scope(|| 7), 7);
 }
 
-#[test]
-fn the_description_names_threads_and_products() {
-    use crate::train::cpu::{Cpu, Products};
-    assert_eq!(Cpu::new(1, Products::Exact).unwrap().describe(), "cpu, 1 thread, exact products");
-    let ggml = Cpu::with(3, Products::Fast, true).unwrap();
-    assert_eq!(ggml.describe(), "cpu, 3 threads, fast (ggml) products");
-}
-
-#[test]
-fn sums_over_rows_and_to_rows_are_those_of_two_loops() {
+pub fn sums_over_rows_and_to_rows_are_those_of_two_loops<D: Tested>(device: &D) {
     let mut random = Random::new(17);
     for [n_rows, n_cols] in SIZES {
         let what = format!("{n_rows} rows of {n_cols}");
@@ -37,35 +26,34 @@ fn sums_over_rows_and_to_rows_are_those_of_two_loops() {
         let factors = random.numbers(n_rows);
 
         let mut found = y.clone();
-        cpu().add(-0.5, &x, &mut found).unwrap();
+        device.add(-0.5, &x, &mut found).unwrap();
         let expected: Vec<f64> = y.iter().zip(&x).map(|(&y, &x)| f64::from(y) - 0.5 * f64::from(x)).collect();
         assert_close(&found, &expected, SUMS, &format!("{what}, added"));
 
         let mut found = y.clone();
-        cpu().add_to_rows(&bias, n_cols, &mut found).unwrap();
+        device.add_to_rows(&bias, n_cols, &mut found).unwrap();
         let of_col = |i: usize| f64::from(bias[i % n_cols]);
         let expected: Vec<f64> = y.iter().enumerate().map(|(i, &y)| f64::from(y) + of_col(i)).collect();
         assert_close(&found, &expected, SUMS, &format!("{what}, with a bias"));
 
         let mut found = vec![HELD; n_cols];
-        cpu().sum_rows(&x, n_cols, &mut found).unwrap();
+        device.sum_rows(&x, n_cols, &mut found).unwrap();
         let of_col = |c: usize| (0..n_rows).map(|r| f64::from(x[r * n_cols + c])).sum::<f64>();
         let expected: Vec<f64> = (0..n_cols).map(|c| f64::from(HELD) + of_col(c)).collect();
         assert_close(&found, &expected, SUMS, &format!("{what}, summed"));
 
         let mut found = x.clone();
-        cpu().scale_rows(&factors, n_cols, &mut found).unwrap();
+        device.scale_rows(&factors, n_cols, &mut found).unwrap();
         let expected: Vec<f32> = x.iter().enumerate().map(|(i, &x)| factors[i / n_cols] * x).collect();
         assert_eq!(found, expected, "{what}, multiplied");
 
-        let found = cpu().square_sum(&x).unwrap();
+        let found = device.square_sum(&x).unwrap();
         let expected: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
         assert!((found - expected).abs() <= 1e-12 * expected, "{what}: expected {expected}, found {found}");
     }
 }
 
-#[test]
-fn columns_are_added_from_one_place_to_another() {
+pub fn columns_are_added_from_one_place_to_another<D: Tested>(device: &D) {
     let mut random = Random::new(18);
     for n_rows in [1, 3, 2000] {
         for (src_cols, from, dst_cols, to, n) in
@@ -73,7 +61,7 @@ fn columns_are_added_from_one_place_to_another() {
         {
             let (src, dst) = (random.numbers(n_rows * src_cols), random.numbers(n_rows * dst_cols));
             let mut found = dst.clone();
-            cpu().add_columns(&src, src_cols, from, &mut found, dst_cols, to, n).unwrap();
+            device.add_columns(&src, src_cols, from, &mut found, dst_cols, to, n).unwrap();
             let mut expected = dst;
             for row in 0..n_rows {
                 for c in 0..n {

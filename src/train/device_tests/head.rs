@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{HELD, Random, SUMS, assert_close, assert_gradient, cpu, packed};
+use super::{HELD, Random, SUMS, Tested, assert_close, assert_gradient, oracle, packed};
 use crate::train::device::Device;
 use crate::train::pack::Packed;
 
@@ -22,21 +22,20 @@ fn expected(packed: &Packed, range: Range<usize>, scale: f32, n_vocab: usize, lo
     .collect()
 }
 
-#[test]
-fn log_probabilities_are_those_of_a_log_softmax() {
+pub fn log_probabilities_are_those_of_a_log_softmax<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(7));
-    let rows = cpu().rows(&packed).unwrap();
+    let rows = device.rows(&packed).unwrap();
     for range in RANGES {
         for (n_vocab, scale) in [(5, 1.0), (33, 0.0625), (5000, 1.0), (9001, 3.0)] {
             let mut logits: Vec<f32> =
                 random.numbers(range.len() * n_vocab).into_iter().map(|x| 10.0 * x).collect();
             let (before, what) = (logits.clone(), format!("{range:?} of {n_vocab} tokens"));
-            let logps = cpu().logprobs(&rows, range.clone(), scale, n_vocab, false, &mut logits).unwrap();
+            let logps = device.logprobs(&rows, range.clone(), scale, n_vocab, false, &mut logits).unwrap();
             let expected = expected(&packed, range.clone(), scale, n_vocab, &before);
             assert_close(&logps, &expected, SUMS, &what);
             assert_eq!(logits, before, "{what}: only a gradient may overwrite logits");
             let with_gradient =
-                cpu().logprobs(&rows, range.clone(), scale, n_vocab, true, &mut logits).unwrap();
+                device.logprobs(&rows, range.clone(), scale, n_vocab, true, &mut logits).unwrap();
             assert_close(&with_gradient, &expected, SUMS, &what);
             for (row, output) in logits.chunks_exact(n_vocab).zip(&packed.outputs[range.clone()]) {
                 let sum: f64 = row.iter().map(|&x| f64::from(x)).sum();
@@ -48,34 +47,35 @@ fn log_probabilities_are_those_of_a_log_softmax() {
     }
 }
 
-#[test]
-fn gradients_of_log_probabilities_are_their_finite_differences() {
+pub fn gradients_of_log_probabilities_are_their_finite_differences<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(8));
-    let rows = cpu().rows(&packed).unwrap();
+    let rows = device.rows(&packed).unwrap();
     for range in RANGES {
         for (n_vocab, scale) in [(5, 1.0), (33, 0.5)] {
             let at = random.numbers(range.len() * n_vocab);
+            let oracle_rows = oracle().rows(&packed).unwrap();
             let forward = |logits: &Vec<f32>| {
-                cpu().logprobs(&rows, range.clone(), scale, n_vocab, false, &mut logits.clone()).unwrap()
+                oracle()
+                    .logprobs(&oracle_rows, range.clone(), scale, n_vocab, false, &mut logits.clone())
+                    .unwrap()
             };
             let mut gradient = at.clone();
-            cpu().logprobs(&rows, range.clone(), scale, n_vocab, true, &mut gradient).unwrap();
+            device.logprobs(&rows, range.clone(), scale, n_vocab, true, &mut gradient).unwrap();
             gradient.iter_mut().for_each(|x| *x += HELD);
             assert_gradient(&gradient, &at, &vec![1.0; range.len()], forward, &format!("{range:?}"));
         }
     }
 }
 
-#[test]
-fn logits_far_apart_give_finite_log_probabilities_and_no_number_gives_none() {
+pub fn logits_far_apart_give_finite_log_probabilities_and_no_number_gives_none<D: Tested>(device: &D) {
     let packed = packed(&[[1, 1, 1]]);
-    let rows = cpu().rows(&packed).unwrap();
+    let rows = device.rows(&packed).unwrap();
     let token = packed.outputs[0].token as usize;
     let mut logits = vec![-3e4; 2 * 5];
     logits[token] = 3e4;
     logits[5 + (packed.outputs[1].token as usize + 1) % 5] = 3e4;
-    let logps = cpu().logprobs(&rows, 0..2, 1.0, 5, true, &mut logits.clone()).unwrap();
+    let logps = device.logprobs(&rows, 0..2, 1.0, 5, true, &mut logits.clone()).unwrap();
     assert_eq!(logps, [0.0, -6e4]);
     logits[3] = f32::NAN;
-    assert!(cpu().logprobs(&rows, 0..2, 1.0, 5, true, &mut logits).unwrap()[0].is_nan());
+    assert!(device.logprobs(&rows, 0..2, 1.0, 5, true, &mut logits).unwrap()[0].is_nan());
 }

@@ -1,7 +1,7 @@
 //! Norms over rows.
 
-use super::{HELD, Random, SUMS, assert_close, assert_gradient, cpu};
-use crate::train::device::{Device, Norm, NormKind};
+use super::{HELD, Random, SUMS, Tested, assert_close, assert_gradient, oracle};
+use crate::train::device::{Norm, NormKind};
 
 const KINDS: [NormKind; 2] = [NormKind::Rms, NormKind::Layer];
 
@@ -17,14 +17,19 @@ fn normed(norm: Norm, x: &[f32]) -> Vec<f64> {
     x.iter().map(|x| (x - mean) / (square + f64::from(norm.epsilon)).sqrt()).collect()
 }
 
-fn forward(norm: Norm, x: &Vec<f32>, weight: &Vec<f32>, bias: Option<&Vec<f32>>) -> Vec<f32> {
+fn forward(
+    device: &impl Tested,
+    norm: Norm,
+    x: &Vec<f32>,
+    weight: &Vec<f32>,
+    bias: Option<&Vec<f32>>,
+) -> Vec<f32> {
     let mut y = vec![f32::NAN; x.len()];
-    cpu().norm(norm, x, weight, bias, weight.len(), &mut y).unwrap();
+    device.norm(norm, x, weight, bias, weight.len(), &mut y).unwrap();
     y
 }
 
-#[test]
-fn norms_are_those_of_their_formulas() {
+pub fn norms_are_those_of_their_formulas<D: Tested>(device: &D) {
     let mut random = Random::new(12);
     for kind in KINDS {
         let norm = Norm { kind, epsilon: 1e-5 };
@@ -36,16 +41,15 @@ fn norms_are_those_of_their_formulas() {
             let weighted: Vec<f64> =
                 of_rows.enumerate().map(|(i, x)| x * f64::from(weight[i % n_cols])).collect();
             let what = format!("{kind:?} of {n_rows} rows of {n_cols}");
-            assert_close(&forward(norm, &x, &weight, None), &weighted, SUMS, &what);
+            assert_close(&forward(device, norm, &x, &weight, None), &weighted, SUMS, &what);
             let shifted: Vec<f64> =
                 weighted.iter().enumerate().map(|(i, y)| y + f64::from(bias[i % n_cols])).collect();
-            assert_close(&forward(norm, &x, &weight, Some(&bias)), &shifted, SUMS, &what);
+            assert_close(&forward(device, norm, &x, &weight, Some(&bias)), &shifted, SUMS, &what);
         }
     }
 }
 
-#[test]
-fn gradients_of_norms_are_their_finite_differences() {
+pub fn gradients_of_norms_are_their_finite_differences<D: Tested>(device: &D) {
     let mut random = Random::new(13);
     for kind in KINDS {
         // Not less: a row of few numbers is all but a step function of its only large one.
@@ -57,20 +61,31 @@ fn gradients_of_norms_are_their_finite_differences() {
             let (mut dx, mut dweight, mut dbias) =
                 (vec![HELD; x.len()], vec![HELD; n_cols], vec![HELD; n_cols]);
             let of_weights = (Some(&mut dweight), Some(&mut dbias));
-            cpu().norm_back(norm, &x, &weight, &dy, n_cols, &mut dx, of_weights.0, of_weights.1).unwrap();
+            device.norm_back(norm, &x, &weight, &dy, n_cols, &mut dx, of_weights.0, of_weights.1).unwrap();
             let what = |of: &str| format!("{of} of {kind:?} of {n_rows} rows of {n_cols}");
-            assert_gradient(&dx, &x, &dy, |x| forward(norm, x, &weight, Some(&bias)), &what("x"));
-            assert_gradient(&dweight, &weight, &dy, |w| forward(norm, &x, w, Some(&bias)), &what("weight"));
-            assert_gradient(&dbias, &bias, &dy, |b| forward(norm, &x, &weight, Some(b)), &what("bias"));
+            assert_gradient(&dx, &x, &dy, |x| forward(oracle(), norm, x, &weight, Some(&bias)), &what("x"));
+            assert_gradient(
+                &dweight,
+                &weight,
+                &dy,
+                |w| forward(oracle(), norm, &x, w, Some(&bias)),
+                &what("weight"),
+            );
+            assert_gradient(
+                &dbias,
+                &bias,
+                &dy,
+                |b| forward(oracle(), norm, &x, &weight, Some(b)),
+                &what("bias"),
+            );
             let mut alone = vec![HELD; x.len()];
-            cpu().norm_back(norm, &x, &weight, &dy, n_cols, &mut alone, None, None).unwrap();
+            device.norm_back(norm, &x, &weight, &dy, n_cols, &mut alone, None, None).unwrap();
             assert_eq!(alone, dx, "what else is wanted changes nothing");
         }
     }
 }
 
-#[test]
-fn gradients_of_weights_are_sums_over_all_rows() {
+pub fn gradients_of_weights_are_sums_over_all_rows<D: Tested>(device: &D) {
     let (mut random, [n_rows, n_cols]) = (Random::new(14), [600, 33]);
     for kind in KINDS {
         let norm = Norm { kind, epsilon: 1e-5 };
@@ -78,7 +93,7 @@ fn gradients_of_weights_are_sums_over_all_rows() {
             (random.numbers(n_rows * n_cols), random.numbers(n_rows * n_cols), random.numbers(n_cols));
         let (mut dx, mut dweight, mut dbias) = (vec![0.0; x.len()], vec![HELD; n_cols], vec![HELD; n_cols]);
         let of_weights = (Some(&mut dweight), Some(&mut dbias));
-        cpu().norm_back(norm, &x, &weight, &dy, n_cols, &mut dx, of_weights.0, of_weights.1).unwrap();
+        device.norm_back(norm, &x, &weight, &dy, n_cols, &mut dx, of_weights.0, of_weights.1).unwrap();
         let (mut of_weight, mut of_bias) = (vec![f64::from(HELD); n_cols], vec![f64::from(HELD); n_cols]);
         for (x, dy) in x.chunks_exact(n_cols).zip(dy.chunks_exact(n_cols)) {
             for (c, (n, &dy)) in normed(norm, x).into_iter().zip(dy).enumerate() {
@@ -91,12 +106,11 @@ fn gradients_of_weights_are_sums_over_all_rows() {
     }
 }
 
-#[test]
-fn a_norm_of_one_number_is_its_sign_and_less_its_mean_nothing() {
+pub fn a_norm_of_one_number_is_its_sign_and_less_its_mean_nothing<D: Tested>(device: &D) {
     let (x, weight) = (vec![-3.0, 0.5], vec![2.0]);
     // x / |x|, and 0 / root of epsilon.
-    let rms = forward(Norm { kind: NormKind::Rms, epsilon: 0.0 }, &x, &weight, None);
+    let rms = forward(device, Norm { kind: NormKind::Rms, epsilon: 0.0 }, &x, &weight, None);
     assert_eq!(rms, [-2.0, 2.0]);
-    let layer = forward(Norm { kind: NormKind::Layer, epsilon: 1e-5 }, &x, &weight, None);
+    let layer = forward(device, Norm { kind: NormKind::Layer, epsilon: 1e-5 }, &x, &weight, None);
     assert_eq!(layer, [0.0, 0.0]);
 }

@@ -1,6 +1,6 @@
 //! Rotary position embedding.
 
-use super::{HELD, Random, SUMS, assert_close, assert_gradient, cpu, packed};
+use super::{HELD, Random, SUMS, Tested, assert_close, assert_gradient, oracle, packed};
 use crate::train::device::{Device, Rope, RopePairs};
 
 const LENGTHS: [&[[usize; 3]]; 2] = [&[[1, 1, 1]], &[[3, 4, 2], [1, 9, 6]]];
@@ -33,19 +33,18 @@ fn expected(rope: &Rope, positions: &[usize], head_dim: usize, x: &[f32]) -> Vec
     y
 }
 
-#[test]
-fn heads_are_rotated_by_their_positions_and_back_again() {
+pub fn heads_are_rotated_by_their_positions_and_back_again<D: Tested>(device: &D) {
     let mut random = Random::new(16);
     for lengths in LENGTHS {
         let packed = packed(lengths);
-        let rows = cpu().rows(&packed).unwrap();
+        let rows = device.rows(&packed).unwrap();
         for [n_heads, head_dim, n_rot] in HEADS {
             for rope in ropes(n_rot) {
                 let x = random.numbers(packed.n_rows() * n_heads * head_dim);
                 let what = format!("{rope:?} of {n_heads} heads of {head_dim}");
                 let forward = |x: &Vec<f32>| {
                     let mut y = x.clone();
-                    cpu().rope(&rope, &rows, head_dim, false, &mut y).unwrap();
+                    device.rope(&rope, &rows, head_dim, false, &mut y).unwrap();
                     y
                 };
                 let y = forward(&x);
@@ -56,22 +55,27 @@ fn heads_are_rotated_by_their_positions_and_back_again() {
                     assert_eq!(y[n_rot..], x[n_rot..], "{what}: the rest of a head stays");
                 }
                 let mut back = y.clone();
-                cpu().rope(&rope, &rows, head_dim, true, &mut back).unwrap();
+                device.rope(&rope, &rows, head_dim, true, &mut back).unwrap();
                 let same: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
                 assert_close(&back, &same, 1e-6, &format!("{what}, and back"));
                 // The gradient takes the place of what it is a gradient of.
                 let dy = random.numbers(x.len());
                 let mut dx = dy.clone();
-                cpu().rope(&rope, &rows, head_dim, true, &mut dx).unwrap();
+                device.rope(&rope, &rows, head_dim, true, &mut dx).unwrap();
                 dx.iter_mut().for_each(|dx| *dx += HELD);
-                assert_gradient(&dx, &x, &dy, forward, &what);
+                let oracle_rows = oracle().rows(&packed).unwrap();
+                let of_oracle = |x: &Vec<f32>| {
+                    let mut y = x.clone();
+                    oracle().rope(&rope, &oracle_rows, head_dim, false, &mut y).unwrap();
+                    y
+                };
+                assert_gradient(&dx, &x, &dy, of_oracle, &what);
             }
         }
     }
 }
 
-#[test]
-fn no_rows_are_nothing_to_rotate() {
-    let rows = cpu().rows(&packed(&[])).unwrap();
-    cpu().rope(&ropes(2)[0], &rows, 2, false, &mut Vec::new()).unwrap();
+pub fn no_rows_are_nothing_to_rotate<D: Tested>(device: &D) {
+    let rows = device.rows(&packed(&[])).unwrap();
+    device.rope(&ropes(2)[0], &rows, 2, false, &mut Vec::new()).unwrap();
 }

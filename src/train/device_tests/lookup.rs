@@ -1,8 +1,8 @@
 //! Rows of tables, by token, position and output.
 
-use super::{HELD, Random, SUMS, assert_close, cpu, packed};
+use super::{HELD, Random, SUMS, Tested, assert_close, packed};
 use crate::gguf::{TensorType, dequantize, quantize};
-use crate::train::device::{Device, HostMatrix, Index};
+use crate::train::device::{HostMatrix, Index};
 use crate::train::pack::Packed;
 
 const LENGTHS: [[usize; 3]; 3] = [[4, 3, 2], [1, 1, 5], [2, 2, 2]];
@@ -20,15 +20,14 @@ fn indices(packed: &Packed) -> Vec<(Index, Vec<usize>, usize)> {
     ]
 }
 
-#[test]
-fn rows_of_a_table_are_gathered_by_token_position_and_output() {
+pub fn rows_of_a_table_are_gathered_by_token_position_and_output<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(9));
-    let rows = cpu().rows(&packed).unwrap();
+    let rows = device.rows(&packed).unwrap();
     for (index, at, n) in indices(&packed) {
         for n_cols in [1, 7, 32] {
             let table = random.numbers(n * n_cols);
             let mut y = vec![f32::NAN; at.len() * n_cols];
-            cpu().gather(&table, n_cols, &index, &rows, 0.5, &mut y).unwrap();
+            device.gather(&table, n_cols, &index, &rows, 0.5, &mut y).unwrap();
             let expected: Vec<f32> = at
                 .iter()
                 .flat_map(|&i| (0..n_cols).map(move |c| (i, c)))
@@ -39,10 +38,9 @@ fn rows_of_a_table_are_gathered_by_token_position_and_output() {
     }
 }
 
-#[test]
-fn gradients_are_scattered_to_every_row_that_was_gathered_once_for_each_time() {
+pub fn gradients_are_scattered_to_every_row_that_was_gathered_once_for_each_time<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(10));
-    let rows = cpu().rows(&packed).unwrap();
+    let rows = device.rows(&packed).unwrap();
     for (index, at, n) in indices(&packed) {
         let mut distinct = at.clone();
         distinct.sort_unstable();
@@ -52,7 +50,7 @@ fn gradients_are_scattered_to_every_row_that_was_gathered_once_for_each_time() {
         for n_cols in [1, 7, 32] {
             let dy = random.numbers(at.len() * n_cols);
             let mut dtable = vec![HELD; n * n_cols];
-            cpu().scatter_add(&dy, n_cols, &index, &rows, -2.0, &mut dtable).unwrap();
+            device.scatter_add(&dy, n_cols, &index, &rows, -2.0, &mut dtable).unwrap();
             let mut expected = vec![f64::from(HELD); n * n_cols];
             for (row, &i) in at.iter().enumerate() {
                 for c in 0..n_cols {
@@ -64,21 +62,22 @@ fn gradients_are_scattered_to_every_row_that_was_gathered_once_for_each_time() {
     }
 }
 
-#[test]
-fn embeddings_are_the_numbers_that_a_tokens_blocks_stand_for() {
+pub fn embeddings_are_the_numbers_that_a_tokens_blocks_stand_for<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(11));
-    let rows = cpu().rows(&packed).unwrap();
+    let rows = device.rows(&packed).unwrap();
     for (tensor_type, n_in) in [(TensorType::F32, 7), (TensorType::Q8_0, 96), (TensorType::Q4_K, 512)] {
         let bytes = quantize(tensor_type, &random.numbers(5 * n_in), n_in).unwrap();
         let mut table = vec![0.0; 5 * n_in];
         dequantize(tensor_type, &bytes, &mut table).unwrap();
         let name = "token_embd.weight".to_owned();
-        let matrix = cpu().matrix(HostMatrix { name, tensor_type, n_in, n_out: 5, bytes }).unwrap();
+        let matrix =
+            device.matrix(HostMatrix { name, tensor_type, n_in, n_out: 5, bytes, is_table: true }).unwrap();
         let mut y = vec![f32::NAN; packed.n_rows() * n_in];
-        cpu().embed(&matrix, &rows, 3.0, &mut y).unwrap();
+        device.embed(&matrix, &rows, 3.0, &mut y).unwrap();
         for (y, &token) in y.chunks_exact(n_in).zip(&packed.tokens) {
             let row = &table[token as usize * n_in..(token as usize + 1) * n_in];
-            assert_eq!(y, row.iter().map(|x| 3.0 * x).collect::<Vec<f32>>(), "{tensor_type}");
+            let expected: Vec<f64> = row.iter().map(|&x| f64::from(3.0 * x)).collect();
+            assert_close(y, &expected, D::TABLES, &tensor_type.to_string());
         }
     }
 }

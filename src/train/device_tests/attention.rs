@@ -1,7 +1,7 @@
 //! Attention over packed pairs, against attention over each text by itself.
 
-use super::{HELD, Random, SUMS, assert_close, assert_gradient, cpu, packed, texts};
-use crate::train::device::{Attention, Device};
+use super::{HELD, Random, SUMS, Tested, assert_close, assert_gradient, oracle, packed, texts};
+use crate::train::device::Attention;
 use crate::train::pack::Packed;
 
 /// Tokens of prompt, chosen and rejected: one row in all, answers without rows, prompts of one token, and
@@ -76,11 +76,16 @@ fn expected(attention: &Attention, lengths: &[[usize; 3]], [q, k, v]: [&[f32]; 3
     (out, lse)
 }
 
-fn forward(attention: &Attention, packed: &Packed, [q, k, v]: [&Vec<f32>; 3]) -> (Vec<f32>, Vec<f32>) {
+fn forward(
+    device: &impl Tested,
+    attention: &Attention,
+    packed: &Packed,
+    [q, k, v]: [&Vec<f32>; 3],
+) -> (Vec<f32>, Vec<f32>) {
     let n = packed.n_rows() * attention.n_head;
     let (mut out, mut lse) = (vec![f32::NAN; n * attention.head_dim], vec![f32::NAN; n]);
-    let rows = cpu().rows(packed).unwrap();
-    cpu().attention(attention, &rows, q, k, v, &mut out, &mut lse).unwrap();
+    let rows = device.rows(packed).unwrap();
+    device.attention(attention, &rows, q, k, v, &mut out, &mut lse).unwrap();
     (out, lse)
 }
 
@@ -108,14 +113,13 @@ fn slopes_are_those_that_are_derived_by_hand() {
     assert_eq!(Attention { max_alibi_bias: 0.0, ..attention(3) }.slope(2), 0.0);
 }
 
-#[test]
-fn rows_of_packed_pairs_attend_as_in_texts_of_their_own() {
+pub fn rows_of_packed_pairs_attend_as_in_texts_of_their_own<D: Tested>(device: &D) {
     let mut random = Random::new(5);
     for lengths in LENGTHS {
         let packed = packed(lengths);
         for attention in attentions() {
             let [q, k, v] = operands(&mut random, &attention, packed.n_rows());
-            let (out, lse) = forward(&attention, &packed, [&q, &k, &v]);
+            let (out, lse) = forward(device, &attention, &packed, [&q, &k, &v]);
             let (expected_out, expected_lse) = expected(&attention, lengths, [&q, &k, &v]);
             let what = format!("{attention:?} of {lengths:?}");
             assert_close(&out, &expected_out, SUMS, &what);
@@ -124,37 +128,53 @@ fn rows_of_packed_pairs_attend_as_in_texts_of_their_own() {
     }
 }
 
-#[test]
-fn large_scores_do_not_overflow() {
+pub fn large_scores_do_not_overflow<D: Tested>(device: &D) {
     let attention =
         Attention { n_head: 1, n_head_kv: 1, head_dim: 1, scale: 1.0, window: None, max_alibi_bias: 0.0 };
     // Scores of the second row: 400 and 400 - ln 3, so that it sees the first row with probability 3/4.
     let (q, k) = (vec![200.0, 200.0], vec![2.0, (400.0 - 3.0f32.ln()) / 200.0]);
-    let (out, lse) = forward(&attention, &packed(&[[2, 1, 1]]), [&q, &k, &vec![1.0, 5.0]]);
+    let (out, lse) = forward(device, &attention, &packed(&[[2, 1, 1]]), [&q, &k, &vec![1.0, 5.0]]);
     assert_eq!(out[0], 1.0);
     // 400 has a unit in the last place of 3e-5.
     assert!((out[1] - 2.0).abs() < 1e-3, "{out:?}");
     assert!((lse[1] - (400.0 + (4.0f32 / 3.0).ln())).abs() < 1e-3, "{lse:?}");
 }
 
-#[test]
-fn gradients_of_attention_are_its_finite_differences() {
+pub fn gradients_of_attention_are_its_finite_differences<D: Tested>(device: &D) {
     let mut random = Random::new(6);
     for lengths in LENGTHS {
         let packed = packed(lengths);
         for attention in attentions() {
             let [q, k, v] = operands(&mut random, &attention, packed.n_rows());
             let dout = random.numbers(q.len());
-            let (out, lse) = forward(&attention, &packed, [&q, &k, &v]);
+            let (out, lse) = forward(device, &attention, &packed, [&q, &k, &v]);
             let (mut dq, mut dk, mut dv) = (vec![HELD; q.len()], vec![HELD; k.len()], vec![HELD; v.len()]);
-            let rows = cpu().rows(&packed).unwrap();
-            cpu()
+            let rows = device.rows(&packed).unwrap();
+            device
                 .attention_back(&attention, &rows, &q, &k, &v, &out, &lse, &dout, &mut dq, &mut dk, &mut dv)
                 .unwrap();
             let what = |of: &str| format!("{of} of {attention:?} of {lengths:?}");
-            assert_gradient(&dq, &q, &dout, |q| forward(&attention, &packed, [q, &k, &v]).0, &what("q"));
-            assert_gradient(&dk, &k, &dout, |k| forward(&attention, &packed, [&q, k, &v]).0, &what("k"));
-            assert_gradient(&dv, &v, &dout, |v| forward(&attention, &packed, [&q, &k, v]).0, &what("v"));
+            assert_gradient(
+                &dq,
+                &q,
+                &dout,
+                |q| forward(oracle(), &attention, &packed, [q, &k, &v]).0,
+                &what("q"),
+            );
+            assert_gradient(
+                &dk,
+                &k,
+                &dout,
+                |k| forward(oracle(), &attention, &packed, [&q, k, &v]).0,
+                &what("k"),
+            );
+            assert_gradient(
+                &dv,
+                &v,
+                &dout,
+                |v| forward(oracle(), &attention, &packed, [&q, &k, v]).0,
+                &what("v"),
+            );
         }
     }
 }

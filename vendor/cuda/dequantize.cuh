@@ -1,0 +1,10 @@
+// Numbers rounded to bf16, for products.
+#pragma once
+
+#include "device.cuh"
+
+// rounded[n] = the numbers of `blocks` from number `first` on; both whole groups where the type has blocks.
+void round_blocks(
+    detox_cuda_device& device, int32_t type, const void* blocks, int64_t first, int64_t n, uint16_t* rounded);
+// rounded[n] = x[n]
+void round_numbers(detox_cuda_device& device, const float* x, int64_t n, uint16_t* rounded);

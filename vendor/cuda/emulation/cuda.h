@@ -1,0 +1,115 @@
+// CUDA's execution model on a CPU, as far as the kernels here use it: for tests, where there is no GPU.
+//
+// A block's threads are fibers of one thread, so that a barrier, or an exchange within a warp, is a switch to the next fiber.
+// Blocks run one after the other. Memory of the "GPU" is the host's, filled with bytes that are no number when it is
+// taken, and its amount can be limited. README.md says what this shows and what it cannot show.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+// Of the fiber that runs.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+// The block's shared memory.
+float* shared_memory();
+// Gives way until all threads of the block have come here.
+void wait_for_block();
+// Gives way until all lanes of the warp have come here, each with eight bytes; gives those of lane `lane ^ mask`.
+uint64_t exchange(uint64_t bytes, int mask);
+// Runs `thread` once for each thread of the grid.
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+
+} // namespace emulation
+
+#define SHARED_FLOATS(name) float* name = emulation::shared_memory()
+
+inline void __syncthreads() { emulation::wait_for_block(); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned lanes, T x, int mask) {
+    static_assert(sizeof(T) <= sizeof(uint64_t), "a number");
+    (void)lanes;
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, &x, sizeof x);
+    bytes = emulation::exchange(bytes, mask);
+    std::memcpy(&x, &bytes, sizeof x);
+    return x;
+}
+
+// The runtime.
+
+enum cudaError_t {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorMemoryAllocation = 2,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorDevicesUnavailable = 46,
+    cudaErrorNoDevice = 100,
+    cudaErrorInvalidDevice = 101,
+    cudaErrorNoKernelImageForDevice = 209,
+    cudaErrorUnsupportedPtxVersion = 222,
+    cudaErrorLaunchFailure = 719,
+    cudaErrorSystemDriverMismatch = 803,
+};
+
+struct cudaDeviceProp {
+    char name[256];
+    int major, minor, multiProcessorCount;
+    size_t sharedMemPerBlockOptin;
+};
+
+struct EmulatedStream;
+typedef EmulatedStream* cudaStream_t;
+struct EmulatedPool;
+typedef EmulatedPool* cudaMemPool_t;
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+enum cudaDeviceAttr { cudaDevAttrMemoryPoolsSupported = 115 };
+enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold = 4 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaGetDeviceCount(int* n);
+cudaError_t cudaSetDevice(int ordinal);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int ordinal);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int ordinal);
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int ordinal);
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribute, void* value);
+cudaError_t cudaStreamCreate(cudaStream_t* stream);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaMallocAsync(void** memory, size_t n_bytes, cudaStream_t stream);
+cudaError_t cudaFreeAsync(void* memory, cudaStream_t stream);
+cudaError_t cudaMemGetInfo(size_t* n_free, size_t* n_total);
+cudaError_t cudaMemsetAsync(void* memory, int byte, size_t n_bytes, cudaStream_t stream);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n_bytes, cudaMemcpyKind kind, cudaStream_t stream);
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+
+template <typename... Parameters, typename... Arguments>
+void launch(
+    void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Arguments... arguments) {
+    emulation::run((const void*)kernel, grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
+}

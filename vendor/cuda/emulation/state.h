@@ -1,0 +1,14 @@
+// What the emulated runtime and its fibers tell each other.
+#pragma once
+
+#include "cuda.h"
+
+namespace emulation {
+
+// What `cudaGetLastError` is to give.
+void fail(cudaError_t error);
+// Bytes of shared memory that a kernel may be launched with.
+size_t allowed_shared_bytes(const void* kernel);
+bool runs_in_reverse();
+
+} // namespace emulation
