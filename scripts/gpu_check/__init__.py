@@ -1,0 +1,1 @@
+"""Checks and times vendor/cuda by itself: see scripts/gpu_check.py."""
