@@ -1,5 +1,7 @@
 //! `train`: DPO on a GGUF base, and its result as GGUF.
 
+mod device;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -16,11 +18,15 @@ use crate::report::training::TrainingReport;
 use crate::train::agreement::{self, Expected, agreement};
 use crate::train::config::Config;
 use crate::train::cpu::{Cpu, Products};
+use crate::train::device::Device;
 use crate::train::dpo::LossKind;
 use crate::train::lora::LoraOptions;
 use crate::train::metrics::Record;
 use crate::train::optimizer::{OptimizerKind, ScheduleKind};
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+use crate::train::pack::Packed;
 use crate::train::pairs::{self, PreferencePair};
+use crate::train::placement::DeviceName;
 use crate::train::run::{RunFiles, check_lengths, run};
 use crate::train::settings::{MethodName, Settings};
 use crate::train::tokens::{self, TokenPair, Tokenized};
@@ -31,6 +37,8 @@ use crate::train::{artifact, memory};
 use super::eval::write_reports;
 use super::progress::Shown;
 use super::{may_colour, print};
+
+use device::DeviceArguments;
 
 /// Pairs on which the result is compared with llama.cpp.
 const COMPARED_PAIRS: usize = 8;
@@ -56,6 +64,8 @@ pub struct TrainCommand {
     recipe: RecipeArguments,
     #[command(flatten)]
     compute: ComputeArguments,
+    #[command(flatten)]
+    place: DeviceArguments,
 }
 
 /// `lora`, `vector` or `full`.
@@ -177,8 +187,30 @@ enum CheckpointingArgument {
     On,
     /// Never
     Off,
-    /// Where activations would take more than a quarter of the machine's memory
+    /// Where activations would take more than a quarter of the machine's memory, or more than a GPU has
     Auto,
+}
+
+impl CheckpointingArgument {
+    /// What it fixes.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+    fn wanted(self) -> Option<bool> {
+        match self {
+            CheckpointingArgument::On => Some(true),
+            CheckpointingArgument::Off => Some(false),
+            CheckpointingArgument::Auto => None,
+        }
+    }
+}
+
+/// What a run is made of, read and checked.
+struct Prepared {
+    base: GgufFile,
+    settings: Settings,
+    pairs_name: String,
+    pairs_sha256: String,
+    tokenized: Tokenized,
+    token_pairs: Vec<TokenPair>,
 }
 
 /// Everything that decides a run, for `run.json`.
@@ -195,7 +227,7 @@ struct Started<'a> {
 impl TrainCommand {
     /// Trains, writes the result, runs it in llama.cpp, and reports.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
-        let mut progress = Shown::new();
+        self.place.check(self.compute.products != ProductsArgument::Auto)?;
         let base = GgufFile::open(&self.model)?;
         check_decoder(&base)?;
         let settings = self.settings(&base)?;
@@ -212,6 +244,86 @@ impl TrainCommand {
             return Err(self.no_pairs(&tokenized, &all));
         }
         check_lengths(&config, &token_pairs)?;
+        let pairs_sha256 = pairs::sha256(&all);
+        let prepared = Prepared { base, settings, pairs_name, pairs_sha256, tokenized, token_pairs };
+        match prepared.settings.device {
+            DeviceName::Cpu => {
+                let device = Cpu::new(prepared.settings.n_threads, prepared.settings.products)?;
+                let checkpointing = self.checkpointing(&config, &prepared.settings);
+                self.train(device, checkpointing, prepared, interrupt)
+            }
+            #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+            DeviceName::Cuda(ordinal) => {
+                let mut prepared = prepared;
+                let (device, checkpointing) = self.open_gpu(ordinal, &config, &mut prepared)?;
+                self.train(device, checkpointing, prepared, interrupt)
+            }
+            #[cfg(not(any(feature = "cuda", feature = "cuda-emulation")))]
+            DeviceName::Cuda(_) => unreachable!("`check` has refused it"),
+        }
+    }
+
+    /// Opens a GPU, and settles what its memory suffices for.
+    #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+    fn open_gpu(
+        &self,
+        ordinal: usize,
+        config: &Config,
+        prepared: &mut Prepared,
+    ) -> Result<(crate::train::cuda::Cuda, bool)> {
+        use crate::train::placement::{Frozen, Needs, Wanted};
+        let mut device = crate::train::cuda::Cuda::open(ordinal, Frozen::Quantised)?;
+        let (free, total) = device.memory_bytes()?;
+        let mut wanted = Wanted {
+            frozen: self.place.frozen.wanted(),
+            checkpointing: self.compute.checkpointing.wanted(),
+            max_rows: prepared.settings.max_rows,
+            may_shrink: true,
+        };
+        // A run that goes on keeps what it was begun with, whatever is free now.
+        if let Some(recorded) = recorded_settings(&self.output)
+            && recorded.device == prepared.settings.device
+            && recorded.frozen.is_some()
+        {
+            wanted.frozen = wanted.frozen.or(recorded.frozen);
+            wanted.max_rows = wanted.max_rows.min(recorded.max_rows);
+            wanted.may_shrink = false;
+        }
+        let rows = |pair: &TokenPair| Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected);
+        let longest = prepared.token_pairs.iter().map(rows).max().unwrap_or(0);
+        let needs = Needs::new(&prepared.base, config, &prepared.settings, longest);
+        let choice = needs.choose(wanted, prepared.settings.device, free)?;
+        let mib = |bytes: u64| bytes >> 20;
+        eprintln!(
+            "{}: {}, {} of {} MiB free; this run needs about {} MiB",
+            device.name(),
+            device.model(),
+            mib(free),
+            mib(total),
+            mib(needs.bytes(choice))
+        );
+        if choice.frozen == Frozen::Quantised && wanted.frozen.is_none() {
+            eprintln!("frozen weights stay in the file's blocks, to save memory (--frozen)");
+        }
+        if choice.max_rows < prepared.settings.max_rows {
+            let (found, asked) = (choice.max_rows, prepared.settings.max_rows);
+            eprintln!("{found} tokens are computed at once and not {asked}, to save memory (--ubatch-size)");
+        }
+        device.set_frozen(choice.frozen);
+        prepared.settings.frozen = Some(choice.frozen);
+        prepared.settings.max_rows = choice.max_rows;
+        Ok((device, choice.checkpointing))
+    }
+
+    fn train<D: Device>(
+        &self,
+        device: D,
+        checkpointing: bool,
+        prepared: Prepared,
+        interrupt: &AtomicBool,
+    ) -> Result<()> {
+        let Prepared { base, settings, pairs_name, pairs_sha256, tokenized, token_pairs } = prepared;
+        let mut progress = Shown::new();
         file::create_folder(&self.output)?;
         file::remove_unfinished(&self.output)?;
         let model_sha256 = hash_model(&self.model, &mut progress)?;
@@ -220,15 +332,13 @@ impl TrainCommand {
             model: file_name(&self.model),
             model_sha256: &model_sha256,
             pairs: &pairs_name,
-            pairs_sha256: pairs::sha256(&all),
+            pairs_sha256,
             settings: &settings,
         };
         file::start_record(&self.output, &record)?;
 
-        let device = Cpu::new(settings.n_threads, settings.products)?;
         let mut trainer =
             Trainer::load(device, &base, &settings.method(), settings.seed, settings.step_options())?;
-        let checkpointing = self.checkpointing(&trainer, &settings);
         trainer.set_checkpointing(checkpointing);
         if checkpointing {
             eprintln!("activations are computed twice, to save memory (--checkpointing)");
@@ -246,7 +356,7 @@ impl TrainCommand {
         let provenance = provenance(&model_sha256, &record.pairs_sha256, &settings, &outcome.best);
         artifact::write(&trainer, &base, &settings, &result_path, &provenance)?;
         let compared: Vec<&TokenPair> = token_pairs.iter().take(COMPARED_PAIRS).collect();
-        let expected = Expected::of(&trainer, settings.products, &compared)?;
+        let expected = Expected::of(&trainer, settings.rounding(), &compared)?;
         let (device, n_trained) = (trainer.describe(), trainer.parameters.n_values());
         // Before llama.cpp takes memory of its own.
         drop(trainer);
@@ -314,23 +424,26 @@ impl TrainCommand {
             products: match compute.products {
                 ProductsArgument::Exact => Products::Exact,
                 ProductsArgument::Fast => Products::Fast,
+                ProductsArgument::Auto if !self.place.device.is_cpu() => Products::Exact,
                 ProductsArgument::Auto => Products::auto(base.n_params()),
             },
             n_threads: compute.threads.unwrap_or(all_cores),
             max_rows: compute.ubatch_size,
             seed: recipe.seed,
+            device: self.place.device,
+            frozen: None,
         };
         settings.validate()?;
         Ok(settings)
     }
 
-    fn checkpointing(&self, trainer: &Trainer<Cpu>, settings: &Settings) -> bool {
+    fn checkpointing(&self, config: &Config, settings: &Settings) -> bool {
         match self.compute.checkpointing {
             CheckpointingArgument::On => true,
             CheckpointingArgument::Off => false,
             CheckpointingArgument::Auto => {
                 let rows = settings.max_rows.max(settings.max_length * 2);
-                trainer.transformer.activation_bytes(rows) > memory::total_bytes() / 4
+                config.activation_bytes(rows) > memory::total_bytes() / 4
             }
         }
     }
@@ -352,6 +465,14 @@ impl TrainCommand {
             hint: Some("raise --max-length, or give other pairs".into()),
         }
     }
+}
+
+/// The settings of a run that was begun in `folder`; none where there is no run that can be read.
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+fn recorded_settings(folder: &Path) -> Option<Settings> {
+    let text = std::fs::read_to_string(folder.join("run.json")).ok()?;
+    let mut record: serde_json::Value = serde_json::from_str(&text).ok()?;
+    serde_json::from_value(record["settings"].take()).ok()
 }
 
 fn file_name(path: &Path) -> String {

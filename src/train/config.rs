@@ -236,6 +236,15 @@ impl Config {
         })
     }
 
+    /// Bytes that a forward pass of `n_rows` rows keeps for the backward pass, about.
+    pub fn activation_bytes(&self, n_rows: usize) -> u64 {
+        // Per row of a block: its input, both norms' outputs, the stream between; q, k, v and what attention
+        // gives; and the FFN's inner numbers.
+        let of_layer = |n_ff: &usize| 5 * self.n_embd + 2 * (self.n_query() + self.n_key()) + 3 * n_ff;
+        let n_values: usize = self.n_ff.iter().map(of_layer).sum();
+        (size_of::<f32>() * n_rows * n_values) as u64
+    }
+
     /// Numbers in all query heads of a row.
     pub fn n_query(&self) -> usize {
         self.attention.first().map_or(0, |a| a.n_head * a.head_dim)

@@ -4,14 +4,15 @@
 //! pairs ──► tokens ──► pack ─────────────┐
 //!                                        ▼
 //! gguf ──► config, transformer ──► forward ──► dpo ──► backward ──► optimizer        (trainer: one step)
-//!              over a device (cpu)       ▲                              │
+//!         over a device (cpu, cuda)      ▲                              │
 //!                                    reference                          ▼
 //! settings ──► run: steps, looks at held-out pairs, checkpoint, metrics ──► artifact ──► agreement
 //!
 //! adapter.gguf ──► merge: W + scale alpha / rank B A, into the blocks there are ──► loaded_back: llama.cpp's word
 //! ```
 //!
-//! - [`device`] is what a processor must do; [`cpu`] does it, as the reference for any other.
+//! - [`device`] is what a processor must do; [`cpu`] does it, as the reference for any other, and `cuda` (with the
+//!   feature of that name) on NVIDIA GPUs. [`placement`] says which, and whether a GPU's memory suffices.
 //! - [`transformer`] holds a model's weights, [`parameters`] what of them is trained, [`linear`] and [`lora`] how.
 //! - [`dpo`] is the loss, a function of numbers.
 //! - [`run`](mod@run) is a whole run; [`artifact`] writes what it leaves, and [`agreement`] asks llama.cpp about it.
@@ -43,6 +44,7 @@ pub mod optimizer;
 pub mod pack;
 pub mod pairs;
 pub mod parameters;
+pub mod placement;
 pub mod reference;
 pub mod run;
 pub mod settings;

@@ -29,7 +29,7 @@ impl OptimizerKind {
     }
 
     /// Numbers that are kept for each number that is trained.
-    fn n_states(self) -> usize {
+    pub(super) fn n_states(self) -> usize {
         match self {
             OptimizerKind::Rmsprop => 1,
             OptimizerKind::Adamw => 2,

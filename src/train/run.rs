@@ -83,7 +83,7 @@ pub struct Outcome {
 /// such pairs the last ones.
 ///
 /// # Errors
-/// [`Error::Interrupted`] after a checkpoint was written; [`Error::Training`] where numbers are not finite any more;
+/// [`Error::Interrupted`] and [`Error::DeviceMemory`] after a checkpoint was written; [`Error::Training`] where numbers are not finite any more;
 /// [`Error::Io`] where a file cannot be written: what the last checkpoint holds stays.
 pub fn run<D: Device>(
     trainer: &mut Trainer<D>,
@@ -191,7 +191,8 @@ impl<D: Device> Run<'_, D> {
                 self.state.step.is_multiple_of(self.settings.eval_every) || self.state.step == n_steps;
             let mut stops = interrupt.load(Ordering::Relaxed);
             if self.state.step > self.state.looked_at && is_due && !stops {
-                stops = !self.look(held_out, interrupt, progress)?;
+                let looked = self.look(held_out, interrupt, progress);
+                stops = !self.saved_if_memory_ran_out(looked, progress)?;
                 self.save()?;
             } else if stops {
                 self.save()?;
@@ -216,7 +217,8 @@ impl<D: Device> Run<'_, D> {
             let last = (first + self.settings.batch_size).min(train.len());
             let batch: Vec<&TokenPair> =
                 order.1[first..last].iter().map(|&i| &self.pairs[train[i]]).collect();
-            let record = self.step(&batch, schedule.at(self.state.step), per_epoch, started)?;
+            let stepped = self.step(&batch, schedule.at(self.state.step), per_epoch, started);
+            let record = self.saved_if_memory_ran_out(stepped, progress)?;
             self.state.seconds += record.step_seconds;
             self.record(Record::Step(record))?;
             progress.note(&note(&record));
@@ -299,6 +301,16 @@ impl<D: Device> Run<'_, D> {
         self.records.push(record);
         self.state.n_records = self.records.len();
         Ok(())
+    }
+
+    /// Where a GPU's memory did not suffice, nothing was stepped: what was trained so far is kept first.
+    fn saved_if_memory_ran_out<T>(&mut self, result: Result<T>, progress: &mut dyn Progress) -> Result<T> {
+        if let Err(Error::DeviceMemory { .. }) = &result {
+            self.save()?;
+            let step = self.state.step;
+            progress.say(&format!("saved after step {step}: the same command goes on from there"));
+        }
+        result
     }
 
     fn save(&mut self) -> Result<()> {

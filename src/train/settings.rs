@@ -4,10 +4,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+use super::agreement::Rounding;
 use super::cpu::Products;
 use super::dpo::{LossKind, Preference};
 use super::lora::LoraOptions;
 use super::optimizer::{OptimizerKind, Schedule, ScheduleKind};
+use super::placement::{DeviceName, Frozen};
 use super::tokens::Limits;
 use super::trainer::StepOptions;
 use super::transformer::Method;
@@ -80,6 +82,12 @@ pub struct Settings {
     pub max_rows: usize,
     /// Of the split, the order of pairs, and the first numbers of low-rank changes.
     pub seed: u64,
+    /// Where it is computed.
+    #[serde(default, skip_serializing_if = "DeviceName::is_cpu")]
+    pub device: DeviceName,
+    /// How frozen matrices lie in a GPU's memory; none on the CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen: Option<Frozen>,
 }
 
 impl Settings {
@@ -114,6 +122,8 @@ impl Settings {
             n_threads: 1,
             max_rows: 512,
             seed: 0,
+            device: DeviceName::Cpu,
+            frozen: None,
         }
     }
 
@@ -183,6 +193,15 @@ impl Settings {
             }),
             MethodName::Vector => Method::Vector,
             MethodName::Full => Method::Full,
+        }
+    }
+
+    /// What products round.
+    pub fn rounding(&self) -> Rounding {
+        match (self.device, self.products) {
+            (DeviceName::Cuda(_), _) => Rounding::Bf16,
+            (DeviceName::Cpu, Products::Fast) => Rounding::Bytes,
+            (DeviceName::Cpu, Products::Exact) => Rounding::Nothing,
         }
     }
 

@@ -82,16 +82,6 @@ pub struct Transformer<D: Device> {
 }
 
 impl<D: Device> Transformer<D> {
-    /// Bytes that a forward pass of `n_rows` rows keeps for the backward pass, about.
-    pub fn activation_bytes(&self, n_rows: usize) -> u64 {
-        let config = &self.config;
-        // Per row of a block: its input, both norms' outputs, the stream between; q, k, v and what attention
-        // gives; and the FFN's inner numbers.
-        let of_layer = |n_ff: &usize| 5 * config.n_embd + 2 * (config.n_query() + config.n_key()) + 3 * n_ff;
-        let n_values: usize = config.n_ff.iter().map(of_layer).sum();
-        (size_of::<f32>() * n_rows * n_values) as u64
-    }
-
     /// Takes the weights of `file` to `device`, and makes the parameters of `method`, seeded by `seed`.
     ///
     /// # Errors

@@ -196,10 +196,38 @@ fn rejects_words_that_there_are_not() {
         (["--optimizer", "magic"], "expected rmsprop or adamw, found \"magic\""),
         (["--schedule", "magic"], "expected constant, linear or cosine, found \"magic\""),
         (["--products", "magic"], "exact, fast"),
+        (["--device", "gpu"], "expected cpu, cuda or cuda:N, found \"gpu\""),
+        (["--frozen", "magic"], "bf16, quantised, auto"),
     ] {
         let (code, said) = failure(train("llama.gguf", &folder.path().join("run")).args(arguments));
         assert_eq!(code, 2, "{said}");
         assert!(said.contains(arguments[0]) && said.contains(words), "{said}");
+    }
+}
+
+#[test]
+fn rejects_a_gpu_in_a_build_for_the_cpu_and_weights_that_only_a_gpu_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    for (arguments, start, cure) in [
+        (
+            ["--device", "cuda:1"],
+            "error: --device cuda:1: this build trains on the CPU alone",
+            "--features cuda",
+        ),
+        (
+            ["--frozen", "bf16"],
+            "error: --frozen: the CPU has frozen matrices in the file's blocks",
+            "--device cuda",
+        ),
+    ] {
+        if cfg!(any(feature = "cuda", feature = "cuda-emulation")) && arguments[0] == "--device" {
+            continue;
+        }
+        let (code, said) = failure(train("llama.gguf", &run).args(arguments));
+        assert_eq!(code, 2, "{said}");
+        assert!(said.starts_with(start) && said.contains(cure), "{said}");
+        assert!(!run.exists());
     }
 }
 

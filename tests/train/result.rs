@@ -24,7 +24,7 @@ fn agree(
     path: &Path,
     pairs: &[&TokenPair],
 ) -> Agreement {
-    let expected = Expected::of(trainer, settings.products, pairs).unwrap();
+    let expected = Expected::of(trainer, settings.rounding(), pairs).unwrap();
     agreement(&expected, base, settings.method, path, 2).unwrap()
 }
 

@@ -2,34 +2,13 @@
 
 use std::sync::{Arc, OnceLock};
 
-use serde::{Deserialize, Serialize};
-
 use crate::error::{Error, Result};
 use crate::gguf::TensorType;
 use crate::train::device::HostMatrix;
+use crate::train::placement::{Frozen, has_kernel};
 
 use super::ffi;
 use super::handle::{Handle, Memory};
-
-/// How frozen matrices lie in the GPU's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Frozen {
-    /// Rounded to bf16, two bytes a number: nothing is left to do before a product.
-    Bf16,
-    /// As the file's blocks: each product rounds them to bf16 first, a part at a time.
-    Quantised,
-}
-
-impl Frozen {
-    /// As users type it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Frozen::Bf16 => "bf16",
-            Frozen::Quantised => "quantised",
-        }
-    }
-}
 
 /// A frozen matrix, `[n_out][n_in]`.
 #[derive(Debug)]
@@ -70,7 +49,9 @@ impl Matrix {
         // SAFETY: takes any number, and writes two.
         let status = unsafe { ffi::detox_cuda_block(type_id(tensor_type), &mut n_numbers, &mut n_bytes) };
         let found = (n_numbers as u64, n_bytes as u64);
-        if status != ffi::DETOX_CUDA_OK || found != (tensor_type.block_len(), tensor_type.block_bytes()) {
+        let is_known = status == ffi::DETOX_CUDA_OK;
+        debug_assert_eq!(is_known, has_kernel(tensor_type), "the two lists of types with kernels");
+        if !is_known || found != (tensor_type.block_len(), tensor_type.block_bytes()) {
             let hint = "quantise the model to a type that has one (such as Q4_K_M or Q8_0), or train with --device cpu";
             return Err(refuse(format!("the GPU has no kernel for type {tensor_type}"), Some(hint)));
         }
@@ -87,24 +68,6 @@ impl Matrix {
             made.blocks = None;
         }
         Ok(made)
-    }
-
-    /// Bytes that a matrix takes, its copy for products included where it is multiplied with.
-    pub fn bytes_of(
-        tensor_type: TensorType,
-        n_numbers: u64,
-        frozen: Frozen,
-        is_table: bool,
-        is_multiplied: bool,
-    ) -> u64 {
-        let blocks = n_numbers / tensor_type.block_len() * tensor_type.block_bytes();
-        match frozen {
-            Frozen::Quantised => blocks,
-            Frozen::Bf16 => {
-                let of_blocks = if is_table { blocks } else { 0 };
-                of_blocks + if is_multiplied { 2 * n_numbers } else { 0 }
-            }
-        }
     }
 
     /// For products.

@@ -3,6 +3,8 @@
 //! Products with frozen matrices round both operands to bf16 and add up in f32; products of dense matrices round to TF32;
 //! all else is f32. Sums are added up in a fixed order, so that the same command gives the same numbers to the bit.
 
+#[cfg(feature = "cuda-emulation")]
+pub mod emulation;
 mod ffi;
 mod handle;
 mod matrix;
@@ -19,13 +21,11 @@ use super::device::{
     RopePairs, Trained,
 };
 use super::pack::Packed;
+use super::placement::{Frozen, GPU_LOGIT_BYTES};
 
 use handle::Handle;
 pub use handle::{Buffer, Properties, Rows, count};
-pub use matrix::{Frozen, Matrix};
-
-/// Bytes of logits at a time: with the largest vocabularies still some hundred rows.
-const LOGIT_BYTES: usize = 256 << 20;
+pub use matrix::Matrix;
 
 /// A GPU.
 #[derive(Debug)]
@@ -52,6 +52,16 @@ impl Cuda {
     /// Of the device.
     pub fn memory_bytes(&self) -> Result<(u64, u64)> {
         self.handle.memory_bytes()
+    }
+
+    /// How frozen matrices that are taken from now on lie in memory.
+    pub fn set_frozen(&mut self, frozen: Frozen) {
+        self.frozen = frozen;
+    }
+
+    /// As the driver calls it.
+    pub fn model(&self) -> &str {
+        &self.properties.name
     }
 
     /// As on the command line.
@@ -194,7 +204,7 @@ impl Device for Cuda {
     }
 
     fn logit_bytes(&self) -> usize {
-        LOGIT_BYTES
+        GPU_LOGIT_BYTES
     }
 
     fn zeros(&self, n: usize) -> Result<Buffer> {

@@ -6,7 +6,6 @@ use super::{HELD, Random, SUMS, Tested, assert_close};
 const SIZES: [[usize; 2]; 5] = [[1, 1], [1, 17], [5, 3], [4, 32], [700, 33]];
 
 pub fn buffers_hold_what_is_written_to_them<D: Tested>(device: &D) {
-    let device = device;
     let mut buffer = device.zeros(3).unwrap();
     assert_eq!(device.download(&buffer).unwrap(), [0.0; 3]);
     device.write(&[1.0, 2.0, 3.0], &mut buffer).unwrap();

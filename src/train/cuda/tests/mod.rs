@@ -54,11 +54,9 @@ fn the_same_operations_give_the_same_numbers_to_the_bit() {
     #[cfg(feature = "cuda-emulation")]
     {
         // Threads and blocks from last to first: what depends on their order is a race.
-        // SAFETY: sets a number that is read once a launch.
-        unsafe { super::ffi::detox_cuda_emulation_set_reverse(1) };
+        super::emulation::set_reverse(true);
         let reversed = everything(&device);
-        // SAFETY: as above.
-        unsafe { super::ffi::detox_cuda_emulation_set_reverse(0) };
+        super::emulation::set_reverse(false);
         assert_same(&first, &reversed, "threads in reverse");
     }
 }

@@ -1,0 +1,340 @@
+//! Where a run is computed, and whether a GPU's memory suffices: plain arithmetic, before anything is taken there.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::gguf::{GgufFile, TensorType};
+
+use super::config::Config;
+use super::settings::{MethodName, Settings};
+
+/// Where a run is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum DeviceName {
+    /// On the CPU.
+    #[default]
+    Cpu,
+    /// On the NVIDIA GPU of this number, from 0.
+    Cuda(usize),
+}
+
+impl DeviceName {
+    /// Whether it is the CPU.
+    pub fn is_cpu(&self) -> bool {
+        *self == DeviceName::Cpu
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceName::Cpu => f.write_str("cpu"),
+            DeviceName::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<DeviceName, String> {
+        let refuse = || format!("expected cpu, cuda or cuda:N, found {text:?}");
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(DeviceName::Cpu),
+            None if text == "cuda" => Ok(DeviceName::Cuda(0)),
+            Some(("cuda", n)) => n.parse().map(DeviceName::Cuda).map_err(|_| refuse()),
+            _ => Err(refuse()),
+        }
+    }
+}
+
+impl From<DeviceName> for String {
+    fn from(name: DeviceName) -> String {
+        name.to_string()
+    }
+}
+
+impl TryFrom<String> for DeviceName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<DeviceName, String> {
+        text.parse()
+    }
+}
+
+/// How frozen matrices lie in a GPU's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Frozen {
+    /// Rounded to bf16, two bytes a number: nothing is left to do before a product.
+    Bf16,
+    /// As the file's blocks: each product rounds them to bf16 first, a part at a time.
+    Quantised,
+}
+
+impl Frozen {
+    /// As users type it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Frozen::Bf16 => "bf16",
+            Frozen::Quantised => "quantised",
+        }
+    }
+}
+
+/// Bytes of logits that a GPU computes at a time: with the largest vocabularies still some hundred rows.
+pub const GPU_LOGIT_BYTES: usize = 256 << 20;
+
+/// Most bytes of a matrix in bf16 that a product makes at a time (`PART_BYTES` in `vendor/cuda/product.cu`).
+const PART_BYTES: u64 = 256 << 20;
+
+/// Workspace of cuBLASLt's products (`vendor/cuda/multiply.cu`).
+const WORKSPACE_BYTES: u64 = 32 << 20;
+
+/// What decides how much memory a run takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Choice {
+    /// How frozen matrices lie there.
+    pub frozen: Frozen,
+    /// Whether activations are made again in the backward pass.
+    pub checkpointing: bool,
+    /// Most tokens in one pass.
+    pub max_rows: usize,
+}
+
+/// What a user has fixed of a [`Choice`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// How frozen matrices lie there.
+    pub frozen: Option<Frozen>,
+    /// Whether activations are made again in the backward pass.
+    pub checkpointing: Option<bool>,
+    /// Most tokens in one pass.
+    pub max_rows: usize,
+    /// Whether fewer are taken where memory does not suffice.
+    pub may_shrink: bool,
+}
+
+/// What a run keeps in a GPU's memory.
+#[derive(Debug)]
+pub struct Needs<'a> {
+    base: &'a GgufFile,
+    config: &'a Config,
+    settings: &'a Settings,
+    /// Tokens of the longest pair, which is never divided.
+    longest: usize,
+}
+
+impl<'a> Needs<'a> {
+    /// What libraries load once they are used, and holes between buffers: a guess, on the side of caution.
+    pub const RESERVE_BYTES: u64 = 512 << 20;
+
+    /// Of a run; `longest` are the rows of its longest pair.
+    pub fn new(base: &'a GgufFile, config: &'a Config, settings: &'a Settings, longest: usize) -> Needs<'a> {
+        Needs { base, config, settings, longest }
+    }
+
+    /// Bytes that the run takes, about, and rather too many.
+    pub fn bytes(&self, choice: Choice) -> u64 {
+        let rows = choice.max_rows.max(self.longest) as u64;
+        self.weights(choice.frozen)
+            + self.trained()
+            + self.pass(choice.checkpointing, rows)
+            + Self::RESERVE_BYTES
+    }
+
+    /// The first choice, in the order of what it costs in time, that `free` bytes suffice for.
+    ///
+    /// # Errors
+    /// [`Error::DeviceMemory`] where none does.
+    pub fn choose(&self, wanted: Wanted, device: DeviceName, free: u64) -> Result<Choice> {
+        let frozen = wanted.frozen.map_or(vec![Frozen::Bf16, Frozen::Quantised], |frozen| vec![frozen]);
+        let checkpointing = wanted.checkpointing.map_or(vec![false, true], |it| vec![it]);
+        let mut max_rows = wanted.max_rows;
+        let mut least = u64::MAX;
+        loop {
+            for &frozen in &frozen {
+                for &checkpointing in &checkpointing {
+                    let choice = Choice { frozen, checkpointing, max_rows };
+                    let bytes = self.bytes(choice);
+                    if bytes <= free {
+                        return Ok(choice);
+                    }
+                    least = least.min(bytes);
+                }
+            }
+            if !wanted.may_shrink || max_rows <= self.longest || max_rows <= 1 {
+                break;
+            }
+            max_rows = (max_rows / 2).max(self.longest);
+        }
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let mut cures = vec!["free the card's memory (nvidia-smi names the processes that hold it)"];
+        if wanted.frozen == Some(Frozen::Bf16) {
+            cures.push("--frozen quantised");
+        }
+        if wanted.checkpointing == Some(false) {
+            cures.push("--checkpointing on");
+        }
+        cures.extend([
+            "a smaller --rank or --max-length",
+            "a smaller quantisation of the model",
+            "--device cpu",
+        ]);
+        Err(Error::DeviceMemory {
+            device: device.to_string(),
+            reason: format!("this run needs about {} MiB, and {} MiB are free", mib(least), mib(free)),
+            hint: Some(cures.join("; ")),
+        })
+    }
+
+    fn weights(&self, frozen: Frozen) -> u64 {
+        if self.settings.method == MethodName::Full {
+            return 0;
+        }
+        let has_output = self.base.tensor("output.weight").is_some();
+        let mut largest = 0;
+        let of = |tensor: &crate::gguf::TensorInfo| -> (u64, u64) {
+            let n = tensor.n_elements();
+            let blocks = tensor.tensor_type().row_bytes(n).unwrap_or(4 * n);
+            if tensor.shape().len() < 2 {
+                return (4 * n, 0);
+            }
+            let is_table = tensor.name() == "token_embd.weight";
+            if tensor.name() == "position_embd.weight" {
+                return (4 * n, 0);
+            }
+            match frozen {
+                Frozen::Quantised => (blocks, 0),
+                Frozen::Bf16 if is_table && has_output => (blocks, 0),
+                Frozen::Bf16 if is_table => (blocks + 2 * n, 0),
+                // While it is rounded, its blocks are there too.
+                Frozen::Bf16 => (2 * n, blocks),
+            }
+        };
+        let mut sum = 0;
+        for tensor in self.base.tensors() {
+            let (bytes, while_rounding) = of(tensor);
+            sum += bytes;
+            largest = largest.max(while_rounding);
+        }
+        sum + largest
+    }
+
+    /// Values, gradients and the optimizer's states.
+    fn trained(&self) -> u64 {
+        4 * self.n_trained() * (2 + self.settings.optimizer.n_states() as u64)
+    }
+
+    fn n_trained(&self) -> u64 {
+        match self.settings.method() {
+            super::transformer::Method::Full => self.base.n_params(),
+            super::transformer::Method::Vector => (self.config.n_layer * self.config.n_embd) as u64,
+            super::transformer::Method::Lora(lora) => {
+                let trained = self.base.tensors().iter().filter(|tensor| lora.trains(tensor.name()));
+                trained.map(|tensor| lora.rank as u64 * (tensor.shape()[0] + tensor.shape()[1])).sum()
+            }
+        }
+    }
+
+    /// What a forward and a backward pass of so many rows keep at once.
+    fn pass(&self, checkpointing: bool, rows: u64) -> u64 {
+        let config = self.config;
+        let (n_embd, n_vocab) = (config.n_embd as u64, config.n_vocab as u64);
+        let n_ff = config.n_ff.iter().copied().max().unwrap_or(0) as u64;
+        let n_layer = config.n_layer as u64;
+        let rank = if self.settings.method == MethodName::Lora { self.settings.rank as u64 } else { 0 };
+        let (n_query, n_key) = (config.n_query() as u64, config.n_key() as u64);
+        // Of a block: its input, both norms' outputs, the stream between, two projections before their norms; q, k, v with
+        // what they were before theirs, and what attention gives; the FFN's inner numbers; and seven reduced inputs.
+        let of_layer = 6 * n_embd + 3 * n_query + 3 * n_key + 3 * n_ff + 7 * rank;
+        // The gradients of one block at work.
+        let at_work = 6 * n_embd + 4 * n_query + 4 * n_key + 3 * n_ff + 2 * rank;
+        let kept = if checkpointing { n_layer * n_embd + of_layer } else { n_layer * of_layer };
+        let of_rows = 4 * rows * (kept + at_work);
+        // An output a row at most, but for the two that a prompt's last row predicts.
+        let outputs = 2 * rows;
+        let chunk = outputs.min((GPU_LOGIT_BYTES as u64 / 4 / n_vocab.max(1)).max(1));
+        let of_head = 4 * outputs * 3 * n_embd + chunk * (4 * n_vocab + 2 * n_vocab + 16 * n_embd);
+        let rounded = 2 * rows * n_ff.max(n_embd).max(n_query);
+        let largest_matrix = 2 * n_embd * n_vocab.max(n_ff);
+        of_rows + of_head + rounded + PART_BYTES.min(largest_matrix) + WORKSPACE_BYTES
+    }
+}
+
+/// Whether frozen matrices of this type can be taken to a GPU (`vendor/cuda/blocks.cuh`).
+pub fn has_kernel(tensor_type: TensorType) -> bool {
+    use TensorType::*;
+    matches!(tensor_type, F32 | F16 | BF16 | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q4_K | Q5_K | Q6_K)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn base() -> GgufFile {
+        GgufFile::open(concat!(env!("CARGO_MANIFEST_DIR"), "/gguf/tiny/llama.gguf")).unwrap()
+    }
+
+    #[test]
+    fn devices_are_named_as_on_the_command_line() {
+        for (text, name) in
+            [("cpu", DeviceName::Cpu), ("cuda", DeviceName::Cuda(0)), ("cuda:3", DeviceName::Cuda(3))]
+        {
+            assert_eq!(text.parse(), Ok(name));
+            assert_eq!(name.to_string().parse(), Ok(name));
+        }
+        assert_eq!(serde_json::to_string(&DeviceName::Cuda(1)).unwrap(), "\"cuda:1\"");
+        for text in ["gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0", ""] {
+            assert!(
+                text.parse::<DeviceName>().unwrap_err().contains("expected cpu, cuda or cuda:N"),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn less_memory_makes_choices_that_cost_more_time_until_none_is_left() {
+        let base = base();
+        let config = Config::read(&base, None).unwrap();
+        let settings = Settings { max_rows: 4096, ..Settings::paper() };
+        let needs = Needs::new(&base, &config, &settings, 100);
+        let wanted = Wanted { frozen: None, checkpointing: None, max_rows: 4096, may_shrink: true };
+        let choose = |wanted, free| needs.choose(wanted, DeviceName::Cuda(0), free);
+        let best = Choice { frozen: Frozen::Bf16, checkpointing: false, max_rows: 4096 };
+        assert_eq!(choose(wanted, 1 << 40).unwrap(), best);
+        assert_eq!(choose(wanted, needs.bytes(best)).unwrap(), best);
+        let second = choose(wanted, needs.bytes(best) - 1).unwrap();
+        assert_eq!(second, Choice { checkpointing: true, ..best });
+        let few = choose(wanted, needs.bytes(second) - 1).unwrap();
+        assert!(few.max_rows < 4096 && few.max_rows >= 100, "{few:?}");
+
+        let error = choose(wanted, 8 * MIB).unwrap_err();
+        assert!(error.to_string().starts_with("cuda:0: this run needs about "), "{error}");
+        assert!(error.to_string().ends_with(" MiB, and 8 MiB are free"), "{error}");
+        assert!(!error.hint().unwrap().contains("--frozen"), "nothing of it was fixed");
+        let fixed = Wanted { frozen: Some(Frozen::Bf16), checkpointing: Some(false), ..wanted };
+        let hint = choose(fixed, 8 * MIB).unwrap_err().hint().unwrap();
+        assert!(hint.contains("--frozen quantised") && hint.contains("--checkpointing on"), "{hint}");
+    }
+
+    #[test]
+    fn more_rows_and_larger_adapters_need_more() {
+        let base = base();
+        let config = Config::read(&base, None).unwrap();
+        let choice = Choice { frozen: Frozen::Bf16, checkpointing: false, max_rows: 512 };
+        let bytes = |rank, choice| {
+            let settings = Settings { rank, ..Settings::paper() };
+            Needs::new(&base, &config, &settings, 1).bytes(choice)
+        };
+        assert!(bytes(64, choice) > bytes(8, choice));
+        assert!(bytes(8, Choice { max_rows: 1024, ..choice }) > bytes(8, choice));
+        assert!(bytes(8, Choice { checkpointing: true, ..choice }) < bytes(8, choice));
+    }
+}

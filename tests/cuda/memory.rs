@@ -1,0 +1,155 @@
+//! Memory that does not suffice, before a run and in the middle of one, and GPUs that cannot be had.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use detox_gguf::error::{Error, Result};
+use detox_gguf::gguf::{GgufFile, Metadata};
+use detox_gguf::progress::Progress;
+use detox_gguf::train::artifact;
+use detox_gguf::train::config::Config;
+use detox_gguf::train::cuda::{Cuda, emulation};
+use detox_gguf::train::device::Device;
+use detox_gguf::train::pack::Packed;
+use detox_gguf::train::placement::{Choice, Frozen, Needs};
+use detox_gguf::train::run::{RunFiles, run};
+use detox_gguf::train::settings::Settings;
+use detox_gguf::train::tokens::TokenPair;
+
+use super::{alone, load, own_pairs, settings, tiny};
+
+const PLENTY: usize = 4 << 30;
+
+#[test]
+fn rejects_gpus_that_cannot_be_had_with_cause_and_cure() {
+    let _alone = alone();
+    let cases = [
+        (emulation::NO_DEVICE, "no CUDA-capable device", "--device cpu"),
+        (emulation::INSUFFICIENT_DRIVER, "driver version is insufficient", "newer NVIDIA driver"),
+        (emulation::DEVICES_UNAVAILABLE, "busy or unavailable", "nvidia-smi"),
+    ];
+    for (number, cause, cure) in cases {
+        emulation::set_error(number);
+        let error = Cuda::open(0, Frozen::Bf16).unwrap_err();
+        assert!(matches!(error, Error::Device { .. }), "{error:?}");
+        assert!(error.to_string().starts_with("cuda:0: ") && error.to_string().contains(cause), "{error}");
+        assert!(error.hint().is_some_and(|hint| hint.contains(cure)), "{error:?}");
+    }
+    let error = Cuda::open(3, Frozen::Bf16).unwrap_err().to_string();
+    assert_eq!(error, "cuda:3: there is no GPU 3: they are counted from 0, and there are 1");
+    assert!(Cuda::open(0, Frozen::Bf16).is_ok(), "an error is of one call");
+}
+
+#[test]
+fn too_little_memory_is_an_error_that_says_how_much_there_is_and_leaves_nothing_behind() {
+    let _alone = alone();
+    let before = emulation::taken();
+    {
+        let device = Cuda::open(0, Frozen::Bf16).unwrap();
+        let buffer = device.upload(&[1.0, 2.0]).unwrap();
+        emulation::set_memory(emulation::taken() + (3 << 20));
+        let error = device.zeros(1 << 20).unwrap_err();
+        emulation::set_memory(PLENTY);
+        assert!(matches!(error, Error::DeviceMemory { .. }), "{error:?}");
+        let expected = "cuda:0: the GPU has no room for 4 MiB more: 3 MiB of its 3 MiB are free";
+        assert_eq!(error.to_string(), expected);
+        assert!(error.hint().is_some_and(|hint| hint.contains("--frozen quantised")));
+        assert_eq!(device.download(&buffer).unwrap(), [1.0, 2.0], "what was there before");
+    }
+    assert_eq!(emulation::taken(), before);
+}
+
+/// Limits the memory to what is taken once so many steps were made.
+struct Limiting {
+    after: u64,
+    n_steps: u64,
+    is_training: bool,
+    said: Vec<String>,
+}
+
+impl Progress for Limiting {
+    fn start(&mut self, phase: &str, _total: u64, done: u64) {
+        (self.is_training, self.n_steps) = (phase == "training", done);
+    }
+    fn advance(&mut self, n: u64) {
+        self.n_steps += n;
+        if self.is_training && self.n_steps == self.after {
+            // Enough for a step to begin with.
+            emulation::set_memory(emulation::taken() + (100 << 10));
+        }
+    }
+    fn finish(&mut self) {}
+    fn say(&mut self, text: &str) {
+        self.said.push(text.to_owned());
+    }
+}
+
+fn train(folder: &Path, pairs: &[TokenPair], after: u64) -> (Result<()>, Vec<String>) {
+    std::fs::create_dir_all(folder).unwrap();
+    let settings = settings();
+    let mut trainer = load("llama", &settings, Frozen::Bf16);
+    let mut progress = Limiting { after, n_steps: 0, is_training: false, said: Vec::new() };
+    let files = RunFiles::of(folder);
+    let ran = run(&mut trainer, pairs, &settings, &files, &AtomicBool::new(false), &mut progress);
+    emulation::set_memory(PLENTY);
+    let base = GgufFile::open(tiny("llama")).unwrap();
+    let written = ran.and_then(|_| {
+        artifact::write(&trainer, &base, &settings, &folder.join("adapter.gguf"), &Metadata::new())
+    });
+    (written, progress.said)
+}
+
+#[test]
+fn a_run_whose_memory_runs_out_is_saved_and_goes_on_to_the_bytes_of_an_unbroken_one() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
+    let pairs = own_pairs("llama", 8);
+    train(&whole, &pairs, u64::MAX).0.unwrap();
+    for after in [1, 3] {
+        let (result, said) = train(&broken, &pairs, after);
+        assert!(matches!(result, Err(Error::DeviceMemory { .. })), "{result:?}");
+        let expected = format!("saved after step {after}: the same command goes on from there");
+        assert_eq!(said.last(), Some(&expected));
+        assert!(broken.join("checkpoint.gguf").exists());
+    }
+    train(&broken, &pairs, u64::MAX).0.unwrap();
+    let bytes = |folder: &Path| std::fs::read(folder.join("adapter.gguf")).unwrap();
+    assert!(bytes(&whole) == bytes(&broken), "the adapter of a run that was broken off twice");
+}
+
+#[test]
+fn runs_take_no_more_memory_than_was_said_before() {
+    let _alone = alone();
+    for (name, frozen, checkpointing) in [
+        ("llama", Frozen::Bf16, false),
+        ("llama", Frozen::Bf16, true),
+        ("llama-q8_0", Frozen::Quantised, false),
+        ("gemma3", Frozen::Bf16, false),
+        ("gpt2", Frozen::Quantised, true),
+    ] {
+        let what = format!("{name}, {}, {checkpointing}", frozen.name());
+        let pairs = own_pairs(name, 5);
+        let settings = Settings { max_rows: 4096, ..settings() };
+        let base = GgufFile::open(tiny(name)).unwrap();
+        let config = Config::read(&base, None).unwrap();
+        let refs: Vec<&TokenPair> = pairs.iter().collect();
+        let rows: usize = pairs.iter().map(|p| Packed::n_rows_of(&p.prompt, &p.chosen, &p.rejected)).sum();
+        let needs = Needs::new(&base, &config, &settings, 1);
+        // The reserve is for what the emulation does not take.
+        let said = needs.bytes(Choice { frozen, checkpointing, max_rows: rows }) - Needs::RESERVE_BYTES;
+
+        let before = emulation::taken();
+        emulation::peak();
+        let mut trainer = load(name, &settings, frozen);
+        trainer.set_checkpointing(checkpointing);
+        let references = trainer.logps(detox_gguf::train::trainer::Side::Reference, &refs).unwrap();
+        trainer.add_gradient(&refs, &references).unwrap();
+        trainer.step(1e-3, 1.0).unwrap();
+        let taken = (emulation::peak() - before) as u64;
+        assert!(taken <= said, "{what}: {taken} bytes were taken, and {said} were said");
+        // Two constants are left out: a part of a matrix, and cuBLASLt's workspace.
+        let constants = 32 << 20;
+        assert!(said <= 3 * taken + constants, "{what}: {said} bytes were said, and only {taken} taken");
+    }
+}

@@ -1,0 +1,57 @@
+//! What a run on the emulated GPU leaves: a file that llama.cpp runs as it was trained.
+
+use std::sync::atomic::AtomicBool;
+
+use detox_gguf::gguf::{GgufFile, Metadata};
+use detox_gguf::progress::Progress;
+use detox_gguf::train::agreement::{Expected, Rounding, agreement};
+use detox_gguf::train::artifact;
+use detox_gguf::train::placement::{DeviceName, Frozen};
+use detox_gguf::train::run::{RunFiles, run};
+use detox_gguf::train::settings::{MethodName, Settings};
+use detox_gguf::train::tokens::TokenPair;
+
+use super::{alone, load, own_pairs, settings, tiny};
+
+struct Silent;
+
+impl Progress for Silent {
+    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
+    fn advance(&mut self, _n: u64) {}
+    fn finish(&mut self) {}
+    fn say(&mut self, _text: &str) {}
+}
+
+#[test]
+fn llama_cpp_runs_what_was_trained_within_the_bound_of_bf16() {
+    let _alone = alone();
+    for (name, method, frozen) in [
+        ("llama", MethodName::Lora, Frozen::Bf16),
+        ("llama-q8_0", MethodName::Lora, Frozen::Quantised),
+        ("gemma3", MethodName::Lora, Frozen::Bf16),
+        ("bloom", MethodName::Vector, Frozen::Bf16),
+        ("gpt2", MethodName::Full, Frozen::Bf16),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            method,
+            device: DeviceName::Cuda(0),
+            frozen: Some(frozen),
+            max_steps: Some(2),
+            ..settings()
+        };
+        assert_eq!(settings.rounding(), Rounding::Bf16);
+        let pairs = own_pairs(name, 5);
+        let base = GgufFile::open(tiny(name)).unwrap();
+        let mut trainer = load(name, &settings, frozen);
+        let files = RunFiles::of(folder.path());
+        run(&mut trainer, &pairs, &settings, &files, &AtomicBool::new(false), &mut Silent).unwrap();
+        let path = folder.path().join(artifact::file_name(method));
+        artifact::write(&trainer, &base, &settings, &path, &Metadata::new()).unwrap();
+        let compared: Vec<&TokenPair> = pairs.iter().take(2).collect();
+        let expected = Expected::of(&trainer, settings.rounding(), &compared).unwrap();
+        let found = agreement(&expected, &base, method, &path, 2).unwrap();
+        println!("{name}: mean KL {:.1e}, bound {:.1e}", found.difference.mean_kl, found.bound);
+        assert!(found.holds(), "{name}, {method:?}: {found:?}");
+    }
+}

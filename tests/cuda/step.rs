@@ -1,0 +1,134 @@
+//! A step of DPO on the emulated GPU beside one on the CPU.
+
+use detox_gguf::gguf::GgufFile;
+use detox_gguf::train::cpu::{Cpu, Products};
+use detox_gguf::train::cuda::emulation;
+use detox_gguf::train::device::Device;
+use detox_gguf::train::placement::Frozen;
+use detox_gguf::train::settings::{MethodName, Settings};
+use detox_gguf::train::tokens::TokenPair;
+use detox_gguf::train::trainer::{AnswerLogps, Side, Trainer};
+
+use super::{alone, load, own_pairs, settings, tiny};
+
+/// Of an answer's log-probability, a sum of up to forty around -7: bf16 moves each logit by some thousandths of the largest.
+const LOGPS: f64 = 0.005;
+
+/// Of a gradient's length. bf16 keeps eight bits, so each of the products that a gradient goes through, some ten a block, is
+/// off by up to 1/256 of its operands; their errors do not point the same way.
+const GRADIENTS: f64 = 0.04;
+
+const ALL: [&str; 8] = ["llama", "llama-q8_0", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];
+
+/// Numbers in place of those that every run begins with: B is zero then, and so are most gradients.
+fn disturb<D: Device>(trainer: &mut Trainer<D>) {
+    for id in 0..trainer.parameters.list().len() {
+        let name = trainer.parameters.list()[id].name.clone();
+        if name.ends_with(".lora_b") || name.starts_with("direction.") {
+            let n: usize = trainer.parameters.list()[id].shape.iter().product();
+            let values: Vec<f32> =
+                (0..n).map(|i| ((i * 7919 + id * 31) % 101) as f32 / 1000.0 - 0.05).collect();
+            trainer.write_value(id, &values).unwrap();
+        }
+    }
+}
+
+struct Step {
+    logps: Vec<AnswerLogps>,
+    loss: f64,
+    gradients: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+}
+
+fn step<D: Device>(mut trainer: Trainer<D>, pairs: &[&TokenPair]) -> Step {
+    disturb(&mut trainer);
+    let references = trainer.logps(Side::Reference, pairs).unwrap();
+    // Away from zero, where the loss's slope is the same whatever the log-probabilities.
+    let references: Vec<AnswerLogps> = references
+        .iter()
+        .map(|r| AnswerLogps { chosen: r.chosen - 3.0, rejected: r.rejected + 2.0 })
+        .collect();
+    let losses = trainer.add_gradient(pairs, &references).unwrap();
+    let download = |trainer: &Trainer<D>, buffers: &[D::Buffer]| -> Vec<Vec<f32>> {
+        buffers.iter().map(|buffer| trainer.device().download(buffer).unwrap()).collect()
+    };
+    let gradients = download(&trainer, &trainer.parameters.gradients);
+    trainer.step(1e-3, 1.0).unwrap();
+    Step {
+        logps: losses.iter().map(|(logps, _)| *logps).collect(),
+        loss: losses.iter().map(|(_, loss)| loss.loss).sum::<f64>() / losses.len() as f64,
+        gradients,
+        values: download(&trainer, &trainer.parameters.values),
+    }
+}
+
+fn on_cpu(name: &str, settings: &Settings) -> Trainer<Cpu> {
+    let base = GgufFile::open(tiny(name)).unwrap();
+    let device = Cpu::new(2, Products::Exact).unwrap();
+    Trainer::load(device, &base, &settings.method(), settings.seed, settings.step_options()).unwrap()
+}
+
+fn assert_same_step(name: &str, settings: &Settings, frozen: Frozen) {
+    let pairs = own_pairs(name, 3);
+    let pairs: Vec<&TokenPair> = pairs.iter().collect();
+    let what = format!("{name}, {:?}, {}", settings.method, frozen.name());
+    let trainer = on_cpu(name, settings);
+    let names: Vec<String> = trainer.parameters.list().iter().map(|p| p.name.clone()).collect();
+    let (cpu, gpu) = (step(trainer, &pairs), step(load(name, settings, frozen), &pairs));
+    for (a, b) in cpu.logps.iter().zip(&gpu.logps) {
+        let near = |a: f64, b: f64| (a - b).abs() <= LOGPS * a.abs();
+        assert!(near(a.chosen, b.chosen) && near(a.rejected, b.rejected), "{what}: {a:?} and {b:?}");
+    }
+    assert!((cpu.loss - gpu.loss).abs() <= 0.02 * cpu.loss.max(0.1), "{what}: {} and {}", cpu.loss, gpu.loss);
+    let all: f64 = cpu.gradients.iter().flatten().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    for ((of, a), b) in names.iter().zip(&cpu.gradients).zip(&gpu.gradients) {
+        let length = a.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+        let distance = a.iter().zip(b).map(|(&a, &b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
+        // A gradient that is all but nothing beside the others is made of their rounding.
+        let bound = GRADIENTS * length.max(0.01 * all);
+        assert!(distance <= bound, "{what}: the gradient of {of} is {length} long and {distance} off");
+    }
+    for (of, values) in names.iter().zip(&gpu.values) {
+        assert!(values.iter().all(|x| x.is_finite()), "{what}: {of} after the step");
+    }
+}
+
+#[test]
+fn steps_of_adapters_agree_with_the_cpu_s() {
+    let _alone = alone();
+    for name in ALL {
+        assert_same_step(name, &settings(), Frozen::Bf16);
+    }
+    assert_same_step("llama-q8_0", &settings(), Frozen::Quantised);
+    // Tied embeddings, which are read and multiplied with.
+    assert_same_step("gemma3", &settings(), Frozen::Quantised);
+}
+
+#[test]
+fn steps_of_every_weight_of_directions_and_of_embeddings_agree_with_the_cpu_s() {
+    let _alone = alone();
+    for name in ["llama", "gpt2", "qwen3"] {
+        assert_same_step(name, &Settings { method: MethodName::Full, ..settings() }, Frozen::Bf16);
+    }
+    assert_same_step("bloom", &Settings { method: MethodName::Vector, ..settings() }, Frozen::Bf16);
+    let targets = ["q", "embed", "output"].map(str::to_owned).to_vec();
+    assert_same_step("llama", &Settings { targets, ..settings() }, Frozen::Bf16);
+}
+
+#[test]
+fn a_step_gives_the_same_bits_again_and_with_threads_in_reverse() {
+    let _alone = alone();
+    let pairs = own_pairs("gemma3", 3);
+    let pairs: Vec<&TokenPair> = pairs.iter().collect();
+    let once = || step(load("gemma3", &settings(), Frozen::Bf16), &pairs);
+    let (first, again) = (once(), once());
+    emulation::set_reverse(true);
+    let reversed = once();
+    emulation::set_reverse(false);
+    let bits = |step: &Step| -> Vec<u32> { step.values.iter().flatten().map(|x| x.to_bits()).collect() };
+    assert!(bits(&first) == bits(&again), "the same step again");
+    assert!(bits(&first) == bits(&reversed), "threads in reverse");
+    // Blocks are rounded to the same numbers whenever it is done.
+    let blocks = step(load("gemma3", &settings(), Frozen::Quantised), &pairs);
+    assert!(bits(&first) == bits(&blocks), "from blocks");
+}
