@@ -202,7 +202,7 @@ impl Buffer {
     }
 
     /// Numbers.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len
     }
 

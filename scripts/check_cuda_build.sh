@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Compiles and links the program with --features cuda on a machine without a GPU, by the nvcc of NVIDIA's packages on PyPI,
+# and looks at what the program says there. The packages (about 1 GB) stay in the user's cache folder.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+
+requirements=scripts/requirements-cuda.txt
+cache=${DETOX_GGUF_CUDA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/detox-gguf/cuda}
+# Other packages get another folder.
+folder=$cache/$(sha256sum "$requirements" | cut -c1-16)
+if [ ! -f "$folder/complete" ]; then
+    detox_say "fetching NVIDIA's compiler into $folder"
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    free=$(df --output=avail -k "$folder" | tail -1)
+    [ "$free" -gt 3000000 ] || detox_stop "less than 3 GB are free in $folder" "free some space, or set DETOX_GGUF_CUDA_CACHE"
+    python3 -m pip install --quiet --no-deps --only-binary :all: --disable-pip-version-check --root-user-action ignore \
+        --target "$folder" -r "$requirements" >&2 ||
+        detox_stop "pip cannot install the packages of $requirements" "see its message above"
+    touch "$folder/complete"
+fi
+toolkit=$folder/nvidia/cu13
+[ -x "$toolkit/bin/nvcc" ] || detox_stop "no nvcc in $toolkit/bin" "delete $folder, then run this again"
+
+# One kind of GPU, and this package's own Rust not optimised, keep it short: nothing here is timed. The rest is as in the
+# other builds, so that llama.cpp is not compiled again.
+export CUDA_HOME=$toolkit DETOX_CUDA_ARCH=80
+cargo build --release --config profile.release.package.detox-gguf.opt-level=0 --features cuda --bin detox-gguf
+program=$CARGO_TARGET_DIR/release/detox-gguf
+
+# Every function of the interface is defined, and the libraries that it needs are found.
+if ldd "$program" | grep -q 'not found'; then
+    ldd "$program" >&2
+    detox_stop "the program does not find its libraries" "see above"
+fi
+ldd "$program" | grep -q libcublasLt || detox_stop "the program was linked without cuBLASLt" "look at build.rs"
+
+# Without a GPU the program says so, before it writes anything. With one this has nothing to check.
+if [ ! -e /dev/nvidiactl ]; then
+    output=$(mktemp -d)
+    trap 'rm -rf "$output"' EXIT
+    if "$program" train -m gguf/tiny/llama.gguf --device cuda -o "$output/run" >"$output/log" 2>&1; then
+        detox_stop "the program trained on a GPU that is not there" "look at src/train/cuda"
+    fi
+    cat "$output/log" >&2
+    if ! grep -q '^error: cuda:0: ' "$output/log" || ! grep -q -- '--device cpu' "$output/log" || [ -e "$output/run" ]; then
+        detox_stop "that is not what it should say without a GPU" "look at src/train/cuda/handle.rs"
+    fi
+fi
+detox_say "the CUDA build links"

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Tests training on the emulated GPU: the operations, whole steps, memory that runs out, and that llama.cpp runs the result.
+# Where PyTorch is at hand, every operation is compared with it too.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/setup.sh
+
+if cargo nextest --version >/dev/null 2>&1; then
+    cargo nextest run --release --features cuda-emulation --lib --test cuda -E 'test(/train::cuda::/) | binary(cuda)'
+else
+    cargo test --release --features cuda-emulation --lib train::cuda::
+    cargo test --release --features cuda-emulation --test cuda
+fi
+if python3 -c 'import torch, numpy' 2>/dev/null; then
+    python3 scripts/gpu_check.py --emulation
+else
+    detox_say "no PyTorch: scripts/gpu_check.py is left out"
+fi
