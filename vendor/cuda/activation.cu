@@ -56,12 +56,14 @@ void check_activation(detox_cuda_activation activation) {
 } // namespace
 
 detox_cuda_status detox_cuda_activate(
-    detox_cuda_device* device, detox_cuda_activation activation, const float* gate, const float* up, int64_t n, float* y) {
+    detox_cuda_device* device, detox_cuda_activation activation, const float* gate, const float* up, int64_t n,
+    float* y) {
     return on_device(device, [&] {
         check_activation(activation);
         if (n == 0) return;
         launch(
-            activate_kernel, dim3(blocks_of(n, THREADS)), dim3(THREADS), 0, device->stream, (int)activation, gate, up, n, y);
+            activate_kernel, dim3(blocks_of(n, THREADS)), dim3(THREADS), 0, device->stream, (int)activation, gate, up,
+            n, y);
         check_launch("an activation");
     });
 }
@@ -74,8 +76,8 @@ detox_cuda_status detox_cuda_activate_back(
         require((up == nullptr) == (dup == nullptr), "a gradient of what is gated, where something is");
         if (n == 0) return;
         launch(
-            activate_back_kernel, dim3(blocks_of(n, THREADS)), dim3(THREADS), 0, device->stream, (int)activation, gate, up,
-            dy, n, dgate, dup);
+            activate_back_kernel, dim3(blocks_of(n, THREADS)), dim3(THREADS), 0, device->stream, (int)activation, gate,
+            up, dy, n, dgate, dup);
         check_launch("an activation's gradient");
     });
 }

@@ -1,5 +1,5 @@
-// Attention over packed pairs, forward. Scores are made a tile at a time and forgotten, with running maxima and sums, as in
-// FlashAttention (arXiv 2205.14135): there is no matrix of rows by rows in memory.
+// Attention over packed pairs, forward. Scores are made a tile at a time and forgotten, with running maxima and sums,
+// as in FlashAttention (arXiv 2205.14135): there is no matrix of rows by rows in memory.
 #include <type_traits>
 
 #include "attention.cuh"
@@ -30,17 +30,17 @@ namespace {
 // A block is a tile of queries of one head.
 template <int TILE, int COLS>
 __global__ void attention_kernel(
-    AttentionShape shape, RowView rows, const QueryTile* tiles, const float* q, const float* k, const float* v, float* out,
-    float* lse) {
+    AttentionShape shape, RowView rows, const QueryTile* tiles, const float* q, const float* k, const float* v,
+    float* out, float* lse) {
     SHARED_FLOATS(shared);
     const int stride = shape.stride();
-    float* q_tile = shared;                        // [TILE][stride]
-    float* k_tile = q_tile + TILE * stride;        // [TILE][stride]
-    float* v_tile = k_tile + TILE * stride;        // [TILE][stride]
-    float* scores = v_tile + TILE * stride;        // [TILE][TILE + 1]
-    float* most = scores + TILE * (TILE + 1);      // [TILE], the largest score of each row so far
-    float* sums = most + TILE;                     // [TILE], of the exponentials less it
-    float* rescale = sums + TILE;                  // [TILE], what a larger maximum makes of what was summed before
+    float* q_tile = shared;                   // [TILE][stride]
+    float* k_tile = q_tile + TILE * stride;   // [TILE][stride]
+    float* v_tile = k_tile + TILE * stride;   // [TILE][stride]
+    float* scores = v_tile + TILE * stride;   // [TILE][TILE + 1]
+    float* most = scores + TILE * (TILE + 1); // [TILE], the largest score of each row so far
+    float* sums = most + TILE;                // [TILE], of the exponentials less it
+    float* rescale = sums + TILE;             // [TILE], what a larger maximum makes of what was summed before
     const QueryTile tile = tiles[blockIdx.x];
     const int head = blockIdx.y, kv_head = head / (shape.n_head / shape.n_head_kv);
     const int y = threadIdx.x / THREAD_COLS, x = threadIdx.x % THREAD_COLS;

@@ -1,7 +1,7 @@
 // What attention forward and backward share: tiles of rows in shared memory, and which row sees which.
 //
-// A block has 128 threads as 16 rows of 8. A tile has `TILE` rows of D numbers; thread (y, x) computes rows y, y + 16, … and
-// columns x, x + 8, …: of scores TILE / 16 by TILE / 8, of heads TILE / 16 by `COLS`, which is D / 8 rounded up.
+// A block has 128 threads as 16 rows of 8. A tile has `TILE` rows of D numbers; thread (y, x) computes rows y, y + 16,
+// … and columns x, x + 8, …: of scores TILE / 16 by TILE / 8, of heads TILE / 16 by `COLS`, which is D / 8 rounded up.
 #pragma once
 
 #include "device.cuh"
@@ -34,8 +34,8 @@ struct RowView {
 
 // Rows [first, first + n) of a head of x[R][n_heads][D] to tile[TILE][stride]; the rest is zero.
 template <int TILE>
-__device__ inline void load_tile(
-    const float* x, int first, int n, int n_heads, int head, int dim, int stride, float* tile) {
+__device__ inline void
+load_tile(const float* x, int first, int n, int n_heads, int head, int dim, int stride, float* tile) {
     for (int i = threadIdx.x; i < TILE * dim; i += ATTENTION_THREADS) {
         int row = i / dim, col = i % dim;
         tile[row * stride + col] = row < n ? x[((int64_t)(first + row) * n_heads + head) * dim + col] : 0.0f;
@@ -82,8 +82,8 @@ __device__ inline bool sees(const AttentionShape& shape, const RowView& rows, in
     return shape.window == 0 || rows.positions[query] - rows.positions[key] < shape.window;
 }
 
-__device__ inline float score_of(
-    const AttentionShape& shape, const RowView& rows, int head, int query, int key, float product) {
+__device__ inline float
+score_of(const AttentionShape& shape, const RowView& rows, int head, int query, int key, float product) {
     float distance = (float)(rows.positions[query] - rows.positions[key]);
     return product * shape.scale - shape.slopes[head] * distance;
 }
@@ -100,15 +100,16 @@ template <typename... Parameters>
 void allow_shared(detox_cuda_device& device, void (*kernel)(Parameters...), size_t n_bytes) {
     if (n_bytes > device.properties.sharedMemPerBlockOptin)
         throw Failure(
-            DETOX_CUDA_UNSUPPORTED, "attention needs " + std::to_string(n_bytes) + " bytes of shared memory, and this GPU has " +
+            DETOX_CUDA_UNSUPPORTED, "attention needs " + std::to_string(n_bytes) +
+                                        " bytes of shared memory, and this GPU has " +
                                         std::to_string(device.properties.sharedMemPerBlockOptin));
     check(
         cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)n_bytes),
         "asking for shared memory");
 }
 
-// Calls `work` with tiles and columns for heads of `dim` numbers: large heads have smaller tiles, so that four tiles fit
-// into the 99 KiB of shared memory that GPUs for desktops have.
+// Calls `work` with tiles and columns for heads of `dim` numbers: large heads have smaller tiles, so that four tiles
+// fit into the 99 KiB of shared memory that GPUs for desktops have.
 template <typename Work>
 void with_tiles(const detox_cuda_rows& rows, int dim, Work work) {
     if (dim <= 64)

@@ -1,5 +1,5 @@
-// Attention over packed pairs, backward. Scores are made again, a tile at a time; with p the probabilities, dp = dout v and
-// D = dout out: ds = p (dp - D).
+// Attention over packed pairs, backward. Scores are made again, a tile at a time; with p the probabilities, dp = dout v
+// and D = dout out: ds = p (dp - D).
 #include <type_traits>
 
 #include "attention.cuh"
@@ -23,8 +23,8 @@ struct BackOperands {
 
 // p and ds of a query and a key, given q k and dout v.
 __device__ inline void slopes_of(
-    const AttentionShape& shape, const RowView& rows, const BackOperands& of, int head, int query, int key, float product,
-    float dp, float& p, float& ds) {
+    const AttentionShape& shape, const RowView& rows, const BackOperands& of, int head, int query, int key,
+    float product, float dp, float& p, float& ds) {
     int64_t at = (int64_t)query * shape.n_head + head;
     p = expf(score_of(shape, rows, head, query, key, product) - of.lse[at]);
     ds = p * (dp - of.shifts[at]) * shape.scale;
@@ -32,15 +32,15 @@ __device__ inline void slopes_of(
 
 // dq += ds k. A block is a tile of queries of one head.
 template <int TILE, int COLS>
-__global__ void query_gradient_kernel(
-    AttentionShape shape, RowView rows, const QueryTile* tiles, BackOperands of, float* dq) {
+__global__ void
+query_gradient_kernel(AttentionShape shape, RowView rows, const QueryTile* tiles, BackOperands of, float* dq) {
     SHARED_FLOATS(shared);
     const int stride = shape.stride();
-    float* q_tile = shared;                       // [TILE][stride]
-    float* dout_tile = q_tile + TILE * stride;    // [TILE][stride]
-    float* k_tile = dout_tile + TILE * stride;    // [TILE][stride]
-    float* v_tile = k_tile + TILE * stride;       // [TILE][stride]
-    float* ds_tile = v_tile + TILE * stride;      // [TILE queries][TILE + 1]
+    float* q_tile = shared;                    // [TILE][stride]
+    float* dout_tile = q_tile + TILE * stride; // [TILE][stride]
+    float* k_tile = dout_tile + TILE * stride; // [TILE][stride]
+    float* v_tile = k_tile + TILE * stride;    // [TILE][stride]
+    float* ds_tile = v_tile + TILE * stride;   // [TILE queries][TILE + 1]
     const QueryTile tile = tiles[blockIdx.x];
     const int head = blockIdx.y, kv_head = head / (shape.n_head / shape.n_head_kv);
     const int y = threadIdx.x / THREAD_COLS, x = threadIdx.x % THREAD_COLS;
@@ -92,15 +92,16 @@ __global__ void query_gradient_kernel(
 // nothing else adds to its gradients, so the order of each sum is fixed.
 template <int TILE, int COLS>
 __global__ void key_gradient_kernel(
-    AttentionShape shape, RowView rows, const KeyTile* tiles, const RowRange* ranges, BackOperands of, float* dk, float* dv) {
+    AttentionShape shape, RowView rows, const KeyTile* tiles, const RowRange* ranges, BackOperands of, float* dk,
+    float* dv) {
     SHARED_FLOATS(shared);
     const int stride = shape.stride();
-    float* k_tile = shared;                       // [TILE][stride]
-    float* v_tile = k_tile + TILE * stride;       // [TILE][stride]
-    float* q_tile = v_tile + TILE * stride;       // [TILE][stride]
-    float* dout_tile = q_tile + TILE * stride;    // [TILE][stride]
-    float* p_tile = dout_tile + TILE * stride;    // [TILE keys][TILE + 1]
-    float* ds_tile = p_tile + TILE * (TILE + 1);  // [TILE keys][TILE + 1]
+    float* k_tile = shared;                      // [TILE][stride]
+    float* v_tile = k_tile + TILE * stride;      // [TILE][stride]
+    float* q_tile = v_tile + TILE * stride;      // [TILE][stride]
+    float* dout_tile = q_tile + TILE * stride;   // [TILE][stride]
+    float* p_tile = dout_tile + TILE * stride;   // [TILE keys][TILE + 1]
+    float* ds_tile = p_tile + TILE * (TILE + 1); // [TILE keys][TILE + 1]
     const KeyTile tile = tiles[blockIdx.x];
     const int kv_head = blockIdx.y, group = shape.n_head / shape.n_head_kv;
     const int y = threadIdx.x / THREAD_COLS, x = threadIdx.x % THREAD_COLS;
@@ -165,8 +166,8 @@ detox_cuda_status detox_cuda_attention_back(
         int64_t n = rows->n_rows * shape.n_head;
         Scratch<float> shifts(*device, (size_t)n);
         launch(
-            shift_kernel, dim3(blocks_of(n, THREADS / WARP)), dim3(WARP, THREADS / WARP), 0, device->stream, out, dout, n,
-            shape.dim, (float*)shifts);
+            shift_kernel, dim3(blocks_of(n, THREADS / WARP)), dim3(WARP, THREADS / WARP), 0, device->stream, out, dout,
+            n, shape.dim, (float*)shifts);
         check_launch("attention's gradient");
         BackOperands of = {q, k, v, lse, dout, shifts};
         with_tiles(*rows, shape.dim, [&](const Tiles& tiles, auto tile, auto cols) {
@@ -176,8 +177,8 @@ detox_cuda_status detox_cuda_attention_back(
             allow_shared(*device, query_gradient_kernel<TILE, COLS>, of_queries);
             allow_shared(*device, key_gradient_kernel<TILE, COLS>, of_keys);
             launch(
-                query_gradient_kernel<TILE, COLS>, dim3(tiles.n_queries, shape.n_head), dim3(ATTENTION_THREADS), of_queries,
-                device->stream, shape, row_view(*rows), tiles.queries, of, dq);
+                query_gradient_kernel<TILE, COLS>, dim3(tiles.n_queries, shape.n_head), dim3(ATTENTION_THREADS),
+                of_queries, device->stream, shape, row_view(*rows), tiles.queries, of, dq);
             check_launch("attention's gradient of queries");
             launch(
                 key_gradient_kernel<TILE, COLS>, dim3(tiles.n_keys, shape.n_head_kv), dim3(ATTENTION_THREADS), of_keys,

@@ -25,8 +25,8 @@ constexpr int GROUP = 8;
 
 __device__ inline float f16_at(const uint8_t* bytes) { return float_of_f16((uint16_t)(bytes[0] | bytes[1] << 8)); }
 
-// Q4_K's and Q5_K's scale and minimum of part j, six bits each: the first four parts have theirs in the low bits of bytes
-// 0 to 7, the others in bytes 8 to 11 and the two high bits of the former.
+// Q4_K's and Q5_K's scale and minimum of part j, six bits each: the first four parts have theirs in the low bits of
+// bytes 0 to 7, the others in bytes 8 to 11 and the two high bits of the former.
 __device__ inline void scale_and_minimum(const uint8_t* scales, int j, int& scale, int& minimum) {
     if (j < 4) {
         scale = scales[j] & 63;
@@ -152,9 +152,9 @@ struct Block<TYPE_Q5_K> {
     }
 };
 
-// Sixteen parts of 16 with a scale each: d scale (code - 32). Of each half of 128 numbers, in quarters of 32: the low four
-// bits of quarters 0 and 2 are in bytes 0 to 31, those of 1 and 3 in bytes 32 to 63; the high two bits of all four share
-// a byte.
+// Sixteen parts of 16 with a scale each: d scale (code - 32). Of each half of 128 numbers, in quarters of 32: the low
+// four bits of quarters 0 and 2 are in bytes 0 to 31, those of 1 and 3 in bytes 32 to 63; the high two bits of all four
+// share a byte.
 template <>
 struct Block<TYPE_Q6_K> {
     static constexpr int LEN = 256, BYTES = 210;
@@ -170,8 +170,8 @@ struct Block<TYPE_Q6_K> {
     }
 };
 
-// Numbers `at` to `at + n` of rows of blocks, n <= GROUP; where the type has blocks, `at` is a multiple of GROUP and n is
-// GROUP.
+// Numbers `at` to `at + n` of rows of blocks, n <= GROUP; where the type has blocks, `at` is a multiple of GROUP and n
+// is GROUP.
 template <int TYPE>
 __device__ inline void read_numbers(const uint8_t* blocks, int64_t at, int n, float* x) {
     if constexpr (Block<TYPE>::LEN == 1) {

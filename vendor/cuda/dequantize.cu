@@ -52,7 +52,7 @@ detox_cuda_status detox_cuda_block(int32_t type, int32_t* n_numbers, int32_t* n_
     });
 }
 
-detox_cuda_status detox_cuda_round_blocks(
-    detox_cuda_device* device, int32_t type, const void* blocks, int64_t n, uint16_t* rounded) {
+detox_cuda_status
+detox_cuda_round_blocks(detox_cuda_device* device, int32_t type, const void* blocks, int64_t n, uint16_t* rounded) {
     return on_device(device, [&] { round_blocks(*device, type, blocks, 0, n, rounded); });
 }

@@ -106,8 +106,8 @@ detox_cuda_status detox_cuda_open(int32_t ordinal, detox_cuda_device** device) {
         check(cudaGetDeviceCount(&n), "looking for GPUs");
         if (ordinal < 0 || ordinal >= n)
             throw Failure(
-                DETOX_CUDA_NO_DEVICE,
-                "there is no GPU " + std::to_string(ordinal) + ": they are counted from 0, and there are " + std::to_string(n));
+                DETOX_CUDA_NO_DEVICE, "there is no GPU " + std::to_string(ordinal) +
+                                          ": they are counted from 0, and there are " + std::to_string(n));
         detox_cuda_device* made = new detox_cuda_device;
         try {
             made->ordinal = ordinal;
@@ -194,7 +194,8 @@ detox_cuda_status detox_cuda_write(detox_cuda_device* device, const void* host, 
 detox_cuda_status detox_cuda_read(detox_cuda_device* device, const void* memory, size_t n_bytes, void* host) {
     return on_device(device, [&] {
         if (n_bytes > 0)
-            check(cudaMemcpyAsync(host, memory, n_bytes, cudaMemcpyDeviceToHost, device->stream), "reading from the GPU");
+            check(
+                cudaMemcpyAsync(host, memory, n_bytes, cudaMemcpyDeviceToHost, device->stream), "reading from the GPU");
         check(cudaStreamSynchronize(device->stream), "reading from the GPU");
     });
 }

@@ -104,7 +104,8 @@ enum class Operands {
     TF32,
 };
 
-// c[m][n] = beta c + alpha op(a) op(b), as in `detox_cuda_gemm`, with numbers from row to row of a, b and c as they lie.
+// c[m][n] = beta c + alpha op(a) op(b), as in `detox_cuda_gemm`, with numbers from row to row of a, b and c as they
+// lie.
 struct Product {
     int64_t m, n, k;
     bool transpose_a, transpose_b;

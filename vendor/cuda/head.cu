@@ -28,8 +28,8 @@ __device__ Softmax join_warp(Softmax x) {
 }
 
 // A block an output: one pass for the softmax, and one more for the gradient.
-__global__ void logprobs_kernel(
-    const int32_t* tokens, float scale, int64_t n_vocab, int gradient, float* logits, float* logps) {
+__global__ void
+logprobs_kernel(const int32_t* tokens, float scale, int64_t n_vocab, int gradient, float* logits, float* logps) {
     SHARED_FLOATS(shared);
     logits += (int64_t)blockIdx.x * n_vocab;
     int token = tokens[blockIdx.x];
@@ -56,8 +56,7 @@ __global__ void logprobs_kernel(
     softmax = {-INFINITY, 0.0f};
     if (lane < n_warps) softmax = {shared[2 * lane], shared[2 * lane + 1]};
     softmax = join_warp(softmax);
-    if (threadIdx.x == 0)
-        logps[blockIdx.x] = (float)((double)chosen - (double)softmax.most - log((double)softmax.sum));
+    if (threadIdx.x == 0) logps[blockIdx.x] = (float)((double)chosen - (double)softmax.most - log((double)softmax.sum));
     if (!gradient) return;
     float factor = -scale / softmax.sum;
     for (int64_t i = threadIdx.x; i < n_vocab; i += blockDim.x) {

@@ -6,8 +6,8 @@
 namespace {
 
 template <int TYPE>
-__global__ void embed_kernel(
-    const uint8_t* blocks, int64_t n_in, const int32_t* tokens, int64_t n_rows, float scale, float* y) {
+__global__ void
+embed_kernel(const uint8_t* blocks, int64_t n_in, const int32_t* tokens, int64_t n_rows, float scale, float* y) {
     int64_t n_groups = (n_in + GROUP - 1) / GROUP;
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n_rows * n_groups) return;
@@ -26,8 +26,8 @@ __global__ void gather_kernel(
 }
 
 // The first row of those with one index adds up all of them, in their order.
-__global__ void scatter_add_kernel(
-    const float* dy, int64_t n_cols, Chain chain, int64_t first, int64_t n, float scale, float* dtable) {
+__global__ void
+scatter_add_kernel(const float* dy, int64_t n_cols, Chain chain, int64_t first, int64_t n, float scale, float* dtable) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n * n_cols) return;
     int64_t row = first + i / n_cols, col = i % n_cols;
@@ -88,8 +88,8 @@ detox_cuda_status detox_cuda_scatter_add(
         Chain chain = chain_of(rows, index, first, n);
         if (n == 0 || n_cols == 0) return;
         launch(
-            scatter_add_kernel, dim3(blocks_of(n * n_cols, THREADS)), dim3(THREADS), 0, device->stream, dy, n_cols, chain,
-            first, n, scale, dtable);
+            scatter_add_kernel, dim3(blocks_of(n * n_cols, THREADS)), dim3(THREADS), 0, device->stream, dy, n_cols,
+            chain, first, n, scale, dtable);
         check_launch("scattering gradients");
     });
 }

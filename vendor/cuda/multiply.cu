@@ -10,11 +10,11 @@ constexpr size_t WORKSPACE_BYTES = 32 << 20;
 
 void check_blas(cublasStatus_t status, const char* what) {
     if (status == CUBLAS_STATUS_SUCCESS) return;
-    detox_cuda_status mapped = status == CUBLAS_STATUS_ALLOC_FAILED     ? DETOX_CUDA_OUT_OF_MEMORY
-                               : status == CUBLAS_STATUS_NOT_SUPPORTED  ? DETOX_CUDA_UNSUPPORTED
-                               : status == CUBLAS_STATUS_ARCH_MISMATCH  ? DETOX_CUDA_UNSUPPORTED
-                               : status == CUBLAS_STATUS_INVALID_VALUE  ? DETOX_CUDA_INVALID
-                                                                        : DETOX_CUDA_FAILED;
+    detox_cuda_status mapped = status == CUBLAS_STATUS_ALLOC_FAILED    ? DETOX_CUDA_OUT_OF_MEMORY
+                               : status == CUBLAS_STATUS_NOT_SUPPORTED ? DETOX_CUDA_UNSUPPORTED
+                               : status == CUBLAS_STATUS_ARCH_MISMATCH ? DETOX_CUDA_UNSUPPORTED
+                               : status == CUBLAS_STATUS_INVALID_VALUE ? DETOX_CUDA_INVALID
+                                                                       : DETOX_CUDA_FAILED;
     throw Failure(mapped, std::string(what) + ": cuBLASLt says " + cublasLtGetStatusName(status));
 }
 
@@ -35,7 +35,8 @@ struct Plan {
     }
 };
 
-using Shape = std::tuple<int, int64_t, int64_t, int64_t, bool, bool, bool, int64_t, int64_t, int64_t, unsigned, unsigned, unsigned>;
+using Shape = std::tuple<
+    int, int64_t, int64_t, int64_t, bool, bool, bool, int64_t, int64_t, int64_t, unsigned, unsigned, unsigned>;
 
 // The largest power of two up to 256 that divides an address.
 unsigned alignment_of(const void* address) {
@@ -76,8 +77,7 @@ void make_plan(
     Multiplier& multiplier, Plan& plan, Operands operands, const Product& p, unsigned a_alignment, unsigned b_alignment,
     unsigned c_alignment) {
     cudaDataType_t type = operands == Operands::BF16 ? CUDA_R_16BF : CUDA_R_32F;
-    cublasComputeType_t compute =
-        operands == Operands::BF16 ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32;
+    cublasComputeType_t compute = operands == Operands::BF16 ? CUBLAS_COMPUTE_32F : CUBLAS_COMPUTE_32F_FAST_TF32;
     check_blas(cublasLtMatmulDescCreate(&plan.operation, compute, CUDA_R_32F), "describing a product");
     cublasOperation_t of_left = p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublasOperation_t of_right = p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -106,12 +106,15 @@ void make_plan(
     uint32_t left = b_alignment, right = a_alignment, result = c_alignment;
     cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &left, sizeof left);
     cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &right, sizeof right);
-    cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &result, sizeof result);
-    cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &result, sizeof result);
+    cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &result, sizeof result);
+    cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &result, sizeof result);
     cublasLtMatmulHeuristicResult_t found;
     int n_found = 0;
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-        multiplier.handle, plan.operation, plan.left, plan.right, plan.result, plan.result, preference, 1, &found, &n_found);
+        multiplier.handle, plan.operation, plan.left, plan.right, plan.result, plan.result, preference, 1, &found,
+        &n_found);
     cublasLtMatmulPreferenceDestroy(preference);
     check_blas(status, "choosing a product");
     if (n_found == 0) check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "choosing a product");
@@ -120,8 +123,7 @@ void make_plan(
 
 } // namespace
 
-void multiply(
-    detox_cuda_device& device, Operands operands, const Product& p, const void* a, const void* b, float* c) {
+void multiply(detox_cuda_device& device, Operands operands, const Product& p, const void* a, const void* b, float* c) {
     Multiplier& multiplier = *device.multiplier;
     unsigned a_alignment = alignment_of(a), b_alignment = alignment_of(b), c_alignment = alignment_of(c);
     Shape shape(

@@ -19,8 +19,8 @@ Geometry geometry(int64_t n_rows, int64_t n_cols) {
 }
 
 // The mean that is taken away, and what is multiplied with instead of dividing.
-__device__ void statistics(
-    detox_cuda_norm_kind kind, const float* x, int64_t n_cols, float* shared, float& mean, float& inverse) {
+__device__ void
+statistics(detox_cuda_norm_kind kind, const float* x, int64_t n_cols, float* shared, float& mean, float& inverse) {
     mean = 0.0f;
     if (kind.is_layer) {
         float sum = 0.0f;
@@ -50,8 +50,8 @@ __global__ void norm_kernel(
     }
 }
 
-// With n = (x - mean) r and g = dy weight, r being one over the deviation: dx = r (g - mean(g) - n mean(g n)), without the
-// middle term where no mean is taken away. Keeps mean and r of each row, [R][2], where they are wanted.
+// With n = (x - mean) r and g = dy weight, r being one over the deviation: dx = r (g - mean(g) - n mean(g n)), without
+// the middle term where no mean is taken away. Keeps mean and r of each row, [R][2], where they are wanted.
 __global__ void norm_back_kernel(
     detox_cuda_norm_kind kind, const float* x, const float* weight, const float* dy, int64_t n_rows, int64_t n_cols,
     float* dx, float* kept) {

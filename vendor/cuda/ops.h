@@ -97,7 +97,8 @@ typedef struct {
     const int32_t* output_tokens;       // host [n_outputs]
 } detox_cuda_batch;
 
-detox_cuda_status detox_cuda_rows_open(detox_cuda_device* device, const detox_cuda_batch* batch, detox_cuda_rows** rows);
+detox_cuda_status
+detox_cuda_rows_open(detox_cuda_device* device, const detox_cuda_batch* batch, detox_cuda_rows** rows);
 void detox_cuda_rows_close(detox_cuda_rows* rows);
 
 // Which row of a table a row of a batch looks at.
@@ -124,11 +125,11 @@ typedef struct {
 // Whether there is a kernel that reads blocks of this type, and how many numbers and bytes are in one.
 detox_cuda_status detox_cuda_block(int32_t type, int32_t* n_numbers, int32_t* n_bytes);
 // rounded[n] = the numbers of blocks [n], n a whole number of blocks.
-detox_cuda_status detox_cuda_round_blocks(
-    detox_cuda_device* device, int32_t type, const void* blocks, int64_t n, uint16_t* rounded);
+detox_cuda_status
+detox_cuda_round_blocks(detox_cuda_device* device, int32_t type, const void* blocks, int64_t n, uint16_t* rounded);
 // y[R][O] = x[R][I] W^T; both operands rounded to bf16, sums in f32.
-detox_cuda_status detox_cuda_product(
-    detox_cuda_device* device, const detox_cuda_matrix* w, const float* x, int64_t n_rows, float* y);
+detox_cuda_status
+detox_cuda_product(detox_cuda_device* device, const detox_cuda_matrix* w, const float* x, int64_t n_rows, float* y);
 // dx[R][I] += dy[R][O] W
 detox_cuda_status detox_cuda_product_back(
     detox_cuda_device* device, const detox_cuda_matrix* w, const float* dy, int64_t n_rows, float* dx);
@@ -146,8 +147,8 @@ typedef struct {
 } detox_cuda_gemm;
 
 // c[m][n] = beta c + alpha op(a) op(b); operands rounded to TF32 (10 bits of fraction), sums in f32.
-detox_cuda_status detox_cuda_multiply(
-    detox_cuda_device* device, const detox_cuda_gemm* gemm, const float* a, const float* b, float* c);
+detox_cuda_status
+detox_cuda_multiply(detox_cuda_device* device, const detox_cuda_gemm* gemm, const float* a, const float* b, float* c);
 
 // Rows of tables.
 
@@ -182,8 +183,8 @@ detox_cuda_status detox_cuda_norm_back(
 
 // Rotary position embedding.
 
-// Rotates each head of x[R][heads][D] by its row's position; back, by the opposite angle. A pair is (2i, 2i + 1), or with
-// `halves` (i, i + n_pairs). frequencies: host [n_pairs].
+// Rotates each head of x[R][heads][D] by its row's position; back, by the opposite angle. A pair is (2i, 2i + 1), or
+// with `halves` (i, i + n_pairs). frequencies: host [n_pairs].
 detox_cuda_status detox_cuda_rope(
     detox_cuda_device* device, const detox_cuda_rows* rows, const float* frequencies, int32_t n_pairs, int32_t halves,
     int32_t back, int64_t n_heads, int64_t head_dim, float* x);
@@ -222,7 +223,8 @@ typedef enum {
 
 // y[n] = f(gate[n]) up[n], or f(gate) where up is null.
 detox_cuda_status detox_cuda_activate(
-    detox_cuda_device* device, detox_cuda_activation activation, const float* gate, const float* up, int64_t n, float* y);
+    detox_cuda_device* device, detox_cuda_activation activation, const float* gate, const float* up, int64_t n,
+    float* y);
 // dgate[n] += …, dup[n] += …; up and dup are null together.
 detox_cuda_status detox_cuda_activate_back(
     detox_cuda_device* device, detox_cuda_activation activation, const float* gate, const float* up, const float* dy,
@@ -235,14 +237,14 @@ detox_cuda_status detox_cuda_add(detox_cuda_device* device, float scale, const f
 // y[n] = x[n]
 detox_cuda_status detox_cuda_copy(detox_cuda_device* device, const float* x, int64_t n, float* y);
 // y[R][C] += bias[C]
-detox_cuda_status detox_cuda_add_to_rows(
-    detox_cuda_device* device, const float* bias, int64_t n_rows, int64_t n_cols, float* y);
+detox_cuda_status
+detox_cuda_add_to_rows(detox_cuda_device* device, const float* bias, int64_t n_rows, int64_t n_cols, float* y);
 // dbias[C] += the sum over the rows of dy[R][C]
-detox_cuda_status detox_cuda_sum_rows(
-    detox_cuda_device* device, const float* dy, int64_t n_rows, int64_t n_cols, float* dbias);
+detox_cuda_status
+detox_cuda_sum_rows(detox_cuda_device* device, const float* dy, int64_t n_rows, int64_t n_cols, float* dbias);
 // x[R][C] *= factors[R]; factors: host.
-detox_cuda_status detox_cuda_scale_rows(
-    detox_cuda_device* device, const float* factors, int64_t n_rows, int64_t n_cols, float* x);
+detox_cuda_status
+detox_cuda_scale_rows(detox_cuda_device* device, const float* factors, int64_t n_rows, int64_t n_cols, float* x);
 // dst[r][to .. to + n] += src[r][from .. from + n], src[R][src_cols], dst[R][dst_cols].
 detox_cuda_status detox_cuda_add_columns(
     detox_cuda_device* device, const float* src, int64_t src_cols, int64_t from, int64_t n_rows, float* dst,

@@ -5,8 +5,8 @@
 
 namespace {
 
-// Bytes of a matrix in bf16 that are made at a time, where only its blocks are kept: large enough that the products over
-// the parts run at full rate, small beside a model.
+// Bytes of a matrix in bf16 that are made at a time, where only its blocks are kept: large enough that the products
+// over the parts run at full rate, small beside a model.
 constexpr int64_t PART_BYTES = 256 << 20;
 
 // Calls `work` with rounded rows [first, first + n) of W, part after part.
@@ -34,8 +34,8 @@ void check_matrix(const detox_cuda_matrix* w) {
 
 } // namespace
 
-detox_cuda_status detox_cuda_product(
-    detox_cuda_device* device, const detox_cuda_matrix* w, const float* x, int64_t n_rows, float* y) {
+detox_cuda_status
+detox_cuda_product(detox_cuda_device* device, const detox_cuda_matrix* w, const float* x, int64_t n_rows, float* y) {
     return on_device(device, [&] {
         check_matrix(w);
         if (n_rows == 0) return;
@@ -62,16 +62,22 @@ detox_cuda_status detox_cuda_product_back(
     });
 }
 
-detox_cuda_status detox_cuda_multiply(
-    detox_cuda_device* device, const detox_cuda_gemm* gemm, const float* a, const float* b, float* c) {
+detox_cuda_status
+detox_cuda_multiply(detox_cuda_device* device, const detox_cuda_gemm* gemm, const float* a, const float* b, float* c) {
     return on_device(device, [&] {
         require(gemm != nullptr && gemm->m >= 0 && gemm->n >= 0 && gemm->k > 0, "sizes of a product");
         if (gemm->m == 0 || gemm->n == 0) return;
         bool transpose_a = gemm->transpose_a != 0, transpose_b = gemm->transpose_b != 0;
         Product product = {
-            gemm->m,    gemm->n,   gemm->k,
-            transpose_a, transpose_b, gemm->alpha,
-            gemm->beta, transpose_a ? gemm->m : gemm->k, transpose_b ? gemm->k : gemm->n,
+            gemm->m,
+            gemm->n,
+            gemm->k,
+            transpose_a,
+            transpose_b,
+            gemm->alpha,
+            gemm->beta,
+            transpose_a ? gemm->m : gemm->k,
+            transpose_b ? gemm->k : gemm->n,
             gemm->n};
         multiply(*device, Operands::TF32, product, a, b, c);
     });

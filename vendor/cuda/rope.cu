@@ -13,8 +13,8 @@ struct Frequencies {
 
 // A thread is a pair of a row, with all its heads: the angle's sine is made once.
 __global__ void rope_kernel(
-    Frequencies frequencies, const int32_t* positions, int64_t n_rows, int n_pairs, int halves, int back, int64_t n_heads,
-    int64_t head_dim, float* x) {
+    Frequencies frequencies, const int32_t* positions, int64_t n_rows, int n_pairs, int halves, int back,
+    int64_t n_heads, int64_t head_dim, float* x) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n_rows * n_pairs) return;
     int64_t row = i / n_pairs;

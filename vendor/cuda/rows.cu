@@ -43,7 +43,9 @@ ChainAt add_chain(Upload& upload, const int32_t* index, int64_t n) {
     return {upload.add(index, (size_t)n), upload.add(previous), upload.add(next)};
 }
 
-Chain chain_at(const int32_t* memory, ChainAt at) { return {memory + at.index, memory + at.previous, memory + at.next}; }
+Chain chain_at(const int32_t* memory, ChainAt at) {
+    return {memory + at.index, memory + at.previous, memory + at.next};
+}
 
 struct TilesAt {
     size_t queries, keys, ranges;
@@ -76,8 +78,8 @@ TilesAt add_tiles(Upload& upload, const detox_cuda_batch& batch, int tile) {
 
 Tiles tiles_at(const int32_t* memory, TilesAt at) {
     return {
-        (const QueryTile*)(memory + at.queries), (const KeyTile*)(memory + at.keys), (const RowRange*)(memory + at.ranges),
-        at.n_queries, at.n_keys};
+        (const QueryTile*)(memory + at.queries), (const KeyTile*)(memory + at.keys),
+        (const RowRange*)(memory + at.ranges), at.n_queries, at.n_keys};
 }
 
 void check_batch(const detox_cuda_batch& batch) {
@@ -108,8 +110,8 @@ void check_batch(const detox_cuda_batch& batch) {
 
 } // namespace
 
-detox_cuda_status detox_cuda_rows_open(
-    detox_cuda_device* device, const detox_cuda_batch* batch, detox_cuda_rows** rows) {
+detox_cuda_status
+detox_cuda_rows_open(detox_cuda_device* device, const detox_cuda_batch* batch, detox_cuda_rows** rows) {
     return on_device(device, [&] {
         require(batch != nullptr && rows != nullptr, "a batch");
         *rows = nullptr;

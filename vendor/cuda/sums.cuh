@@ -46,7 +46,7 @@ void sum_over_rows(detox_cuda_device& device, Of of, int64_t n_rows, int64_t n_c
         n_rows, n_cols, (float*)parts);
     check_launch("sums of parts of rows");
     launch(
-        add_parts_kernel, dim3(blocks_of(n_cols, THREADS)), dim3(THREADS), 0, device.stream, (const float*)parts, n_parts,
-        n_cols, sums);
+        add_parts_kernel, dim3(blocks_of(n_cols, THREADS)), dim3(THREADS), 0, device.stream, (const float*)parts,
+        n_parts, n_cols, sums);
     check_launch("sums over rows");
 }

@@ -1,8 +1,8 @@
 // CUDA's execution model on a CPU, as far as the kernels here use it: for tests, where there is no GPU.
 //
-// A block's threads are fibers of one thread, so that a barrier, or an exchange within a warp, is a switch to the next fiber.
-// Blocks run one after the other. Memory of the "GPU" is the host's, filled with bytes that are no number when it is
-// taken, and its amount can be limited. README.md says what this shows and what it cannot show.
+// A block's threads are fibers of one thread, so that a barrier, or an exchange within a warp, is a switch to the next
+// fiber. Blocks run one after the other. Memory of the "GPU" is the host's, filled with bytes that are no number when
+// it is taken, and its amount can be limited. README.md says what this shows and what it cannot show.
 #pragma once
 
 #include <cmath>
@@ -111,5 +111,6 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 template <typename... Parameters, typename... Arguments>
 void launch(
     void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Arguments... arguments) {
-    emulation::run((const void*)kernel, grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
+    emulation::run(
+        (const void*)kernel, grid, block, shared_bytes, [&] { kernel(static_cast<Parameters>(arguments)...); });
 }

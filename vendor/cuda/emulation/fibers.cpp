@@ -208,7 +208,8 @@ void run_block(unsigned n, bool reverse) {
         }
         if (release_those_that_waited(n)) continue;
         for (unsigned i = 0; i < n; i++)
-            if (fibers[i].state != State::DONE) stop("threads wait at a barrier that others of the block never come to");
+            if (fibers[i].state != State::DONE)
+                stop("threads wait at a barrier that others of the block never come to");
         return;
     }
 }
