@@ -11,14 +11,19 @@ cache=${DETOX_GGUF_CUDA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/detox-gguf/cuda}
 folder=$cache/$(sha256sum "$requirements" | cut -c1-16)
 if [ ! -f "$folder/complete" ]; then
     detox_say "fetching NVIDIA's compiler into $folder"
-    rm -rf "$folder"
-    mkdir -p "$folder"
-    free=$(df --output=avail -k "$folder" | tail -1)
-    [ "$free" -gt 3000000 ] || detox_stop "less than 3 GB are free in $folder" "free some space, or set DETOX_GGUF_CUDA_CACHE"
-    python3 -m pip install --quiet --no-deps --only-binary :all: --disable-pip-version-check --root-user-action ignore \
-        --target "$folder" -r "$requirements" >&2 ||
+    # Beside its place, so that another run finds all of it or nothing.
+    unfinished=$folder.$$
+    trap 'rm -rf "$unfinished"' EXIT
+    mkdir -p "$unfinished/tmp"
+    free=$(df --output=avail -k "$unfinished" | tail -1)
+    [ "$free" -gt 4000000 ] || detox_stop "less than 4 GB are free in $cache" "free some space, or set DETOX_GGUF_CUDA_CACHE"
+    TMPDIR=$unfinished/tmp PIP_ROOT_USER_ACTION=ignore python3 -m pip install --quiet --no-deps --no-cache-dir \
+        --only-binary :all: --disable-pip-version-check --target "$unfinished" -r "$requirements" >&2 ||
         detox_stop "pip cannot install the packages of $requirements" "see its message above"
-    touch "$folder/complete"
+    rm -rf "$unfinished/tmp" "$folder"
+    touch "$unfinished/complete"
+    mv "$unfinished" "$folder"
+    trap - EXIT
 fi
 toolkit=$folder/nvidia/cu13
 [ -x "$toolkit/bin/nvcc" ] || detox_stop "no nvcc in $toolkit/bin" "delete $folder, then run this again"
@@ -27,14 +32,17 @@ toolkit=$folder/nvidia/cu13
 # other builds, so that llama.cpp is not compiled again.
 export CUDA_HOME=$toolkit DETOX_CUDA_ARCH=80
 cargo build --release --config profile.release.package.detox-gguf.opt-level=0 --features cuda --bin detox-gguf
-program=$CARGO_TARGET_DIR/release/detox-gguf
+# Not left where an optimised one without CUDA is looked for.
+program=$CARGO_TARGET_DIR/detox-gguf-cuda
+mv "$CARGO_TARGET_DIR/release/detox-gguf" "$program"
 
 # Every function of the interface is defined, and the libraries that it needs are found.
-if ldd "$program" | grep -q 'not found'; then
-    ldd "$program" >&2
-    detox_stop "the program does not find its libraries" "see above"
-fi
-ldd "$program" | grep -q libcublasLt || detox_stop "the program was linked without cuBLASLt" "look at build.rs"
+libraries=$(ldd "$program")
+case "$libraries" in
+    *"not found"*) detox_stop "the program does not find its libraries" "see: $libraries" ;;
+    *libcublasLt*) ;;
+    *) detox_stop "the program was linked without cuBLASLt" "look at build.rs" ;;
+esac
 
 # Without a GPU the program says so, before it writes anything. With one this has nothing to check.
 if [ ! -e /dev/nvidiactl ]; then
