@@ -20,7 +20,8 @@ pub struct SteerOptions {
     pub coefficient: f32,
     /// [`Route::Callback`] makes everything a matter of the callback: needed to leave sequences out, and for gates.
     pub route: Route,
-    /// Allow a file made for another quantisation or fine-tune of the same model.
+    /// Allow a file made for another quantisation or fine-tune of the same model, and a control vector whose only
+    /// mark of origin, `controlvector.model_hint`, is not the model's architecture.
     pub force: bool,
 }
 
@@ -74,7 +75,16 @@ impl Steer {
     /// a coefficient that is not finite, or too large.
     pub fn load(model: &Path, steer: &Path, options: &SteerOptions) -> Result<Steer> {
         let model = GgufFile::open(model)?;
-        let sources = [(SteerFile::open(steer)?, 1.0)];
+        let source = SteerFile::open(steer)?;
+        // A program has nobody who would read a warning.
+        if let SteerFile::ControlVector(file) = &source
+            && !options.force
+            && let Some(reason) = file.doubt(&Fingerprint::of(&model)?)
+        {
+            let hint = Some("use one that was made for this model, or set force".into());
+            return Err(Error::Input { path: steer.to_path_buf(), line: None, reason, hint });
+        }
+        let sources = [(source, 1.0)];
         let how = CompileOptions { route: options.route, force: options.force, ..CompileOptions::default() };
         let compiled = compile(&model, &sources, &[], &how)?;
         let control_vector = compiled.steering.control_vector;
@@ -200,6 +210,32 @@ mod tests {
         assert!(steer.needs_callback() && steer.control_vector().is_none());
         let steer = load("gemma3", OFFSETS, &SteerOptions::default()).unwrap();
         assert!(steer.needs_callback() && steer.control_vector().is_none());
+    }
+
+    #[test]
+    fn a_control_vector_that_says_it_is_for_another_architecture_needs_force() {
+        use crate::gguf::{GgufWriter, Metadata, TensorSpec, TensorType, Value};
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("steer.gguf");
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/gguf/tiny/llama.gguf");
+        let open = |hint: &str, force: bool| {
+            let mut metadata = Metadata::new();
+            metadata.set("general.architecture", Value::Str("controlvector".into()));
+            metadata.set("controlvector.model_hint", Value::Str(hint.into()));
+            let spec =
+                TensorSpec { name: "direction.1".into(), shape: vec![64], tensor_type: TensorType::F32 };
+            let mut writer = GgufWriter::create(&path, &metadata, vec![spec]).unwrap();
+            writer.write_f32s(&[1.0; 64]).unwrap();
+            writer.finish().unwrap();
+            Steer::load(Path::new(model), &path, &SteerOptions { force, ..SteerOptions::default() })
+        };
+        assert!(open("llama", false).is_ok());
+        let error = open("qwen2", false).unwrap_err();
+        assert!(
+            error.to_string().contains("qwen2") && error.hint().unwrap().contains("set force"),
+            "{error}"
+        );
+        assert!(open("qwen2", true).is_ok());
     }
 
     #[test]

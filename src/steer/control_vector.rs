@@ -139,17 +139,22 @@ impl ControlVectorFile {
         if let Some(fingerprint) = &self.fingerprint {
             return fingerprint.check(model, "directions", &self.path, force);
         }
-        if let Some(hint) = self.model_hint.as_deref()
-            && hint != model.architecture
-        {
-            tracing::warn!(
-                "{}: this control vector says it is for {hint:?}, and the model's architecture is {:?}; \
-                 sizes fit, whether it means anything there is not known",
-                self.path.display(),
-                model.architecture
-            );
+        if let Some(doubt) = self.doubt(model) {
+            tracing::warn!("{}: {doubt}", self.path.display());
         }
         Ok(())
+    }
+
+    /// Why it may not be for a model, in words: it has no fingerprint, and its hint is of another architecture.
+    pub(crate) fn doubt(&self, model: &Fingerprint) -> Option<String> {
+        let hint = self.model_hint.as_deref().filter(|_| self.fingerprint.is_none())?;
+        (hint != model.architecture).then(|| {
+            format!(
+                "this control vector says it is for {hint:?}, and the model's architecture is {:?}; sizes fit, \
+                 whether it means anything there is not known",
+                model.architecture
+            )
+        })
     }
 }
 

@@ -89,7 +89,10 @@ impl Fingerprint {
             tracing::warn!("{}: {reason}", path.display());
             return Ok(());
         }
-        refuse(reason, "use the model that they were made for, or pass --force to use them all the same")
+        refuse(
+            reason,
+            "use the model that they were made for, or set force (--force) to use them all the same",
+        )
     }
 
     /// The first of architecture and sizes that differs: "n_layer 24, and this model has 32".
