@@ -98,7 +98,8 @@ impl Gate {
     }
 
     pub(super) fn take(&mut self, Reading { reader, sequence, product }: Reading) {
-        if reader != self.number {
+        // One product that is not a number, or overflows, would stay in the mean for good.
+        if reader != self.number || !product.is_finite() {
             return;
         }
         let mean = &mut self.means[sequence];
@@ -115,7 +116,7 @@ impl Gate {
     pub(super) fn state(&self, sequence: usize) -> GateState {
         let mean = self.means[sequence];
         let probability = (mean.n_tokens > 0).then(|| sigmoid(mean.product));
-        // What is not a number (from a model that computes none) opens nothing.
+        // Finite products can make a mean that is not, which opens nothing.
         GateState { probability, is_open: probability.is_some_and(|p| p >= self.threshold) }
     }
 }
@@ -178,8 +179,10 @@ mod tests {
     #[test]
     fn what_is_not_a_number_opens_nothing() {
         let mut gate = gate(0.0, 0);
-        read(&mut gate, &[f64::NAN]);
-        assert!(!gate.state(0).is_open);
+        read(&mut gate, &[f64::NAN, f64::INFINITY]);
+        assert_eq!(gate.state(0), GateState { probability: None, is_open: false });
+        read(&mut gate, &[2.0, f64::NAN, f64::NEG_INFINITY, 4.0]);
+        assert_eq!(gate.state(0).probability, Some(sigmoid(3.0)), "and is forgotten");
         for threshold in [-0.1, 1.1, f64::NAN] {
             assert!(gate.set_threshold(threshold).is_err());
         }
