@@ -79,6 +79,19 @@ pub trait Node {
     }
 }
 
+/// More numbers than a node has whose values are copied here: 4 GiB of them.
+const MOST_VALUES: usize = 1 << 30;
+
+/// Room for `n` numbers; an error, where a shape of nonsense asks for more than there is.
+fn room(n: usize) -> Result<Vec<f32>, String> {
+    let mut values = Vec::new();
+    if n > MOST_VALUES || values.try_reserve_exact(n).is_err() {
+        return Err(format!("there is no room for the {n} numbers of a node"));
+    }
+    values.resize(n, 0.0);
+    Ok(values)
+}
+
 /// Lets `edit` see, and if `write` change, a node's values, shape `[n_rows][width]`.
 pub(super) fn with_values<N: Node, R>(
     node: &mut N,
@@ -98,7 +111,7 @@ pub(super) fn with_values<N: Node, R>(
     if let Some(values) = node.values_mut() {
         return Ok(edit(values));
     }
-    let mut values = vec![0f32; shape.n_values()];
+    let mut values = room(shape.n_values())?;
     node.get(&mut values)?;
     let result = edit(&mut values);
     if write {
@@ -128,5 +141,11 @@ mod tests {
         let shape = Shape { is_f32: true, ne: [-1, i64::MAX, i64::MAX, 2], nb: [4, 4, 4, 4] };
         assert_eq!((shape.width(), shape.n_rows(), shape.n_values()), (0, usize::MAX, 0));
         assert!(!shape.is_plain_matrix());
+    }
+
+    #[test]
+    fn for_a_shape_of_nonsense_nothing_is_allocated() {
+        assert_eq!(room(3), Ok(vec![0.0; 3]));
+        assert!(room(usize::MAX).is_err() && room(MOST_VALUES + 1).is_err());
     }
 }

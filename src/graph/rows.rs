@@ -39,6 +39,9 @@ pub(super) struct Row {
     pub(super) is_output: Option<bool>,
 }
 
+/// More tokens than a micro-batch has; what says otherwise is not believed, and nothing is allocated for it.
+pub(crate) const MOST_TOKENS: usize = 1 << 20;
+
 /// The tokens of the decode in progress, and the micro-batch that they have come to.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
@@ -64,7 +67,17 @@ impl Rows {
 
     /// Whether tokens were announced that no micro-batch has had yet.
     pub(super) fn is_pending(&self) -> bool {
-        self.n_taken < self.batch.len()
+        self.n_left() > 0
+    }
+
+    /// Tokens that were announced and that no micro-batch has had yet.
+    pub(super) fn n_left(&self) -> usize {
+        self.batch.len() - self.n_taken
+    }
+
+    /// What was announced and has not come is not expected any more.
+    pub(super) fn drop_rest(&mut self) {
+        self.n_taken = self.batch.len();
     }
 
     fn row(&self, index: usize) -> Row {
@@ -74,7 +87,7 @@ impl Rows {
 
     /// A micro-batch of `n` tokens begins, in the batch's order.
     pub(super) fn take_in_order(&mut self, n: usize) -> Result<(), String> {
-        let left = self.batch.len() - self.n_taken;
+        let left = self.n_left();
         if n > left {
             return Err(format!("a micro-batch has {n} tokens, and {left} of those announced are left"));
         }
@@ -104,12 +117,18 @@ impl Rows {
     }
 
     /// A micro-batch of `n` tokens begins that nobody announced.
-    pub(super) fn take_unknown(&mut self, n: usize, n_seq_max: usize) {
+    pub(super) fn take_unknown(&mut self, n: usize, n_seq_max: usize) -> Result<(), String> {
+        if n > MOST_TOKENS {
+            return Err(format!(
+                "a micro-batch has {n} tokens, more than llama.cpp was known to compute at once"
+            ));
+        }
         self.batch.clear();
         self.n_taken = 0;
         // One sequence alone needs no announcement.
         let sequence = (n_seq_max == 1).then_some(0);
         self.rows = (0..n).map(|index| Row { sequence, index, phase: None, is_output: None }).collect();
+        Ok(())
     }
 
     /// The rows that a node has: all, or where only outputs have rows, those of the outputs.
@@ -179,12 +198,13 @@ mod tests {
     #[test]
     fn without_an_announcement_only_one_sequence_alone_is_known() {
         let mut rows = Rows::default();
-        rows.take_unknown(2, 1);
+        rows.take_unknown(2, 1).unwrap();
         assert!(rows.rows.iter().all(|row| row.sequence == Some(0)));
-        rows.take_unknown(2, 4);
+        rows.take_unknown(2, 4).unwrap();
         assert!(rows.rows.iter().all(|row| row.sequence.is_none()));
         assert_eq!(rows.of_node(true, 1).unwrap().len(), 1);
         assert!(rows.of_node(true, 3).is_err());
         assert!(rows.of_node(false, 1).is_err());
+        assert!(rows.take_unknown(usize::MAX, 1).is_err());
     }
 }

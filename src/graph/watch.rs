@@ -75,7 +75,10 @@ struct Progress {
     /// The same of the reader's place.
     n_read: usize,
     n_to_read: usize,
+    /// Since the decode began, or since what there was before was forgotten.
     n_micro_batches: usize,
+    /// Nodes that were asked about in the same time, while there was something to do.
+    n_asked: usize,
 }
 
 impl Watch {
@@ -204,10 +207,40 @@ impl Watch {
         Ok(())
     }
 
+    /// As [`Watch::verify`], after a decode: one that was seen began, and one that was announced is all there.
+    pub(crate) fn verify_ended(&self) -> Result<(), String> {
+        if self.is_idle() {
+            return Ok(());
+        }
+        let Progress { rows, n_micro_batches, n_asked, .. } = &self.progress;
+        match (*n_micro_batches, *n_asked) {
+            (0, 0) if rows.is_pending() => {
+                return Err(
+                    "a batch was announced, and no node of its graph was seen: is cb_eval set?".into()
+                );
+            }
+            (0, n) if n > 0 => {
+                return Err(self.unknown_graph("no micro-batch was seen to begin"));
+            }
+            _ => {}
+        }
+        self.verify()?;
+        match rows.n_left() {
+            0 => Ok(()),
+            n => Err(format!("{n} of the {} tokens announced were not decoded", rows.batch.len())),
+        }
+    }
+
+    /// Whether no node was asked about since the decode began.
+    pub(crate) fn is_untouched(&self) -> bool {
+        self.progress.n_micro_batches == 0 && self.progress.n_asked == 0
+    }
+
     /// Counts anew, after what there is was verified.
     pub(crate) fn forget_counts(&mut self) {
         let progress = &mut self.progress;
         (progress.n_edited, progress.n_to_edit, progress.n_read, progress.n_to_read) = (0, 0, 0, 0);
+        (progress.n_micro_batches, progress.n_asked) = (0, 0);
     }
 
     fn unknown_graph(&self, what: &str) -> String {
@@ -258,8 +291,12 @@ impl Watch {
     /// Whether the value of a node is needed, before it is computed.
     pub(crate) fn wants<N: Node>(&mut self, node: &N) -> Result<bool, String> {
         if self.is_idle() {
+            // A graph passes that nobody follows: what was announced of it is no longer to come.
+            self.progress.rows.drop_rest();
+            self.progress.n_asked = 0;
             return Ok(false);
         }
+        self.progress.n_asked += 1;
         let place = self.place_of(node.name());
         let starts = self.starts_micro_batch(node);
         // The embedding is the first node of all, also where the keys tell the rows; what reads there cannot
@@ -329,7 +366,7 @@ impl Watch {
         } else if rows.is_pending() {
             rows.take_in_order(node.shape().n_rows())?;
         } else {
-            rows.take_unknown(node.shape().n_rows(), self.n_seq_max);
+            rows.take_unknown(node.shape().n_rows(), self.n_seq_max)?;
         }
         let last = self.last_place();
         let is_reached = |place: Place| last.is_none_or(|last| place <= last);

@@ -1,5 +1,6 @@
 //! What the eval callback of one `llama_context` works with.
 
+use std::cell::Cell;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,7 +40,8 @@ pub struct Token {
 /// What the eval callback of one context works with: [`Callback::eval`] is called from it with every node.
 ///
 /// All methods may be called from any thread, while another decodes: what they change takes effect from the next
-/// micro-batch on. [`Callback::announce`] and [`Callback::check`] alone belong between two decodes. One callback is
+/// micro-batch on. A [`Node`] that it looks at may not call them: they are refused there, but for
+/// [`Callback::set_sequence`]. [`Callback::announce`] and [`Callback::check`] alone belong between two decodes. One callback is
 /// for one context, which decodes on one thread at a time.
 #[derive(Debug)]
 pub struct Callback {
@@ -97,7 +99,19 @@ impl Callback {
         self.n_seq_max
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    /// What is behind the lock, for a function that is not the eval callback.
+    fn state(&self) -> Result<MutexGuard<'_, State>> {
+        if IS_EVALUATING.get() {
+            return Err(Error::Refused {
+                what: "callback".into(),
+                reason: "it was called by a function that it called itself to look at a tensor".into(),
+                hint: Some("call it from elsewhere, or between two decodes".into()),
+            });
+        }
+        Ok(self.lock())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
         // A panic inside is turned into a fault, so that what is behind a poisoned lock says so itself.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -123,6 +137,11 @@ impl Callback {
                 hint: Some("load it for the callback alone (Route::Callback, DETOX_ROUTE_CALLBACK)".into()),
             });
         }
+        self.check_order(what)
+    }
+
+    /// Whether batches are cut in an order that can be followed.
+    fn check_order(&self, what: &str) -> Result<()> {
         if self.n_seq_max > 1 && self.streams == Streams::One && self.steer.has_sliding_window {
             return Err(Error::Refused {
                 what: what.into(),
@@ -158,7 +177,7 @@ impl Callback {
         Architecture::require(&self.steer.fingerprint.architecture, probe)?;
         let number = self.n_gates.fetch_add(1, Ordering::Relaxed);
         let (gate, reader) = Gate::open(probe, options, &self.steer, self.n_seq_max, number)?;
-        let mut state = self.state();
+        let mut state = self.state()?;
         if let Some(watch) = &mut state.watch {
             watch.set_reader(Some(reader));
         }
@@ -167,17 +186,21 @@ impl Callback {
     }
 
     /// Steers whatever the text from now on.
-    pub fn remove_gate(&self) {
-        let mut state = self.state();
+    ///
+    /// # Errors
+    /// [`Error::Refused`] from within a [`Node`] that [`Callback::eval`] looks at.
+    pub fn remove_gate(&self) -> Result<()> {
+        let mut state = self.state()?;
         if let Some(watch) = &mut state.watch {
             watch.set_reader(None);
         }
         state.gate = None;
+        Ok(())
     }
 
     /// Does something with the gate, after it took in what was read until now.
     fn with_gate<R>(&self, act: impl FnOnce(&mut Gate) -> R) -> Result<R> {
-        let mut state = self.state();
+        let mut state = self.state()?;
         state.settle_gate();
         match &mut state.gate {
             Some(gate) => Ok(act(gate)),
@@ -226,11 +249,8 @@ impl Callback {
     /// [`Error::Setting`] for a sequence that the context has not; [`Error::Refused`] where llama.cpp may reorder the batch in a way
     /// that cannot be followed: a unified cache with sliding windows.
     pub fn announce(&self, tokens: &[Token]) -> Result<()> {
-        self.check_by_sequence("batch").or_else(|error| match self.steer.has_control_vector() {
-            // Edits beside a control vector are for all sequences, and may still be for prompts alone.
-            true if !self.steer.has_sliding_window => Ok(()),
-            _ => Err(error),
-        })?;
+        // Not whether sequences can be steered apart: edits beside a control vector may still be for prompts alone.
+        self.check_order("batch")?;
         tokens.iter().try_for_each(|token| self.check_sequence(token.sequence))?;
         let batch = tokens.iter().map(|token| Announced {
             sequence: token.sequence,
@@ -238,28 +258,35 @@ impl Callback {
             phase: token.is_generated.map(|is| if is { Phase::Generation } else { Phase::Prompt }),
         });
         let batch = batch.collect();
-        let mut state = self.state();
+        let mut state = self.state()?;
         // Readings of the last decode must not be taken for those of this one.
         state.settle_gate();
-        if let Some(watch) = &mut state.watch {
-            watch.announce(batch);
+        let State { watch: Some(watch), fault, .. } = &mut *state else { return Ok(()) };
+        // What nobody checked yet is checked here, and kept for whoever does. A batch that was announced and of which
+        // nothing came is another matter: llama_decode refuses one for which its cache has no room.
+        if !watch.is_untouched()
+            && let Err(reason) = watch.verify_ended()
+        {
+            fault.get_or_insert(reason);
         }
+        watch.announce(batch);
         Ok(())
     }
 
     /// Whether everything that was decoded since the last call was steered as it should be. Call it after each
-    /// `llama_decode`: a callback cannot stop one, so that this is how a fault is told.
+    /// `llama_decode` that succeeded: a callback cannot stop one, so that this is how a fault is told. Where no node was
+    /// seen and nothing announced it cannot tell whether anything was decoded, and says that all is well.
     ///
     /// # Errors
-    /// [`Error::NotSteered`] where it was not: the logits are then neither the steered ones nor the model's own. Until this
+    /// [`Error::NotSteered`] where it was not, or where a batch was announced and not all of it decoded: the logits are then neither the steered ones nor the model's own. Until this
     /// has told of a fault, nothing more is steered.
     pub fn check(&self) -> Result<()> {
-        let mut state = self.state();
+        let mut state = self.state()?;
         state.settle_gate();
         let State { watch, fault, .. } = &mut *state;
         let found = match self.was_shared.swap(false, Ordering::AcqRel) {
             true => Some("two threads decoded with one callback at once".to_owned()),
-            false => fault.take().or_else(|| watch.as_ref().and_then(|watch| watch.verify().err())),
+            false => fault.take().or_else(|| watch.as_ref().and_then(|watch| watch.verify_ended().err())),
         };
         let Some(reason) = found else {
             if let Some(watch) = watch {
@@ -281,13 +308,16 @@ impl Callback {
             self.was_shared.store(true, Ordering::Release);
             return !ask;
         }
-        let answer = self.eval_alone(node, ask);
+        let answer = {
+            let _evaluating = Evaluating::begin();
+            self.eval_alone(node, ask)
+        };
         self.is_busy.store(false, Ordering::Release);
         answer
     }
 
     fn eval_alone<N: Node>(&self, node: &mut N, ask: bool) -> bool {
-        let mut state = self.state();
+        let mut state = self.lock();
         if state.fault.is_some() {
             return !ask;
         }
@@ -319,6 +349,27 @@ impl Callback {
             return watch.wants(node);
         }
         watch.wants(node)
+    }
+}
+
+thread_local! {
+    /// Whether this thread holds a callback's lock while it looks at a node: who takes one then waits for itself, or
+    /// for another thread that waits for this one.
+    static IS_EVALUATING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// While it lives the thread evaluates; afterwards what was before holds again.
+struct Evaluating(bool);
+
+impl Evaluating {
+    fn begin() -> Evaluating {
+        Evaluating(IS_EVALUATING.replace(true))
+    }
+}
+
+impl Drop for Evaluating {
+    fn drop(&mut self) {
+        IS_EVALUATING.set(self.0);
     }
 }
 

@@ -81,7 +81,7 @@ static void compute_node(void *callback) {
     uint8_t choice = next_byte(), form = next_byte();
     struct ggml_tensor target, index, node;
     int64_t width = form & 1 ? 64 : form & 2 ? 96 : form % 97, n_rows = (form >> 4) % 8;
-    node = fake_matrix(names[choice % (sizeof names / sizeof *names)], data, width, n_rows);
+    node = fake_matrix(names[next_byte() % (sizeof names / sizeof *names)], data, width, n_rows);
     for (int i = 0; i < 8; i++) indices[i] = (int64_t) (int8_t) next_byte();
     index = fake_matrix("", (float *) indices, 8, 1);
     index.type = FAKE_I64;
@@ -138,6 +138,7 @@ static detox_status call(void) {
             options.next = form & 16 ? also : NULL;
             if (form & 32) table.size = next_byte() % (sizeof table + 1);
             if (form & 64) table.op = NULL;
+            if (form & 128) options.size = next_byte() % (sizeof options + 1);
             detox_status status = detox_steer_callback((detox_steer *) handle, &table, &options, &callback);
             if (status == DETOX_OK) {
                 void **slot = &handles[next_byte() % N_HANDLES];

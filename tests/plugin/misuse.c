@@ -5,10 +5,15 @@
  *
  * STEER assigns 4 to neuron 5 of layer 0; MODEL is gguf/tiny/llama.gguf.
  */
+#define _POSIX_C_SOURCE 200809L
 #include "fake_host.h"
 
 #include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
+#include <time.h>
 
 static int n_wrong;
 
@@ -155,6 +160,37 @@ static void use_callback(const char *model, const char *file, const char *probe)
     EXPECT(detox_check(callback) == DETOX_OK);
     EXPECT(compute_graph(callback, true) == 4.0f);
     EXPECT(detox_check(callback) == DETOX_OK);
+    /* A graph of other names, and none at all. */
+    struct ggml_tensor renamed = fake_matrix("renamed", values, WIDTH, N_ROWS);
+    fake_compute(callback, &renamed);
+    EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
+    EXPECT(strstr(detox_last_error(), "no micro-batch was seen to begin") != NULL);
+    EXPECT(detox_check(callback) == DETOX_OK);
+    EXPECT(detox_batch(callback, N_ROWS, NULL, NULL, NULL) == DETOX_OK);
+    EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
+    EXPECT(strstr(detox_last_error(), "is cb_eval set?") != NULL);
+    EXPECT(detox_check(callback) == DETOX_OK);
+    /* A decode that nobody checked before the next batch was announced. */
+    compute_graph(callback, false);
+    EXPECT(detox_batch(callback, N_ROWS, NULL, NULL, NULL) == DETOX_OK);
+    EXPECT(compute_graph(callback, true) == 1.0f);
+    EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
+    EXPECT(strstr(detox_last_error(), " edits were made") != NULL);
+    /* A batch that llama_decode refused, and a smaller one in its place. */
+    EXPECT(detox_batch(callback, N_ROWS + 1, NULL, NULL, NULL) == DETOX_OK);
+    EXPECT(detox_batch(callback, N_ROWS, NULL, NULL, NULL) == DETOX_OK);
+    EXPECT(compute_graph(callback, true) == 4.0f);
+    EXPECT(detox_check(callback) == DETOX_OK);
+    /* Extents that nothing has. */
+    struct ggml_tensor endless = fake_matrix("embd", values, N_EMBD, 1000000000000);
+    fake_compute(callback, &endless);
+    EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
+    struct ggml_tensor first = fake_matrix("embd", values, N_EMBD, 1);
+    struct ggml_tensor wide = fake_matrix("ffn_swiglu-0", values, 1000000000000, 1);
+    fake_compute(callback, &first);
+    EXPECT(fake_compute(callback, &wide));
+    EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
+    EXPECT(strstr(detox_last_error(), "no room") != NULL);
     /* A graph whose beginning is not seen. */
     struct ggml_tensor early = fake_matrix("ffn_swiglu-0", values, WIDTH, N_ROWS);
     EXPECT(detox_batch(callback, N_ROWS, NULL, NULL, NULL) == DETOX_OK);
@@ -254,6 +290,54 @@ static void use_callback(const char *model, const char *file, const char *probe)
     EXPECT(detox_callback_free(NULL) == DETOX_OK);
 }
 
+static int n_next;
+
+/* A callback of the program's own that wants nothing. */
+static bool never(struct ggml_tensor *tensor, bool ask, void *user_data) {
+    (void) tensor;
+    (void) user_data;
+    n_next++;
+    return !ask;
+}
+
+static detox_callback *reentered;
+static int n_refused;
+
+static void shape_and_more(const struct ggml_tensor *tensor, detox_shape *shape) {
+    n_refused = (detox_gate_state(reentered, 0, NULL, NULL) == DETOX_REFUSED) +
+                (detox_gate_set_threshold(reentered, 0.5) == DETOX_REFUSED) +
+                (detox_gate_remove(reentered) == DETOX_REFUSED) + (detox_check(reentered) == DETOX_REFUSED) +
+                (detox_batch(reentered, 1, NULL, NULL, NULL) == DETOX_REFUSED) +
+                (detox_callback_free(reentered) == DETOX_REFUSED);
+    fake_shape(tensor, shape);
+}
+
+static bool free_and_more(struct ggml_tensor *tensor, bool ask, void *user_data) {
+    (void) tensor;
+    (void) user_data;
+    n_refused = (detox_callback_free(reentered) == DETOX_REFUSED) &&
+                (detox_gate_set_threshold(reentered, 0.5) == DETOX_REFUSED) &&
+                (strstr(detox_last_error(), "this callback has none") != NULL);
+    return !ask;
+}
+
+static atomic_bool is_in_use;
+
+static bool slowly(struct ggml_tensor *tensor, bool ask, void *is_running) {
+    (void) tensor;
+    atomic_store((atomic_bool *) is_running, true);
+    struct timespec while_another_frees = {0, 50000000};
+    nanosleep(&while_another_frees, NULL);
+    atomic_store((atomic_bool *) is_running, false);
+    return !ask;
+}
+
+static void *evaluate(void *callback) {
+    struct ggml_tensor node = fake_matrix("x", values, N_EMBD, 1);
+    detox_eval_callback(&node, true, callback);
+    return NULL;
+}
+
 /* Sequences that differ, in contexts that tell them apart and in ones that cannot. */
 static void use_sequences(const char *model, const char *file) {
     detox_steer *steer = NULL;
@@ -276,7 +360,70 @@ static void use_sequences(const char *model, const char *file) {
     compute_graph(callback, true);
     EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
     EXPECT(strstr(detox_last_error(), "nobody announced the batch") != NULL);
+    /* A batch of which the last token does not come: it is not taken for one of the next. */
+    int32_t longer[N_ROWS + 1] = {1, 0, 1};
+    EXPECT(detox_batch(callback, N_ROWS + 1, longer, NULL, NULL) == DETOX_OK);
+    compute_graph(callback, true);
+    EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
+    EXPECT(strstr(detox_last_error(), "1 of the 3 tokens announced were not decoded") != NULL);
+    EXPECT(detox_batch(callback, N_ROWS, sequences, NULL, NULL) == DETOX_OK);
+    EXPECT(compute_graph(callback, true) == 1.0f);
+    EXPECT(detox_check(callback) == DETOX_OK);
     EXPECT(detox_callback_free(callback) == DETOX_OK);
+
+    /* The table's functions run under a lock: what needs it is refused there, and so is what would wait for them. */
+    struct ggml_tensor row = fake_matrix("embd", values, N_EMBD, N_ROWS);
+    table.shape = shape_and_more;
+    EXPECT(detox_steer_callback(steer, &table, &context, &callback) == DETOX_OK);
+    reentered = callback;
+    n_refused = 0;
+    fake_compute(callback, &row);
+    EXPECT(n_refused == 6);
+    EXPECT(detox_set_sequence(callback, 0, true) == DETOX_OK);
+    EXPECT(detox_callback_free(callback) == DETOX_OK);
+    table.shape = fake_shape;
+    /* The program's own callback runs outside of it, and may not free what it is called for. */
+    context.next = free_and_more;
+    EXPECT(detox_steer_callback(steer, &table, &context, &callback) == DETOX_OK);
+    reentered = callback;
+    n_refused = 0;
+    fake_compute(callback, &row);
+    EXPECT(n_refused == 1);
+    EXPECT(detox_callback_free(callback) == DETOX_OK);
+    /* Freed while another thread is in that callback: it is waited for. */
+    pthread_t thread;
+    context.next = slowly;
+    context.next_user_data = &is_in_use;
+    EXPECT(detox_steer_callback(steer, &table, &context, &callback) == DETOX_OK);
+    EXPECT(pthread_create(&thread, NULL, evaluate, callback) == 0);
+    while (!atomic_load(&is_in_use)) sched_yield();
+    EXPECT(detox_callback_free(callback) == DETOX_OK);
+    EXPECT(!atomic_load(&is_in_use));
+    EXPECT(pthread_join(thread, NULL) == 0);
+    context.next = NULL;
+    context.next_user_data = NULL;
+
+    /* A size within a member of the table or of the options: that member is taken as not there. */
+    for (size_t size = offsetof(detox_host_table, op); size < sizeof table; size++) {
+        table.size = size;
+        context.size = sizeof context;
+        EXPECT(detox_steer_callback(steer, &table, &context, &callback) == DETOX_OK);
+        EXPECT(compute_graph(callback, true) == 4.0f);
+        EXPECT(detox_callback_free(callback) == DETOX_OK);
+    }
+    table.size = sizeof table;
+    context.next = never;
+    for (size_t size = offsetof(detox_callback_options, next); size < sizeof context; size++) {
+        context.size = size;
+        bool has_next = size >= offsetof(detox_callback_options, next_user_data);
+        n_next = 0;
+        EXPECT(detox_steer_callback(steer, &table, &context, &callback) == DETOX_OK);
+        EXPECT(compute_graph(callback, true) == 4.0f);
+        EXPECT((n_next > 0) == has_next);
+        EXPECT(detox_callback_free(callback) == DETOX_OK);
+    }
+    context.size = sizeof context;
+    context.next = NULL;
 
     /* With a stream each, and without the functions that tell them apart. */
     table.size = offsetof(detox_host_table, op);

@@ -16,11 +16,14 @@
  *   refused (DETOX_INVALID_HANDLE), never followed.
  * - Strings are UTF-8, end with NUL, and are copied. Strings that are returned belong to the library.
  * - Any function may be called from any thread, at any time, also while llama_decode runs; detox_batch and detox_check
- *   alone belong between two decodes of their context. What changes takes effect from the next micro-batch on: no
- *   micro-batch is steered in two ways.
+ *   alone belong between two decodes of their context. What changes takes effect from the next micro-batch on: the
+ *   callback steers no micro-batch in two ways. A control vector beside it has the coefficient it was fetched with, until
+ *   the program sets it again.
  * - Structs begin with their size, so that they can grow: set it with sizeof, or use the *_INIT macros. Members that
  *   a program's older header has not are taken as zero.
- * - The functions in a host table are called only inside detox_eval_callback, in the thread of llama_decode.
+ * - The functions in a host table are called only inside detox_eval_callback, in the thread of llama_decode. They must
+ *   not call functions that take a detox_callback: those that need its lock are refused there (DETOX_REFUSED). Neither
+ *   they nor `next` may throw or longjmp out.
  *
  * docs/plugin.md has recipes, the policy for this interface, and what cannot be checked.
  */
@@ -109,7 +112,8 @@ typedef struct detox_steer_options {
     float coefficient;
     /* A detox_route. */
     int32_t route;
-    /* Allow a file made for another quantisation or fine-tune of the same model. */
+    /* Allow a file made for another quantisation or fine-tune of the same model, and a control vector without a
+     * fingerprint whose controlvector.model_hint is not the model's architecture. */
     bool force;
 } detox_steer_options;
 
@@ -190,7 +194,8 @@ typedef struct detox_callback_options {
     /* Of the context: llama_context_params.kv_unified. */
     bool kv_unified;
     /* A callback that the program has already, or NULL: it is called too, after the library's, with the values as they
-     * were edited, and only for the nodes that it asked for. */
+     * were edited, and only for the nodes that it asked for. Where it returns false to end the graph, the edits after
+     * that node are not made, and detox_check tells so. */
     detox_eval_fn next;
     void *next_user_data;
 } detox_callback_options;
@@ -202,24 +207,30 @@ typedef struct detox_callback_options {
 DETOX_API detox_status detox_steer_callback(detox_steer *steer, const detox_host_table *table,
                                             const detox_callback_options *options, detox_callback **callback);
 
-/* Frees it; NULL is allowed. A context that still has it is no longer steered, and its `next` no longer called: free
- * the context first. Must not be called from within `next`. */
+/* Frees it; NULL is allowed. A context that still has it is no longer steered, and its `next` no longer called once
+ * this has returned: it waits for a call of detox_eval_callback that runs in another thread, which must not need a lock
+ * that the caller holds. Refused from within `next` and the host table's functions. */
 DETOX_API detox_status detox_callback_free(detox_callback *callback);
 
 /* For llama_context_params.cb_eval, with a detox_callback as its user data. */
 DETOX_API bool detox_eval_callback(struct ggml_tensor *tensor, bool ask, void *user_data);
 
-/* Whether everything that was decoded since the last call was steered as it should be: call it after each
- * llama_decode. A callback cannot stop a decode, so that this is how a fault is told (DETOX_NOT_STEERED); the logits
- * are then neither the steered ones nor the model's own, and nothing is steered until this was called. */
+/* Whether everything that was decoded since the last call was steered as it should be: call it after each llama_decode
+ * that succeeded. A callback cannot stop a decode, so that this is how a fault is told (DETOX_NOT_STEERED); the logits
+ * are then neither the steered ones nor the model's own, and nothing is steered until this was called. A batch that was
+ * announced and not wholly decoded is such a fault, and is forgotten then. A context without the callback (cb_eval not
+ * set) is seen only where a batch was announced: otherwise it looks like one that decoded nothing. */
 DETOX_API detox_status detox_check(detox_callback *callback);
 
 /* Says what the next llama_decode is about. Needed where sequences are steered differently or by a gate, unless the
  * context has one sequence, and where an intervention is for prompts or generated tokens alone; else not.
  * `sequences`, `outputs` and `generated` have `n_tokens` entries in the batch's order: each token's sequence (NULL: all
  * 0), whether its logits are asked for (NULL: of the last one, as in llama_batch), and whether it was generated rather
- * than of the prompt (NULL: not known). A batch in which a token belongs to several sequences is not announced; its
- * sequences have to be steered alike. */
+ * than of the prompt (NULL: not known). In a context with embeddings = true llama.cpp makes every token an output: pass
+ * `outputs` with 1 for each there. A batch in which a token belongs to several sequences is not announced; its sequences
+ * have to be steered alike. A batch of embeddings (llama_batch.embd) cannot be followed: detox_check tells so where its
+ * graph lacks the node of the embedding. Where llama_decode refused the batch before it computed anything, announce
+ * again what is tried instead. */
 DETOX_API detox_status detox_batch(detox_callback *callback, size_t n_tokens, const int32_t *sequences,
                                    const int8_t *outputs, const int8_t *generated);
 
@@ -249,7 +260,8 @@ typedef struct detox_gate_options {
  * counts 1 / window. The sigmoid of that mean is the probability that the text is toxic. A micro-batch of a sequence is
  * steered if the probability after the tokens before it was at least the threshold: a prompt that fits into one
  * micro-batch never is, and each generated token is judged by what was written before it. A probe of the last block or
- * after the final norm reads only tokens whose logits were asked for, since llama.cpp computes no others there. */
+ * after the final norm reads only tokens whose logits were asked for, since llama.cpp computes no others there. A product
+ * that is not a finite number is left out of the mean. */
 DETOX_API detox_status detox_gate_set(detox_callback *callback, const char *probe_path,
                                       const detox_gate_options *options);
 
@@ -261,7 +273,8 @@ DETOX_API detox_status detox_gate_set_threshold(detox_callback *callback, double
 DETOX_API detox_status detox_gate_state(detox_callback *callback, int32_t sequence, double *probability,
                                         bool *is_open);
 
-/* Forgets what was read of a sequence: call it where a sequence begins a new text. */
+/* Forgets what was read of a sequence: call it where a sequence begins a new text, and where llama_memory_seq_rm or
+ * another function takes tokens out of it, since the mean keeps what was read of them. */
 DETOX_API detox_status detox_gate_reset(detox_callback *callback, int32_t sequence);
 
 /* ---------------------------------------------------------------------------------------------------------------- */

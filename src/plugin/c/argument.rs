@@ -10,10 +10,17 @@ use super::status::Failure;
 ///
 /// # Safety
 /// The type is `repr(C)`, begins with a `usize` that holds its size, and all bytes zero are a value of it; so are any
-/// bytes that C code writes for the same struct.
+/// bytes that C code writes for the same struct, with zeros from `LEAST` or one of `ENDS` on.
 pub(super) unsafe trait SizedStruct: Copy {
     /// The least size: with the members that the first version had.
     const LEAST: usize;
+    /// Where the members after those end, in their order: a size between two of these has no part of a member.
+    const ENDS: &'static [usize] = &[];
+}
+
+/// The bytes of whole members in a struct of `size` bytes, which are `T::LEAST` or more.
+fn whole_members<T: SizedStruct>(size: usize) -> usize {
+    T::ENDS.iter().rev().copied().find(|&end| end <= size).unwrap_or(T::LEAST)
 }
 
 fn check_pointer<T>(name: &str, pointer: *const T) -> Result<(), Failure> {
@@ -46,7 +53,7 @@ unsafe fn size_of_struct<T: SizedStruct>(name: &str, pointer: *const T) -> Resul
     }
 }
 
-/// Copies a struct; members that the program's header had not are zero.
+/// Copies a struct; members that the program's header had not, or had not whole, are zero.
 ///
 /// # Safety
 /// Null, or a struct that is as long as its first member says.
@@ -54,12 +61,13 @@ pub(super) unsafe fn read_struct<T: SizedStruct>(name: &str, pointer: *const T) 
     // SAFETY: as this function's own contract.
     let size = unsafe { size_of_struct(name, pointer)? };
     let mut value = MaybeUninit::<T>::zeroed();
-    // SAFETY: the source has `size` bytes by the contract, the target `size_of::<T>()`.
+    // SAFETY: the source has `size` bytes by the contract, the target `size_of::<T>()`; `n` is at most either, since
+    // `size` is at least `LEAST`, and all ends lie in the type.
     unsafe {
-        let n = size.min(size_of::<T>());
+        let n = whole_members::<T>(size);
         std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), value.as_mut_ptr().cast::<u8>(), n);
     }
-    // SAFETY: zeros and what C wrote are values of `T` by the contract of its trait.
+    // SAFETY: whole members as C wrote them and zeros for the rest are a value of `T` by the contract of its trait.
     Ok(unsafe { value.assume_init() })
 }
 
@@ -93,7 +101,7 @@ pub(super) unsafe fn check_out_struct<T: SizedStruct>(name: &str, pointer: *mut 
 /// # Safety
 /// The pointer passed [`check_out_struct`], and can be written to.
 pub(super) unsafe fn write_struct<T: SizedStruct>(pointer: *mut T, size: usize, value: &T) {
-    let n = size.min(size_of::<T>()).saturating_sub(size_of::<usize>());
+    let n = whole_members::<T>(size).saturating_sub(size_of::<usize>());
     // SAFETY: the target has `size` bytes by the contract, of which the first are its size; the source has
     // `size_of::<T>()`.
     unsafe {
@@ -174,6 +182,7 @@ mod tests {
     // SAFETY: plain numbers, the first of them the size.
     unsafe impl SizedStruct for Pair {
         const LEAST: usize = 12;
+        const ENDS: &'static [usize] = &[16];
     }
 
     fn read(pointer: *const Pair) -> Result<Pair, Failure> {
@@ -185,6 +194,10 @@ mod tests {
     fn a_struct_of_an_older_header_has_zeros_for_what_it_lacks() {
         let older = Pair { size: 12, first: 7, second: 8 };
         assert_eq!(read(&older).unwrap(), Pair { size: 12, first: 7, second: 0 });
+        for size in 13..16 {
+            let cut = Pair { size, ..older };
+            assert_eq!(read(&cut).unwrap(), Pair { size, first: 7, second: 0 }, "half a member is none");
+        }
         let newer = Pair { size: 99, first: 7, second: 8 };
         let longer = [newer; 8];
         assert_eq!(read(longer.as_ptr()).unwrap(), newer);

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::argument::{SizedStruct, array, check_out, read_options};
-use super::handle;
+use super::handle::{self, Running};
 use super::host::{HostNode, HostTable, RawTable, Tensor};
 use super::status::{Failure, Status, guard};
 use crate::error::Error;
@@ -28,6 +28,8 @@ pub(super) struct RawCallbackOptions {
 // SAFETY: `repr(C)`, numbers and pointers that may be null, the size first.
 unsafe impl SizedStruct for RawCallbackOptions {
     const LEAST: usize = std::mem::offset_of!(RawCallbackOptions, next);
+    const ENDS: &'static [usize] =
+        &[std::mem::offset_of!(RawCallbackOptions, next_user_data), size_of::<RawCallbackOptions>()];
 }
 
 /// What a `detox_callback` stands for.
@@ -144,13 +146,14 @@ extern "C" fn detox_callback_free(callback: *mut c_void) -> Status {
 /// `tensor` is null, or one that llama.cpp passes to the eval callback of a context of this program.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn detox_eval_callback(tensor: *mut Tensor, ask: bool, user_data: *mut c_void) -> bool {
-    let found = catch_unwind(AssertUnwindSafe(|| handle::callback(user_data).ok())).unwrap_or_default();
-    let Some(entry) = found.filter(|_| !tensor.is_null()) else { return !ask };
+    let found = catch_unwind(AssertUnwindSafe(|| Running::enter(user_data))).unwrap_or_default();
+    let Some(running) = found.filter(|_| !tensor.is_null()) else { return !ask };
+    let entry = running.callback();
     // SAFETY: a live tensor by the contract, and not null.
-    let ours = catch_unwind(AssertUnwindSafe(|| unsafe { entry.callback.eval(tensor, ask) })).unwrap_or(!ask);
+    let ours = catch_unwind(AssertUnwindSafe(|| unsafe { entry.eval(tensor, ask) })).unwrap_or(!ask);
     // Not within a guard: the program's own function may do what it likes.
     // SAFETY: as above.
-    let theirs = entry.callback.next.as_ref().map(|next| unsafe { next.eval(tensor, ask) });
+    let theirs = entry.next.as_ref().map(|next| unsafe { next.eval(tensor, ask) });
     match ask {
         true => ours || theirs.unwrap_or(false),
         false => ours && theirs.unwrap_or(true),

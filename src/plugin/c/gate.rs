@@ -47,10 +47,7 @@ unsafe extern "C" fn detox_gate_set(
 
 #[unsafe(no_mangle)]
 extern "C" fn detox_gate_remove(callback: *mut c_void) -> Status {
-    guard(|| {
-        handle::callback(callback)?.callback.callback.remove_gate();
-        Ok(())
-    })
+    guard(|| Ok(handle::callback(callback)?.callback.callback.remove_gate()?))
 }
 
 #[unsafe(no_mangle)]

@@ -1,14 +1,16 @@
 //! Handles: numbers in the form of pointers, looked up and never followed, and never given twice. So what was freed is
 //! told from what lives, whatever a program passes.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock, PoisonError, RwLock};
+use std::sync::{Arc, LazyLock, PoisonError, RwLock, Weak};
+use std::time::Duration;
 
 use super::callback::HostCallback;
 use super::status::Failure;
+use crate::error::Error;
 use crate::plugin::Steer;
 
 /// What a handle stands for.
@@ -23,6 +25,35 @@ pub(super) enum Object {
 pub(super) struct Entry {
     pub(super) callback: HostCallback,
     is_freed: AtomicBool,
+    /// Threads that are in the eval callback with it.
+    n_running: AtomicUsize,
+}
+
+/// A thread's stay in the eval callback, during which what it works with is not freed.
+pub(super) struct Running(Arc<Entry>);
+
+impl Running {
+    /// `None` where the callback was freed, or never was.
+    pub(super) fn enter(handle: *const c_void) -> Option<Running> {
+        let entry = callback(handle).ok()?;
+        // Counted first and asked then, and in `free_callback` told first and counted then, all in one order of all
+        // threads: either this sees that it is freed, or that waits for this.
+        entry.n_running.fetch_add(1, Ordering::SeqCst);
+        N_RUNNING.with(|n| n.set(n.get() + 1));
+        let running = Running(entry);
+        (!running.0.is_freed.load(Ordering::SeqCst)).then_some(running)
+    }
+
+    pub(super) fn callback(&self) -> &HostCallback {
+        &self.0.callback
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        N_RUNNING.with(|n| n.set(n.get() - 1));
+        self.0.n_running.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 static OBJECTS: LazyLock<RwLock<HashMap<usize, Object>>> = LazyLock::new(RwLock::default);
@@ -32,7 +63,9 @@ static NEXT: AtomicUsize = AtomicUsize::new(1);
 
 thread_local! {
     /// The callback that was looked up last: llama.cpp asks for one thousands of times in a row.
-    static LAST: RefCell<Option<(usize, Arc<Entry>)>> = const { RefCell::new(None) };
+    static LAST: RefCell<Option<(usize, Weak<Entry>)>> = const { RefCell::new(None) };
+    /// Eval callbacks that this thread is in, one inside the other.
+    static N_RUNNING: Cell<usize> = const { Cell::new(0) };
 }
 
 fn insert(object: Object) -> *mut c_void {
@@ -46,7 +79,8 @@ pub(super) fn insert_steer(steer: Steer) -> *mut c_void {
 }
 
 pub(super) fn insert_callback(callback: HostCallback) -> *mut c_void {
-    insert(Object::Callback(Arc::new(Entry { callback, is_freed: AtomicBool::new(false) })))
+    let (is_freed, n_running) = (AtomicBool::new(false), AtomicUsize::new(0));
+    insert(Object::Callback(Arc::new(Entry { callback, is_freed, n_running })))
 }
 
 fn find(handle: *const c_void) -> Option<Object> {
@@ -76,8 +110,8 @@ pub(super) fn steer(handle: *const c_void) -> Result<Steer, Failure> {
 
 pub(super) fn callback(handle: *const c_void) -> Result<Arc<Entry>, Failure> {
     let remembered = LAST.try_with(|last| match &*last.borrow() {
-        Some((number, entry)) if *number == handle.addr() && !entry.is_freed.load(Ordering::Acquire) => {
-            Some(entry.clone())
+        Some((number, entry)) if *number == handle.addr() => {
+            entry.upgrade().filter(|entry| !entry.is_freed.load(Ordering::Acquire))
         }
         _ => None,
     });
@@ -86,7 +120,7 @@ pub(super) fn callback(handle: *const c_void) -> Result<Arc<Entry>, Failure> {
     }
     match find(handle) {
         Some(Object::Callback(entry)) => {
-            let _ = LAST.try_with(|last| *last.borrow_mut() = Some((handle.addr(), entry.clone())));
+            let _ = LAST.try_with(|last| *last.borrow_mut() = Some((handle.addr(), Arc::downgrade(&entry))));
             Ok(entry)
         }
         Some(Object::Steer(_)) => Err(other_kind("callback")),
@@ -115,13 +149,23 @@ pub(super) fn free_steer(handle: *const c_void) -> Result<(), Failure> {
     remove("steer", handle, |object| matches!(object, Object::Steer(_))).map(drop)
 }
 
+/// Waits until no thread is in the eval callback with it: then the program's own callback is not called any more.
 pub(super) fn free_callback(handle: *const c_void) -> Result<(), Failure> {
+    if N_RUNNING.with(Cell::get) > 0 {
+        // It would wait for itself, or for another thread that waits for this one.
+        return Err(Error::Refused {
+            what: "callback".into(),
+            reason: "it is freed from within an eval callback".into(),
+            hint: Some("free it once llama_decode has returned".into()),
+        }
+        .into());
+    }
     let removed = remove("callback", handle, |object| matches!(object, Object::Callback(_)))?;
     if let Some(Object::Callback(entry)) = removed {
-        entry.is_freed.store(true, Ordering::Release);
-        let _ = LAST.try_with(|last| {
-            last.borrow_mut().take_if(|(number, _)| *number == handle.addr());
-        });
+        entry.is_freed.store(true, Ordering::SeqCst);
+        while entry.n_running.load(Ordering::SeqCst) > 0 {
+            std::thread::sleep(Duration::from_micros(50));
+        }
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::ffi::{CStr, c_char, c_void};
 
 use super::argument::{SizedStruct, read_struct};
 use super::status::Failure;
+use crate::graph::rows::MOST_TOKENS;
 use crate::graph::{Node, Shape};
 
 /// `struct ggml_tensor`, of which nothing is known here.
@@ -44,6 +45,7 @@ pub(super) struct RawTable {
 // SAFETY: `repr(C)`, the size first; a function pointer that is zero is `None`.
 unsafe impl SizedStruct for RawTable {
     const LEAST: usize = std::mem::offset_of!(RawTable, op);
+    const ENDS: &'static [usize] = &[std::mem::offset_of!(RawTable, source), size_of::<RawTable>()];
 }
 
 /// The same, with what is required.
@@ -92,9 +94,6 @@ impl HostTable {
 /// `GGML_TYPE_F32` and `GGML_TYPE_I64`: numbers of types are part of the GGUF format, and never change.
 const F32: i32 = 0;
 const I64: i32 = 27;
-
-/// More tokens than a micro-batch has; what says otherwise is not believed.
-const MOST_TARGETS: usize = 1 << 24;
 
 /// A tensor of the program, while its callback runs.
 pub(super) struct HostNode<'a> {
@@ -160,7 +159,7 @@ impl Node for HostNode<'_> {
         let shape = self.table.shape_of(indices);
         let extent = Shape { is_f32: false, ne: shape.ne, nb: shape.nb };
         let n = extent.n_values();
-        if shape.tensor_type != I64 || shape.nb[0] != size_of::<i64>() || n > MOST_TARGETS {
+        if shape.tensor_type != I64 || shape.nb[0] != size_of::<i64>() || n > MOST_TOKENS {
             return None;
         }
         let mut values = vec![0i64; n];
