@@ -7,7 +7,8 @@
 # `vector` writes a control vector to FOLDER and has the server add it: the model stays as it is, and the file is small.
 # Layer 0 is left out, since llama.cpp adds no control vector there. `baked` writes a copy of the model with the edit
 # inside, layer 0 too, for architectures whose graphs read a bias of ffn_down (llama, gpt2, bloom); nothing else is
-# needed then. NEURONS is a file of `detox-gguf locate`. Files that are there already are used again.
+# needed then. NEURONS is a file of `detox-gguf locate`. A file that is there already is used again where it was made of
+# the same neurons and offset and of a model of this name and size, whose checksum is in its name, and is newer than that.
 #
 # LLAMA_SERVER and DETOX_GGUF name the programs where they are not in PATH.
 set -euo pipefail
@@ -18,15 +19,19 @@ server=${LLAMA_SERVER:-llama-server}
 detox=${DETOX_GGUF:-detox-gguf}
 make=("$detox" steer -m "$model" --neurons "$neurons" --offset "$offset")
 mkdir -p "$folder"
+# Of both ways, so that what changes is made anew.
+key=$({ printf '%s\n' "$model" "$offset" && wc -c <"$model" && cat "$neurons"; } | cksum | cut -d' ' -f1)
 
 case "$way" in
     vector)
-        [ -f "$folder/steer.gguf" ] || "${make[@]}" --without-layer-0 -o "$folder/steer.gguf"
-        exec "$server" -m "$model" --control-vector-scaled "$folder/steer.gguf:1.0" "$@"
+        file=$folder/steer-$key.gguf
+        [ "$file" -nt "$model" ] || "${make[@]}" --without-layer-0 -o "$file"
+        exec "$server" -m "$model" --control-vector-scaled "$file:1.0" "$@"
         ;;
     baked)
-        [ -f "$folder/steered.gguf" ] || "${make[@]}" --bake -o "$folder/steered.gguf"
-        exec "$server" -m "$folder/steered.gguf" "$@"
+        file=$folder/steered-$key.gguf
+        [ "$file" -nt "$model" ] || "${make[@]}" --bake -o "$file"
+        exec "$server" -m "$file" "$@"
         ;;
     *)
         printf 'error: expected vector or baked, found %s\n' "$way" >&2
