@@ -13,7 +13,9 @@
  *     --unified             one KV stream for all sequences
  *     --ubatch N            tokens computed at once (512)
  *     --gate PROBE T        steer only while the probe's probability is at least T
- *     -n N                  continue N tokens greedily; prints them, with the gate's probability after each
+ *     -n N                  continue N tokens greedily; prints them, with the gate's probability before each
+ *     --apart               sequence S gets the tokens from number S on, and then those before: each another text. -n
+ *                           then continues each by itself, and prints all sequences of one step, then of the next
  *     --as-prompt, --as-generated   say so of the tokens
  *     --count               chain a callback of this program's own, which counts the blocks that it sees
  *     --race N              decode N times while another thread changes the coefficient from 0 to C and back
@@ -43,7 +45,7 @@ static struct {
     int n_tokens, n_sequences, off, n_predict, n_race, n_bench, n_ubatch, n_threads, generated;
     float coefficient;
     double threshold;
-    bool callback, force, unified, count;
+    bool callback, force, unified, count, apart;
 } args = {.n_sequences = 1, .off = -1, .coefficient = 1.0f, .n_ubatch = 512, .generated = -1};
 
 static void stop(const char *what) {
@@ -59,6 +61,27 @@ static void must(detox_status status) {
     }
 }
 
+/* A whole number from `least` on, that ends where the text does. */
+static int number(const char *flag, const char *value, int least) {
+    char *end;
+    long found = strtol(value, &end, 10);
+    if (end == value || *end != '\0' || found < least || found > 1000000) {
+        fprintf(stderr, "error: %s: expected a number from %d to 1000000, found %s\n", flag, least, value);
+        exit(1);
+    }
+    return (int) found;
+}
+
+static double decimal(const char *flag, const char *value) {
+    char *end;
+    double found = strtod(value, &end);
+    if (end == value || *end != '\0') {
+        fprintf(stderr, "error: %s: expected a number, found %s\n", flag, value);
+        exit(1);
+    }
+    return found;
+}
+
 static void parse(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i];
@@ -66,6 +89,7 @@ static void parse(int argc, char **argv) {
         if (strcmp(flag, "--callback") == 0) { args.callback = true; continue; }
         if (strcmp(flag, "--force") == 0) { args.force = true; continue; }
         if (strcmp(flag, "--unified") == 0) { args.unified = true; continue; }
+        if (strcmp(flag, "--apart") == 0) { args.apart = true; continue; }
         if (strcmp(flag, "--count") == 0) { args.count = true; continue; }
         if (strcmp(flag, "--as-prompt") == 0) { args.generated = 0; continue; }
         if (strcmp(flag, "--as-generated") == 0) { args.generated = 1; continue; }
@@ -73,20 +97,21 @@ static void parse(int argc, char **argv) {
         char *value = argv[++i];
         if (strcmp(flag, "-m") == 0) args.model = value;
         else if (strcmp(flag, "--steer") == 0) args.steer = value;
-        else if (strcmp(flag, "--coefficient") == 0) args.coefficient = strtof(value, NULL);
-        else if (strcmp(flag, "--sequences") == 0) args.n_sequences = atoi(value);
-        else if (strcmp(flag, "--off") == 0) args.off = atoi(value);
-        else if (strcmp(flag, "--ubatch") == 0) args.n_ubatch = atoi(value);
-        else if (strcmp(flag, "-n") == 0) args.n_predict = atoi(value);
-        else if (strcmp(flag, "--race") == 0) args.n_race = atoi(value);
-        else if (strcmp(flag, "--bench") == 0) args.n_bench = atoi(value);
-        else if (strcmp(flag, "--threads") == 0) args.n_threads = atoi(value);
+        else if (strcmp(flag, "--coefficient") == 0) args.coefficient = (float) decimal(flag, value);
+        else if (strcmp(flag, "--sequences") == 0) args.n_sequences = number(flag, value, 1);
+        else if (strcmp(flag, "--off") == 0) args.off = number(flag, value, 0);
+        else if (strcmp(flag, "--ubatch") == 0) args.n_ubatch = number(flag, value, 1);
+        else if (strcmp(flag, "-n") == 0) args.n_predict = number(flag, value, 0);
+        else if (strcmp(flag, "--race") == 0) args.n_race = number(flag, value, 1);
+        else if (strcmp(flag, "--bench") == 0) args.n_bench = number(flag, value, 1);
+        else if (strcmp(flag, "--threads") == 0) args.n_threads = number(flag, value, 1);
         else if (strcmp(flag, "--gate") == 0 && i + 1 < argc) {
             args.probe = value;
-            args.threshold = strtod(argv[++i], NULL);
+            args.threshold = decimal(flag, argv[++i]);
         } else if (strcmp(flag, "-t") == 0) {
-            for (char *at = value; *at != '\0' && args.n_tokens < MOST_TOKENS; at += *at == ',') {
-                args.tokens[args.n_tokens++] = (llama_token) strtol(at, &at, 10);
+            for (char *token = strtok(value, ","); token != NULL; token = strtok(NULL, ",")) {
+                if (args.n_tokens == MOST_TOKENS) stop("-t: too many tokens");
+                args.tokens[args.n_tokens++] = number(flag, token, 0);
             }
         } else stop("a flag is unknown");
     }
@@ -146,7 +171,8 @@ static void set_control_vector(struct llama_context *context, detox_steer *steer
     free(data);
 }
 
-/* Decodes `n` tokens of every sequence from `position` on, with logits of the last of each. */
+/* Decodes `n` tokens of every sequence from `position` on, with logits of the last of each. Where they are apart, sequence
+ * S begins with token S of the `n`, or has token S of as many as there are sequences. */
 static void decode(struct llama_context *context, detox_callback *callback, const llama_token *tokens, int n,
                    int position, bool is_announced, int generated) {
     int n_all = n * args.n_sequences;
@@ -156,7 +182,7 @@ static void decode(struct llama_context *context, detox_callback *callback, cons
     for (int i = 0; i < n; i++) {
         for (int s = 0; s < args.n_sequences; s++) {
             int at = batch.n_tokens++;
-            batch.token[at] = tokens[i];
+            batch.token[at] = !args.apart ? tokens[i] : n > 1 ? tokens[(i + s) % n] : tokens[s];
             batch.pos[at] = position + i;
             batch.n_seq_id[at] = 1;
             batch.seq_id[at][0] = sequences[at] = s;
@@ -310,20 +336,30 @@ int main(int argc, char **argv) {
             print_row(logits_of(context, args.n_tokens, s), n_vocab);
         }
         printf("],\n\"n_blocks\": %d,\n\"generated\": [", n_blocks);
-        const float *row = logits_of(context, args.n_tokens, 0);
+        struct { llama_token token; double probability; bool is_open; } *steps;
+        int n_shown = args.apart ? args.n_sequences : 1;
+        steps = calloc((size_t) n_shown, sizeof *steps);
+        llama_token *next = calloc((size_t) n_shown, sizeof *next);
         for (int i = 0; i < args.n_predict; i++) {
-            llama_token best = 0;
-            for (int t = 1; t < n_vocab; t++) best = row[t] > row[best] ? t : best;
-            double probability = -1.0;
-            bool is_open = steer != NULL;
-            if (args.probe != NULL) must(detox_gate_state(callback, 0, &probability, &is_open));
-            printf("%s{\"token\": %d, \"probability\": %.17g, \"is_open\": %s, \"logits\": ", i > 0 ? ",\n" : "", best,
-                   probability, is_open ? "true" : "false");
-            decode(context, callback, &best, 1, args.n_tokens + i, is_announced, args.generated < 0 ? -1 : 1);
-            row = logits_of(context, 1, 0);
-            print_row(row, n_vocab);
-            printf("}");
+            for (int s = 0; s < n_shown; s++) {
+                const float *row = logits_of(context, i == 0 ? args.n_tokens : 1, s);
+                next[s] = 0;
+                for (int t = 1; t < n_vocab; t++) next[s] = row[t] > row[next[s]] ? t : next[s];
+                steps[s].token = next[s];
+                steps[s].probability = -1.0;
+                steps[s].is_open = steer != NULL;
+                if (args.probe != NULL) must(detox_gate_state(callback, s, &steps[s].probability, &steps[s].is_open));
+            }
+            decode(context, callback, next, 1, args.n_tokens + i, is_announced, args.generated < 0 ? -1 : 1);
+            for (int s = 0; s < n_shown; s++) {
+                printf("%s{\"token\": %d, \"probability\": %.17g, \"is_open\": %s, \"logits\": ", i + s > 0 ? ",\n" : "",
+                       steps[s].token, steps[s].probability, steps[s].is_open ? "true" : "false");
+                print_row(logits_of(context, 1, s), n_vocab);
+                printf("}");
+            }
         }
+        free(steps);
+        free(next);
         printf("]}\n");
     }
 

@@ -1,9 +1,13 @@
 //! `examples/c/steer.c` against the engine: the same interventions, the same logits.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
+use detox_gguf::engine::Token;
+use detox_gguf::gguf::{GgufFile, Metadata, file_sha256};
 use detox_gguf::steer::compile::Route;
+use detox_gguf::steer::{Fingerprint, control_vector};
 use serde::Deserialize;
 
 use super::build::{program, run};
@@ -27,8 +31,12 @@ pub struct Generated {
 }
 
 fn command(model: &str, steer: Option<&Path>, flags: &[&str]) -> Command {
+    command_of(&TOKENS, model, steer, flags)
+}
+
+fn command_of(tokens: &[Token], model: &str, steer: Option<&Path>, flags: &[&str]) -> Command {
     let mut command = Command::new(program("examples/c/steer.c", "steer", &[]));
-    let tokens = TOKENS.map(|token| token.to_string()).join(",");
+    let tokens = tokens.iter().map(Token::to_string).collect::<Vec<_>>().join(",");
     command.arg("-m").arg(tiny(model)).arg("-t").arg(tokens).args(flags);
     if let Some(steer) = steer {
         command.arg("--steer").arg(steer);
@@ -37,7 +45,12 @@ fn command(model: &str, steer: Option<&Path>, flags: &[&str]) -> Command {
 }
 
 pub fn example(model: &str, steer: Option<&Path>, flags: &[&str]) -> Output {
-    let text = run(&mut command(model, steer, flags));
+    example_of(&TOKENS, model, steer, flags)
+}
+
+/// The example with other tokens.
+pub fn example_of(tokens: &[Token], model: &str, steer: Option<&Path>, flags: &[&str]) -> Output {
+    let text = run(&mut command_of(tokens, model, steer, flags));
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"))
 }
 
@@ -146,13 +159,49 @@ fn edits_of_prompts_or_generated_tokens_alone_follow_what_is_announced() {
 }
 
 #[test]
-fn what_cannot_be_told_apart_is_refused() {
+fn with_sliding_windows_and_a_control_vector_a_batch_is_announced_where_its_order_is_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let directions = folder.path().join("directions.gguf");
+    let fingerprint = Fingerprint::of(&GgufFile::open(tiny("gemma3")).unwrap()).unwrap();
+    let direction = BTreeMap::from([(1, vec![0.5; fingerprint.n_embd as usize])]);
+    control_vector::write(&directions, &fingerprint, &direction, &Metadata::new()).unwrap();
+    let sha256 = file_sha256(&directions, |_, _| {}).unwrap();
+    let direction = format!(
+        r#""what": {{"directions": {{"path": "directions.gguf", "sha256": "{sha256}"}}}}, "edit": {{"offset": 3}}"#
+    );
+    let prompt = format!("{LAYER_0}, \"when\": \"prompt\"");
+    let (part, whole) = (interventions(folder.path(), &[&direction]), folder.path().join("whole.json"));
+    let (plain, of_part) = (
+        engine_logits("gemma3", None, Route::Cheapest),
+        engine_logits("gemma3", Some((&part, 1.0)), Route::Cheapest),
+    );
+    std::fs::rename(interventions(folder.path(), &[&direction, &prompt]), &whole).unwrap();
+    let both = engine_logits("gemma3", Some((&whole, 1.0)), Route::Cheapest);
+    assert!(largest_difference(&plain, &of_part) > 0.05 && largest_difference(&of_part, &both) > 0.05);
+    for layout in [&[][..], &["--sequences", "3"]] {
+        for (flag, expected) in [("--as-prompt", &both), ("--as-generated", &of_part)] {
+            for found in example("gemma3", Some(&whole), &[layout, &[flag]].concat()).logits {
+                let difference = largest_difference(&found, expected);
+                assert!(difference < TOLERANCE, "{layout:?} {flag}: {difference}");
+            }
+        }
+    }
+    // Where it is not known it is refused, as before.
+    let output = command("gemma3", Some(&whole), &["--sequences", "2", "--unified", "--as-prompt"]).output();
+    let words = String::from_utf8_lossy(&output.unwrap().stderr).into_owned();
+    assert!(words.contains("sliding windows"), "{words}");
+}
+
+#[test]
+fn what_cannot_be_told_apart_and_numbers_that_are_none_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     for (model, edits, flags, reason) in [
         // A part is a control vector, which is for all.
         ("llama", OFFSETS, &["--sequences", "2", "--off", "1"][..], "llama.cpp adds to all sequences"),
         ("gemma3", LAYER_0, &["--sequences", "2", "--off", "1", "--unified"], "sliding windows"),
         ("llama", LAYER_0, &["--sequences", "2", "--off", "2"], "expected a sequence below 2"),
+        ("llama", LAYER_0, &["--sequences", "0"], "expected a number from 1"),
+        ("llama", LAYER_0, &["-t", "abc"], "expected a number from 0"),
     ] {
         let file = interventions(folder.path(), &[edits]);
         let output = command(model, Some(&file), flags).output().unwrap();

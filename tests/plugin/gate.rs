@@ -7,8 +7,8 @@ use detox_gguf::engine::residual::{self, ResidualPlace};
 use detox_gguf::engine::{Model, ModelOptions, Session, Token};
 use detox_gguf::interp::probe::{Probe, ProbePlace};
 
-use super::example::{Generated, example};
-use super::{TOKENS, exact, interventions, tiny};
+use super::example::{Generated, example, example_of};
+use super::{TOKENS, exact, interventions, largest_difference, tiny};
 
 const EDIT: &str = r#""what": {"neurons": [[0, 9], [2, 7]]}, "edit": {"assign": 4}"#;
 
@@ -99,21 +99,47 @@ fn a_gate_between_opens_and_closes_by_what_it_read() {
     for step in &steps {
         assert_eq!(step.is_open, step.probability >= threshold, "{}", step.probability);
     }
+    let first_open = steps.iter().position(|step| step.is_open).expect("it opens");
+    assert!(steps.iter().any(|step| !step.is_open), "it is closed, too");
+    // Until it opens every step is the model's own, to the bit, and the first that is open is not.
+    let plain = example("llama", None, &["-n", "12"]).generated;
+    for (step, plain) in steps.iter().zip(&plain).take(first_open) {
+        assert_eq!((step.token, &step.logits), (plain.token, &plain.logits));
+    }
+    assert_eq!(steps[first_open].token, plain[first_open].token);
+    assert_ne!(steps[first_open].logits, plain[first_open].logits);
 }
 
 #[test]
 fn gates_of_several_sequences_are_apart() {
+    const N: usize = 8;
     let folder = tempfile::tempdir().unwrap();
     let file = interventions(folder.path(), &[EDIT]);
     let (path, _) = probe(folder.path(), ProbePlace::Block(1));
     let gate = path.to_str().unwrap();
+    let alone = |sequence: usize, threshold: &str| {
+        let mut tokens = TOKENS;
+        tokens.rotate_left(sequence);
+        let flags = ["--callback", "--gate", gate, threshold, "-n", "8"];
+        example_of(&tokens, "llama", Some(&file), &flags).generated
+    };
+    // A threshold among what closed gates read of three texts, so that some are open while others are closed.
+    let mut seen: Vec<f64> = (0..3).flat_map(|s| alone(s, "1")).map(|step| step.probability).collect();
+    seen.sort_by(f64::total_cmp);
+    let threshold = format!("{:.17}", (seen[11] + seen[12]) / 2.0);
+    let expected: Vec<Vec<Generated>> = (0..3).map(|s| alone(s, &threshold)).collect();
+    let n_open = |step: usize| expected.iter().filter(|of_sequence| of_sequence[step].is_open).count();
+    assert!((0..N).any(|step| (1..3).contains(&n_open(step))), "one is open while another is closed");
     for layout in [&["--sequences", "3"][..], &["--sequences", "3", "--unified", "--ubatch", "7"]] {
-        // Alike in every sequence, so that the first has the probabilities that it has alone.
-        let flags = [layout, &["--callback", "--gate", gate, "1", "-n", "4"]].concat();
+        let flags = [layout, &["--apart", "--callback", "--gate", gate, &threshold, "-n", "8"]].concat();
         let found = example("llama", Some(&file), &flags).generated;
-        let alone = example("llama", Some(&file), &["--callback", "--gate", gate, "1", "-n", "4"]).generated;
-        for (a, b) in found.iter().zip(&alone) {
-            assert!((a.probability - b.probability).abs() < 1e-6, "{} {}", a.probability, b.probability);
+        assert_eq!(found.len(), 3 * N);
+        for (i, found) in found.iter().enumerate() {
+            let alone = &expected[i % 3][i / 3];
+            let difference = (found.probability - alone.probability).abs();
+            assert!(difference < 1e-5, "{layout:?} {i}: {} {}", found.probability, alone.probability);
+            assert_eq!((found.token, found.is_open), (alone.token, alone.is_open), "{layout:?} {i}");
+            assert!(largest_difference(&found.logits, &alone.logits) < 1e-3, "{layout:?} {i}");
         }
     }
 }

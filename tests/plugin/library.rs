@@ -63,4 +63,17 @@ fn the_pkg_config_file_has_what_compiles_a_program() {
     command.args(resolve(value("Cflags:")).split_whitespace()).arg(&source);
     run(command.args(resolve(value("Libs:")).split_whitespace()).arg("-o").arg(&program));
     run(Command::new(&program).env("LD_LIBRARY_PATH", PLUGIN.join("lib")));
+    // And itself, where it is.
+    let mut pkg_config = Command::new("pkg-config");
+    pkg_config.env("PKG_CONFIG_PATH", PLUGIN.join("lib/pkgconfig"));
+    pkg_config.args(["--cflags", "--libs", "detox_gguf"]);
+    if !Command::new("pkg-config").arg("--version").output().is_ok_and(|output| output.status.success()) {
+        eprintln!("skipped: no pkg-config here");
+        return;
+    }
+    let flags = run(&mut pkg_config);
+    let mut command = Command::new(compiler(false));
+    command.arg(&source).args(flags.split_whitespace()).arg("-o").arg(&program);
+    run(&mut command);
+    run(Command::new(&program).env("LD_LIBRARY_PATH", PLUGIN.join("lib")));
 }
