@@ -18,6 +18,8 @@ abi=$(sed -n 's/^#define DETOX_ABI_VERSION \([0-9]*\)$/\1/p' vendor/include/deto
 
 # A folder of its own, so that the program's build keeps its features.
 build=$target/plugin-build
+# For the machine that links it, whatever is set for other builds: cargo would put the library elsewhere.
+unset CARGO_BUILD_TARGET
 cargo rustc --release --lib --no-default-features --features capi --crate-type staticlib --target-dir "$build"
 
 mkdir -p "$prefix/lib/pkgconfig" "$prefix/include"

@@ -1,20 +1,28 @@
 #!/usr/bin/env bash
 # Prepares a Python with llama-cpp-python for the test of the Python example, and prints its path.
 #
-# PyPI has it as source alone: compiling takes some minutes, once. The folder is $DETOX_GGUF_CACHE, else
-# detox-gguf in the user's cache folder.
+# PyPI has it as source alone: compiling takes some minutes, once for each kind of CPU, since it is compiled for the one
+# that it runs on. The folder is $DETOX_GGUF_CACHE, else detox-gguf in the user's cache folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 version=0.3.36
 cache=${DETOX_GGUF_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/detox-gguf}
-folder=$cache/llama-cpp-python-$version
+cpu=$({ sed -n -e '/^flags/{p;q}' -e '/^Features/{p;q}' /proc/cpuinfo 2>/dev/null || true; uname -m; } | cksum | cut -d' ' -f1)
+folder=$cache/llama-cpp-python-$version-$cpu
 if ! "$folder/bin/python" -c 'import llama_cpp' >/dev/null 2>&1; then
     . scripts/setup.sh >&2
-    python3 -m venv "$folder" >&2
+    # Debian has the part that puts pip into a new environment in a package of its own: without it the system's pip does.
+    pip=("$folder/bin/pip")
+    if ! python3 -m venv "$folder" >/dev/null 2>&1; then
+        python3 -m venv --clear --without-pip "$folder" >&2
+        site=$("$folder/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+        pip=(python3 -m pip --disable-pip-version-check)
+        target=(--target "$site")
+    fi
     # Its tools and servers are not needed, and OpenMP is not found under clang.
     CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAVA_BUILD=OFF" \
         CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)} \
-        "$folder/bin/pip" install --quiet "llama-cpp-python==$version" >&2
+        "${pip[@]}" install --quiet ${target[@]+"${target[@]}"} "llama-cpp-python==$version" >&2
     "$folder/bin/python" -c 'import llama_cpp' >&2
 fi
 printf '%s\n' "$folder/bin/python"

@@ -22,6 +22,8 @@ if [ "${CI:-}" = true ]; then
 fi
 # The crate without llama.cpp, which is the plugin: its own tests, besides those below that use it from outside.
 [ $# -gt 0 ] || cargo test --quiet --lib --no-default-features --features capi --target-dir "$CARGO_TARGET_DIR/plugin-build"
+# The plugin's library, as its tests build it, so that none of them builds it within its own time. Before single tests not.
+[ $# -gt 0 ] || [ "$(uname -s)" != Linux ] || scripts/build_plugin.sh "$CARGO_TARGET_DIR/plugin-tests/prefix" >/dev/null
 if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run --release "$@"
 else
