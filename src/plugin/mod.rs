@@ -32,26 +32,30 @@
 //!
 //! impl Node for Tensor {
 //!     fn name(&self) -> &[u8] {
+//!         // SAFETY: llama.cpp's own tensor, alive while the callback runs; its name ends with NUL.
 //!         unsafe { CStr::from_ptr(sys::ggml_get_name(self.0)) }.to_bytes()
 //!     }
 //!     fn shape(&self) -> Shape {
+//!         // SAFETY: as above, and nobody changes it meanwhile.
 //!         let tensor = unsafe { &*self.0 };
 //!         Shape { is_f32: tensor.type_ == sys::GGML_TYPE_F32, ne: tensor.ne, nb: tensor.nb }
 //!     }
 //!     fn get(&self, values: &mut [f32]) -> Result<(), String> {
 //!         let n_bytes = size_of_val(values);
+//!         // SAFETY: a live tensor, computed already, with as many bytes: detox_gguf took their number from its shape.
 //!         unsafe { sys::ggml_backend_tensor_get(self.0, values.as_mut_ptr().cast(), 0, n_bytes) };
 //!         Ok(())
 //!     }
 //!     fn set(&mut self, values: &[f32]) -> Result<(), String> {
 //!         let n_bytes = size_of_val(values);
+//!         // SAFETY: as in `get`.
 //!         unsafe { sys::ggml_backend_tensor_set(self.0, values.as_ptr().cast(), 0, n_bytes) };
 //!         Ok(())
 //!     }
 //! }
 //!
 //! extern "C" fn cb_eval(tensor: *mut sys::ggml_tensor, ask: bool, callback: *mut c_void) -> bool {
-//!     // The callback that was given to the context below, which outlives it.
+//!     // SAFETY: the callback that was given to the context below, and is dropped after it.
 //!     let callback = unsafe { &*callback.cast::<Callback>() };
 //!     callback.eval(&mut Tensor(tensor), ask)
 //! }
@@ -68,6 +72,8 @@
 //! let callback = Box::new(steer.callback(&ContextOptions { n_seq_max: 1, kv_unified: false })?);
 //!
 //! let mut logits = Vec::new();
+//! // SAFETY: model and context are used between their making and their end, on this thread alone; the batch has the
+//! // three tokens that it says; after a decode there is a row of logits; the callback lives until the end.
 //! unsafe {
 //! #   sys::llama_log_set(Some(quiet), std::ptr::null_mut());
 //! #   extern "C" fn quiet(_: sys::ggml_log_level, _: *const std::ffi::c_char, _: *mut c_void) {}
