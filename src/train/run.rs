@@ -83,7 +83,8 @@ pub struct Outcome {
 /// such pairs the last ones.
 ///
 /// # Errors
-/// [`Error::Interrupted`] and [`Error::DeviceMemory`] after a checkpoint was written; [`Error::Training`] where numbers are not finite any more;
+/// [`Error::Interrupted`] and [`Error::DeviceMemory`] after a checkpoint was written, [`Error::Device`] after one was
+/// tried; [`Error::Training`] where numbers are not finite any more;
 /// [`Error::Io`] where a file cannot be written: what the last checkpoint holds stays.
 pub fn run<D: Device>(
     trainer: &mut Trainer<D>,
@@ -126,7 +127,8 @@ pub fn run<D: Device>(
         }
         progress.finish();
     }
-    let mut run = Run { trainer, pairs, settings, files, log, records, state, references };
+    let mut run =
+        Run { trainer, pairs, settings, files, log, records, state, references, is_stepping: false };
     progress.start("training", n_steps, run.state.step);
     let ending = run.steps(&train, &held_out, n_steps, interrupt, progress);
     progress.finish();
@@ -172,6 +174,8 @@ struct Run<'a, D: Device> {
     records: Vec<Record>,
     state: State,
     references: References,
+    /// The optimizer may have changed some of the trained numbers, and not all.
+    is_stepping: bool,
 }
 
 impl<D: Device> Run<'_, D> {
@@ -192,7 +196,7 @@ impl<D: Device> Run<'_, D> {
             let mut stops = interrupt.load(Ordering::Relaxed);
             if self.state.step > self.state.looked_at && is_due && !stops {
                 let looked = self.look(held_out, interrupt, progress);
-                stops = !self.saved_if_memory_ran_out(looked, progress)?;
+                stops = !self.saved_if_the_device_failed(looked, progress)?;
                 self.save()?;
             } else if stops {
                 self.save()?;
@@ -218,7 +222,7 @@ impl<D: Device> Run<'_, D> {
             let batch: Vec<&TokenPair> =
                 order.1[first..last].iter().map(|&i| &self.pairs[train[i]]).collect();
             let stepped = self.step(&batch, schedule.at(self.state.step), per_epoch, started);
-            let record = self.saved_if_memory_ran_out(stepped, progress)?;
+            let record = self.saved_if_the_device_failed(stepped, progress)?;
             self.state.seconds += record.step_seconds;
             self.record(Record::Step(record))?;
             progress.note(&note(&record));
@@ -235,7 +239,9 @@ impl<D: Device> Run<'_, D> {
     ) -> Result<StepRecord> {
         let references = self.references.of(self.trainer, batch)?;
         let losses = self.trainer.add_gradient(batch, &references)?;
+        self.is_stepping = true;
         let grad_norm = self.trainer.step(learning_rate, self.settings.max_grad_norm)?;
+        self.is_stepping = false;
         self.state.step += 1;
         let rows = |pair: &&TokenPair| Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected) as u64;
         Ok(StepRecord {
@@ -303,12 +309,22 @@ impl<D: Device> Run<'_, D> {
         Ok(())
     }
 
-    /// Where a GPU's memory did not suffice, nothing was stepped: what was trained so far is kept first.
-    fn saved_if_memory_ran_out<T>(&mut self, result: Result<T>, progress: &mut dyn Progress) -> Result<T> {
-        if let Err(Error::DeviceMemory { .. }) = &result {
-            self.save()?;
+    /// Where a GPU failed before anything was stepped, what was trained so far is kept first, if the GPU still gives
+    /// it; the error stays the first one. Where its memory did not suffice, nothing was stepped.
+    fn saved_if_the_device_failed<T>(&mut self, result: Result<T>, progress: &mut dyn Progress) -> Result<T> {
+        let keeps = match &result {
+            Err(Error::DeviceMemory { .. }) => true,
+            Err(Error::Device { .. }) => !self.is_stepping,
+            _ => false,
+        };
+        if keeps {
             let step = self.state.step;
-            progress.say(&format!("saved after step {step}: the same command goes on from there"));
+            match self.save() {
+                Ok(()) => {
+                    progress.say(&format!("saved after step {step}: the same command goes on from there"));
+                }
+                Err(error) => progress.say(&format!("step {step} could not be saved: {error}")),
+            }
         }
         result
     }

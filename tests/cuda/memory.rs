@@ -59,9 +59,21 @@ fn too_little_memory_is_an_error_that_says_how_much_there_is_and_leaves_nothing_
     assert_eq!(emulation::taken(), before);
 }
 
-/// Limits the memory to what is taken once so many steps were made.
+/// What becomes of the GPU in a run.
+#[derive(Clone, Copy)]
+enum Fault {
+    /// No memory beyond what is taken.
+    Memory,
+    /// A kernel cannot be launched.
+    Launch,
+    /// A kernel fails, and with it all that comes after.
+    Death,
+}
+
+/// Lets a fault come once so many steps were made.
 struct Limiting {
     after: u64,
+    fault: Fault,
     n_steps: u64,
     is_training: bool,
     said: Vec<String>,
@@ -74,8 +86,12 @@ impl Progress for Limiting {
     fn advance(&mut self, n: u64) {
         self.n_steps += n;
         if self.is_training && self.n_steps == self.after {
-            // Enough for a step to begin with.
-            emulation::set_memory(emulation::taken() + (100 << 10));
+            match self.fault {
+                // Enough for a step to begin with.
+                Fault::Memory => emulation::set_memory(emulation::taken() + (100 << 10)),
+                Fault::Launch => emulation::set_launch_error(emulation::INVALID_CONFIGURATION, false),
+                Fault::Death => emulation::set_launch_error(emulation::LAUNCH_FAILURE, true),
+            }
         }
     }
     fn finish(&mut self) {}
@@ -84,14 +100,15 @@ impl Progress for Limiting {
     }
 }
 
-fn train(folder: &Path, pairs: &[TokenPair], after: u64) -> (Result<()>, Vec<String>) {
+fn train(folder: &Path, pairs: &[TokenPair], after: u64, fault: Fault) -> (Result<()>, Vec<String>) {
     std::fs::create_dir_all(folder).unwrap();
     let settings = settings();
     let mut trainer = load("llama", &settings, Frozen::Bf16);
-    let mut progress = Limiting { after, n_steps: 0, is_training: false, said: Vec::new() };
+    let mut progress = Limiting { after, fault, n_steps: 0, is_training: false, said: Vec::new() };
     let files = RunFiles::of(folder);
     let ran = run(&mut trainer, pairs, &settings, &files, &AtomicBool::new(false), &mut progress);
     emulation::set_memory(PLENTY);
+    emulation::set_launch_error(0, false);
     let base = GgufFile::open(tiny("llama")).unwrap();
     let written = ran.and_then(|_| {
         artifact::write(&trainer, &base, &settings, &folder.join("adapter.gguf"), &Metadata::new())
@@ -100,20 +117,28 @@ fn train(folder: &Path, pairs: &[TokenPair], after: u64) -> (Result<()>, Vec<Str
 }
 
 #[test]
-fn a_run_whose_memory_runs_out_is_saved_and_goes_on_to_the_bytes_of_an_unbroken_one() {
+fn a_run_whose_gpu_fails_is_saved_where_it_can_be_and_goes_on_to_the_bytes_of_an_unbroken_one() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
     let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
     let pairs = own_pairs("llama", 8);
-    train(&whole, &pairs, u64::MAX).0.unwrap();
-    for after in [1, 3] {
-        let (result, said) = train(&broken, &pairs, after);
-        assert!(matches!(result, Err(Error::DeviceMemory { .. })), "{result:?}");
+    train(&whole, &pairs, u64::MAX, Fault::Memory).0.unwrap();
+    for (after, fault) in [(1, Fault::Memory), (3, Fault::Launch)] {
+        let (result, said) = train(&broken, &pairs, after, fault);
+        match fault {
+            Fault::Memory => assert!(matches!(result, Err(Error::DeviceMemory { .. })), "{result:?}"),
+            _ => assert!(matches!(result, Err(Error::Device { .. })), "{result:?}"),
+        }
         let expected = format!("saved after step {after}: the same command goes on from there");
         assert_eq!(said.last(), Some(&expected));
         assert!(broken.join("checkpoint.gguf").exists());
     }
-    train(&broken, &pairs, u64::MAX).0.unwrap();
+    // A dead GPU gives nothing back: the checkpoint before stays, and the error is the one that it died of.
+    let (result, said) = train(&broken, &pairs, 4, Fault::Death);
+    let error = result.unwrap_err();
+    assert!(error.to_string().contains("unspecified launch failure"), "{error}");
+    assert!(said.last().is_some_and(|said| said.starts_with("step 4 could not be saved")), "{said:?}");
+    train(&broken, &pairs, u64::MAX, Fault::Memory).0.unwrap();
     let bytes = |folder: &Path| std::fs::read(folder.join("adapter.gguf")).unwrap();
     assert!(bytes(&whole) == bytes(&broken), "the adapter of a run that was broken off twice");
 }

@@ -8,6 +8,10 @@ pub const NO_DEVICE: i32 = 100;
 pub const INSUFFICIENT_DRIVER: i32 = 35;
 /// The runtime's number for "another process holds the GPU".
 pub const DEVICES_UNAVAILABLE: i32 = 46;
+/// The runtime's number for "a kernel was launched with too many threads or too much memory".
+pub const INVALID_CONFIGURATION: i32 = 9;
+/// The runtime's number for "a kernel failed", after which nothing works.
+pub const LAUNCH_FAILURE: i32 = 719;
 
 /// How many bytes of memory it has from now on, those included that are taken.
 pub fn set_memory(n_bytes: usize) {
@@ -37,4 +41,11 @@ pub fn set_reverse(reverse: bool) {
 pub fn set_error(error: i32) {
     // SAFETY: sets a number.
     unsafe { ffi::detox_cuda_emulation_set_error(error) }
+}
+
+/// The error that the next launch of a kernel gives; where it `stays`, all that comes after it too, until the next call
+/// of this. One of the runtime's numbers.
+pub fn set_launch_error(error: i32, stays: bool) {
+    // SAFETY: sets numbers.
+    unsafe { ffi::detox_cuda_emulation_set_launch_error(error, i32::from(stays)) }
 }

@@ -18,6 +18,9 @@ size_t detox_cuda_emulation_peak(void);
 void detox_cuda_emulation_set_reverse(int32_t reverse);
 // What the next call that looks for GPUs says instead: one of the runtime's numbers for errors; 0 for nothing.
 void detox_cuda_emulation_set_error(int32_t error);
+// What the next launch of a kernel says instead; where it `stays`, everything after it too, until the next call of
+// this.
+void detox_cuda_emulation_set_launch_error(int32_t error, int32_t stays);
 
 #ifdef __cplusplus
 }

@@ -237,6 +237,7 @@ uint64_t exchange(uint64_t bytes, int mask) {
 }
 
 void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+    if (cudaError_t error = launch_error(); error != cudaSuccess) return fail(error);
     std::lock_guard<std::mutex> lock(turn);
     unsigned n = block.x * block.y * block.z;
     bool fits = n > 0 && n <= 1024 && grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffffu &&

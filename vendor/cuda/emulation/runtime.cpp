@@ -23,12 +23,20 @@ std::map<const void*, size_t> shared_bytes_of;
 
 thread_local cudaError_t last_error = cudaSuccess;
 std::atomic<int> next_error{0};
+std::atomic<int> next_launch_error{0};
+// Of a context that is dead.
+std::atomic<int> lasting_error{0};
+std::atomic<bool> launch_error_stays{false};
 std::atomic<bool> reverse{false};
 
 cudaError_t failed(cudaError_t error) {
     last_error = error;
     return error;
 }
+
+// Nothing works any more once a context is dead.
+#define IF_ALIVE                                                                                                       \
+    if (int error = lasting_error.load(); error != 0) return failed((cudaError_t)error)
 
 // Whether [at, at + n) lies within memory that was taken.
 bool is_taken(const void* at, size_t n) {
@@ -53,6 +61,12 @@ size_t allowed_shared_bytes(const void* kernel) {
 
 bool runs_in_reverse() { return reverse; }
 
+cudaError_t launch_error() {
+    int error = next_launch_error.exchange(0);
+    if (error != 0 && launch_error_stays) lasting_error = error;
+    return (cudaError_t)(error != 0 ? error : lasting_error.load());
+}
+
 } // namespace emulation
 
 void detox_cuda_emulation_set_memory(size_t n_bytes) {
@@ -76,6 +90,12 @@ void detox_cuda_emulation_set_reverse(int32_t is_reverse) { reverse = is_reverse
 
 void detox_cuda_emulation_set_error(int32_t error) { next_error = error; }
 
+void detox_cuda_emulation_set_launch_error(int32_t error, int32_t stays) {
+    lasting_error = 0;
+    launch_error_stays = stays != 0;
+    next_launch_error = error;
+}
+
 const char* cudaGetErrorString(cudaError_t error) {
     switch (error) {
     case cudaSuccess: return "no error";
@@ -86,6 +106,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorDevicesUnavailable: return "CUDA-capable device(s) is/are busy or unavailable";
     case cudaErrorNoDevice: return "no CUDA-capable device is detected";
     case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
     case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
     default: return "an error of the emulated GPU";
     }
@@ -148,9 +169,13 @@ cudaError_t cudaStreamCreate(cudaStream_t* stream) {
 
 cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    IF_ALIVE;
+    return cudaSuccess;
+}
 
 cudaError_t cudaMallocAsync(void** memory, size_t n_bytes, cudaStream_t) {
+    IF_ALIVE;
     std::lock_guard<std::mutex> lock(memory_turn);
     if (n_bytes > n_total || n_taken > n_total - n_bytes) return failed(cudaErrorMemoryAllocation);
     void* made = nullptr;
@@ -182,12 +207,14 @@ cudaError_t cudaMemGetInfo(size_t* n_free, size_t* n) {
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int byte, size_t n_bytes, cudaStream_t) {
+    IF_ALIVE;
     if (!is_taken(memory, n_bytes)) return failed(cudaErrorInvalidValue);
     std::memset(memory, byte, n_bytes);
     return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n_bytes, cudaMemcpyKind kind, cudaStream_t) {
+    IF_ALIVE;
     bool to_device = kind != cudaMemcpyDeviceToHost, from_device = kind != cudaMemcpyHostToDevice;
     if ((to_device && !is_taken(to, n_bytes)) || (from_device && !is_taken(from, n_bytes)))
         return failed(cudaErrorInvalidValue);

@@ -10,5 +10,7 @@ void fail(cudaError_t error);
 // Bytes of shared memory that a kernel may be launched with.
 size_t allowed_shared_bytes(const void* kernel);
 bool runs_in_reverse();
+// The error that was made up for a launch, or success.
+cudaError_t launch_error();
 
 } // namespace emulation
