@@ -77,6 +77,7 @@ SIGNATURES = {
     "round_blocks": [i32, P, i64, P],
     "product": [c.POINTER(Matrix), P, i64, P],
     "product_back": [c.POINTER(Matrix), P, i64, P],
+    "set_part": [size],
     "multiply": [c.POINTER(Gemm), P, P, P],
     "embed": [c.POINTER(Matrix), P, f32, P],
     "gather": [P, i64, i32, i64, i64, P, f32, P],

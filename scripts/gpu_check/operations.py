@@ -58,12 +58,15 @@ def tensor(array: np.ndarray, gradient: bool = False) -> torch.Tensor:
 
 def check_products(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
     for name, (number, length, n_bytes, _) in TYPES.items():
-        for n_out, n_in in ((1, length), (37, 3 * length if length > 1 else 45), (200, 512)):
+        for n_out, n_in in ((1, length), (37, 3 * length if length > 1 else 45), (200, 512),
+                            (600, 256)):
             data = random_blocks(name, n_out * n_in, random)
             w = numbers_of(name, data).reshape(n_out, n_in)
             blocks = gpu.bytes(data)
             rounded = gpu.memory(2 * n_out * n_in)
             gpu.call("round_blocks", number, blocks, n_out * n_in, rounded)
+            # Of 256 rows, the fewest that there are.
+            gpu.call("set_part", 0 if n_out > 256 else 256 << 20)
             bits = gpu.read(rounded, n_out * n_in, dtype=np.uint16).astype(np.uint32) << 16
             found = bits.view(np.float32)
             # Half a step of bf16, and the rounding to f32 before it.

@@ -128,7 +128,8 @@ fn a_step_gives_the_same_bits_again_and_with_threads_in_reverse() {
     let bits = |step: &Step| -> Vec<u32> { step.values.iter().flatten().map(|x| x.to_bits()).collect() };
     assert!(bits(&first) == bits(&again), "the same step again");
     assert!(bits(&first) == bits(&reversed), "threads in reverse");
-    // Blocks are rounded to the same numbers whenever it is done.
+    // Blocks are rounded to the same numbers whenever it is done, and each of these matrices is one part. Over several
+    // parts, gradients of inputs are added up part by part: other sums, rounded otherwise.
     let blocks = step(load("gemma3", &settings(), Frozen::Quantised), &pairs);
     assert!(bits(&first) == bits(&blocks), "from blocks");
 }

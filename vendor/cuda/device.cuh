@@ -25,6 +25,9 @@ struct detox_cuda_device {
     cudaStream_t stream = nullptr;
     Multiplier* multiplier = nullptr;
     cudaDeviceProp properties{};
+    // Bytes of a matrix in bf16 that are made at a time, where only its blocks are kept: large enough that the products
+    // over the parts run at full rate, small beside a model.
+    int64_t part_bytes = 256 << 20;
     // One operation is asked for at a time: several kernels may share memory between them.
     std::mutex mutex;
 };

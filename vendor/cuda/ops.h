@@ -134,6 +134,10 @@ detox_cuda_product(detox_cuda_device* device, const detox_cuda_matrix* w, const 
 detox_cuda_status detox_cuda_product_back(
     detox_cuda_device* device, const detox_cuda_matrix* w, const float* dy, int64_t n_rows, float* dx);
 
+// For tests: bytes of rounded numbers that a product of blocks makes at a time, rounded down to a multiple of 256 rows,
+// but not below 256 rows. 256 MiB at first.
+detox_cuda_status detox_cuda_set_part(detox_cuda_device* device, size_t n_bytes);
+
 typedef struct {
     int64_t m;
     int64_t n;

@@ -5,9 +5,8 @@
 
 namespace {
 
-// Bytes of a matrix in bf16 that are made at a time, where only its blocks are kept: large enough that the products
-// over the parts run at full rate, small beside a model.
-constexpr int64_t PART_BYTES = 256 << 20;
+// Rows of a part are a multiple of this, so that every part's columns of y and dy are as well aligned as the first's.
+constexpr int64_t PART_ROWS = 256;
 
 // Calls `work` with rounded rows [first, first + n) of W, part after part.
 template <typename Work>
@@ -17,8 +16,8 @@ void for_parts(detox_cuda_device& device, const detox_cuda_matrix& w, Work work)
         return;
     }
     require(w.blocks != nullptr, "a matrix with blocks or rounded numbers");
-    int64_t n = PART_BYTES / 2 / w.n_in;
-    if (n < 1) n = 1;
+    int64_t n = device.part_bytes / 2 / w.n_in / PART_ROWS * PART_ROWS;
+    if (n < PART_ROWS) n = PART_ROWS;
     if (n > w.n_out) n = w.n_out;
     Scratch<uint16_t> part(device, (size_t)(n * w.n_in));
     for (int64_t first = 0; first < w.n_out; first += n) {
@@ -33,6 +32,13 @@ void check_matrix(const detox_cuda_matrix* w) {
 }
 
 } // namespace
+
+detox_cuda_status detox_cuda_set_part(detox_cuda_device* device, size_t n_bytes) {
+    return on_device(device, [&] {
+        require(n_bytes <= INT64_MAX, "a size of parts");
+        device->part_bytes = (int64_t)n_bytes;
+    });
+}
 
 detox_cuda_status
 detox_cuda_product(detox_cuda_device* device, const detox_cuda_matrix* w, const float* x, int64_t n_rows, float* y) {

@@ -66,6 +66,13 @@ impl Cuda {
         format!("cuda:{}", self.handle.ordinal())
     }
 
+    /// Bytes of rounded numbers that a product of blocks makes at a time.
+    #[cfg(test)]
+    fn set_part_bytes(&self, n_bytes: usize) {
+        // SAFETY: sets a number of an open device.
+        self.check(unsafe { ffi::detox_cuda_set_part(self.raw(), n_bytes) }).unwrap();
+    }
+
     fn raw(&self) -> *mut ffi::detox_cuda_device {
         self.handle.raw()
     }

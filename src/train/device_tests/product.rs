@@ -38,8 +38,8 @@ pub fn matrix(
 /// matrix has; and few.
 pub fn sizes(tensor_type: TensorType) -> Vec<[usize; 2]> {
     match tensor_type.block_len() {
-        1 => vec![[1, 1], [5, 7], [33, 45], [300, 770]],
-        32 => vec![[1, 32], [5, 96], [64, 160], [300, 736]],
+        1 => vec![[1, 1], [5, 7], [33, 45], [300, 770], [530, 9]],
+        32 => vec![[1, 32], [5, 96], [64, 160], [300, 736], [530, 32]],
         n => vec![[1, n as usize], [37, 256], [300, 768]],
     }
 }

@@ -46,6 +46,16 @@ fn products_and_embeddings_are_the_same_where_the_blocks_are_kept() {
 }
 
 #[test]
+fn products_of_several_parts_of_a_matrix_are_those_of_the_whole() {
+    use crate::train::device_tests::product;
+    let device = open(Frozen::Quantised);
+    // Of 256 rows, the fewest that there are.
+    device.0.set_part_bytes(0);
+    product::products_are_those_with_the_numbers_that_blocks_stand_for(&device);
+    product::rows_that_hold_no_number_stay_none_and_leave_others_alone(&device);
+}
+
+#[test]
 fn the_same_operations_give_the_same_numbers_to_the_bit() {
     let device = open(Frozen::Quantised);
     let first = everything(&device);
