@@ -59,6 +59,23 @@ fn too_little_memory_is_an_error_that_says_how_much_there_is_and_leaves_nothing_
     assert_eq!(emulation::taken(), before);
 }
 
+#[test]
+fn memory_that_was_given_back_is_free_whatever_its_pieces() {
+    let _alone = alone();
+    let device = Cuda::open(0, Frozen::Bf16).unwrap();
+    emulation::set_memory(emulation::taken() + (8 << 20));
+    let (free, total) = device.memory_bytes().unwrap();
+    // Four pieces of 2 MiB, which the pool keeps, and then all of it at once.
+    let pieces: Vec<_> = (0..4).map(|_| device.zeros(1 << 19).unwrap()).collect();
+    assert_eq!(device.memory_bytes().unwrap(), (0, total));
+    drop(pieces);
+    let again = device.memory_bytes().unwrap();
+    let whole = device.zeros(1 << 21);
+    emulation::set_memory(PLENTY);
+    assert_eq!((free, again), (8 << 20, (8 << 20, total)));
+    whole.unwrap();
+}
+
 /// What becomes of the GPU in a run.
 #[derive(Clone, Copy)]
 enum Fault {

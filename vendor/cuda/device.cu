@@ -29,7 +29,7 @@ detox_cuda_status status_of(cudaError_t error) {
 std::string megabytes(size_t n_bytes) { return std::to_string(n_bytes >> 20) + " MiB"; }
 
 // Memory of the pool stays with this process between operations.
-void keep_pool(int ordinal) {
+cudaMemPool_t keep_pool(int ordinal) {
     int has_pools = 0;
     check(cudaDeviceGetAttribute(&has_pools, cudaDevAttrMemoryPoolsSupported, ordinal), "asking for memory pools");
     if (!has_pools) throw Failure(DETOX_CUDA_UNSUPPORTED, "the driver of this GPU has no memory pools");
@@ -37,6 +37,25 @@ void keep_pool(int ordinal) {
     check(cudaDeviceGetDefaultMemPool(&pool, ordinal), "asking for the memory pool");
     uint64_t all = UINT64_MAX;
     check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all), "setting up the memory pool");
+    return pool;
+}
+
+// Gives back to the driver what the pool keeps for later.
+void end_pool(cudaMemPool_t pool) noexcept {
+    uint64_t none = 0;
+    bool ended = cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &none) == cudaSuccess;
+    if (cudaMemPoolTrimTo(pool, 0) != cudaSuccess || !ended) (void)cudaGetLastError();
+}
+
+// What the driver has left, and what the pool keeps for later.
+cudaError_t free_memory(const detox_cuda_device& device, size_t* n_free, size_t* n_total) {
+    uint64_t reserved = 0, used = 0;
+    cudaError_t error = cudaMemGetInfo(n_free, n_total);
+    if (error == cudaSuccess)
+        error = cudaMemPoolGetAttribute(device.pool, cudaMemPoolAttrReservedMemCurrent, &reserved);
+    if (error == cudaSuccess) error = cudaMemPoolGetAttribute(device.pool, cudaMemPoolAttrUsedMemCurrent, &used);
+    if (error == cudaSuccess && reserved > used) *n_free += (size_t)(reserved - used);
+    return error;
 }
 
 } // namespace
@@ -66,19 +85,27 @@ void* allocate(detox_cuda_device& device, size_t n_bytes) {
     if (n_bytes == 0) n_bytes = 1;
     void* memory = nullptr;
     cudaError_t error = cudaMallocAsync(&memory, n_bytes, device.stream);
+    if (error == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        // The pool may keep pieces of other sizes: once more without them.
+        check(cudaStreamSynchronize(device.stream), "taking memory");
+        check(cudaMemPoolTrimTo(device.pool, 0), "taking memory");
+        error = cudaMallocAsync(&memory, n_bytes, device.stream);
+    }
     if (error == cudaSuccess) return memory;
     cudaGetLastError();
     if (error != cudaErrorMemoryAllocation) check(error, "taking memory");
     size_t n_free = 0, n_total = 0;
-    if (cudaMemGetInfo(&n_free, &n_total) != cudaSuccess) cudaGetLastError();
+    if (free_memory(device, &n_free, &n_total) != cudaSuccess) cudaGetLastError();
     throw Failure(
         DETOX_CUDA_OUT_OF_MEMORY, "the GPU has no room for " + megabytes(n_bytes) + " more: " + megabytes(n_free) +
                                       " of its " + megabytes(n_total) + " are free");
 }
 
 void release(detox_cuda_device& device, void* memory) noexcept {
-    // A failure here was a failure of an operation before, which the next call reports.
-    if (memory != nullptr) (void)cudaFreeAsync(memory, device.stream);
+    // A failure here was a failure of an operation before. Where it sticks, the next call reports it; otherwise it is
+    // taken off, so that the next launch is not blamed for it.
+    if (memory != nullptr && cudaFreeAsync(memory, device.stream) != cudaSuccess) (void)cudaGetLastError();
 }
 
 const char* detox_cuda_last_error(void) { return last_error.c_str(); }
@@ -118,7 +145,7 @@ detox_cuda_status detox_cuda_open(int32_t ordinal, detox_cuda_device** device) {
                                                 std::to_string(made->properties.major) + "." +
                                                 std::to_string(made->properties.minor) + ", and 8.0 is the least");
             check(cudaSetDevice(ordinal), "choosing the GPU");
-            keep_pool(ordinal);
+            made->pool = keep_pool(ordinal);
             check(cudaStreamCreate(&made->stream), "making a stream");
             made->multiplier = multiplier_open();
         } catch (...) {
@@ -134,6 +161,7 @@ void detox_cuda_close(detox_cuda_device* device) {
     if (device == nullptr) return;
     (void)cudaSetDevice(device->ordinal);
     (void)cudaStreamSynchronize(device->stream);
+    end_pool(device->pool);
     multiplier_close(device->multiplier);
     (void)cudaStreamDestroy(device->stream);
     delete device;
@@ -155,7 +183,7 @@ detox_cuda_status detox_cuda_describe(detox_cuda_device* device, detox_cuda_prop
 detox_cuda_status detox_cuda_memory(detox_cuda_device* device, size_t* n_free, size_t* n_total) {
     return on_device(device, [&] {
         require(n_free != nullptr && n_total != nullptr, "somewhere to write the numbers");
-        check(cudaMemGetInfo(n_free, n_total), "asking for free memory");
+        check(free_memory(*device, n_free, n_total), "asking for free memory");
     });
 }
 

@@ -23,6 +23,8 @@ struct Multiplier;
 struct detox_cuda_device {
     int ordinal = 0;
     cudaStream_t stream = nullptr;
+    // The process's: all its devices of this number share it.
+    cudaMemPool_t pool = nullptr;
     Multiplier* multiplier = nullptr;
     cudaDeviceProp properties{};
     // Bytes of a matrix in bf16 that are made at a time, where only its blocks are kept: large enough that the products

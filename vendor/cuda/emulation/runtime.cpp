@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
+#include <set>
 
 #include "control.h"
 #include "state.h"
@@ -17,6 +18,15 @@ constexpr size_t MOST_SHARED_BYTES = 99 << 10;
 std::mutex memory_turn;
 std::map<void*, size_t> taken;
 size_t n_taken = 0, n_peak = 0, n_total = (size_t)4 << 30;
+// Pieces that the pool keeps after they were given back, as their sizes: only one of the same size is taken again, so
+// that memory falls into pieces as badly as it can.
+std::multiset<size_t> kept;
+size_t n_kept = 0;
+
+void trim() {
+    kept.clear();
+    n_kept = 0;
+}
 
 std::mutex kernels_turn;
 std::map<const void*, size_t> shared_bytes_of;
@@ -71,6 +81,7 @@ cudaError_t launch_error() {
 
 void detox_cuda_emulation_set_memory(size_t n_bytes) {
     std::lock_guard<std::mutex> lock(memory_turn);
+    trim();
     n_total = n_bytes;
 }
 
@@ -160,6 +171,21 @@ cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
 
 cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaSuccess; }
 
+cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, void* value) {
+    std::lock_guard<std::mutex> lock(memory_turn);
+    switch (attribute) {
+    case cudaMemPoolAttrReservedMemCurrent: *(uint64_t*)value = n_taken + n_kept; return cudaSuccess;
+    case cudaMemPoolAttrUsedMemCurrent: *(uint64_t*)value = n_taken; return cudaSuccess;
+    default: return failed(cudaErrorInvalidValue);
+    }
+}
+
+cudaError_t cudaMemPoolTrimTo(cudaMemPool_t, size_t) {
+    std::lock_guard<std::mutex> lock(memory_turn);
+    trim();
+    return cudaSuccess;
+}
+
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
     // An address that is not null, and that nobody looks behind.
     static char somewhere;
@@ -177,7 +203,12 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) {
 cudaError_t cudaMallocAsync(void** memory, size_t n_bytes, cudaStream_t) {
     IF_ALIVE;
     std::lock_guard<std::mutex> lock(memory_turn);
-    if (n_bytes > n_total || n_taken > n_total - n_bytes) return failed(cudaErrorMemoryAllocation);
+    auto again = kept.find(n_bytes);
+    if (again != kept.end()) {
+        n_kept -= n_bytes;
+        kept.erase(again);
+    }
+    if (n_bytes > n_total || n_taken + n_kept > n_total - n_bytes) return failed(cudaErrorMemoryAllocation);
     void* made = nullptr;
     // Not rounded up, so that reading beyond it is found.
     if (posix_memalign(&made, 256, n_bytes) != 0) return failed(cudaErrorMemoryAllocation);
@@ -194,6 +225,8 @@ cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
     auto place = taken.find(memory);
     if (place == taken.end()) return failed(cudaErrorInvalidValue);
     n_taken -= place->second;
+    n_kept += place->second;
+    kept.insert(place->second);
     taken.erase(place);
     std::free(memory);
     return cudaSuccess;
@@ -202,7 +235,7 @@ cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
 cudaError_t cudaMemGetInfo(size_t* n_free, size_t* n) {
     std::lock_guard<std::mutex> lock(memory_turn);
     *n = n_total;
-    *n_free = n_taken < n_total ? n_total - n_taken : 0;
+    *n_free = n_taken + n_kept < n_total ? n_total - n_taken - n_kept : 0;
     return cudaSuccess;
 }
 
