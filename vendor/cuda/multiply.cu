@@ -23,6 +23,7 @@ struct Plan {
     cublasLtMatmulDesc_t operation = nullptr;
     cublasLtMatrixLayout_t left = nullptr, right = nullptr, result = nullptr;
     cublasLtMatmulAlgo_t algorithm{};
+    size_t workspace_bytes = 0;
 
     Plan() = default;
     Plan(const Plan&) = delete;
@@ -35,8 +36,26 @@ struct Plan {
     }
 };
 
+// What an algorithm is chosen by, owned.
+struct Preference {
+    cublasLtMatmulPreference_t raw = nullptr;
+
+    Preference() { check_blas(cublasLtMatmulPreferenceCreate(&raw), "choosing a product"); }
+    Preference(const Preference&) = delete;
+    Preference& operator=(const Preference&) = delete;
+    ~Preference() { cublasLtMatmulPreferenceDestroy(raw); }
+
+    template <typename T>
+    void set(cublasLtMatmulPreferenceAttributes_t attribute, T value) {
+        check_blas(cublasLtMatmulPreferenceSetAttribute(raw, attribute, &value, sizeof value), "choosing a product");
+    }
+};
+
 using Shape = std::tuple<
     int, int64_t, int64_t, int64_t, bool, bool, bool, int64_t, int64_t, int64_t, unsigned, unsigned, unsigned>;
+
+// Plans that are kept: batches have as many rows as their pairs, so shapes of a long run are without number.
+constexpr size_t MOST_PLANS = 4096;
 
 // The largest power of two up to 256 that divides an address.
 unsigned alignment_of(const void* address) {
@@ -72,6 +91,15 @@ void multiplier_close(Multiplier* multiplier) noexcept {
 
 namespace {
 
+std::string in_words(Operands operands, const Product& p) {
+    auto matrix = [](int64_t n_rows, int64_t n_cols, bool is_transposed, int64_t stride) {
+        return "[" + std::to_string(n_rows) + "][" + std::to_string(n_cols) + "]" +
+               (is_transposed ? " transposed" : "") + " by rows of " + std::to_string(stride);
+    };
+    return "a product of " + matrix(p.m, p.k, p.transpose_a, p.a_stride) + " and " +
+           matrix(p.k, p.n, p.transpose_b, p.b_stride) + " in " + (operands == Operands::BF16 ? "bf16" : "TF32");
+}
+
 // cuBLASLt counts columns first: its result is c^T = op(b)^T op(a)^T, so b is its left operand.
 void make_plan(
     Multiplier& multiplier, Plan& plan, Operands operands, const Product& p, unsigned a_alignment, unsigned b_alignment,
@@ -94,30 +122,29 @@ void make_plan(
     check_blas(cublasLtMatrixLayoutCreate(&plan.right, type, right_rows, right_cols, p.a_stride), "describing a");
     check_blas(cublasLtMatrixLayoutCreate(&plan.result, CUDA_R_32F, p.n, p.m, p.c_stride), "describing c");
 
-    cublasLtMatmulPreference_t preference;
-    check_blas(cublasLtMatmulPreferenceCreate(&preference), "choosing a product");
-    size_t workspace = WORKSPACE_BYTES;
-    // Sums over parts go through the workspace in a fixed order; in place, they would be added up as they come.
-    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
-    cublasLtMatmulPreferenceSetAttribute(
-        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
-    cublasLtMatmulPreferenceSetAttribute(
-        preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions, sizeof reductions);
-    uint32_t left = b_alignment, right = a_alignment, result = c_alignment;
-    cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &left, sizeof left);
-    cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &right, sizeof right);
-    cublasLtMatmulPreferenceSetAttribute(
-        preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &result, sizeof result);
-    cublasLtMatmulPreferenceSetAttribute(
-        preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &result, sizeof result);
-    cublasLtMatmulHeuristicResult_t found;
-    int n_found = 0;
-    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-        multiplier.handle, plan.operation, plan.left, plan.right, plan.result, plan.result, preference, 1, &found,
-        &n_found);
-    cublasLtMatmulPreferenceDestroy(preference);
-    check_blas(status, "choosing a product");
-    if (n_found == 0) check_blas(CUBLAS_STATUS_NOT_SUPPORTED, "choosing a product");
+    Preference preference;
+    preference.set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE_BYTES);
+    preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, (uint32_t)b_alignment);
+    preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)a_alignment);
+    preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)c_alignment);
+    preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)c_alignment);
+    // Sums over parts go through the workspace and are added up in a step of their own. Those in place are said to keep
+    // an order too, by counters; that is not needed, and not relied on.
+    const uint32_t in_workspace = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
+    cublasLtMatmulHeuristicResult_t found{};
+    bool is_found = false;
+    for (uint32_t reductions : {in_workspace, (uint32_t)CUBLASLT_REDUCTION_SCHEME_NONE}) {
+        preference.set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions);
+        int n_found = 0;
+        cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+            multiplier.handle, plan.operation, plan.left, plan.right, plan.result, plan.result, preference.raw, 1,
+            &found, &n_found);
+        if (status != CUBLAS_STATUS_NOT_SUPPORTED) check_blas(status, "choosing a product");
+        is_found = status == CUBLAS_STATUS_SUCCESS && n_found > 0 && found.state == CUBLAS_STATUS_SUCCESS;
+        if (is_found) break;
+    }
+    if (!is_found) throw Failure(DETOX_CUDA_UNSUPPORTED, "cuBLASLt has no algorithm for " + in_words(operands, p));
+    plan.workspace_bytes = found.workspaceSize;
     plan.algorithm = found.algo;
 }
 
@@ -131,6 +158,7 @@ void multiply(detox_cuda_device& device, Operands operands, const Product& p, co
         a_alignment, b_alignment, c_alignment);
     auto place = multiplier.plans.find(shape);
     if (place == multiplier.plans.end()) {
+        if (multiplier.plans.size() >= MOST_PLANS) multiplier.plans.clear();
         place = multiplier.plans.try_emplace(shape).first;
         try {
             make_plan(multiplier, place->second, operands, p, a_alignment, b_alignment, c_alignment);
@@ -140,10 +168,10 @@ void multiply(detox_cuda_device& device, Operands operands, const Product& p, co
         }
     }
     Plan& plan = place->second;
-    Scratch<uint8_t> workspace(device, WORKSPACE_BYTES);
+    Scratch<uint8_t> workspace(device, plan.workspace_bytes);
     check_blas(
         cublasLtMatmul(
             multiplier.handle, plan.operation, &p.alpha, b, plan.left, a, plan.right, &p.beta, c, plan.result, c,
-            plan.result, &plan.algorithm, workspace, WORKSPACE_BYTES, device.stream),
+            plan.result, &plan.algorithm, workspace, plan.workspace_bytes, device.stream),
         "multiplying matrices");
 }
