@@ -27,6 +27,8 @@ fn rejects_gpus_that_cannot_be_had_with_cause_and_cure() {
         (emulation::NO_DEVICE, "no CUDA-capable device", "--device cpu"),
         (emulation::INSUFFICIENT_DRIVER, "driver version is insufficient", "newer NVIDIA driver"),
         (emulation::DEVICES_UNAVAILABLE, "busy or unavailable", "nvidia-smi"),
+        (emulation::STUB_LIBRARY, "take its folder off LD_LIBRARY_PATH", "NVIDIA driver"),
+        (emulation::SYSTEM_NOT_READY, "nvidia-fabricmanager", "NVIDIA driver"),
     ];
     for (number, cause, cure) in cases {
         emulation::set_error(number);
@@ -35,6 +37,10 @@ fn rejects_gpus_that_cannot_be_had_with_cause_and_cure() {
         assert!(error.to_string().starts_with("cuda:0: ") && error.to_string().contains(cause), "{error}");
         assert!(error.hint().is_some_and(|hint| hint.contains(cure)), "{error:?}");
     }
+    emulation::set_launch_error(emulation::NO_KERNEL_IMAGE, false);
+    let error = Cuda::open(0, Frozen::Bf16).unwrap_err();
+    assert!(error.to_string().contains("trying a kernel: no kernel image"), "{error}");
+    assert!(error.hint().is_some_and(|hint| hint.contains("DETOX_CUDA_ARCH")), "{error:?}");
     let error = Cuda::open(3, Frozen::Bf16).unwrap_err().to_string();
     assert_eq!(error, "cuda:3: there is no GPU 3: they are counted from 0, and there are 1");
     assert!(Cuda::open(0, Frozen::Bf16).is_ok(), "an error is of one call");

@@ -19,12 +19,30 @@ detox_cuda_status status_of(cudaError_t error) {
     case cudaErrorInvalidDevice:
     case cudaErrorDevicesUnavailable: return DETOX_CUDA_NO_DEVICE;
     case cudaErrorInsufficientDriver:
-    case cudaErrorSystemDriverMismatch: return DETOX_CUDA_DRIVER;
+    case cudaErrorStubLibrary:
+    case cudaErrorSystemNotReady:
+    case cudaErrorSystemDriverMismatch:
+    case cudaErrorCompatNotSupportedOnDevice: return DETOX_CUDA_DRIVER;
     case cudaErrorNoKernelImageForDevice:
-    case cudaErrorUnsupportedPtxVersion: return DETOX_CUDA_UNSUPPORTED;
+    case cudaErrorUnsupportedPtxVersion: return DETOX_CUDA_BUILD;
     default: return DETOX_CUDA_FAILED;
     }
 }
+
+// The cure of an error of drivers that a newer one does not cure.
+const char* cure_of(cudaError_t error) {
+    switch (error) {
+    case cudaErrorStubLibrary:
+        return " (that is the toolkit's, in place of the driver's libcuda.so: take its folder off LD_LIBRARY_PATH)";
+    case cudaErrorSystemNotReady: return " (start NVIDIA's services, such as nvidia-fabricmanager)";
+    case cudaErrorSystemDriverMismatch: return " (the driver was changed while it ran: start the machine again)";
+    case cudaErrorCompatNotSupportedOnDevice:
+        return " (this GPU takes no libcuda.so of cuda-compat: take its folder off LD_LIBRARY_PATH)";
+    default: return "";
+    }
+}
+
+__global__ void nothing_kernel() {}
 
 std::string megabytes(size_t n_bytes) { return std::to_string(n_bytes >> 20) + " MiB"; }
 
@@ -73,7 +91,7 @@ void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
     // An error that does not stick is taken off, so that the next call is not blamed for it.
     cudaGetLastError();
-    throw Failure(status_of(error), std::string(what) + ": " + cudaGetErrorString(error));
+    throw Failure(status_of(error), std::string(what) + ": " + cudaGetErrorString(error) + cure_of(error));
 }
 
 void require(bool holds, const char* what) {
@@ -147,6 +165,10 @@ detox_cuda_status detox_cuda_open(int32_t ordinal, detox_cuda_device** device) {
             check(cudaSetDevice(ordinal), "choosing the GPU");
             made->pool = keep_pool(ordinal);
             check(cudaStreamCreate(&made->stream), "making a stream");
+            // A build without kernels for this GPU fails here, before anything is loaded.
+            launch(nothing_kernel, dim3(1), dim3(1), 0, made->stream);
+            check_launch("trying a kernel");
+            check(cudaStreamSynchronize(made->stream), "trying a kernel");
             made->multiplier = multiplier_open();
         } catch (...) {
             if (made->stream != nullptr) (void)cudaStreamDestroy(made->stream);

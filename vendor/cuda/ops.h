@@ -25,12 +25,14 @@ typedef enum {
     DETOX_CUDA_NO_DEVICE = 2,
     // The driver is missing, or too old for this build.
     DETOX_CUDA_DRIVER = 3,
-    // This GPU, or this shape, is one that there are no kernels for.
+    // This GPU, or this shape, is one that the program has nothing for, however it is built.
     DETOX_CUDA_UNSUPPORTED = 4,
     // An argument is out of its range: a fault of the caller.
     DETOX_CUDA_INVALID = 5,
     // A kernel or the driver failed.
     DETOX_CUDA_FAILED = 6,
+    // This build has no kernels for this GPU.
+    DETOX_CUDA_BUILD = 7,
 } detox_cuda_status;
 
 // A GPU with a stream of operations.

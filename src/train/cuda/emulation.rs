@@ -4,6 +4,12 @@ use super::ffi;
 
 /// The runtime's number for "no GPU".
 pub const NO_DEVICE: i32 = 100;
+/// The runtime's number for "a stub was found in place of the driver".
+pub const STUB_LIBRARY: i32 = 34;
+/// The runtime's number for "NVIDIA's services do not run".
+pub const SYSTEM_NOT_READY: i32 = 802;
+/// The runtime's number for "the program has no kernels for this GPU".
+pub const NO_KERNEL_IMAGE: i32 = 209;
 /// The runtime's number for "the driver is too old".
 pub const INSUFFICIENT_DRIVER: i32 = 35;
 /// The runtime's number for "another process holds the GPU".

@@ -116,7 +116,8 @@ fn check(ordinal: usize, status: ffi::detox_cuda_status) -> Result<()> {
         ffi::DETOX_CUDA_DRIVER => Some(
             "install a newer NVIDIA driver (nvidia-smi names the CUDA version it is good for), or train with --device cpu",
         ),
-        ffi::DETOX_CUDA_UNSUPPORTED => Some(
+        ffi::DETOX_CUDA_UNSUPPORTED => Some("train with --device cpu"),
+        ffi::DETOX_CUDA_BUILD => Some(
             "build for this GPU with DETOX_CUDA_ARCH (compute capability without its point, such as 89), or train with \
              --device cpu",
         ),
