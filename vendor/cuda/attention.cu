@@ -84,6 +84,8 @@ __global__ void attention_kernel(
                 float p = score == -INFINITY ? 0.0f : expf(score - now);
                 float sum = warp_sum(p);
                 if (lane < TILE) scores[row * (TILE + 1) + lane] = p;
+                // All lanes have read what lane 0 overwrites.
+                __syncwarp();
                 if (lane == 0) {
                     float factor = before == -INFINITY ? 0.0f : expf(before - now);
                     sums[row] = sums[row] * factor + sum;

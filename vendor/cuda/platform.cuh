@@ -7,8 +7,8 @@
 #else
 #include <cuda_runtime.h>
 
-// The block's shared memory, as many floats as the launch asked for.
-#define SHARED_FLOATS(name) extern __shared__ float name[]
+// The block's shared memory, as many floats as the launch asked for, aligned for doubles and wide loads too.
+#define SHARED_FLOATS(name) extern __shared__ __align__(16) float name[]
 
 template <typename... Parameters, typename... Arguments>
 void launch(

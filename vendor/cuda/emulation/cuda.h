@@ -55,6 +55,8 @@ T __shfl_xor_sync(unsigned lanes, T x, int mask) {
     return x;
 }
 
+inline void __syncwarp() { emulation::exchange(0, 0); }
+
 // The runtime.
 
 enum cudaError_t {
