@@ -214,6 +214,12 @@ pub trait Device: Debug + Send + Sync {
     fn space(&self, n: usize) -> Result<Self::Buffer> {
         self.zeros(n)
     }
+    /// The `n` numbers of `x` once more.
+    fn copy(&self, x: &Self::Buffer, n: usize) -> Result<Self::Buffer> {
+        let mut y = self.zeros(n)?;
+        self.add(1.0, x, &mut y)?;
+        Ok(y)
+    }
     /// A copy of `values`.
     fn upload(&self, values: &[f32]) -> Result<Self::Buffer>;
     /// Overwrites `buffer`, which has as many numbers.
@@ -229,6 +235,16 @@ pub trait Device: Debug + Send + Sync {
 
     /// `y[R][O] = x[R][I] Wᵀ`.
     fn product(&self, w: &Self::Matrix, x: &Self::Buffer, n_rows: usize, y: &mut Self::Buffer) -> Result<()>;
+    /// `ys[i][R][O] = x[R][I] Wᵀ` for several matrices that read one input, so that it is prepared once.
+    fn products(
+        &self,
+        ws: &[&Self::Matrix],
+        x: &Self::Buffer,
+        n_rows: usize,
+        ys: &mut [Self::Buffer],
+    ) -> Result<()> {
+        ws.iter().zip(ys).try_for_each(|(w, y)| self.product(w, x, n_rows, y))
+    }
     /// `dx[R][I] += dy[R][O] W`.
     fn product_back(
         &self,

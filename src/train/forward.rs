@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::error::Result;
 
 use super::device::{Device, Index};
-use super::linear::{Pass, Reduced, by_transposed};
+use super::linear::{Linear, Pass, Reduced, by_transposed};
 use super::pack::Packed;
 use super::transformer::{Layer, NormWeights, Qkv, Transformer};
 
@@ -291,23 +291,22 @@ impl<D: Device> Transformer<D> {
         let (projected, output_reduced) = layer.attn_output.forward(pass, &attn_out, n_rows)?;
 
         // What the block leaves: its input, and what attention and FFN add to it.
-        let mut y = device.zeros(n_rows * n_embd)?;
-        device.add(1.0, x, &mut y)?;
+        let mut y = device.copy(x, n_rows * n_embd)?;
         let attn_projected = self.add_normed(pass, &layer.post_attention_norm, projected, n_rows, &mut y)?;
 
         let (mut middle, mut ffn_in) = (None, None);
         if let Some(weights) = &layer.ffn_norm {
             ffn_in = Some(self.normed(pass, weights, &y, n_rows * n_embd, n_embd)?);
-            let mut copy = device.zeros(n_rows * n_embd)?;
-            device.add(1.0, &y, &mut copy)?;
-            middle = Some(copy);
+            middle = Some(device.copy(&y, n_rows * n_embd)?);
         }
         let read = ffn_in.as_ref().unwrap_or(&attn_in);
-        let gate = match &layer.ffn_gate {
-            Some(gate) => Some(gate.forward(pass, read, n_rows)?),
-            None => None,
+        let (gate, (up, up_reduced)) = match &layer.ffn_gate {
+            Some(gate) => {
+                let [gate, up] = Linear::forward_all(pass, [gate, &layer.ffn_up], read, n_rows)?;
+                (Some(gate), up)
+            }
+            None => (None, layer.ffn_up.forward(pass, read, n_rows)?),
         };
-        let (up, up_reduced) = layer.ffn_up.forward(pass, read, n_rows)?;
         let mut active = device.space(n_rows * n_ff)?;
         match &gate {
             Some((gate, _)) => device.activate(config.activation, gate, Some(&up), &mut active)?,
@@ -370,10 +369,9 @@ impl<D: Device> Transformer<D> {
     ) -> Result<([D::Buffer; 3], Vec<Reduced<D>>)> {
         let widths = [self.config.n_query(), self.config.n_key(), self.config.n_key()];
         match &layer.qkv {
-            Qkv::Apart([q, k, v]) => {
-                let (q, q_reduced) = q.forward(pass, x, n_rows)?;
-                let (k, k_reduced) = k.forward(pass, x, n_rows)?;
-                let (v, v_reduced) = v.forward(pass, x, n_rows)?;
+            Qkv::Apart(linears) => {
+                let [(q, q_reduced), (k, k_reduced), (v, v_reduced)] =
+                    Linear::forward_all(pass, linears.each_ref(), x, n_rows)?;
                 Ok(([q, k, v], vec![q_reduced, k_reduced, v_reduced]))
             }
             Qkv::Fused(linear) => {

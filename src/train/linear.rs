@@ -103,27 +103,56 @@ impl<D: Device> Linear<D> {
         x: &D::Buffer,
         n_rows: usize,
     ) -> Result<(D::Buffer, Reduced<D>)> {
+        let [of_this] = Self::forward_all(pass, [self], x, n_rows)?;
+        Ok(of_this)
+    }
+
+    /// The same of several that read one input.
+    ///
+    /// # Errors
+    /// Of the device.
+    pub fn forward_all<const N: usize>(
+        pass: &Pass<'_, D>,
+        linears: [&Self; N],
+        x: &D::Buffer,
+        n_rows: usize,
+    ) -> Result<[(D::Buffer, Reduced<D>); N]> {
         let Pass { device, values, .. } = pass;
-        let (n_in, n_out) = (self.n_in, self.n_out);
-        let mut y = device.space(n_rows * n_out)?;
-        match &self.weight {
-            Weight::Frozen(matrix) => device.product(matrix, x, n_rows, &mut y)?,
-            Weight::Trained(id) => {
-                device.gemm(by_transposed([n_rows, n_out, n_in]), x, &values[*id], &mut y)?
+        let mut ys =
+            linears.iter().map(|linear| device.space(n_rows * linear.n_out)).collect::<Result<Vec<_>>>()?;
+        let frozen = linears.iter().filter_map(|linear| match &linear.weight {
+            Weight::Frozen(matrix) => Some(&**matrix),
+            Weight::Trained(_) => None,
+        });
+        let frozen: Vec<&D::Matrix> = frozen.collect();
+        // Of matrices that read one input all are frozen, or all are trained.
+        if frozen.len() == N {
+            device.products(&frozen, x, n_rows, &mut ys)?;
+        }
+        let mut all = Vec::with_capacity(N);
+        for (linear, mut y) in linears.into_iter().zip(ys) {
+            let (n_in, n_out) = (linear.n_in, linear.n_out);
+            match &linear.weight {
+                Weight::Frozen(matrix) if frozen.len() < N => device.product(matrix, x, n_rows, &mut y)?,
+                Weight::Frozen(_) => {}
+                Weight::Trained(id) => {
+                    device.gemm(by_transposed([n_rows, n_out, n_in]), x, &values[*id], &mut y)?
+                }
             }
+            let mut reduced = None;
+            if let (Some(LowRank { rank, a, b }), Some(scale)) = (linear.low_rank, pass.adapter_scale) {
+                let mut xa = device.space(n_rows * rank)?;
+                device.gemm(by_transposed([n_rows, rank, n_in]), x, &values[a], &mut xa)?;
+                let added = Gemm { alpha: scale, beta: 1.0, ..by_transposed([n_rows, n_out, rank]) };
+                device.gemm(added, &xa, &values[b], &mut y)?;
+                reduced = Some(xa);
+            }
+            if let Some(bias) = &linear.bias {
+                device.add_to_rows(bias.get(pass), n_out, &mut y)?;
+            }
+            all.push((y, reduced));
         }
-        let mut reduced = None;
-        if let (Some(LowRank { rank, a, b }), Some(scale)) = (self.low_rank, pass.adapter_scale) {
-            let mut xa = device.space(n_rows * rank)?;
-            device.gemm(by_transposed([n_rows, rank, n_in]), x, &values[a], &mut xa)?;
-            let added = Gemm { alpha: scale, beta: 1.0, ..by_transposed([n_rows, n_out, rank]) };
-            device.gemm(added, &xa, &values[b], &mut y)?;
-            reduced = Some(xa);
-        }
-        if let Some(bias) = &self.bias {
-            device.add_to_rows(bias.get(pass), n_out, &mut y)?;
-        }
-        Ok((y, reduced))
+        Ok(all.try_into().unwrap_or_else(|_| unreachable!("one for each linear")))
     }
 
     /// Adds to the gradients of what is trained, and to `dx[R][I]`, given `dy[R][O]`.

@@ -127,7 +127,7 @@ fn trainer(name: &str, method: &Method, options: StepOptions) -> Trainer<Cpu> {
 fn set(trainer: &mut Trainer<Cpu>, tensors: &GgufFile, prefix: &str) {
     for i in 0..trainer.parameters.list().len() {
         let name = format!("{prefix}{}", trainer.parameters.list()[i].name);
-        trainer.parameters.values[i] = numbers(tensors, &name);
+        trainer.write_value(i, &numbers(tensors, &name)).unwrap();
     }
 }
 
@@ -330,7 +330,7 @@ fn ten_steps_follow_those_of_trl() {
         for i in 0..trainer.parameters.list().len() {
             let of = trainer.parameters.list()[i].name.clone();
             if of.ends_with(".lora_a") {
-                trainer.parameters.values[i] = numbers(&tensors, &format!("trl_init/{of}"));
+                trainer.write_value(i, &numbers(&tensors, &format!("trl_init/{of}"))).unwrap();
             }
         }
         let schedule = Schedule {

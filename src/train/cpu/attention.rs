@@ -1,11 +1,14 @@
 //! Attention over segments. Scores are made again in the backward pass, as in FlashAttention (arXiv
 //! 2205.14135): only the logarithm of each row's sum of exponentials is kept.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::train::device::Attention;
 use crate::train::pack::{Packed, Segment};
 
+use super::dense::Target;
 use super::math::{exp, sum_of_pairs};
 
 /// What one query head of one segment needs: its rows, and the rows they may see.
@@ -17,12 +20,14 @@ struct Scope<'a> {
 }
 
 impl Scope<'_> {
-    /// Rows that `row` sees, nearest last: of the prefix, then of its own segment.
-    fn seen(&self, row: usize) -> impl Iterator<Item = usize> + '_ {
+    /// Rows that `row` sees, nearest last: of the prefix, then of its own segment. Positions begin at 0 in the prefix
+    /// and go on in the segment.
+    fn seen(&self, row: usize) -> impl Iterator<Item = usize> + use<> {
+        let Segment { rows, prefix } = self.segment;
         let position = self.packed.positions[row];
         let first = self.attention.window.map_or(0, |window| (position + 1).saturating_sub(window));
-        let all = self.segment.prefix.clone().chain(self.segment.rows.start..row + 1);
-        all.filter(move |&other| self.packed.positions[other] >= first)
+        let of_prefix = prefix.start + first.min(prefix.len())..prefix.end;
+        of_prefix.chain(rows.start + first.saturating_sub(prefix.len())..row + 1)
     }
 
     fn score(&self, row: usize, other: usize, dot: f32) -> f32 {
@@ -40,7 +45,7 @@ fn add_scaled(scale: f32, x: &[f32], y: &mut [f32]) {
 }
 
 /// Where `head` of `row` lies in a buffer of `n_heads` heads of `dim` numbers.
-fn at(row: usize, n_heads: usize, head: usize, dim: usize) -> std::ops::Range<usize> {
+fn at(row: usize, n_heads: usize, head: usize, dim: usize) -> Range<usize> {
     let start = (row * n_heads + head) * dim;
     start..start + dim
 }
@@ -70,13 +75,13 @@ pub fn attention(
                     (other, scope.score(row, other, dot(q, k)))
                 }));
                 let most = scores.iter().fold(f32::NEG_INFINITY, |most, &(_, s)| most.max(s));
-                let sum: f32 = scores.iter().map(|&(_, s)| exp(s - most)).sum();
+                scores.iter_mut().for_each(|(_, s)| *s = exp(*s - most));
+                let sum: f32 = scores.iter().map(|&(_, e)| e).sum();
                 lse[head] = most + sum.ln();
                 let out = &mut out[head * head_dim..(head + 1) * head_dim];
                 out.fill(0.0);
-                for &(other, score) in &scores {
-                    let p = exp(score - most) / sum;
-                    add_scaled(p, &v[at(other, n_head_kv, head / group, head_dim)], out);
+                for &(other, e) in &scores {
+                    add_scaled(e / sum, &v[at(other, n_head_kv, head / group, head_dim)], out);
                 }
             }
         },
@@ -100,50 +105,42 @@ pub fn attention_back(
 ) {
     let Attention { n_head, n_head_kv, head_dim, .. } = *attention;
     let group = n_head / n_head_kv;
-    let segment_of = segment_of_rows(packed);
-    // A task is one key and value head with the query heads that it serves: nothing else adds to its
+    let pairs = pairs_of(packed);
+    let [dq, dk, dv] = [dq, dk, dv].map(Target::new);
+    // A task is a pair, and one key and value head with the query heads that it serves: nothing else adds to its
     // gradients, so the order of each sum is fixed.
-    let of_heads: Vec<(Vec<f32>, Vec<f32>, Vec<f32>)> = (0..n_head_kv)
-        .into_par_iter()
-        .map(|kv_head| {
-            let n_rows = packed.n_rows();
-            let mut dq_head = vec![0.0; n_rows * group * head_dim];
-            let mut dk_head = vec![0.0; n_rows * head_dim];
-            let mut dv_head = vec![0.0; n_rows * head_dim];
-            for row in 0..n_rows {
-                for in_group in 0..group {
-                    let head = kv_head * group + in_group;
-                    let segment = &packed.segments[segment_of[row]];
-                    let scope = Scope { attention, packed, segment, slope: attention.slope(head) };
-                    let here = at(row, n_head, head, head_dim);
-                    let (q, dout) = (&q[here.clone()], &dout[here.clone()]);
-                    let shift = dot(dout, &out[here]);
-                    let dq = &mut dq_head[at(row, group, in_group, head_dim)];
-                    for other in scope.seen(row) {
-                        let there = at(other, n_head_kv, kv_head, head_dim);
-                        let (k, v) = (&k[there.clone()], &v[there]);
-                        let p = exp(scope.score(row, other, dot(q, k)) - lse[row * n_head + head]);
-                        let ds = p * (dot(dout, v) - shift) * attention.scale;
-                        add_scaled(ds, k, dq);
-                        add_scaled(ds, q, &mut dk_head[at(other, 1, 0, head_dim)]);
-                        add_scaled(p, dout, &mut dv_head[at(other, 1, 0, head_dim)]);
+    (0..pairs.len() * n_head_kv).into_par_iter().for_each(|task| {
+        let (segments, kv_head) = (pairs[task / n_head_kv], task % n_head_kv);
+        for (segment, row) in
+            segments.iter().flat_map(|segment| segment.rows.clone().map(move |row| (segment, row)))
+        {
+            for head in kv_head * group..(kv_head + 1) * group {
+                let scope = Scope { attention, packed, segment, slope: attention.slope(head) };
+                let here = at(row, n_head, head, head_dim);
+                let (q, dout) = (&q[here.clone()], &dout[here.clone()]);
+                let shift = dot(dout, &out[here.clone()]);
+                // SAFETY: queries of this head in this pair, which are this task's alone; dq lives longer than it.
+                let dq = unsafe { dq.row(here.start, head_dim) };
+                for other in scope.seen(row) {
+                    let there = at(other, n_head_kv, kv_head, head_dim);
+                    let (k, v) = (&k[there.clone()], &v[there.clone()]);
+                    let p = exp(scope.score(row, other, dot(q, k)) - lse[row * n_head + head]);
+                    let ds = p * (dot(dout, v) - shift) * attention.scale;
+                    add_scaled(ds, k, dq);
+                    // SAFETY: a key and a value of this head in this pair, as above, each borrowed for one line.
+                    unsafe {
+                        add_scaled(ds, q, dk.row(there.start, head_dim));
+                        add_scaled(p, dout, dv.row(there.start, head_dim));
                     }
                 }
             }
-            (dq_head, dk_head, dv_head)
-        })
-        .collect();
-    for (kv_head, (dq_head, dk_head, dv_head)) in of_heads.iter().enumerate() {
-        for row in 0..packed.n_rows() {
-            for in_group in 0..group {
-                let from = &dq_head[at(row, group, in_group, head_dim)];
-                add_scaled(1.0, from, &mut dq[at(row, n_head, kv_head * group + in_group, head_dim)]);
-            }
-            let there = at(row, n_head_kv, kv_head, head_dim);
-            add_scaled(1.0, &dk_head[at(row, 1, 0, head_dim)], &mut dk[there.clone()]);
-            add_scaled(1.0, &dv_head[at(row, 1, 0, head_dim)], &mut dv[there]);
         }
-    }
+    });
+}
+
+/// The segments of each pair: a prompt's, which has no prefix, and those of its answers.
+fn pairs_of(packed: &Packed) -> Vec<&[Segment]> {
+    packed.segments.chunk_by(|_, next| !next.prefix.is_empty()).collect()
 }
 
 /// The segment of each row, `[R]`.

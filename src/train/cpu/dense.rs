@@ -34,7 +34,7 @@ pub struct Target {
 }
 
 // SAFETY: a pointer into a slice of plain numbers; that two tasks do not write to the same number is a
-// condition of `gemm_into`.
+// condition of its functions.
 unsafe impl Send for Target {}
 // SAFETY: as above.
 unsafe impl Sync for Target {}
@@ -45,24 +45,14 @@ impl Target {
         Target { first: slice.as_mut_ptr(), len: slice.len() }
     }
 
-    /// Overwrites one number.
+    /// `n` numbers from `at` on.
     ///
     /// # Safety
-    /// - The slice is alive, and nobody else reads or writes this number meanwhile.
-    pub unsafe fn write(self, at: usize, x: f32) {
-        assert!(at < self.len, "a number beyond its slice");
-        // SAFETY: within the slice, as asserted, and the caller's alone.
-        unsafe { *self.first.add(at) = x }
-    }
-
-    /// Adds to one number.
-    ///
-    /// # Safety
-    /// As [`Target::write`].
-    pub unsafe fn add(self, at: usize, x: f32) {
-        assert!(at < self.len, "a number beyond its slice");
-        // SAFETY: within the slice, as asserted, and the caller's alone.
-        unsafe { *self.first.add(at) += x }
+    /// - The slice is alive while they are used, and nobody else reads or writes them meanwhile.
+    pub unsafe fn row<'a>(self, at: usize, n: usize) -> &'a mut [f32] {
+        assert!(at <= self.len && n <= self.len - at, "numbers beyond their slice");
+        // SAFETY: within the slice, as asserted, and the caller's alone while they are used.
+        unsafe { std::slice::from_raw_parts_mut(self.first.add(at), n) }
     }
 
     /// The part from `offset` on.

@@ -95,6 +95,14 @@ pub fn activate_back(
     }
 }
 
+pub fn fill(x: f32, y: &mut [f32]) {
+    y.par_chunks_mut(TASK_LEN).for_each(|y| y.fill(x));
+}
+
+pub fn copy(x: &[f32], y: &mut [f32]) {
+    y.par_chunks_mut(TASK_LEN).zip(x.par_chunks(TASK_LEN)).for_each(|(y, x)| y.copy_from_slice(x));
+}
+
 pub fn add(scale: f32, x: &[f32], y: &mut [f32]) {
     y.par_chunks_mut(TASK_LEN).zip(x.par_chunks(TASK_LEN)).for_each(|(y, x)| {
         y.iter_mut().zip(x).for_each(|(y, &x)| *y += scale * x);

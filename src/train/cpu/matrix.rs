@@ -4,6 +4,7 @@
 //! forgotten: the base stays in its blocks. A small matrix of plain numbers is taken as it is.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -11,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::gguf::{TensorType, dequantize};
 use crate::train::device::HostMatrix;
 
+use super::buffer::Buffer;
 use super::dense::{self, Layout, Target};
 use super::ggml::{AlignedBytes, Blocks, Kernels};
 use super::math::sum_of;
@@ -29,13 +31,41 @@ thread_local! {
     static PART: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Rows of a matrix as they lie in the file.
+#[derive(Debug)]
+struct FileRows {
+    tensor_type: TensorType,
+    n_bytes: usize,
+    bytes: AlignedBytes,
+}
+
+impl FileRows {
+    /// Numbers `cols` of row `row`; both bounds are multiples of the block's length.
+    fn read(&self, row: usize, cols: Range<usize>, values: &mut [f32]) {
+        let (len, n_bytes) = (self.tensor_type.block_len() as usize, self.tensor_type.block_bytes() as usize);
+        let at = row * self.n_bytes;
+        let bytes = &self.bytes.as_slice()[at + cols.start / len * n_bytes..at + cols.end / len * n_bytes];
+        dequantize(self.tensor_type, bytes, values)
+            .expect("`Matrix::new` has read a row of this type and length");
+    }
+
+    /// Fills `part` with `rows` of `cols`, `stride` numbers from row to row.
+    fn fill(&self, rows: Range<usize>, cols: Range<usize>, stride: usize, part: &mut Vec<f32>) {
+        part.resize(rows.len() * stride, 0.0);
+        for (row, values) in rows.zip(part.chunks_exact_mut(stride)) {
+            self.read(row, cols.clone(), &mut values[..cols.len()]);
+        }
+    }
+}
+
 /// A frozen matrix, `[n_out][n_in]`.
 #[derive(Debug)]
 pub struct Matrix {
-    tensor_type: TensorType,
     n_in: usize,
     n_out: usize,
-    bytes: AlignedBytes,
+    is_table: bool,
+    /// Not there where the rounded copies are all that is read.
+    rows: Option<FileRows>,
     /// For ggml's own products backward, where they are used.
     transposed: Option<Blocks>,
     /// For products in bytes, where they are used.
@@ -46,60 +76,53 @@ pub struct Matrix {
 impl Matrix {
     /// Checks the sizes, and that every number is readable.
     pub fn new(matrix: HostMatrix) -> Result<Matrix> {
-        let HostMatrix { name, tensor_type, n_in, n_out, bytes, .. } = matrix;
+        let HostMatrix { name, tensor_type, n_in, n_out, bytes, is_table } = matrix;
         let refuse = |reason: String| Error::Setting { setting: name.clone(), reason, hint: None };
-        let row_bytes = tensor_type.row_bytes(n_in as u64).unwrap_or(0) as usize;
-        if row_bytes == 0 || bytes.len() != row_bytes * n_out {
+        let n_bytes = tensor_type.row_bytes(n_in as u64).unwrap_or(0) as usize;
+        if n_bytes == 0 || bytes.len() != n_bytes * n_out {
             return Err(refuse(format!(
                 "expected {n_out} rows of {n_in} numbers of type {tensor_type}, found {} bytes",
                 bytes.len()
             )));
         }
         let mut row = vec![0.0; n_in];
-        dequantize(tensor_type, &bytes[..row_bytes], &mut row).map_err(refuse)?;
+        dequantize(tensor_type, &bytes[..n_bytes], &mut row).map_err(refuse)?;
         Ok(Matrix {
-            tensor_type,
             n_in,
             n_out,
-            bytes: bytes.as_slice().into(),
+            is_table,
+            rows: Some(FileRows { tensor_type, n_bytes, bytes: bytes.as_slice().into() }),
             transposed: None,
             #[cfg(target_arch = "x86_64")]
             rounded: None,
         })
     }
 
-    fn row_bytes(&self) -> usize {
-        self.bytes.as_slice().len() / self.n_out
+    fn rows(&self) -> &FileRows {
+        self.rows.as_ref().expect("kept for tables, and where there are no rounded copies")
     }
 
-    /// Numbers `cols` of row `row`; both bounds are multiples of the block's length.
-    fn row(&self, row: usize, cols: std::ops::Range<usize>, values: &mut [f32]) {
-        let (len, n_bytes) = (self.tensor_type.block_len() as usize, self.tensor_type.block_bytes() as usize);
-        let at = row * self.row_bytes();
-        let bytes = &self.bytes.as_slice()[at + cols.start / len * n_bytes..at + cols.end / len * n_bytes];
-        dequantize(self.tensor_type, bytes, values).expect("`new` has read a row of this type and length");
+    fn is_quantised(&self) -> bool {
+        self.rows().tensor_type.block_len() > 1
     }
 
-    /// Fills `part` with `rows` of `cols`, `stride` numbers from row to row.
-    fn fill(
-        &self,
-        rows: std::ops::Range<usize>,
-        cols: std::ops::Range<usize>,
-        stride: usize,
-        part: &mut Vec<f32>,
-    ) {
-        part.resize(rows.len() * stride, 0.0);
-        for (row, values) in rows.zip(part.chunks_exact_mut(stride)) {
-            self.row(row, cols.clone(), &mut values[..cols.len()]);
+    /// `ys[i][R][O] = x[R][I] Wᵀ` for matrices of one number of inputs: where all of them have rounded copies, x is
+    /// rounded once.
+    pub fn products(matrices: &[&Matrix], x: &[f32], n_rows: usize, ys: &mut [Buffer]) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(rounded) = matrices.iter().map(|w| w.rounded.as_ref()).collect::<Option<Vec<_>>>() {
+            let Some(first) = matrices.first() else { return };
+            let x = super::vnni::Rows::of(x, n_rows, first.n_in);
+            return rounded.iter().zip(ys).for_each(|(w, y)| w.product(&x, y));
         }
+        matrices.iter().zip(ys).for_each(|(w, y)| w.product(x, n_rows, y));
     }
 
     /// `y[R][O] = x[R][I] Wᵀ`, with the rounded copies where they are kept.
     pub fn product(&self, x: &[f32], n_rows: usize, y: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = &self.rounded {
-            rounded.product(x, n_rows, y);
-            return spread_nan(x, self.n_in, y, self.n_out);
+            return rounded.product(&super::vnni::Rows::of(x, n_rows, self.n_in), y);
         }
         let (n_in, n_out) = (self.n_in, self.n_out);
         let stride = n_in + ROW_GAP;
@@ -108,7 +131,7 @@ impl Matrix {
         (0..n_out.div_ceil(n)).into_par_iter().for_each(|i| {
             let outs = i * n..((i + 1) * n).min(n_out);
             PART.with_borrow_mut(|part| {
-                self.fill(outs.clone(), 0..n_in, stride, part);
+                self.rows().fill(outs.clone(), 0..n_in, stride, part);
                 let (x_layout, part_layout) = (Layout::rows(n_in), Layout::columns(stride));
                 // SAFETY: tasks write to different columns of y, and `outs` lies within its n_out columns.
                 unsafe {
@@ -129,8 +152,7 @@ impl Matrix {
     pub fn product_back(&self, dy: &[f32], n_rows: usize, dx: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = &self.rounded {
-            rounded.product_back(dy, n_rows, dx);
-            return spread_nan(dy, self.n_out, dx, self.n_in);
+            return rounded.product_back(&super::vnni::Rows::of(dy, n_rows, self.n_out), dx);
         }
         let (n_in, n_out) = (self.n_in, self.n_out);
         let n_cols = self.task_cols();
@@ -142,7 +164,7 @@ impl Matrix {
             PART.with_borrow_mut(|part| {
                 for first in (0..n_out).step_by(n) {
                     let outs = first..(first + n).min(n_out);
-                    self.fill(outs.clone(), cols.clone(), stride, part);
+                    self.rows().fill(outs.clone(), cols.clone(), stride, part);
                     let dy_layout = Layout::rows(n_out);
                     // SAFETY: tasks write to different columns of dx, and `cols` lies within its n_in columns.
                     unsafe {
@@ -163,16 +185,17 @@ impl Matrix {
     /// Makes the transposed copy that [`Matrix::fast_product_back`] uses; a matrix of plain numbers needs none,
     /// since its products are exact either way.
     pub fn keep_transposed(&mut self) {
-        if self.tensor_type.block_len() > 1 {
+        if self.is_quantised() {
             let sizes = [self.n_out, self.n_in];
-            self.transposed = Blocks::transposed(sizes, |row, cols, values| self.row(row, cols, values));
+            self.transposed =
+                Blocks::transposed(sizes, |row, cols, values| self.rows().read(row, cols, values));
         }
     }
 
     /// As [`Matrix::product`], by ggml's kernels where the matrix is quantised.
     pub fn fast_product(&self, kernels: &Kernels, x: &[f32], n_rows: usize, y: &mut [f32]) {
-        let sizes = [self.n_out, self.n_in];
-        kernels.multiply(self.tensor_type, sizes, self.bytes.as_slice(), x, n_rows, y);
+        let (sizes, rows) = ([self.n_out, self.n_in], self.rows());
+        kernels.multiply(rows.tensor_type, sizes, rows.bytes.as_slice(), x, n_rows, y);
         spread_nan(x, self.n_in, y, self.n_out);
     }
 
@@ -185,20 +208,23 @@ impl Matrix {
         spread_nan(dy, self.n_out, dx, self.n_in);
     }
 
-    /// Makes the rounded copies for kernels that have them; a matrix of plain numbers needs none, since its products
-    /// are exact either way.
+    /// Makes the rounded copies for kernels that have them, in place of the file's blocks unless those are a table; a
+    /// matrix of plain numbers needs none, since its products are exact either way.
     #[cfg(target_arch = "x86_64")]
     pub fn keep_rounded(&mut self) {
-        if self.tensor_type.block_len() > 1 {
-            let read = |row: usize, values: &mut [f32]| self.row(row, 0..self.n_in, values);
+        if self.is_quantised() {
+            let read = |row: usize, values: &mut [f32]| self.rows().read(row, 0..self.n_in, values);
             self.rounded = Some(super::vnni::Rounded::new([self.n_out, self.n_in], read));
+            if !self.is_table {
+                self.rows = None;
+            }
         }
     }
 
     /// Columns in a task of a product backward: shared out by columns, which need no sums over tasks; at least two
     /// tasks a thread where blocks allow, and whole panels of the widest kernel.
     fn task_cols(&self) -> usize {
-        let step = (self.tensor_type.block_len() as usize).max(32);
+        let step = (self.rows().tensor_type.block_len() as usize).max(32);
         self.n_in.div_ceil(2 * rayon::current_num_threads()).min(PART_COLS).next_multiple_of(step)
     }
 
@@ -206,7 +232,7 @@ impl Matrix {
     pub fn embed(&self, index: impl Fn(usize) -> usize + Sync, scale: f32, y: &mut [f32]) {
         super::parallel::for_rows(y, self.n_in, |first, rows| {
             for (i, y) in rows.chunks_exact_mut(self.n_in).enumerate() {
-                self.row(index(first + i), 0..self.n_in, y);
+                self.rows().read(index(first + i), 0..self.n_in, y);
                 y.iter_mut().for_each(|y| *y *= scale);
             }
         });

@@ -5,6 +5,7 @@
 //! same numbers to the bit.
 
 mod attention;
+mod buffer;
 mod dense;
 mod elementwise;
 mod ggml;
@@ -32,7 +33,10 @@ use super::device::{
 };
 use super::pack::Packed;
 
+use buffer::{Fresh, Memory};
 use ggml::Kernels;
+
+pub use buffer::Buffer;
 pub use matrix::Matrix;
 
 /// How products with frozen matrices are computed.
@@ -50,7 +54,7 @@ impl Products {
     /// Fast where this program's kernels run and their copies of `n_weights` numbers fit into half the machine's
     /// memory: what they round moves losses less than another seed does (docs/training.md). Else exact.
     pub fn auto(n_weights: u64) -> Products {
-        let copies = n_weights.saturating_mul(19) / 8;
+        let copies = n_weights.saturating_mul(9) / 4;
         let fits = copies <= super::memory::total_bytes() / 2;
         if has_vnni() && fits { Products::Fast } else { Products::Exact }
     }
@@ -71,6 +75,7 @@ fn has_vnni() -> bool {
 pub struct Cpu {
     pool: ThreadPool,
     products: Products,
+    memory: Memory,
     /// There where fast products are ggml's.
     kernels: Option<Kernels>,
 }
@@ -99,12 +104,12 @@ impl Cpu {
                 Some(kernels.ok_or_else(|| refuse(format!("ggml cannot start {n_threads} threads")))?)
             }
         };
-        Ok(Cpu { pool, products, kernels })
+        Ok(Cpu { pool, products, memory: Memory::default(), kernels })
     }
 }
 
 impl Device for Cpu {
-    type Buffer = Vec<f32>;
+    type Buffer = Buffer;
     type Matrix = Matrix;
     type Rows = Packed;
 
@@ -123,25 +128,46 @@ impl Device for Cpu {
         self.pool.install(work)
     }
 
-    fn zeros(&self, n: usize) -> Result<Vec<f32>> {
-        Ok(vec![0.0; n])
+    fn zeros(&self, n: usize) -> Result<Buffer> {
+        let (mut buffer, fresh) = self.memory.take(n)?;
+        if fresh == Fresh::Used {
+            self.pool.install(|| elementwise::fill(0.0, &mut buffer));
+        }
+        Ok(buffer)
     }
 
-    fn upload(&self, values: &[f32]) -> Result<Vec<f32>> {
-        Ok(values.to_vec())
+    fn space(&self, n: usize) -> Result<Buffer> {
+        let (mut buffer, _) = self.memory.take(n)?;
+        // What is read before it is written shows.
+        if cfg!(test) {
+            buffer.fill(f32::NAN);
+        }
+        Ok(buffer)
     }
 
-    fn write(&self, values: &[f32], buffer: &mut Vec<f32>) -> Result<()> {
+    fn upload(&self, values: &[f32]) -> Result<Buffer> {
+        let mut buffer = self.space(values.len())?;
+        buffer.copy_from_slice(values);
+        Ok(buffer)
+    }
+
+    fn copy(&self, x: &Buffer, n: usize) -> Result<Buffer> {
+        let mut buffer = self.space(n)?;
+        self.pool.install(|| elementwise::copy(x, &mut buffer));
+        Ok(buffer)
+    }
+
+    fn write(&self, values: &[f32], buffer: &mut Buffer) -> Result<()> {
         buffer.copy_from_slice(values);
         Ok(())
     }
 
-    fn download(&self, buffer: &Vec<f32>) -> Result<Vec<f32>> {
-        Ok(buffer.clone())
+    fn download(&self, buffer: &Buffer) -> Result<Vec<f32>> {
+        Ok(buffer.to_vec())
     }
 
-    fn clear(&self, buffer: &mut Vec<f32>) -> Result<()> {
-        buffer.fill(0.0);
+    fn clear(&self, buffer: &mut Buffer) -> Result<()> {
+        self.pool.install(|| elementwise::fill(0.0, buffer));
         Ok(())
     }
 
@@ -161,7 +187,7 @@ impl Device for Cpu {
         Ok(packed.clone())
     }
 
-    fn product(&self, w: &Matrix, x: &Vec<f32>, n_rows: usize, y: &mut Vec<f32>) -> Result<()> {
+    fn product(&self, w: &Matrix, x: &Buffer, n_rows: usize, y: &mut Buffer) -> Result<()> {
         self.pool.install(|| match &self.kernels {
             Some(kernels) => w.fast_product(kernels, x, n_rows, y),
             None => w.product(x, n_rows, y),
@@ -169,7 +195,17 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn product_back(&self, w: &Matrix, dy: &Vec<f32>, n_rows: usize, dx: &mut Vec<f32>) -> Result<()> {
+    fn products(&self, ws: &[&Matrix], x: &Buffer, n_rows: usize, ys: &mut [Buffer]) -> Result<()> {
+        match self.kernels {
+            Some(_) => ws.iter().zip(ys).try_for_each(|(w, y)| self.product(w, x, n_rows, y)),
+            None => {
+                self.pool.install(|| Matrix::products(ws, x, n_rows, ys));
+                Ok(())
+            }
+        }
+    }
+
+    fn product_back(&self, w: &Matrix, dy: &Buffer, n_rows: usize, dx: &mut Buffer) -> Result<()> {
         self.pool.install(|| match &self.kernels {
             Some(kernels) => w.fast_product_back(kernels, dy, n_rows, dx),
             None => w.product_back(dy, n_rows, dx),
@@ -177,24 +213,24 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn gemm(&self, gemm: Gemm, a: &Vec<f32>, b: &Vec<f32>, c: &mut Vec<f32>) -> Result<()> {
+    fn gemm(&self, gemm: Gemm, a: &Buffer, b: &Buffer, c: &mut Buffer) -> Result<()> {
         self.pool.install(|| dense::gemm(gemm, a, b, c));
         Ok(())
     }
 
-    fn embed(&self, w: &Matrix, rows: &Packed, scale: f32, y: &mut Vec<f32>) -> Result<()> {
+    fn embed(&self, w: &Matrix, rows: &Packed, scale: f32, y: &mut Buffer) -> Result<()> {
         self.pool.install(|| w.embed(|row| rows.tokens[row] as usize, scale, y));
         Ok(())
     }
 
     fn gather(
         &self,
-        table: &Vec<f32>,
+        table: &Buffer,
         n_cols: usize,
         index: &Index,
         rows: &Packed,
         scale: f32,
-        y: &mut Vec<f32>,
+        y: &mut Buffer,
     ) -> Result<()> {
         self.pool.install(|| elementwise::gather(table, n_cols, |row| lookup(index, rows, row), scale, y));
         Ok(())
@@ -202,12 +238,12 @@ impl Device for Cpu {
 
     fn scatter_add(
         &self,
-        dy: &Vec<f32>,
+        dy: &Buffer,
         n_cols: usize,
         index: &Index,
         rows: &Packed,
         scale: f32,
-        dtable: &mut Vec<f32>,
+        dtable: &mut Buffer,
     ) -> Result<()> {
         elementwise::scatter_add(dy, n_cols, |row| lookup(index, rows, row), scale, dtable);
         Ok(())
@@ -216,33 +252,33 @@ impl Device for Cpu {
     fn norm(
         &self,
         norm: Norm,
-        x: &Vec<f32>,
-        weight: &Vec<f32>,
-        bias: Option<&Vec<f32>>,
+        x: &Buffer,
+        weight: &Buffer,
+        bias: Option<&Buffer>,
         n_cols: usize,
-        y: &mut Vec<f32>,
+        y: &mut Buffer,
     ) -> Result<()> {
-        self.pool.install(|| norm::norm(norm, x, weight, bias.map(Vec::as_slice), n_cols, y));
+        self.pool.install(|| norm::norm(norm, x, weight, bias.map(|bias| &**bias), n_cols, y));
         Ok(())
     }
 
     fn norm_back(
         &self,
         norm: Norm,
-        x: &Vec<f32>,
-        weight: &Vec<f32>,
-        dy: &Vec<f32>,
+        x: &Buffer,
+        weight: &Buffer,
+        dy: &Buffer,
         n_cols: usize,
-        dx: &mut Vec<f32>,
-        dweight: Option<&mut Vec<f32>>,
-        dbias: Option<&mut Vec<f32>>,
+        dx: &mut Buffer,
+        dweight: Option<&mut Buffer>,
+        dbias: Option<&mut Buffer>,
     ) -> Result<()> {
-        let (dweight, dbias) = (dweight.map(Vec::as_mut_slice), dbias.map(Vec::as_mut_slice));
+        let (dweight, dbias) = (dweight.map(|dweight| &mut **dweight), dbias.map(|dbias| &mut **dbias));
         self.pool.install(|| norm::norm_back(norm, x, weight, dy, n_cols, dx, dweight, dbias));
         Ok(())
     }
 
-    fn rope(&self, rope: &Rope, rows: &Packed, head_dim: usize, back: bool, x: &mut Vec<f32>) -> Result<()> {
+    fn rope(&self, rope: &Rope, rows: &Packed, head_dim: usize, back: bool, x: &mut Buffer) -> Result<()> {
         self.pool.install(|| rope::rope(rope, &rows.positions, head_dim, back, x));
         Ok(())
     }
@@ -251,11 +287,11 @@ impl Device for Cpu {
         &self,
         attention: &Attention,
         rows: &Packed,
-        q: &Vec<f32>,
-        k: &Vec<f32>,
-        v: &Vec<f32>,
-        out: &mut Vec<f32>,
-        lse: &mut Vec<f32>,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        out: &mut Buffer,
+        lse: &mut Buffer,
     ) -> Result<()> {
         self.pool.install(|| attention::attention(attention, rows, q, k, v, out, lse));
         Ok(())
@@ -265,15 +301,15 @@ impl Device for Cpu {
         &self,
         attention: &Attention,
         rows: &Packed,
-        q: &Vec<f32>,
-        k: &Vec<f32>,
-        v: &Vec<f32>,
-        out: &Vec<f32>,
-        lse: &Vec<f32>,
-        dout: &Vec<f32>,
-        dq: &mut Vec<f32>,
-        dk: &mut Vec<f32>,
-        dv: &mut Vec<f32>,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        out: &Buffer,
+        lse: &Buffer,
+        dout: &Buffer,
+        dq: &mut Buffer,
+        dk: &mut Buffer,
+        dv: &mut Buffer,
     ) -> Result<()> {
         self.pool.install(|| {
             attention::attention_back(attention, rows, q, k, v, out, lse, dout, dq, dk, dv);
@@ -284,54 +320,54 @@ impl Device for Cpu {
     fn activate(
         &self,
         activation: Activation,
-        gate: &Vec<f32>,
-        up: Option<&Vec<f32>>,
-        y: &mut Vec<f32>,
+        gate: &Buffer,
+        up: Option<&Buffer>,
+        y: &mut Buffer,
     ) -> Result<()> {
-        self.pool.install(|| elementwise::activate(activation, gate, up.map(Vec::as_slice), y));
+        self.pool.install(|| elementwise::activate(activation, gate, up.map(|up| &**up), y));
         Ok(())
     }
 
     fn activate_back(
         &self,
         activation: Activation,
-        gate: &Vec<f32>,
-        up: Option<&Vec<f32>>,
-        dy: &Vec<f32>,
-        dgate: &mut Vec<f32>,
-        dup: Option<&mut Vec<f32>>,
+        gate: &Buffer,
+        up: Option<&Buffer>,
+        dy: &Buffer,
+        dgate: &mut Buffer,
+        dup: Option<&mut Buffer>,
     ) -> Result<()> {
-        let (up, dup) = (up.map(Vec::as_slice), dup.map(Vec::as_mut_slice));
+        let (up, dup) = (up.map(|up| &**up), dup.map(|dup| &mut **dup));
         self.pool.install(|| elementwise::activate_back(activation, gate, up, dy, dgate, dup));
         Ok(())
     }
 
-    fn add(&self, scale: f32, x: &Vec<f32>, y: &mut Vec<f32>) -> Result<()> {
+    fn add(&self, scale: f32, x: &Buffer, y: &mut Buffer) -> Result<()> {
         self.pool.install(|| elementwise::add(scale, x, y));
         Ok(())
     }
 
-    fn add_to_rows(&self, bias: &Vec<f32>, n_cols: usize, y: &mut Vec<f32>) -> Result<()> {
+    fn add_to_rows(&self, bias: &Buffer, n_cols: usize, y: &mut Buffer) -> Result<()> {
         self.pool.install(|| elementwise::add_to_rows(bias, n_cols, y));
         Ok(())
     }
 
-    fn sum_rows(&self, dy: &Vec<f32>, n_cols: usize, dbias: &mut Vec<f32>) -> Result<()> {
+    fn sum_rows(&self, dy: &Buffer, n_cols: usize, dbias: &mut Buffer) -> Result<()> {
         self.pool.install(|| elementwise::sum_rows(dy, n_cols, dbias));
         Ok(())
     }
 
-    fn scale_rows(&self, factors: &[f32], n_cols: usize, x: &mut Vec<f32>) -> Result<()> {
+    fn scale_rows(&self, factors: &[f32], n_cols: usize, x: &mut Buffer) -> Result<()> {
         self.pool.install(|| elementwise::scale_rows(factors, n_cols, x));
         Ok(())
     }
 
     fn add_columns(
         &self,
-        src: &Vec<f32>,
+        src: &Buffer,
         src_cols: usize,
         from: usize,
-        dst: &mut Vec<f32>,
+        dst: &mut Buffer,
         dst_cols: usize,
         to: usize,
         n: usize,
@@ -347,22 +383,22 @@ impl Device for Cpu {
         scale: f32,
         n_vocab: usize,
         gradient: bool,
-        logits: &mut Vec<f32>,
+        logits: &mut Buffer,
     ) -> Result<Vec<f32>> {
         let outputs = &rows.outputs[range];
         Ok(self.pool.install(|| head::logprobs(outputs, scale, n_vocab, gradient, logits)))
     }
 
-    fn square_sum(&self, x: &Vec<f32>) -> Result<f64> {
+    fn square_sum(&self, x: &Buffer) -> Result<f64> {
         Ok(self.pool.install(|| elementwise::square_sum(x)))
     }
 
     fn rmsprop(
         &self,
         step: RmspropStep,
-        gradient: &Vec<f32>,
-        mean_square: &mut Vec<f32>,
-        value: &mut Vec<f32>,
+        gradient: &Buffer,
+        mean_square: &mut Buffer,
+        value: &mut Buffer,
     ) -> Result<()> {
         self.pool.install(|| optimizer::rmsprop(step, gradient, mean_square, value));
         Ok(())
@@ -371,10 +407,10 @@ impl Device for Cpu {
     fn adamw(
         &self,
         step: AdamwStep,
-        gradient: &Vec<f32>,
-        mean: &mut Vec<f32>,
-        mean_square: &mut Vec<f32>,
-        value: &mut Vec<f32>,
+        gradient: &Buffer,
+        mean: &mut Buffer,
+        mean_square: &mut Buffer,
+        value: &mut Buffer,
     ) -> Result<()> {
         self.pool.install(|| optimizer::adamw(step, gradient, mean, mean_square, value));
         Ok(())

@@ -7,7 +7,6 @@ pub mod dense;
 pub mod head;
 pub mod lookup;
 pub mod norm;
-#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod on_host;
 pub mod optimizer;
 pub mod product;
@@ -24,6 +23,8 @@ use crate::engine::Token;
 use crate::train::cpu::{Cpu, Products};
 use crate::train::device::Device;
 use crate::train::pack::Packed;
+
+use on_host::OnHost;
 
 /// What buffers hold before gradients are added to them.
 pub const HELD: f32 = 0.25;
@@ -64,7 +65,7 @@ pub trait Tested: Device<Buffer = Vec<f32>> {
     const TABLES: f64;
 }
 
-impl Tested for Cpu {
+impl Tested for OnHost<Cpu> {
     const PRODUCTS: f64 = 0.0;
     const DENSE: f64 = 0.0;
     const TABLES: f64 = 0.0;
@@ -108,6 +109,7 @@ macro_rules! device_tests {
             product:
                 products_are_those_with_the_numbers_that_blocks_stand_for,
                 rows_that_hold_no_number_stay_none_and_leave_others_alone,
+                products_of_one_input_are_those_of_one_matrix_at_a_time,
                 rejects_a_matrix_whose_bytes_are_not_those_of_its_shape;
             rope:
                 heads_are_rotated_by_their_positions_and_back_again,
@@ -157,8 +159,8 @@ pub fn assert_within(found: &[f32], expected: &[f64], bounds: &[f64], what: &str
 }
 
 /// Two threads, started once: a finite difference calls an operation four times for each number.
-pub fn oracle() -> &'static Cpu {
-    static CPU: LazyLock<Cpu> = LazyLock::new(|| Cpu::new(2, Products::Exact).unwrap());
+pub fn oracle() -> &'static OnHost<Cpu> {
+    static CPU: LazyLock<OnHost<Cpu>> = LazyLock::new(|| OnHost(Cpu::new(2, Products::Exact).unwrap()));
     &CPU
 }
 

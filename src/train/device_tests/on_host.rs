@@ -63,6 +63,10 @@ impl<D: Device> Device for OnHost<D> {
         self.0.download(&self.0.upload(values)?)
     }
 
+    fn copy(&self, x: &Vec<f32>, n: usize) -> Result<Vec<f32>> {
+        self.0.download(&self.0.copy(&self.there(x)?, n)?)
+    }
+
     fn write(&self, values: &[f32], buffer: &mut Vec<f32>) -> Result<()> {
         self.changing(buffer, |buffer| self.0.write(values, buffer))
     }
@@ -86,6 +90,16 @@ impl<D: Device> Device for OnHost<D> {
     fn product(&self, w: &D::Matrix, x: &Vec<f32>, n_rows: usize, y: &mut Vec<f32>) -> Result<()> {
         let x = self.there(x)?;
         self.changing(y, |y| self.0.product(w, &x, n_rows, y))
+    }
+
+    fn products(&self, ws: &[&D::Matrix], x: &Vec<f32>, n_rows: usize, ys: &mut [Vec<f32>]) -> Result<()> {
+        let x = self.there(x)?;
+        let mut there = ys.iter().map(|y| self.there(y)).collect::<Result<Vec<_>>>()?;
+        self.0.products(ws, &x, n_rows, &mut there)?;
+        ys.iter_mut().zip(&there).try_for_each(|(y, there)| {
+            *y = self.0.download(there)?;
+            Ok(())
+        })
     }
 
     fn product_back(&self, w: &D::Matrix, dy: &Vec<f32>, n_rows: usize, dx: &mut Vec<f32>) -> Result<()> {

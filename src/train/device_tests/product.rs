@@ -110,6 +110,29 @@ pub fn rows_that_hold_no_number_stay_none_and_leave_others_alone<D: Tested>(devi
     }
 }
 
+pub fn products_of_one_input_are_those_of_one_matrix_at_a_time<D: Tested>(device: &D) {
+    let mut random = Random::new(26);
+    let all = [(TensorType::Q8_0, 33), (TensorType::Q4_K, 64), (TensorType::F32, 5)];
+    for types in [&all[..0], &all[..1], &all[..2], &all] {
+        let matrices: Vec<D::Matrix> = types
+            .iter()
+            .map(|&(tensor_type, n_out)| {
+                device.matrix(matrix(&mut random, tensor_type, [n_out, 256]).0).unwrap()
+            })
+            .collect();
+        let x = random.numbers(7 * 256);
+        let space =
+            || -> Vec<Vec<f32>> { types.iter().map(|(_, n_out)| vec![f32::NAN; 7 * n_out]).collect() };
+        let (mut found, mut expected) = (space(), space());
+        device.products(&matrices.iter().collect::<Vec<_>>(), &x, 7, &mut found).unwrap();
+        for (matrix, y) in matrices.iter().zip(&mut expected) {
+            device.product(matrix, &x, 7, y).unwrap();
+        }
+        assert!(expected.iter().flatten().all(|y| y.is_finite()));
+        assert_eq!(found, expected);
+    }
+}
+
 pub fn rejects_a_matrix_whose_bytes_are_not_those_of_its_shape<D: Tested>(device: &D) {
     let mut random = Random::new(23);
     let (host, _) = matrix(&mut random, TensorType::Q8_0, [4, 64]);

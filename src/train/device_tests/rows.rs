@@ -13,6 +13,10 @@ pub fn buffers_hold_what_is_written_to_them<D: Tested>(device: &D) {
     device.clear(&mut buffer).unwrap();
     assert_eq!(device.download(&buffer).unwrap(), [0.0; 3]);
     assert_eq!(device.download(&device.upload(&[4.0, 5.0]).unwrap()).unwrap(), [4.0, 5.0]);
+    assert_eq!(device.download(&device.copy(&vec![6.0, 7.0], 2).unwrap()).unwrap(), [6.0, 7.0]);
+    // As many that they may lie where another buffer lay.
+    drop(device.upload(&[8.0; 50_000]).unwrap());
+    assert_eq!(device.download(&device.zeros(49_999).unwrap()).unwrap(), [0.0; 49_999]);
     assert_eq!(device.scope(|| 7), 7);
 }
 

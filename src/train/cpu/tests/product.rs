@@ -3,6 +3,7 @@
 use crate::gguf::TensorType;
 use crate::train::cpu::{Cpu, Products};
 use crate::train::device::Device;
+use crate::train::device_tests::on_host::OnHost;
 use crate::train::device_tests::product::{TYPES, matrix, product, sizes, transposed};
 use crate::train::device_tests::{HELD, Random, SUMS, oracle, product as common};
 
@@ -24,10 +25,10 @@ fn bound(a: &[f32], da: &[f64], b: &[f32], db: &[f64]) -> f64 {
 }
 
 /// ggml's kernels, and where this CPU has what they need this program's; the latter round the matrix too.
-fn fast_devices() -> Vec<(Cpu, bool)> {
-    let ggml = (Cpu::with(2, Products::Fast, true).unwrap(), false);
-    let own = Cpu::new(2, Products::Fast).unwrap();
-    if own.kernels.is_some() { vec![ggml] } else { vec![ggml, (own, true)] }
+fn fast_devices() -> Vec<(OnHost<Cpu>, bool)> {
+    let ggml = (OnHost(Cpu::with(2, Products::Fast, true).unwrap()), false);
+    let own = OnHost(Cpu::new(2, Products::Fast).unwrap());
+    if own.0.kernels.is_some() { vec![ggml] } else { vec![ggml, (own, true)] }
 }
 
 #[test]
@@ -37,7 +38,7 @@ fn fast_products_differ_by_rounding_to_eight_bits_and_no_more() {
     }
 }
 
-fn check_fast_products(device: &Cpu, rounds_matrix: bool) {
+fn check_fast_products(device: &OnHost<Cpu>, rounds_matrix: bool) {
     let mut random = Random::new(20);
     for tensor_type in TYPES {
         for [n_out, n_in] in sizes(tensor_type) {
@@ -82,7 +83,7 @@ fn fast_products_back_differ_by_rounding_both_sides_to_eight_bits_and_no_more() 
     }
 }
 
-fn check_fast_products_back(device: &Cpu, is_own: bool) {
+fn check_fast_products_back(device: &OnHost<Cpu>, is_own: bool) {
     let mut random = Random::new(21);
     for tensor_type in TYPES.into_iter().filter(|t| t.block_len() > 1) {
         let block_len = tensor_type.block_len() as usize;
@@ -117,7 +118,7 @@ fn check_fast_products_back(device: &Cpu, is_own: bool) {
 #[test]
 fn ggml_s_products_back_are_exact_to_the_bit_where_outputs_are_no_whole_blocks() {
     let mut random = Random::new(22);
-    let (exact, fast) = (oracle(), Cpu::with(2, Products::Fast, true).unwrap());
+    let (exact, fast) = (oracle(), OnHost(Cpu::with(2, Products::Fast, true).unwrap()));
     let plain = [TensorType::F32, TensorType::F16, TensorType::BF16].map(|t| (t, [64, 96]));
     for (tensor_type, [n_out, n_in]) in
         [(TensorType::Q8_0, [33, 96]), (TensorType::Q4_K, [16, 256])].into_iter().chain(plain)
@@ -140,9 +141,16 @@ fn rows_that_hold_no_number_stay_none_in_fast_products() {
 }
 
 #[test]
+fn fast_products_of_one_input_are_those_of_one_matrix_at_a_time() {
+    for (device, _) in fast_devices() {
+        common::products_of_one_input_are_those_of_one_matrix_at_a_time(&device);
+    }
+}
+
+#[test]
 fn products_on_one_thread_and_on_three_are_exact() {
     for n_threads in [1, 3] {
-        let device = Cpu::new(n_threads, Products::Exact).unwrap();
+        let device = OnHost(Cpu::new(n_threads, Products::Exact).unwrap());
         common::products_are_those_with_the_numbers_that_blocks_stand_for(&device);
     }
 }

@@ -1,15 +1,16 @@
 //! The same operations on the same numbers give the same results to the bit.
 
 use crate::train::cpu::{Cpu, Products};
+use crate::train::device_tests::on_host::OnHost;
 use crate::train::device_tests::repeat::{assert_same, everything};
 
 #[test]
 fn the_same_number_of_threads_gives_the_same_numbers_to_the_bit() {
     for products in [Products::Exact, Products::Fast] {
         for n_threads in [1, 3] {
-            let first = everything(&Cpu::new(n_threads, products).unwrap());
+            let first = everything(&OnHost(Cpu::new(n_threads, products).unwrap()));
             for _ in 0..3 {
-                let again = everything(&Cpu::new(n_threads, products).unwrap());
+                let again = everything(&OnHost(Cpu::new(n_threads, products).unwrap()));
                 assert_same(&first, &again, &format!("{n_threads} threads, {products:?}"));
             }
         }

@@ -1,0 +1,246 @@
+//! The numbers that operations read and write, in memory that is used again.
+//!
+//! A step makes and drops some thousand buffers of a few sizes. Left to the system's allocator, that memory would in part
+//! lie in holes that fit nothing, and in part go back to the kernel, which clears every page before it gives it out again.
+//! So what a buffer leaves is kept for the next of about its size; what is kept and what is in use are together never more
+//! than was once in use at a time, and the rest goes back at once.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use memmap2::MmapMut;
+
+use crate::error::{Error, Result};
+
+/// Buffers of fewer numbers are not kept: the allocator has them at hand.
+const LEAST: usize = 1 << 15;
+
+/// f32 numbers.
+#[derive(Debug)]
+pub struct Buffer {
+    values: Values,
+    /// Of `values`; those from here on are nobody's.
+    len: usize,
+    memory: Memory,
+}
+
+#[derive(Debug)]
+enum Values {
+    Few(Vec<f32>),
+    Many(Pages),
+}
+
+impl Deref for Buffer {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &self.values {
+            Values::Few(values) => values,
+            Values::Many(pages) => &pages.as_slice()[..self.len],
+        }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        match &mut self.values {
+            Values::Few(values) => values,
+            Values::Many(pages) => &mut pages.as_mut_slice()[..self.len],
+        }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Values::Many(pages) = std::mem::replace(&mut self.values, Values::Few(Vec::new())) {
+            self.memory.lock().leave(pages);
+        }
+    }
+}
+
+/// Numbers in pages of their own, zeros at first.
+#[derive(Debug)]
+struct Pages(MmapMut);
+
+impl Pages {
+    fn new(n: usize) -> Result<Pages> {
+        let refuse = |error: std::io::Error| Error::DeviceMemory {
+            device: "cpu".into(),
+            reason: format!("cannot have {} MiB of memory: {error}", (4 * n) >> 20),
+            hint: Some("lower --ubatch-size, or set --checkpointing on".into()),
+        };
+        let map = MmapMut::map_anon(4 * n).map_err(refuse)?;
+        // Fewer faults and address translations where the kernel has large pages; where it has none, nothing is lost.
+        #[cfg(target_os = "linux")]
+        map.advise(memmap2::Advice::HugePage).ok();
+        Ok(Pages(map))
+    }
+
+    fn len(&self) -> usize {
+        self.0.len() / 4
+    }
+
+    fn as_slice(&self) -> &[f32] {
+        // SAFETY: pages begin at a multiple of 4, are initialised, and every bit pattern is an f32.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.len()) }
+    }
+
+    fn as_mut_slice(&mut self) -> &mut [f32] {
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.len()) }
+    }
+}
+
+/// What a buffer holds at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fresh {
+    /// Zeros.
+    Zeros,
+    /// What its last owner left.
+    Used,
+}
+
+/// Where buffers come from and go to.
+#[derive(Debug, Clone, Default)]
+pub struct Memory(Arc<Mutex<Kept>>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    /// Those that were left last are at the end.
+    free: Vec<Pages>,
+    /// Numbers in `free`.
+    n_free: usize,
+    /// Numbers in use.
+    n_used: usize,
+    /// The most that were in use.
+    most_used: usize,
+}
+
+impl Memory {
+    /// A buffer of `n` numbers, and what they are.
+    ///
+    /// # Errors
+    /// [`Error::DeviceMemory`].
+    pub fn take(&self, n: usize) -> Result<(Buffer, Fresh)> {
+        let (values, fresh) = match n < LEAST {
+            true => (Values::Few(vec![0.0; n]), Fresh::Zeros),
+            false => {
+                let (pages, fresh) = self.lock().take(n)?;
+                (Values::Many(pages), fresh)
+            }
+        };
+        Ok((Buffer { values, len: n, memory: self.clone() }, fresh))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        // Nothing in here panics between two changes that belong together.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    /// Pages for at least `n` numbers and not many more.
+    fn take(&mut self, n: usize) -> Result<(Pages, Fresh)> {
+        // The smallest that fit, and of those the ones that were left last, which may still be in a cache.
+        let fits = self.free.iter().enumerate().filter(|(_, pages)| (n..=n + n / 4).contains(&pages.len()));
+        let best = fits.min_by_key(|(i, pages)| (pages.len(), usize::MAX - i)).map(|(i, _)| i);
+        if let Some(best) = best {
+            let pages = self.free.remove(best);
+            self.n_free -= pages.len();
+            self.use_more(pages.len());
+            return Ok((pages, Fresh::Used));
+        }
+        // Up to an eighth more, so that batches of about one size can use each other's.
+        let room = n.next_multiple_of(1 << n.ilog2().saturating_sub(3));
+        self.use_more(room);
+        let mut n_over = (self.n_used + self.n_free).saturating_sub(self.most_used);
+        let is_over = |pages: &Pages| {
+            let is_over = n_over > 0;
+            n_over = n_over.saturating_sub(pages.len());
+            is_over
+        };
+        let n_dropped = self.free.iter().map(is_over).take_while(|&is_over| is_over).count();
+        self.n_free -= self.free.drain(..n_dropped).map(|pages| pages.len()).sum::<usize>();
+        match Pages::new(room) {
+            Ok(pages) => Ok((pages, Fresh::Zeros)),
+            Err(error) => {
+                self.n_used -= room;
+                Err(error)
+            }
+        }
+    }
+
+    fn use_more(&mut self, n: usize) {
+        self.n_used += n;
+        self.most_used = self.most_used.max(self.n_used);
+    }
+
+    fn leave(&mut self, pages: Pages) {
+        self.n_used -= pages.len();
+        self.n_free += pages.len();
+        self.free.push(pages);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn counts(memory: &Memory) -> [usize; 3] {
+        let kept = memory.lock();
+        assert_eq!(kept.free.iter().map(Pages::len).sum::<usize>(), kept.n_free);
+        [kept.n_used, kept.n_free, kept.most_used]
+    }
+
+    #[test]
+    fn what_a_buffer_leaves_is_the_next_ones_of_about_its_size() {
+        let memory = Memory::default();
+        let (mut first, fresh) = memory.take(100_000).unwrap();
+        assert_eq!((first.len(), fresh), (100_000, Fresh::Zeros));
+        assert!(first.iter().all(|&x| x == 0.0));
+        first.fill(7.0);
+        let place = first.as_ptr();
+        drop(first);
+        let (more, fresh) = memory.take(102_000).unwrap();
+        assert_eq!((more.len(), fresh, more.as_ptr() == place), (102_000, Fresh::Used, true));
+        assert_eq!(more[..100_000], [7.0; 100_000]);
+        drop(more);
+        // Half as many would waste the rest.
+        let (half, fresh) = memory.take(50_000).unwrap();
+        assert_eq!((half.len(), fresh), (50_000, Fresh::Zeros));
+    }
+
+    #[test]
+    fn no_more_is_kept_and_used_than_once_was_used() {
+        let memory = Memory::default();
+        let large: Vec<Buffer> = (0..4).map(|_| memory.take(1 << 17).unwrap().0).collect();
+        assert_eq!(counts(&memory), [4 << 17, 0, 4 << 17]);
+        drop(large);
+        assert_eq!(counts(&memory), [0, 4 << 17, 4 << 17]);
+        // Too small for what is kept: the oldest of that goes.
+        let small: Vec<Buffer> = (0..4).map(|_| memory.take(1 << 15).unwrap().0).collect();
+        assert_eq!(counts(&memory), [4 << 15, 3 << 17, 4 << 17]);
+        let larger = memory.take(1 << 19).unwrap();
+        assert_eq!(counts(&memory), [(1 << 19) + (4 << 15), 0, (1 << 19) + (4 << 15)]);
+        drop((small, larger));
+        assert_eq!(counts(&memory)[..2], [0, (1 << 19) + (4 << 15)]);
+    }
+
+    #[test]
+    fn few_numbers_are_not_kept() {
+        let memory = Memory::default();
+        drop(memory.take(LEAST - 1).unwrap());
+        drop(memory.take(0).unwrap());
+        assert_eq!(counts(&memory), [0; 3]);
+    }
+
+    #[test]
+    fn more_than_there_is_is_an_error_and_leaves_nothing() {
+        let memory = Memory::default();
+        let kept = memory.take(1 << 17).unwrap();
+        let error = memory.take(1 << 60).unwrap_err();
+        assert!(error.to_string().starts_with("cpu: cannot have 4398046511104 MiB of memory"), "{error}");
+        drop(kept);
+        assert_eq!(counts(&memory)[..2], [0, 1 << 17]);
+    }
+}
