@@ -28,7 +28,7 @@ use crate::train::pack::Packed;
 use crate::train::pairs::{self, PreferencePair};
 use crate::train::placement::DeviceName;
 use crate::train::run::{RunFiles, check_lengths, run};
-use crate::train::settings::{MethodName, Settings};
+use crate::train::settings::{Identity, MethodName, Settings};
 use crate::train::tokens::{self, TokenPair, Tokenized};
 use crate::train::trainer::Trainer;
 use crate::train::transformer::Method;
@@ -39,6 +39,9 @@ use super::progress::Shown;
 use super::{may_colour, print};
 
 use device::DeviceArguments;
+
+/// Tokens that the CPU computes at once without `--ubatch-size`.
+const DEFAULT_ROWS: usize = 512;
 
 /// Pairs on which the result is compared with llama.cpp.
 const COMPARED_PAIRS: usize = 8;
@@ -161,9 +164,10 @@ struct ComputeArguments {
     /// Products with frozen matrices
     #[arg(long, value_enum, default_value = "auto")]
     products: ProductsArgument,
-    /// Tokens computed at once (-ub); a pair that has more is computed by itself
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    ubatch_size: usize,
+    /// Tokens computed at once (-ub); a pair that has more is computed by itself [default: 512, on a GPU what a step has
+    /// and its memory suffices for, up to 4096]
+    #[arg(long, value_name = "N")]
+    ubatch_size: Option<usize>,
     /// Save memory by computing activations twice
     #[arg(long, value_enum, default_value = "auto")]
     checkpointing: CheckpointingArgument,
@@ -221,7 +225,7 @@ struct Started<'a> {
     model_sha256: &'a str,
     pairs: &'a str,
     pairs_sha256: String,
-    settings: &'a Settings,
+    settings: Identity<'a>,
 }
 
 impl TrainCommand {
@@ -274,21 +278,11 @@ impl TrainCommand {
         use crate::train::placement::{Frozen, Needs, Wanted};
         let mut device = crate::train::cuda::Cuda::open(ordinal, Frozen::Quantised)?;
         let (free, total) = device.memory_bytes()?;
-        let mut wanted = Wanted {
+        let wanted = Wanted {
             frozen: self.place.frozen.wanted(),
             checkpointing: self.compute.checkpointing.wanted(),
-            max_rows: prepared.settings.max_rows,
-            may_shrink: true,
+            max_rows: self.compute.ubatch_size,
         };
-        // A run that goes on keeps what it was begun with, whatever is free now.
-        if let Some(recorded) = recorded_settings(&self.output)
-            && recorded.device == prepared.settings.device
-            && recorded.frozen.is_some()
-        {
-            wanted.frozen = wanted.frozen.or(recorded.frozen);
-            wanted.max_rows = wanted.max_rows.min(recorded.max_rows);
-            wanted.may_shrink = false;
-        }
         let rows = |pair: &TokenPair| Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected);
         let longest = prepared.token_pairs.iter().map(rows).max().unwrap_or(0);
         let needs = Needs::new(&prepared.base, config, &prepared.settings, longest);
@@ -305,9 +299,12 @@ impl TrainCommand {
         if choice.frozen == Frozen::Quantised && wanted.frozen.is_none() {
             eprintln!("frozen weights stay in the file's blocks, to save memory (--frozen)");
         }
-        if choice.max_rows < prepared.settings.max_rows {
-            let (found, asked) = (choice.max_rows, prepared.settings.max_rows);
-            eprintln!("{found} tokens are computed at once and not {asked}, to save memory (--ubatch-size)");
+        match (choice.max_rows, self.compute.ubatch_size) {
+            (found, Some(asked)) if found < asked => eprintln!(
+                "{found} tokens are computed at once and not {asked}, to save memory (--ubatch-size)"
+            ),
+            (_, Some(_)) => {}
+            (found, None) => eprintln!("{found} tokens are computed at once (--ubatch-size)"),
         }
         device.set_frozen(choice.frozen);
         prepared.settings.frozen = Some(choice.frozen);
@@ -333,7 +330,7 @@ impl TrainCommand {
             model_sha256: &model_sha256,
             pairs: &pairs_name,
             pairs_sha256,
-            settings: &settings,
+            settings: settings.identity(),
         };
         file::start_record(&self.output, &record)?;
 
@@ -428,7 +425,7 @@ impl TrainCommand {
                 ProductsArgument::Auto => Products::auto(base.n_params()),
             },
             n_threads: compute.threads.unwrap_or(all_cores),
-            max_rows: compute.ubatch_size,
+            max_rows: compute.ubatch_size.unwrap_or(DEFAULT_ROWS),
             seed: recipe.seed,
             device: self.place.device,
             frozen: None,
@@ -465,14 +462,6 @@ impl TrainCommand {
             hint: Some("raise --max-length, or give other pairs".into()),
         }
     }
-}
-
-/// The settings of a run that was begun in `folder`; none where there is no run that can be read.
-#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
-fn recorded_settings(folder: &Path) -> Option<Settings> {
-    let text = std::fs::read_to_string(folder.join("run.json")).ok()?;
-    let mut record: serde_json::Value = serde_json::from_str(&text).ok()?;
-    serde_json::from_value(record["settings"].take()).ok()
 }
 
 fn file_name(path: &Path) -> String {
@@ -512,7 +501,7 @@ fn median_pairs_per_second(records: &[Record]) -> f64 {
         .iter()
         .filter_map(|record| match record {
             Record::Step(step) => Some(step.pairs as f64 / step.step_seconds.max(1e-9)),
-            Record::Evaluation(_) => None,
+            Record::Evaluation(_) | Record::Placement(_) => None,
         })
         .collect();
     speeds.sort_by(f64::total_cmp);

@@ -56,6 +56,20 @@ impl TrainingReport {
                 "lower --warmup-steps, or train with more pairs or epochs",
             ));
         }
+        let out_of_memory = records.iter().rev().find_map(|record| match record {
+            Record::Placement(placement) if placement.out_of_memory => Some(placement),
+            _ => None,
+        });
+        if let Some(placement) = out_of_memory {
+            warnings.push(Warning::new(
+                format!(
+                    "the GPU's memory ran out after step {}: it went on with {}",
+                    placement.step,
+                    placement.in_words()
+                ),
+                "free the card's memory, or begin with a smaller --ubatch-size",
+            ));
+        }
         if self.outcome.n_held_out == 0 {
             warnings.push(Warning::new(
                 "no pair was held out: the last numbers were kept, good or not",
@@ -149,7 +163,7 @@ impl TrainingReport {
             .iter()
             .filter_map(|record| match record {
                 Record::Step(step) => Some(*step),
-                Record::Evaluation(_) => None,
+                Record::Evaluation(_) | Record::Placement(_) => None,
             })
             .collect();
         let evaluations = evaluations(records);
@@ -263,7 +277,7 @@ impl TrainingReport {
 fn evaluations(records: &[Record]) -> Vec<EvaluationRecord> {
     let looks = records.iter().filter_map(|record| match record {
         Record::Evaluation(evaluation) => Some(*evaluation),
-        Record::Step(_) => None,
+        Record::Step(_) | Record::Placement(_) => None,
     });
     looks.collect()
 }

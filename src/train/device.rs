@@ -208,6 +208,11 @@ pub trait Device: Debug + Send + Sync {
         32 << 20
     }
 
+    /// Gives back memory that it keeps for later operations, where it does.
+    fn trim(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// `n` zeros.
     fn zeros(&self, n: usize) -> Result<Self::Buffer>;
     /// `n` numbers that are overwritten before they are read.

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::dpo::PairLoss;
+use super::placement::Frozen;
 use super::trainer::AnswerLogps;
 
 /// Means over pairs.
@@ -112,6 +113,41 @@ impl EvaluationRecord {
     }
 }
 
+/// What decides how much memory a run takes, and how fast it is, from some step on: it changes numbers by their rounding
+/// alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlacementRecord {
+    /// Steps so far.
+    pub step: u64,
+    /// Most tokens in one pass.
+    pub max_rows: usize,
+    /// Whether activations are made again in the backward pass.
+    pub checkpointing: bool,
+    /// How frozen matrices lie in a GPU's memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen: Option<Frozen>,
+    /// Whether it was chosen because memory had run out.
+    pub out_of_memory: bool,
+}
+
+impl PlacementRecord {
+    /// What was chosen, whenever and why.
+    pub fn choice(&self) -> (usize, bool, Option<Frozen>) {
+        (self.max_rows, self.checkpointing, self.frozen)
+    }
+
+    /// What was chosen, for people.
+    pub fn in_words(&self) -> String {
+        let tokens = match self.max_rows {
+            1 => "1 token at once".to_owned(),
+            n => format!("{n} tokens at once"),
+        };
+        let frozen = self.frozen.map_or(String::new(), |frozen| format!(", weights in {}", frozen.place()));
+        let twice = if self.checkpointing { ", activations computed twice" } else { "" };
+        tokens + &frozen + twice
+    }
+}
+
 /// A line of `metrics.jsonl`.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -120,4 +156,6 @@ pub enum Record {
     Evaluation(EvaluationRecord),
     /// Of a step.
     Step(StepRecord),
+    /// Of a choice on a GPU: the first one, and every other one since.
+    Placement(PlacementRecord),
 }

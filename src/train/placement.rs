@@ -84,6 +84,14 @@ impl Frozen {
             Frozen::Quantised => "quantised",
         }
     }
+
+    /// Where weights lie, for people.
+    pub fn place(self) -> &'static str {
+        match self {
+            Frozen::Bf16 => "bf16",
+            Frozen::Quantised => "the file's blocks",
+        }
+    }
 }
 
 /// Bytes of logits that a GPU computes at a time: with the largest vocabularies still some hundred rows.
@@ -94,6 +102,14 @@ const PART_BYTES: u64 = 256 << 20;
 
 /// Workspace of cuBLASLt's products (`vendor/cuda/multiply.cu`).
 const WORKSPACE_BYTES: u64 = 32 << 20;
+
+/// Tokens in a pass beyond which more of them are worth no other cost: a product with a matrix in bf16 takes one
+/// multiplication a token for each byte of it, and a GPU makes some 150 to 300 of them while it reads a byte.
+const ENOUGH_ROWS: usize = 512;
+
+/// Most tokens in a pass that are chosen without being asked for. A product with a matrix in blocks rounds all of them
+/// first, which moves some five bytes a number: over this many tokens that is little beside the product.
+const MOST_ROWS: usize = 4096;
 
 /// What decides how much memory a run takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,10 +129,8 @@ pub struct Wanted {
     pub frozen: Option<Frozen>,
     /// Whether activations are made again in the backward pass.
     pub checkpointing: Option<bool>,
-    /// Most tokens in one pass.
-    pub max_rows: usize,
-    /// Whether fewer are taken where memory does not suffice.
-    pub may_shrink: bool,
+    /// Most tokens in one pass; fewer are taken where memory does not suffice.
+    pub max_rows: Option<usize>,
 }
 
 /// What a run keeps in a GPU's memory.
@@ -154,23 +168,26 @@ impl<'a> Needs<'a> {
     pub fn choose(&self, wanted: Wanted, device: DeviceName, free: u64) -> Result<Choice> {
         let frozen = wanted.frozen.map_or(vec![Frozen::Bf16, Frozen::Quantised], |frozen| vec![frozen]);
         let checkpointing = wanted.checkpointing.map_or(vec![false, true], |it| vec![it]);
-        let mut max_rows = wanted.max_rows;
+        // No pass has more than a step's pairs.
+        let of_step = self.settings.batch_size.saturating_mul(self.longest).clamp(1, MOST_ROWS);
+        let most = wanted.max_rows.unwrap_or(of_step.max(self.longest));
+        let enough = wanted.max_rows.unwrap_or(most.min(ENOUGH_ROWS.max(self.longest)));
+        let halves = |from: usize| std::iter::successors(Some(from), |n| (*n > 1).then_some(n / 2));
+        let ways: Vec<(Frozen, bool)> =
+            frozen.iter().flat_map(|&f| checkpointing.iter().map(move |&c| (f, c))).collect();
+        // More tokens than are enough are given up before anything that costs time, and fewer only after it.
+        let many: Vec<usize> = halves(most).filter(|&n| n > enough).chain([enough]).collect();
+        let few = halves(enough).skip(1).filter(|&n| n > self.longest).chain([self.longest.min(enough)]);
+        let first = ways.iter().flat_map(|&way| many.iter().map(move |&n| (n, way)));
+        let last = few.flat_map(|n| ways.iter().map(move |&way| (n, way)));
         let mut least = u64::MAX;
-        loop {
-            for &frozen in &frozen {
-                for &checkpointing in &checkpointing {
-                    let choice = Choice { frozen, checkpointing, max_rows };
-                    let bytes = self.bytes(choice);
-                    if bytes <= free {
-                        return Ok(choice);
-                    }
-                    least = least.min(bytes);
-                }
+        for (max_rows, (frozen, checkpointing)) in first.chain(last) {
+            let choice = Choice { frozen, checkpointing, max_rows };
+            let bytes = self.bytes(choice);
+            if bytes <= free {
+                return Ok(choice);
             }
-            if !wanted.may_shrink || max_rows <= self.longest || max_rows <= 1 {
-                break;
-            }
-            max_rows = (max_rows / 2).max(self.longest);
+            least = least.min(bytes);
         }
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
         let mut cures = vec!["free the card's memory (nvidia-smi names the processes that hold it)"];
@@ -305,7 +322,7 @@ mod tests {
         let config = Config::read(&base, None).unwrap();
         let settings = Settings { max_rows: 4096, ..Settings::paper() };
         let needs = Needs::new(&base, &config, &settings, 100);
-        let wanted = Wanted { frozen: None, checkpointing: None, max_rows: 4096, may_shrink: true };
+        let wanted = Wanted { frozen: None, checkpointing: None, max_rows: Some(4096) };
         let choose = |wanted, free| needs.choose(wanted, DeviceName::Cuda(0), free);
         let best = Choice { frozen: Frozen::Bf16, checkpointing: false, max_rows: 4096 };
         assert_eq!(choose(wanted, 1 << 40).unwrap(), best);
@@ -322,6 +339,31 @@ mod tests {
         let fixed = Wanted { frozen: Some(Frozen::Bf16), checkpointing: Some(false), ..wanted };
         let hint = choose(fixed, 8 * MIB).unwrap_err().hint().unwrap();
         assert!(hint.contains("--frozen quantised") && hint.contains("--checkpointing on"), "{hint}");
+    }
+
+    #[test]
+    fn tokens_beyond_those_that_are_enough_are_given_up_first_and_the_rest_last() {
+        let base = base();
+        let config = Config::read(&base, None).unwrap();
+        let settings = Settings { batch_size: 8, ..Settings::paper() };
+        let wanted = Wanted { frozen: None, checkpointing: None, max_rows: None };
+        let choose = |longest: usize, free: u64| {
+            Needs::new(&base, &config, &settings, longest).choose(wanted, DeviceName::Cuda(0), free).unwrap()
+        };
+        let needs = Needs::new(&base, &config, &settings, 200);
+        let best = Choice { frozen: Frozen::Bf16, checkpointing: false, max_rows: 1600 };
+        assert_eq!(choose(200, 1 << 40), best, "a whole step in one pass");
+        let mut choice = best;
+        for expected in [
+            Choice { max_rows: 800, ..best },
+            Choice { max_rows: 512, ..best },
+            Choice { max_rows: 512, checkpointing: true, ..best },
+        ] {
+            choice = choose(200, needs.bytes(choice) - 1);
+            assert_eq!(choice, expected);
+        }
+        assert_eq!(choose(3000, 1 << 40).max_rows, MOST_ROWS);
+        assert_eq!(choose(5000, 1 << 40).max_rows, 5000, "a pair is never divided");
     }
 
     #[test]

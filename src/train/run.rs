@@ -2,7 +2,7 @@
 //!
 //! A run that was broken off goes on from its last checkpoint, and ends with the same numbers as an unbroken one:
 //! the order of pairs is drawn from the seed, references are kept on disk, and lines of `metrics.jsonl` beyond the
-//! checkpoint are cut off.
+//! checkpoint are cut off. Where a GPU's memory runs out, it goes on with less of it at a time.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +17,7 @@ use crate::progress::Progress;
 use super::checkpoint::{self, State};
 use super::config::Config;
 use super::device::Device;
-use super::metrics::{EvaluationRecord, PairMeans, Record, StepRecord};
+use super::metrics::{EvaluationRecord, PairMeans, PlacementRecord, Record, StepRecord};
 use super::pack::Packed;
 use super::reference::References;
 use super::settings::Settings;
@@ -83,8 +83,8 @@ pub struct Outcome {
 /// such pairs the last ones.
 ///
 /// # Errors
-/// [`Error::Interrupted`] and [`Error::DeviceMemory`] after a checkpoint was written, [`Error::Device`] after one was
-/// tried; [`Error::Training`] where numbers are not finite any more;
+/// [`Error::Interrupted`] after a checkpoint was written; [`Error::DeviceMemory`] where the least that a step takes does
+/// not suffice, and [`Error::Device`], after one was tried; [`Error::Training`] where numbers are not finite any more;
 /// [`Error::Io`] where a file cannot be written: what the last checkpoint holds stays.
 pub fn run<D: Device>(
     trainer: &mut Trainer<D>,
@@ -97,7 +97,7 @@ pub fn run<D: Device>(
     check_lengths(&trainer.transformer.config, pairs)?;
     let (train, held_out) = tokens::split(pairs, settings.held_out, settings.seed);
     let n_steps = settings.n_steps(train.len());
-    let mut references = References::open(&files.references)?;
+    let references = References::open(&files.references)?;
     let state = match files.checkpoint.exists() {
         true => checkpoint::load(&files.checkpoint, trainer, true)?,
         false => State { step: 0, n_records: 0, looked_at: 0, best: None, n_worse: 0, seconds: 0.0 },
@@ -114,21 +114,12 @@ pub fn run<D: Device>(
             hint: Some("choose another -o, or delete the folder to begin again".into()),
         });
     }
-    if !trainer.has_reference() {
-        // The only time at which the policy is the model as it was.
-        let all: Vec<&TokenPair> = pairs.iter().collect();
-        progress.start("reference", all.len() as u64, 0);
-        for part in all.chunks(EVALUATION_PAIRS) {
-            if interrupt.load(Ordering::Relaxed) {
-                return Err(Error::Interrupted);
-            }
-            references.of_start(trainer, part, state.step)?;
-            progress.advance(part.len() as u64);
-        }
-        progress.finish();
+    let longest = pairs.iter().map(n_rows).max().unwrap_or(0);
+    let mut run = Run { trainer, pairs, longest, settings, files, log, records, state, references };
+    if settings.frozen.is_some() {
+        run.tell_placement(progress)?;
     }
-    let mut run =
-        Run { trainer, pairs, settings, files, log, records, state, references, is_stepping: false };
+    run.references_of_start(interrupt, progress)?;
     progress.start("training", n_steps, run.state.step);
     let ending = run.steps(&train, &held_out, n_steps, interrupt, progress);
     progress.finish();
@@ -165,20 +156,97 @@ pub fn check_lengths(config: &Config, pairs: &[TokenPair]) -> Result<()> {
     Ok(())
 }
 
+/// Rows that a pair takes.
+fn n_rows(pair: &TokenPair) -> usize {
+    Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected)
+}
+
 struct Run<'a, D: Device> {
     trainer: &'a mut Trainer<D>,
     pairs: &'a [TokenPair],
+    /// Rows of the longest pair.
+    longest: usize,
     settings: &'a Settings,
     files: &'a RunFiles,
     log: JsonLog,
     records: Vec<Record>,
     state: State,
     references: References,
-    /// The optimizer may have changed some of the trained numbers, and not all.
-    is_stepping: bool,
 }
 
 impl<D: Device> Run<'_, D> {
+    /// Writes down with what this session begins, and says so where the one before had chosen otherwise.
+    fn tell_placement(&mut self, progress: &mut dyn Progress) -> Result<()> {
+        let now = self.placement(false);
+        let of_placement = |record: &Record| match record {
+            Record::Placement(placement) => Some(*placement),
+            _ => None,
+        };
+        match self.records.iter().rev().find_map(of_placement) {
+            Some(before) if before.choice() == now.choice() => return Ok(()),
+            Some(before) => progress.say(&format!(
+                "the run goes on with {}, and not with {}: numbers change by their rounding alone",
+                now.in_words(),
+                before.in_words()
+            )),
+            None => {}
+        }
+        self.record(Record::Placement(now))
+    }
+
+    fn placement(&self, out_of_memory: bool) -> PlacementRecord {
+        let options = self.trainer.options();
+        PlacementRecord {
+            step: self.state.step,
+            max_rows: options.max_rows,
+            checkpointing: options.checkpointing,
+            frozen: self.settings.frozen,
+            out_of_memory,
+        }
+    }
+
+    /// For a model that is trained itself: before its first step is the only time at which it is the model as it was.
+    fn references_of_start(&mut self, interrupt: &AtomicBool, progress: &mut dyn Progress) -> Result<()> {
+        if self.trainer.has_reference() {
+            return Ok(());
+        }
+        let all: Vec<&TokenPair> = self.pairs.iter().collect();
+        progress.start("reference", all.len() as u64, 0);
+        for part in all.chunks(EVALUATION_PAIRS) {
+            if interrupt.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            self.within_memory(part, progress, |run| {
+                run.references.of_start(run.trainer, part, run.state.step)
+            })?;
+            progress.advance(part.len() as u64);
+        }
+        progress.finish();
+        Ok(())
+    }
+
+    /// Does `work` over `pairs`, and where memory runs out does it again in smaller passes, as long as there are some.
+    fn within_memory<T>(
+        &mut self,
+        pairs: &[&TokenPair],
+        progress: &mut dyn Progress,
+        mut work: impl FnMut(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        let n_rows = pairs.iter().map(|pair| n_rows(pair)).sum();
+        loop {
+            let result = work(self);
+            let Err(Error::DeviceMemory { reason, .. }) = &result else { return result };
+            // Half a step cannot be made again.
+            if self.trainer.is_torn() || !self.trainer.shrink(n_rows, self.longest)? {
+                return result;
+            }
+            let smaller = self.placement(true);
+            let (step, in_words) = (smaller.step, smaller.in_words());
+            progress.say(&format!("after step {step}: {reason}; the run goes on with {in_words}"));
+            self.record(Record::Placement(smaller))?;
+        }
+    }
+
     fn steps(
         &mut self,
         train: &[usize],
@@ -221,7 +289,7 @@ impl<D: Device> Run<'_, D> {
             let last = (first + self.settings.batch_size).min(train.len());
             let batch: Vec<&TokenPair> =
                 order.1[first..last].iter().map(|&i| &self.pairs[train[i]]).collect();
-            let stepped = self.step(&batch, schedule.at(self.state.step), per_epoch, started);
+            let stepped = self.step(&batch, schedule.at(self.state.step), per_epoch, started, progress);
             let record = self.saved_if_the_device_failed(stepped, progress)?;
             self.state.seconds += record.step_seconds;
             self.record(Record::Step(record))?;
@@ -236,14 +304,15 @@ impl<D: Device> Run<'_, D> {
         learning_rate: f64,
         per_epoch: u64,
         started: Instant,
+        progress: &mut dyn Progress,
     ) -> Result<StepRecord> {
-        let references = self.references.of(self.trainer, batch)?;
-        let losses = self.trainer.add_gradient(batch, &references)?;
-        self.is_stepping = true;
-        let grad_norm = self.trainer.step(learning_rate, self.settings.max_grad_norm)?;
-        self.is_stepping = false;
+        let max_grad_norm = self.settings.max_grad_norm;
+        let (losses, grad_norm) = self.within_memory(batch, progress, |run| {
+            let references = run.references.of(run.trainer, batch)?;
+            let losses = run.trainer.add_gradient(batch, &references)?;
+            Ok((losses, run.trainer.step(learning_rate, max_grad_norm)?))
+        })?;
         self.state.step += 1;
-        let rows = |pair: &&TokenPair| Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected) as u64;
         Ok(StepRecord {
             step: self.state.step,
             epoch: self.state.step as f64 / per_epoch as f64,
@@ -251,7 +320,7 @@ impl<D: Device> Run<'_, D> {
             grad_norm,
             learning_rate,
             step_seconds: started.elapsed().as_secs_f64(),
-            tokens: batch.iter().map(rows).sum(),
+            tokens: batch.iter().map(|pair| n_rows(pair) as u64).sum(),
             pairs: batch.len() as u64,
         })
     }
@@ -276,8 +345,10 @@ impl<D: Device> Run<'_, D> {
             }
             progress.note(&format!("held out: {} of {} pairs", losses.len(), held_out.len()));
             let part: Vec<&TokenPair> = part.iter().map(|&i| &self.pairs[i]).collect();
-            let references = self.references.of(self.trainer, &part)?;
-            losses.extend(self.trainer.losses(&part, &references)?);
+            losses.extend(self.within_memory(&part, progress, |run| {
+                let references = run.references.of(run.trainer, &part)?;
+                run.trainer.losses(&part, &references)
+            })?);
         }
         let record = EvaluationRecord::new(self.state.step, PairMeans::of(&losses));
         self.record(Record::Evaluation(record))?;
@@ -310,14 +381,10 @@ impl<D: Device> Run<'_, D> {
     }
 
     /// Where a GPU failed before anything was stepped, what was trained so far is kept first, if the GPU still gives
-    /// it; the error stays the first one. Where its memory did not suffice, nothing was stepped.
+    /// it; the error stays the first one.
     fn saved_if_the_device_failed<T>(&mut self, result: Result<T>, progress: &mut dyn Progress) -> Result<T> {
-        let keeps = match &result {
-            Err(Error::DeviceMemory { .. }) => true,
-            Err(Error::Device { .. }) => !self.is_stepping,
-            _ => false,
-        };
-        if keeps {
+        let failed = matches!(result, Err(Error::DeviceMemory { .. } | Error::Device { .. }));
+        if failed && !self.trainer.is_torn() {
             let step = self.state.step;
             match self.save() {
                 Ok(()) => {

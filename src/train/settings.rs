@@ -26,6 +26,11 @@ pub enum MethodName {
     Full,
 }
 
+/// Settings that on a GPU decide memory and speed alone: how a step's pairs are shared out among passes changes the order
+/// in which gradients are added up, weights are rounded to the same bf16 before a product or at the start, and threads of
+/// the CPU compute nothing there.
+const OF_PLACEMENT: [&str; 3] = ["n_threads", "max_rows", "frozen"];
+
 /// Everything that decides what a run does; two runs with the same settings, model and pairs write the same
 /// bytes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -88,6 +93,16 @@ pub struct Settings {
     /// How frozen matrices lie in a GPU's memory; none on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen: Option<Frozen>,
+}
+
+/// Settings that make two runs the same one.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub enum Identity<'a> {
+    /// Each of them.
+    All(&'a Settings),
+    /// Some of them.
+    Chosen(serde_json::Value),
 }
 
 impl Settings {
@@ -178,6 +193,19 @@ impl Settings {
         self.limits().validate()
     }
 
+    /// What a run that goes on must have been begun with, for `run.json`. On the CPU that is everything; on a GPU it may
+    /// be placed otherwise then, since what memory suffices for may have changed, and numbers change by their rounding
+    /// alone.
+    pub fn identity(&self) -> Identity<'_> {
+        if self.device.is_cpu() {
+            return Identity::All(self);
+        }
+        let mut settings = serde_json::to_value(self).expect("settings are plain data");
+        let all = settings.as_object_mut().expect("settings have names");
+        OF_PLACEMENT.iter().for_each(|name| drop(all.remove(*name)));
+        Identity::Chosen(settings)
+    }
+
     /// How long texts may be.
     pub fn limits(&self) -> Limits {
         Limits { max_prompt: self.max_prompt, max_length: self.max_length, append_eos: self.append_eos }
@@ -235,5 +263,28 @@ impl Settings {
     pub fn schedule(&self, n_steps: u64) -> Schedule {
         let Settings { schedule: kind, learning_rate, warmup_steps, .. } = *self;
         Schedule { kind, learning_rate, warmup_steps, n_steps }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_decides_memory_and_speed_alone_is_no_part_of_a_run_on_a_gpu() {
+        let text = |settings: &Settings| serde_json::to_string(&settings.identity()).unwrap();
+        let cpu = Settings::paper();
+        assert_eq!(text(&cpu), serde_json::to_string(&cpu).unwrap());
+        let gpu = |settings: Settings| Settings {
+            device: DeviceName::Cuda(0),
+            frozen: Some(Frozen::Bf16),
+            ..settings
+        };
+        let placed = Settings { max_rows: 64, n_threads: 3, ..Settings::paper() };
+        let in_blocks = Settings { frozen: Some(Frozen::Quantised), ..gpu(placed.clone()) };
+        assert_eq!(text(&gpu(cpu.clone())), text(&in_blocks));
+        assert_ne!(text(&cpu), text(&placed), "threads and passes decide the CPU's last bits");
+        let other = Settings { rank: 3, ..Settings::paper() };
+        assert_ne!(text(&gpu(cpu)), text(&gpu(other)));
     }
 }

@@ -59,6 +59,7 @@ pub struct Trainer<D: Device> {
     options: StepOptions,
     adapter_scale: f32,
     has_reference: bool,
+    is_torn: bool,
 }
 
 impl<D: Device> Trainer<D> {
@@ -80,7 +81,16 @@ impl<D: Device> Trainer<D> {
             Method::Full | Method::Vector => 1.0,
         };
         let has_reference = *method != Method::Full;
-        Ok(Trainer { device, transformer, parameters, optimizer, options, adapter_scale, has_reference })
+        Ok(Trainer {
+            device,
+            transformer,
+            parameters,
+            optimizer,
+            options,
+            adapter_scale,
+            has_reference,
+            is_torn: false,
+        })
     }
 
     /// Overwrites the numbers of a parameter.
@@ -102,6 +112,36 @@ impl<D: Device> Trainer<D> {
     /// Whether activations are made again in the backward pass, which changes no number.
     pub fn set_checkpointing(&mut self, checkpointing: bool) {
         self.options.checkpointing = checkpointing;
+    }
+
+    /// How steps are made now.
+    pub fn options(&self) -> &StepOptions {
+        &self.options
+    }
+
+    /// Whether a step of the optimizer failed: some of the trained numbers may have changed, and not all.
+    pub fn is_torn(&self) -> bool {
+        self.is_torn
+    }
+
+    /// After memory ran out in a pass over `n_rows` rows at most: forgets what the pass has left, and takes less memory
+    /// from now on. At first passes have half as many rows, down to `longest`, those of the longest pair, which cannot be
+    /// divided; then activations are made again in the backward pass. False where nothing smaller is left.
+    ///
+    /// # Errors
+    /// Of the device.
+    pub fn shrink(&mut self, n_rows: usize, longest: usize) -> Result<bool> {
+        let taken = self.options.max_rows.min(n_rows);
+        if taken > longest {
+            self.options.max_rows = (taken / 2).max(longest);
+        } else if !self.options.checkpointing {
+            self.options.checkpointing = true;
+        } else {
+            return Ok(false);
+        }
+        self.parameters.clear_gradients(&self.device)?;
+        self.device.trim()?;
+        Ok(true)
     }
 
     /// Where and how it runs.
@@ -233,7 +273,9 @@ impl<D: Device> Trainer<D> {
         }
         // PyTorch's `clip_grad_norm_`, with its 1e-6.
         let scale = (max_gradient_norm / (norm + 1e-6)).min(1.0);
+        self.is_torn = true;
         self.optimizer.step(&self.device, &mut self.parameters, learning_rate, scale)?;
+        self.is_torn = false;
         self.parameters.clear_gradients(&self.device)?;
         Ok(norm)
     }

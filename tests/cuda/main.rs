@@ -1,38 +1,35 @@
-//! Training on the emulated GPU: the same steps as on the CPU, and what happens where memory does not suffice.
-#![cfg(feature = "cuda-emulation")]
+//! Training on a GPU, or on the emulated one: the same steps as on the CPU, what llama.cpp makes of the result, and, on the
+//! emulated one, what happens where memory does not suffice.
+#![cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 
+mod command;
+#[cfg(feature = "cuda-emulation")]
 mod memory;
+#[path = "../own_pairs/mod.rs"]
+mod own_pairs;
 mod result;
 mod step;
 
-use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use detox_gguf::engine::Vocabulary;
 use detox_gguf::gguf::GgufFile;
-use detox_gguf::train::cuda::Cuda;
-use detox_gguf::train::pairs;
+use detox_gguf::progress::Progress;
+use detox_gguf::train::cuda::{Cuda, count};
 use detox_gguf::train::placement::Frozen;
 use detox_gguf::train::settings::Settings;
-use detox_gguf::train::tokens::{Limits, TokenPair, tokenize};
 use detox_gguf::train::trainer::Trainer;
 
-/// The emulated GPU is one for the process: its memory is limited by one test at a time.
-fn alone() -> MutexGuard<'static, ()> {
+use own_pairs::{own_pairs, tiny};
+
+/// The turn of a test: the GPU is one for the process, and the memory of the emulated one is limited by one test at a time.
+/// None where there is no GPU, as on a machine that builds for others.
+fn gpu() -> Option<MutexGuard<'static, ()>> {
     static TURN: Mutex<()> = Mutex::new(());
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn tiny(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("gguf/tiny/{name}.gguf"))
-}
-
-/// The program's own pairs as a tiny model's tokens, the first `n`.
-fn own_pairs(name: &str, n: usize) -> Vec<TokenPair> {
-    let vocabulary = Vocabulary::open(&tiny(name)).unwrap();
-    let limits = Limits { max_prompt: 16, max_length: 40, append_eos: true };
-    let tokenized = tokenize(&vocabulary, &pairs::own()[..n], &limits).unwrap();
-    tokenized.pairs.into_iter().map(|(_, pair)| pair).collect()
+    if cfg!(feature = "cuda") && !matches!(count(), Ok(1..)) {
+        eprintln!("skipped: this machine has no NVIDIA GPU that its driver gives to programs");
+        return None;
+    }
+    Some(TURN.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn settings() -> Settings {
@@ -56,4 +53,14 @@ fn load(name: &str, settings: &Settings, frozen: Frozen) -> Trainer<Cuda> {
     let base = GgufFile::open(tiny(name)).unwrap();
     let device = Cuda::open(0, frozen).unwrap();
     Trainer::load(device, &base, &settings.method(), settings.seed, settings.step_options()).unwrap()
+}
+
+/// Told nothing and telling nothing.
+struct Silent;
+
+impl Progress for Silent {
+    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
+    fn advance(&mut self, _n: u64) {}
+    fn finish(&mut self) {}
+    fn say(&mut self, _text: &str) {}
 }

@@ -10,19 +10,21 @@ use detox_gguf::train::artifact;
 use detox_gguf::train::config::Config;
 use detox_gguf::train::cuda::{Cuda, emulation};
 use detox_gguf::train::device::Device;
+use detox_gguf::train::metrics::{PlacementRecord, Record};
 use detox_gguf::train::pack::Packed;
 use detox_gguf::train::placement::{Choice, Frozen, Needs};
 use detox_gguf::train::run::{RunFiles, run};
 use detox_gguf::train::settings::Settings;
 use detox_gguf::train::tokens::TokenPair;
+use detox_gguf::train::trainer::Side;
 
-use super::{alone, load, own_pairs, settings, tiny};
+use super::{Silent, gpu, load, own_pairs, settings, tiny};
 
 const PLENTY: usize = 4 << 30;
 
 #[test]
 fn rejects_gpus_that_cannot_be_had_with_cause_and_cure() {
-    let _alone = alone();
+    let _turn = gpu();
     let cases = [
         (emulation::NO_DEVICE, "no CUDA-capable device", "--device cpu"),
         (emulation::INSUFFICIENT_DRIVER, "driver version is insufficient", "newer NVIDIA driver"),
@@ -48,7 +50,7 @@ fn rejects_gpus_that_cannot_be_had_with_cause_and_cure() {
 
 #[test]
 fn too_little_memory_is_an_error_that_says_how_much_there_is_and_leaves_nothing_behind() {
-    let _alone = alone();
+    let _turn = gpu();
     let before = emulation::taken();
     {
         let device = Cuda::open(0, Frozen::Bf16).unwrap();
@@ -67,7 +69,7 @@ fn too_little_memory_is_an_error_that_says_how_much_there_is_and_leaves_nothing_
 
 #[test]
 fn memory_that_was_given_back_is_free_whatever_its_pieces() {
-    let _alone = alone();
+    let _turn = gpu();
     let device = Cuda::open(0, Frozen::Bf16).unwrap();
     emulation::set_memory(emulation::taken() + (8 << 20));
     let (free, total) = device.memory_bytes().unwrap();
@@ -125,8 +127,10 @@ impl Progress for Limiting {
 
 fn train(folder: &Path, pairs: &[TokenPair], after: u64, fault: Fault) -> (Result<()>, Vec<String>) {
     std::fs::create_dir_all(folder).unwrap();
-    let settings = settings();
+    // One pair after the other, activations twice: nothing smaller is left.
+    let settings = Settings { max_rows: 1, ..settings() };
     let mut trainer = load("llama", &settings, Frozen::Bf16);
+    trainer.set_checkpointing(true);
     let mut progress = Limiting { after, fault, n_steps: 0, is_training: false, said: Vec::new() };
     let files = RunFiles::of(folder);
     let ran = run(&mut trainer, pairs, &settings, &files, &AtomicBool::new(false), &mut progress);
@@ -141,7 +145,7 @@ fn train(folder: &Path, pairs: &[TokenPair], after: u64, fault: Fault) -> (Resul
 
 #[test]
 fn a_run_whose_gpu_fails_is_saved_where_it_can_be_and_goes_on_to_the_bytes_of_an_unbroken_one() {
-    let _alone = alone();
+    let _turn = gpu();
     let folder = tempfile::tempdir().unwrap();
     let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
     let pairs = own_pairs("llama", 8);
@@ -166,9 +170,147 @@ fn a_run_whose_gpu_fails_is_saved_where_it_can_be_and_goes_on_to_the_bytes_of_an
     assert!(bytes(&whole) == bytes(&broken), "the adapter of a run that was broken off twice");
 }
 
+/// Rows of the pairs, and of the longest.
+fn rows_of(pairs: &[TokenPair]) -> (usize, usize) {
+    let rows = pairs.iter().map(|pair| Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected));
+    (rows.clone().sum(), rows.max().unwrap_or(0))
+}
+
+fn placements(records: &[Record]) -> Vec<PlacementRecord> {
+    let of = |record: &Record| if let Record::Placement(found) = record { Some(*found) } else { None };
+    records.iter().filter_map(of).collect()
+}
+
+/// That two runs made the same steps, but for the rounding of their sums: gradients that were added twice, or not at all,
+/// would be half as long or twice.
+#[track_caller]
+fn assert_same_steps(found: &[Record], expected: &[Record]) {
+    let of = |record: &Record| if let Record::Step(step) = record { Some(*step) } else { None };
+    let [found, expected] =
+        [found, expected].map(|records| records.iter().filter_map(of).collect::<Vec<_>>());
+    assert_eq!(found.len(), expected.len());
+    for (a, b) in found.iter().zip(&expected) {
+        assert_eq!((a.step, a.tokens, a.pairs), (b.step, b.tokens, b.pairs));
+        let near = |a: f64, b: f64| (a - b).abs() <= 0.05 * b.abs();
+        assert!(near(a.means.loss, b.means.loss) && near(a.grad_norm, b.grad_norm), "{a:?} and {b:?}");
+    }
+}
+
+#[test]
+fn a_run_whose_memory_runs_out_goes_on_in_smaller_passes_and_ends_where_an_unbroken_one_does() {
+    let _turn = gpu();
+    let pairs = own_pairs("llama", 8);
+    let (_, longest) = rows_of(&pairs);
+    let settings = Settings {
+        batch_size: 4,
+        max_steps: Some(3),
+        max_rows: 4096,
+        held_out: 0.0,
+        frozen: Some(Frozen::Bf16),
+        ..settings()
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let train = |name: &str, limit: Option<usize>, smallest: Option<usize>| {
+        let files = RunFiles::of(&folder.path().join(name));
+        std::fs::create_dir_all(folder.path().join(name)).unwrap();
+        let settings = Settings { max_rows: smallest.unwrap_or(settings.max_rows), ..settings.clone() };
+        let before = emulation::taken();
+        let mut trainer = load("llama", &settings, Frozen::Bf16);
+        trainer.set_checkpointing(smallest.is_some());
+        emulation::set_memory(limit.map_or(PLENTY, |limit| before + limit));
+        emulation::peak();
+        let mut progress = Limiting {
+            after: u64::MAX,
+            fault: Fault::Memory,
+            n_steps: 0,
+            is_training: false,
+            said: Vec::new(),
+        };
+        let ran = run(&mut trainer, &pairs, &settings, &files, &AtomicBool::new(false), &mut progress);
+        emulation::set_memory(PLENTY);
+        (ran.map(|(_, records)| records), emulation::peak() - before, progress.said)
+    };
+    let (records, most, said) = train("unbroken", None, None);
+    let unbroken = records.unwrap();
+    let first = PlacementRecord {
+        step: 0,
+        max_rows: 4096,
+        checkpointing: false,
+        frozen: Some(Frozen::Bf16),
+        out_of_memory: false,
+    };
+    assert_eq!((placements(&unbroken), said), (vec![first], vec![]));
+    let (records, least, _) = train("smallest", None, Some(longest));
+    assert_same_steps(&records.unwrap(), &unbroken);
+    assert!(2 * least < most, "{least} and {most} bytes");
+
+    // Smaller passes suffice.
+    let (records, taken, said) = train("smaller", Some(most - 1), None);
+    let records = records.unwrap();
+    let chosen = placements(&records);
+    assert!(taken < most && chosen.len() == 2, "{chosen:?}");
+    assert!(chosen[1].out_of_memory && !chosen[1].checkpointing && chosen[1].max_rows < 400, "{chosen:?}");
+    let expected = format!("the run goes on with {} tokens at once, weights in bf16", chosen[1].max_rows);
+    assert!(said[0].contains("the GPU has no room for") && said[0].ends_with(&expected), "{said:?}");
+    assert_same_steps(&records, &unbroken);
+
+    // Only the smallest suffice, with activations made twice.
+    let (records, ..) = train("least", Some(least), None);
+    let records = records.unwrap();
+    let chosen = placements(&records);
+    let last = chosen.last().unwrap();
+    assert!(last.checkpointing && last.max_rows == longest && chosen.len() > 2, "{chosen:?}");
+    assert_same_steps(&records, &unbroken);
+
+    // Nothing does: the run is saved and ends, and goes on with other choices once there is memory.
+    let (records, _, said) = train("none", Some(least - 1), None);
+    assert!(matches!(records, Err(Error::DeviceMemory { .. })), "{records:?}");
+    assert_eq!(said.last().unwrap(), "saved after step 0: the same command goes on from there");
+    let (records, _, said) = train("none", None, Some(longest));
+    let records = records.unwrap();
+    let chosen = placements(&records);
+    assert!(chosen.iter().filter(|c| c.out_of_memory).count() > 1 && said.is_empty(), "{chosen:?}, {said:?}");
+    assert_same_steps(&records, &unbroken);
+}
+
+#[test]
+fn a_run_whose_memory_ran_out_goes_on_with_other_choices_and_says_so() {
+    let _turn = gpu();
+    let pairs = own_pairs("llama-q8_0", 8);
+    let folder = tempfile::tempdir().unwrap();
+    let files = RunFiles::of(folder.path());
+    let smallest = Settings { max_rows: 1, frozen: Some(Frozen::Bf16), ..settings() };
+    let mut trainer = load("llama-q8_0", &smallest, Frozen::Bf16);
+    trainer.set_checkpointing(true);
+    let mut progress =
+        Limiting { after: 3, fault: Fault::Memory, n_steps: 0, is_training: false, said: Vec::new() };
+    let ran = run(&mut trainer, &pairs, &smallest, &files, &AtomicBool::new(false), &mut progress);
+    emulation::set_memory(PLENTY);
+    assert!(matches!(ran, Err(Error::DeviceMemory { .. })), "{ran:?}");
+    drop(trainer);
+
+    let other = Settings { max_rows: 64, frozen: Some(Frozen::Quantised), ..settings() };
+    let mut trainer = load("llama-q8_0", &other, Frozen::Quantised);
+    progress =
+        Limiting { after: u64::MAX, fault: Fault::Memory, n_steps: 0, is_training: false, said: Vec::new() };
+    let (outcome, records) =
+        run(&mut trainer, &pairs, &other, &files, &AtomicBool::new(false), &mut progress).unwrap();
+    assert_eq!(outcome.n_steps, 5);
+    let expected = "the run goes on with 64 tokens at once, weights in the file's blocks, and not with 1 token at once, \
+                    weights in bf16, activations computed twice: numbers change by their rounding alone";
+    assert_eq!(progress.said[0], expected);
+    assert_eq!(placements(&records).last().map(|p| (p.step, p.max_rows)), Some((3, 64)));
+
+    let whole = tempfile::tempdir().unwrap();
+    let (files, mut unbroken) = (RunFiles::of(whole.path()), load("llama-q8_0", &smallest, Frozen::Bf16));
+    let (_, expected) =
+        run(&mut unbroken, &pairs, &smallest, &files, &AtomicBool::new(false), &mut Silent).unwrap();
+    assert_same_steps(&records, &expected);
+}
+
 #[test]
 fn runs_take_no_more_memory_than_was_said_before() {
-    let _alone = alone();
+    let _turn = gpu();
     for (name, frozen, checkpointing) in [
         ("llama", Frozen::Bf16, false),
         ("llama", Frozen::Bf16, true),
@@ -182,7 +324,7 @@ fn runs_take_no_more_memory_than_was_said_before() {
         let base = GgufFile::open(tiny(name)).unwrap();
         let config = Config::read(&base, None).unwrap();
         let refs: Vec<&TokenPair> = pairs.iter().collect();
-        let rows: usize = pairs.iter().map(|p| Packed::n_rows_of(&p.prompt, &p.chosen, &p.rejected)).sum();
+        let (rows, _) = rows_of(&pairs);
         let needs = Needs::new(&base, &config, &settings, 1);
         // The reserve is for what the emulation does not take.
         let said = needs.bytes(Choice { frozen, checkpointing, max_rows: rows }) - Needs::RESERVE_BYTES;
@@ -191,7 +333,7 @@ fn runs_take_no_more_memory_than_was_said_before() {
         emulation::peak();
         let mut trainer = load(name, &settings, frozen);
         trainer.set_checkpointing(checkpointing);
-        let references = trainer.logps(detox_gguf::train::trainer::Side::Reference, &refs).unwrap();
+        let references = trainer.logps(Side::Reference, &refs).unwrap();
         trainer.add_gradient(&refs, &references).unwrap();
         trainer.step(1e-3, 1.0).unwrap();
         let taken = (emulation::peak() - before) as u64;

@@ -1,9 +1,8 @@
-//! What a run on the emulated GPU leaves: a file that llama.cpp runs as it was trained.
+//! What a run on a GPU leaves: a file that llama.cpp runs as it was trained.
 
 use std::sync::atomic::AtomicBool;
 
 use detox_gguf::gguf::{GgufFile, Metadata};
-use detox_gguf::progress::Progress;
 use detox_gguf::train::agreement::{Expected, Rounding, agreement};
 use detox_gguf::train::artifact;
 use detox_gguf::train::placement::{DeviceName, Frozen};
@@ -11,20 +10,11 @@ use detox_gguf::train::run::{RunFiles, run};
 use detox_gguf::train::settings::{MethodName, Settings};
 use detox_gguf::train::tokens::TokenPair;
 
-use super::{alone, load, own_pairs, settings, tiny};
-
-struct Silent;
-
-impl Progress for Silent {
-    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
-    fn advance(&mut self, _n: u64) {}
-    fn finish(&mut self) {}
-    fn say(&mut self, _text: &str) {}
-}
+use super::{Silent, gpu, load, own_pairs, settings, tiny};
 
 #[test]
 fn llama_cpp_runs_what_was_trained_within_the_bound_of_bf16() {
-    let _alone = alone();
+    let Some(_turn) = gpu() else { return };
     for (name, method, frozen) in [
         ("llama", MethodName::Lora, Frozen::Bf16),
         ("llama-q8_0", MethodName::Lora, Frozen::Quantised),

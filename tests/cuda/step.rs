@@ -1,7 +1,8 @@
-//! A step of DPO on the emulated GPU beside one on the CPU.
+//! A step of DPO on a GPU beside one on the CPU.
 
 use detox_gguf::gguf::GgufFile;
 use detox_gguf::train::cpu::{Cpu, Products};
+#[cfg(feature = "cuda-emulation")]
 use detox_gguf::train::cuda::emulation;
 use detox_gguf::train::device::Device;
 use detox_gguf::train::placement::Frozen;
@@ -9,7 +10,7 @@ use detox_gguf::train::settings::{MethodName, Settings};
 use detox_gguf::train::tokens::TokenPair;
 use detox_gguf::train::trainer::{AnswerLogps, Side, Trainer};
 
-use super::{alone, load, own_pairs, settings, tiny};
+use super::{gpu, load, own_pairs, settings, tiny};
 
 /// Of an answer's log-probability, a sum of up to forty around -7: bf16 moves each logit by some thousandths of the largest.
 const LOGPS: f64 = 0.005;
@@ -95,7 +96,7 @@ fn assert_same_step(name: &str, settings: &Settings, frozen: Frozen) {
 
 #[test]
 fn steps_of_adapters_agree_with_the_cpu_s() {
-    let _alone = alone();
+    let Some(_turn) = gpu() else { return };
     for name in ALL {
         assert_same_step(name, &settings(), Frozen::Bf16);
     }
@@ -106,7 +107,7 @@ fn steps_of_adapters_agree_with_the_cpu_s() {
 
 #[test]
 fn steps_of_every_weight_of_directions_and_of_embeddings_agree_with_the_cpu_s() {
-    let _alone = alone();
+    let Some(_turn) = gpu() else { return };
     for name in ["llama", "gpt2", "qwen3"] {
         assert_same_step(name, &Settings { method: MethodName::Full, ..settings() }, Frozen::Bf16);
     }
@@ -117,17 +118,20 @@ fn steps_of_every_weight_of_directions_and_of_embeddings_agree_with_the_cpu_s() 
 
 #[test]
 fn a_step_gives_the_same_bits_again_and_with_threads_in_reverse() {
-    let _alone = alone();
+    let Some(_turn) = gpu() else { return };
     let pairs = own_pairs("gemma3", 3);
     let pairs: Vec<&TokenPair> = pairs.iter().collect();
     let once = || step(load("gemma3", &settings(), Frozen::Bf16), &pairs);
     let (first, again) = (once(), once());
-    emulation::set_reverse(true);
-    let reversed = once();
-    emulation::set_reverse(false);
     let bits = |step: &Step| -> Vec<u32> { step.values.iter().flatten().map(|x| x.to_bits()).collect() };
     assert!(bits(&first) == bits(&again), "the same step again");
-    assert!(bits(&first) == bits(&reversed), "threads in reverse");
+    #[cfg(feature = "cuda-emulation")]
+    {
+        emulation::set_reverse(true);
+        let reversed = once();
+        emulation::set_reverse(false);
+        assert!(bits(&first) == bits(&reversed), "threads in reverse");
+    }
     // Blocks are rounded to the same numbers whenever it is done, and each of these matrices is one part. Over several
     // parts, gradients of inputs are added up part by part: other sums, rounded otherwise.
     let blocks = step(load("gemma3", &settings(), Frozen::Quantised), &pairs);

@@ -2,37 +2,27 @@
 //! against llama.cpp.
 
 mod golden;
+#[path = "../own_pairs/mod.rs"]
+mod own_pairs;
 mod refusals;
 mod result;
 mod run;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use detox_gguf::engine::Vocabulary;
 use detox_gguf::error::Result;
 use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec};
 use detox_gguf::progress::Progress;
+use detox_gguf::train::artifact;
 use detox_gguf::train::cpu::Cpu;
 use detox_gguf::train::metrics::Record;
 use detox_gguf::train::run::{Outcome, RunFiles, run};
 use detox_gguf::train::settings::Settings;
-use detox_gguf::train::tokens::{Limits, TokenPair, tokenize};
+use detox_gguf::train::tokens::TokenPair;
 use detox_gguf::train::trainer::Trainer;
-use detox_gguf::train::{artifact, pairs};
 
-fn tiny(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("gguf/tiny/{name}.gguf"))
-}
-
-/// The program's own pairs as a tiny model's tokens, the first `n`.
-fn own_pairs(name: &str, n: usize) -> Vec<TokenPair> {
-    let vocabulary = Vocabulary::open(&tiny(name)).unwrap();
-    let limits = Limits { max_prompt: 16, max_length: 40, append_eos: true };
-    let tokenized = tokenize(&vocabulary, &pairs::own()[..n], &limits).unwrap();
-    assert_eq!(tokenized.pairs.len(), n);
-    tokenized.pairs.into_iter().map(|(_, pair)| pair).collect()
-}
+use own_pairs::{own_pairs, tiny};
 
 /// Of a run of some dozen steps, large enough to be seen.
 fn small_settings() -> Settings {

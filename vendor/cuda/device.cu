@@ -209,6 +209,14 @@ detox_cuda_status detox_cuda_memory(detox_cuda_device* device, size_t* n_free, s
     });
 }
 
+detox_cuda_status detox_cuda_trim(detox_cuda_device* device) {
+    return on_device(device, [&] {
+        // What was released is the pool's once the stream has come to it.
+        check(cudaStreamSynchronize(device->stream), "giving memory back");
+        check(cudaMemPoolTrimTo(device->pool, 0), "giving memory back");
+    });
+}
+
 detox_cuda_status detox_cuda_wait(detox_cuda_device* device) {
     return on_device(device, [&] { check(cudaStreamSynchronize(device->stream), "waiting for the GPU"); });
 }

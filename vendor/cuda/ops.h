@@ -63,6 +63,8 @@ void detox_cuda_close(detox_cuda_device* device);
 detox_cuda_status detox_cuda_describe(detox_cuda_device* device, detox_cuda_properties* properties);
 // Bytes that a process could still have, and bytes in all.
 detox_cuda_status detox_cuda_memory(detox_cuda_device* device, size_t* n_free, size_t* n_total);
+// Gives back to the driver what is kept of released memory for later.
+detox_cuda_status detox_cuda_trim(detox_cuda_device* device);
 // Waits for all that was asked for.
 detox_cuda_status detox_cuda_wait(detox_cuda_device* device);
 

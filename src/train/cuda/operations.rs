@@ -28,6 +28,11 @@ impl Device for Cuda {
         GPU_LOGIT_BYTES
     }
 
+    fn trim(&self) -> Result<()> {
+        // SAFETY: the device is open.
+        self.check(unsafe { ffi::detox_cuda_trim(self.raw()) })
+    }
+
     fn zeros(&self, n: usize) -> Result<Buffer> {
         let mut buffer = Buffer::new(&self.handle, n)?;
         buffer.clear()?;

@@ -1,0 +1,48 @@
+//! `train --device cuda` as users type it.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use super::{gpu, tiny};
+
+fn train(output: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_detox-gguf"));
+    command.args("train --device cuda --rank 4 --max-steps 1 --held-out 0 --batch-size 2".split(' '));
+    command.args("--max-length 32 --max-prompt 16 --learning-rate 1e-3".split(' '));
+    command.arg("-m").arg(tiny("llama-q8_0")).arg("--pairs").arg(output.with_file_name("pairs.jsonl"));
+    command.arg("-o").arg(output).args(arguments);
+    command.output().unwrap()
+}
+
+#[test]
+fn a_run_goes_on_with_other_choices_of_memory_but_not_with_another_recipe() {
+    let Some(_turn) = gpu() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    // Some of the program's own, so that little is compared with llama.cpp.
+    let own = include_str!("../../src/train/own_pairs.jsonl").lines().take(3);
+    let pairs: String = own.map(|line| format!("{line}\n")).collect();
+    std::fs::write(folder.path().join("pairs.jsonl"), pairs).unwrap();
+    let said = |output: &Output| String::from_utf8(output.stderr.clone()).unwrap();
+    let first = train(&run, &["-t", "2"]);
+    assert!(first.status.success(), "{}", said(&first));
+    let record = std::fs::read_to_string(run.join("run.json")).unwrap();
+    assert!(!record.contains("max_rows") && record.contains("\"device\": \"cuda:0\""), "{record}");
+    // As many as two pairs have.
+    assert!(said(&first).contains(" tokens are computed at once (--ubatch-size)\n"), "{}", said(&first));
+
+    let choices = ["-ub", "40", "--frozen", "quantised", "--checkpointing", "on", "-t", "1"];
+    let other = train(&run, &choices);
+    assert!(other.status.success(), "{}", said(&other));
+    let notice = "the run goes on with 40 tokens at once, weights in the file's blocks, activations computed twice, and \
+                  not with ";
+    assert!(said(&other).contains(notice), "{}", said(&other));
+    assert_eq!(std::fs::read_to_string(run.join("run.json")).unwrap(), record);
+
+    let refused = train(&run, &["--beta", "0.2"]);
+    assert!(
+        !refused.status.success() && said(&refused).contains("beta is 0.1 there, and 0.2 now"),
+        "{}",
+        said(&refused)
+    );
+}
