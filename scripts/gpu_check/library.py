@@ -31,8 +31,9 @@ class Segment(c.Structure):
 
 
 class Batch(c.Structure):
-    _fields_ = [("n_rows", i64), ("n_segments", i64), ("n_outputs", i64), ("tokens", pointer), ("positions", pointer),
-                ("segments", c.POINTER(Segment)), ("output_rows", pointer), ("output_tokens", pointer)]
+    _fields_ = [("n_rows", i64), ("n_segments", i64), ("n_outputs", i64), ("n_answers", i64), ("tokens", pointer), ("positions", pointer),
+                ("segments", c.POINTER(Segment)), ("output_rows", pointer), ("output_tokens", pointer),
+                ("answer_ends", pointer)]
 
 
 class NormKind(c.Structure):
@@ -42,6 +43,14 @@ class NormKind(c.Structure):
 class AttentionKind(c.Structure):
     _fields_ = [("n_head", i32), ("n_head_kv", i32), ("head_dim", i32), ("scale", f32), ("window", i32),
                 ("slopes", pointer)]
+
+
+class Preference(c.Structure):
+    _fields_ = [("loss", i32), ("beta", c.c_double), ("label_smoothing", c.c_double), ("n_pairs", i64)]
+
+
+# What a pair costs, as rows of an array.
+PAIR_COST = ("policy_chosen", "policy_rejected", "loss", "dchosen", "drejected")
 
 
 class Parameter(c.Structure):
@@ -96,6 +105,8 @@ SIGNATURES = {
     "scale_rows": [P, i64, i64, P],
     "add_columns": [P, i64, i64, i64, P, i64, i64, i64],
     "logprobs": [P, i64, i64, f32, i64, i32, P, P],
+    "preference_loss": [c.POINTER(Preference), P, P, P, P, P],
+    "trim": [],
     "square_sum": [P, P, i64, c.POINTER(c.c_double)],
     "rmsprop": [c.POINTER(RmspropStep), c.POINTER(Parameter), i64],
     "adamw": [c.POINTER(AdamwStep), c.POINTER(Parameter), i64],
@@ -250,11 +261,12 @@ class Packed:
 
     def raw(self) -> Batch:
         numbers = lambda values: np.array(values, dtype=np.int32)  # noqa: E731
-        self.kept = [numbers(self.tokens), numbers(self.positions), numbers(self.output_rows), numbers(self.output_tokens)]
-        tokens, positions, output_rows, output_tokens = (array.ctypes.data for array in self.kept)
+        self.kept = [numbers(values) for values in (self.tokens, self.positions, self.output_rows, self.output_tokens,
+                                                    [end for _, end in self.answers])]
+        tokens, positions, output_rows, output_tokens, answer_ends = (array.ctypes.data for array in self.kept)
         self.kept_segments = (Segment * len(self.segments))(*self.segments)
-        return Batch(len(self.tokens), len(self.segments), len(self.output_rows), tokens, positions, self.kept_segments,
-                     output_rows, output_tokens)
+        return Batch(len(self.tokens), len(self.segments), len(self.output_rows), len(self.answers), tokens, positions,
+                     self.kept_segments, output_rows, output_tokens, answer_ends)
 
     def sees(self, window: int = 0) -> np.ndarray:
         """[R][R], whether a row sees another."""

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from .blocks import TYPES, numbers_of, random_blocks
-from .library import (OUTPUT, POSITION, TOKEN, AdamwStep, AttentionKind, Gemm, Gpu, Matrix, NormKind, Packed,
-                      Parameter, RmspropStep)
+from .library import (OUTPUT, PAIR_COST, POSITION, TOKEN, AdamwStep, AttentionKind, Gemm, Gpu, Matrix, NormKind, Packed,
+                      Parameter, Preference, RmspropStep)
 
 HELD = 0.25
 # Of the largest number: sums of up to some thousand f32 numbers.
@@ -263,7 +263,8 @@ def check_sums(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
         check.close("add to rows", gpu.read(oy, *shape), x + bias.astype(np.float64), what)
         gpu.call("sum_rows", ox, n_rows, n_cols, ob)
         check.close("sum of rows", gpu.read(ob, n_cols), bias + x.sum(0, dtype=np.float64), what)
-        gpu.call("scale_rows", factors.ctypes.data, n_rows, n_cols, ox)
+        of_rows = gpu.array(factors)
+        gpu.call("scale_rows", of_rows, n_rows, n_cols, ox)
         check.close("scaled rows", gpu.read(ox, *shape), x * factors[:, None].astype(np.float64), what)
         to, before = gpu.array(np.full((n_rows, 9), HELD)), gpu.array(x)
         n = min(n_cols, 4)
@@ -271,7 +272,7 @@ def check_sums(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
         expected = np.full((n_rows, 9), HELD)
         expected[:, 5:5 + n] += x[:, n_cols - n:]
         check.close("columns", gpu.read(to, n_rows, 9), expected, what)
-        gpu.release(ox, oy, ob, to, before)
+        gpu.release(ox, oy, ob, to, before, of_rows)
 
 
 def check_head(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
@@ -285,14 +286,50 @@ def check_head(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
             logps = torch.log_softmax(tl * scale, -1)[range(count), tokens]
             logps.sum().backward()
             for gradient in (0, 1):
-                at, found = gpu.array(logits), np.full(count, np.nan, np.float32)
-                gpu.call("logprobs", rows, first, count, scale, n_vocab, gradient, at, found.ctypes.data)
-                check.close("log-probabilities", found, logps.detach(), f"{n_vocab}")
+                at, found = gpu.array(logits), gpu.poison(count)
+                gpu.call("logprobs", rows, first, count, scale, n_vocab, gradient, at, found)
+                check.close("log-probabilities", gpu.read(found, count), logps.detach(), f"{n_vocab}")
                 after = gpu.read(at, count, n_vocab)
                 expected = tl.grad if gradient else logits
                 check.close("log-probabilities back", after, expected, f"{n_vocab}", sums=SUMS if gradient else 1e-30)
-                gpu.release(at)
+                gpu.release(at, found)
     gpu.close_rows(rows)
+
+
+def check_preference(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
+    functional = torch.nn.functional
+    for what, pairs in PAIRS.items():
+        packed = Packed(pairs)
+        rows, n_outputs, n_pairs = gpu.rows(packed), len(packed.output_rows), len(pairs)
+        lengths = torch.tensor([end - first for first, end in packed.answers], dtype=torch.float64).view(-1, 2)
+        for number, (name, beta, smoothing) in enumerate((("sigmoid", 0.1, 0.2), ("IPO", 0.3, 0.0), ("hinge", 0.5, 0.0))):
+            logps = -3 + normal(random, n_outputs)
+            policy = tensor(logps, True)
+            sums = torch.stack([policy[first:end].sum() for first, end in packed.answers]).view(-1, 2)
+            references = sums.detach().numpy() + 2 * random.standard_normal((n_pairs, 2))
+            ratios = sums - torch.tensor(references)
+            h = beta * (ratios[:, 0] - ratios[:, 1])
+            by_token = (ratios / lengths)[:, 0] - (ratios / lengths)[:, 1]
+            losses = (-(1 - smoothing) * functional.logsigmoid(h) - smoothing * functional.logsigmoid(-h),
+                      (by_token - 1 / (2 * beta)) ** 2, torch.relu(1 - h))[number]
+            # A batch may be a part of a step: the mean is over twice its pairs.
+            (losses.sum() / (2 * n_pairs)).backward()
+            kind = Preference(number, beta, smoothing, 2 * n_pairs)
+            on, dlogps = gpu.array(logps), gpu.poison(n_outputs)
+            costs = np.full((n_pairs, len(PAIR_COST)), np.nan)
+            gpu.call("preference_loss", c.byref(kind), rows, references.ctypes.data, on, dlogps, costs.ctypes.data)
+            check.close("preference loss", costs[:, :2], sums.detach(), f"{what}, {name}", sums=1e-14)
+            check.close("preference loss", costs[:, 2], losses.detach(), f"{what}, {name}", sums=1e-12)
+            check.close("preference back", gpu.read(dlogps, n_outputs), policy.grad, f"{what}, {name}", sums=1e-7)
+            gpu.release(on, dlogps)
+        # A policy that is its reference costs ln 2, to the bit.
+        on, dlogps = gpu.array(np.full(n_outputs, -1.5)), gpu.memory(4 * n_outputs)
+        references = -1.5 * lengths.numpy()
+        gpu.call("preference_loss", c.byref(Preference(0, 0.1, 0.0, n_pairs)), rows, references.ctypes.data, on, dlogps,
+                 costs.ctypes.data)
+        check.close("preference at start", costs[:, 2], np.full(n_pairs, math.log(2)), what, sums=1e-30)
+        gpu.release(on, dlogps)
+        gpu.close_rows(rows)
 
 
 def check_optimizers(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
@@ -331,4 +368,4 @@ def check_optimizers(gpu: Gpu, check: Checker, random: np.random.Generator) -> N
 
 
 ALL = (check_products, check_lookups, check_norms, check_rope, check_attention, check_activations, check_sums, check_head,
-       check_optimizers)
+       check_preference, check_optimizers)

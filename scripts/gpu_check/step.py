@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .library import OUTPUT, AttentionKind, Gemm, Gpu, Matrix, NormKind, Packed, Parameter, RmspropStep
+from .library import (OUTPUT, PAIR_COST, AttentionKind, Gemm, Gpu, Matrix, NormKind, Packed, Parameter, Preference,
+                      RmspropStep)
 from .operations import Checker, attended, rotated
 
 NORM = NormKind(0, 1e-5)
@@ -160,7 +161,7 @@ class Step:
             x, _ = self.forward_layer(il, rows, n, x)
             gpu.release(*(at for at in self.kept if at != x))
             self.kept = [x]
-        logps = np.empty(n_outputs, np.float32)
+        logps = self.new(n_outputs)
         chunk = max(1, LOGIT_BYTES // (4 * shape.n_vocab))
         for first in range(0, n_outputs, chunk):
             count = min(chunk, n_outputs - first)
@@ -168,7 +169,8 @@ class Step:
             gpu.call("gather", x, shape.n_embd, OUTPUT, first, count, rows, 1.0, picked)
             normed = self.norm(self.norms[-1], picked, count)
             gpu.call("product", c.byref(self.output), normed, count, logits)
-            gpu.call("logprobs", rows, first, count, 1.0, shape.n_vocab, 0, logits, logps[first:].ctypes.data)
+            gpu.call("logprobs", rows, first, count, 1.0, shape.n_vocab, 0, logits, logps + 4 * first)
+        logps = gpu.read(logps, n_outputs)
         gpu.release(*self.kept)
         gpu.close_rows(rows)
         self.with_adapter = True
@@ -184,7 +186,7 @@ class Step:
         for il in range(shape.n_layer):
             x, cache = self.forward_layer(il, rows, n, x)
             caches.append(cache)
-        logps, head = np.empty(n_outputs, np.float32), self.zeros(n_outputs * shape.n_embd)
+        logps, dlogps, head = self.new(n_outputs), self.new(n_outputs), self.zeros(n_outputs * shape.n_embd)
         chunk = max(1, LOGIT_BYTES // (4 * shape.n_vocab))
         for first in range(0, n_outputs, chunk):
             count = min(chunk, n_outputs - first)
@@ -192,16 +194,15 @@ class Step:
             gpu.call("gather", x, shape.n_embd, OUTPUT, first, count, rows, 1.0, picked)
             normed = self.norm(self.norms[-1], picked, count)
             gpu.call("product", c.byref(self.output), normed, count, logits)
-            gpu.call("logprobs", rows, first, count, 1.0, shape.n_vocab, 1, logits, logps[first:].ctypes.data)
+            gpu.call("logprobs", rows, first, count, 1.0, shape.n_vocab, 1, logits, logps + 4 * first)
             gpu.call("product_back", c.byref(self.output), logits, count, head + 4 * first * shape.n_embd)
             gpu.release(logits)
             self.kept.remove(logits)
-        answers = np.array([logps[a:b].sum(dtype=np.float64) for a, b in packed.answers])
-        loss, slopes = preference(answers, references)
-        factors = np.empty(n_outputs, np.float32)
-        for (a, b), slope in zip(packed.answers, slopes):
-            factors[a:b] = slope
-        gpu.call("scale_rows", factors.ctypes.data, n_outputs, shape.n_embd, head)
+        n_pairs = len(packed.answers) // 2
+        preference = Preference(0, BETA, 0.0, n_pairs)
+        costs, references = np.empty((n_pairs, len(PAIR_COST))), np.ascontiguousarray(references, dtype=np.float64)
+        gpu.call("preference_loss", c.byref(preference), rows, references.ctypes.data, logps, dlogps, costs.ctypes.data)
+        gpu.call("scale_rows", dlogps, n_outputs, shape.n_embd, head)
         picked, dpicked = self.new(n_outputs * shape.n_embd), self.zeros(n_outputs * shape.n_embd)
         gpu.call("gather", x, shape.n_embd, OUTPUT, 0, n_outputs, rows, 1.0, picked)
         gpu.call("norm_back", c.byref(NORM), picked, self.norms[-1], head, n_outputs, shape.n_embd, dpicked, None, None)
@@ -211,7 +212,7 @@ class Step:
             self.backward_layer(il, rows, n, caches[il], dx)
         gpu.release(*self.kept)
         gpu.close_rows(rows)
-        return loss, answers
+        return float(costs[:, 2].mean()), costs[:, :2].reshape(-1)
 
     def optimize(self, parameters, step: RmspropStep) -> float:
         """A step against the gradients, which are forgotten; gives the sum of their squares."""
@@ -223,14 +224,6 @@ class Step:
         for p in parameters:
             self.gpu.call("clear", 4 * p.n, p.gradient)
         return total.value
-
-
-def preference(answers: np.ndarray, references: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean of -log sigmoid(beta h), and its slopes (arXiv 2305.18290, equation 7)."""
-    margins = (answers - references).reshape(-1, 2)
-    h = BETA * (margins[:, 0] - margins[:, 1])
-    slope = -BETA / (1 + np.exp(h)) / len(h)
-    return float(np.log1p(np.exp(-h)).mean()), np.stack([slope, -slope], 1).reshape(-1)
 
 
 def random_pairs(random: np.random.Generator, n: int, lengths: tuple[int, int, int], n_vocab: int) -> Packed:

@@ -20,7 +20,7 @@ impl<D: Device> Transformer<D> {
         gradients: &mut [D::Buffer],
         batch: &Batch<D>,
         mut cache: Cache<D>,
-        dlogps: &[f32],
+        dlogps: &D::Buffer,
     ) -> Result<()> {
         let last = cache.inputs.pop().expect("a forward pass keeps what the last block leaves");
         let mut dx = self.head_backward(pass, gradients, batch, cache.head.take(), &last, dlogps)?;
@@ -44,25 +44,28 @@ impl<D: Device> Transformer<D> {
         batch: &Batch<D>,
         head: Option<D::Buffer>,
         last: &D::Buffer,
-        dlogps: &[f32],
+        dlogps: &D::Buffer,
     ) -> Result<D::Buffer> {
         let (device, n_embd) = (pass.device, self.config.n_embd);
+        let n_outputs = batch.packed.outputs.len();
         let mut dx = device.zeros(batch.packed.n_rows() * n_embd)?;
         match head {
             Some(mut dnormed) => {
-                device.scale_rows(dlogps, n_embd, &mut dnormed)?;
-                let all = 0..dlogps.len();
+                device.scale_rows(dlogps, 0, n_embd, &mut dnormed)?;
+                let all = 0..n_outputs;
                 let (_, rows) = self.output_rows(pass, batch, last, all.clone())?;
-                let mut drows = device.zeros(dlogps.len() * n_embd)?;
+                let mut drows = device.zeros(n_outputs * n_embd)?;
                 self.norm_backward(pass, gradients, &self.output_norm, &rows, &dnormed, n_embd, &mut drows)?;
                 device.scatter_add(&drows, n_embd, &Index::Output(all), &batch.rows, 1.0, &mut dx)?;
             }
             None => {
-                for range in self.chunks(device, dlogps.len()) {
+                // The same as in the forward pass.
+                let mut logps = device.space(n_outputs)?;
+                for range in self.chunks(device, n_outputs) {
                     let (normed, rows) = self.output_rows(pass, batch, last, range.clone())?;
                     let (mut logits, reduced) = self.output.forward(pass, &normed, range.len())?;
-                    self.logprobs(pass, batch, range.clone(), true, &mut logits)?;
-                    device.scale_rows(&dlogps[range.clone()], self.config.n_vocab, &mut logits)?;
+                    self.logprobs(pass, batch, range.clone(), true, &mut logits, &mut logps)?;
+                    device.scale_rows(dlogps, range.start, self.config.n_vocab, &mut logits)?;
                     let mut dnormed = device.zeros(range.len() * n_embd)?;
                     let n = range.len();
                     self.output.backward(pass, gradients, &normed, &reduced, &logits, n, &mut dnormed)?;

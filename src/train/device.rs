@@ -11,6 +11,7 @@ use std::ops::Range;
 use crate::error::Result;
 use crate::gguf::TensorType;
 
+use super::dpo::{AnswerLogps, PairLoss, Preference};
 use super::pack::Packed;
 
 /// A frozen matrix as it lies in the file, `[O][I]`.
@@ -375,8 +376,14 @@ pub trait Device: Debug + Send + Sync {
     fn add_to_rows(&self, bias: &Self::Buffer, n_cols: usize, y: &mut Self::Buffer) -> Result<()>;
     /// `dbias[C] +=` the sum over the rows of `dy[R][C]`.
     fn sum_rows(&self, dy: &Self::Buffer, n_cols: usize, dbias: &mut Self::Buffer) -> Result<()>;
-    /// Each row of `x[R][C]` times its factor, `[R]`.
-    fn scale_rows(&self, factors: &[f32], n_cols: usize, x: &mut Self::Buffer) -> Result<()>;
+    /// Row r of `x[n][C]` times factor `first + r`, for all n rows.
+    fn scale_rows(
+        &self,
+        factors: &Self::Buffer,
+        first: usize,
+        n_cols: usize,
+        x: &mut Self::Buffer,
+    ) -> Result<()>;
     /// `dst[r][to .. to + n] += src[r][from .. from + n]`, rows of `src` having `src_cols` numbers and those of
     /// `dst` `dst_cols`.
     #[allow(clippy::too_many_arguments, reason = "one operation's operands")]
@@ -391,8 +398,10 @@ pub trait Device: Debug + Send + Sync {
         n: usize,
     ) -> Result<()>;
 
-    /// Log-probabilities of the outputs of `range` under `logits[outputs][V] * scale`, `[outputs]`; with
-    /// `gradient`, `logits` become their gradients: `scale (onehot - softmax)`.
+    /// `logps[o]`, for the outputs `o` of `range`, become their log-probabilities under `logits[outputs][V] * scale`;
+    /// other numbers of `logps`, which has one for each output of the batch, stay. With `gradient`, `logits` become
+    /// their gradients: `scale (onehot - softmax)`.
+    #[allow(clippy::too_many_arguments, reason = "one operation's operands")]
     fn logprobs(
         &self,
         rows: &Self::Rows,
@@ -401,7 +410,20 @@ pub trait Device: Debug + Send + Sync {
         n_vocab: usize,
         gradient: bool,
         logits: &mut Self::Buffer,
-    ) -> Result<Vec<f32>>;
+        logps: &mut Self::Buffer,
+    ) -> Result<()>;
+    /// What each pair of the batch costs, `[pairs]`, by the log-probabilities of its outputs, `logps[outputs]`, and those
+    /// of its answers under the model as it was, `references[pairs]`. `dlogps[outputs]` become the derivatives of the mean
+    /// loss over `n_pairs` pairs, of which the batch may be a part.
+    fn preference_loss(
+        &self,
+        preference: Preference,
+        rows: &Self::Rows,
+        references: &[AnswerLogps],
+        n_pairs: usize,
+        logps: &Self::Buffer,
+        dlogps: &mut Self::Buffer,
+    ) -> Result<Vec<(AnswerLogps, PairLoss)>>;
 
     /// The sum of the squares of all numbers.
     fn square_sum(&self, x: &Self::Buffer) -> Result<f64>;

@@ -52,6 +52,36 @@ pub struct Preference {
     pub label_smoothing: f64,
 }
 
+/// Summed log-probabilities of a pair's answers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AnswerLogps {
+    /// Of the chosen one.
+    pub chosen: f64,
+    /// Of the rejected one.
+    pub rejected: f64,
+}
+
+impl Preference {
+    /// [`preference_loss`] of one pair, by the log-probabilities of its answers, which have so many tokens.
+    pub fn of_pair(
+        self,
+        policy: AnswerLogps,
+        reference: AnswerLogps,
+        n_chosen: usize,
+        n_rejected: usize,
+    ) -> PairLoss {
+        let logps = PairLogps {
+            policy_chosen: policy.chosen,
+            policy_rejected: policy.rejected,
+            reference_chosen: reference.chosen,
+            reference_rejected: reference.rejected,
+            n_chosen,
+            n_rejected,
+        };
+        preference_loss(self, logps)
+    }
+}
+
 /// Log-probabilities of a pair's answers given its prompt, summed over their tokens.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PairLogps {

@@ -84,7 +84,7 @@ pub struct Cache<D: Device> {
 }
 
 impl<D: Device> Transformer<D> {
-    /// Log-probabilities of the outputs of `batch`, `[outputs]`, and what a backward pass needs.
+    /// Log-probabilities of the outputs of `batch`, `[outputs]`, on the device, and what a backward pass needs.
     ///
     /// # Errors
     /// Of the device.
@@ -93,7 +93,7 @@ impl<D: Device> Transformer<D> {
         pass: &Pass<'_, D>,
         batch: &Batch<D>,
         purpose: Purpose,
-    ) -> Result<(Vec<f32>, Option<Cache<D>>)> {
+    ) -> Result<(D::Buffer, Option<Cache<D>>)> {
         let (embedding_reduced, embedded, mut x) = self.embed(pass, batch)?;
         let keeps = purpose != Purpose::Score;
         let keeps_layers = purpose == Purpose::Train { checkpointing: false };
@@ -113,11 +113,11 @@ impl<D: Device> Transformer<D> {
             true => Some(pass.device.zeros(n_outputs * self.config.n_embd)?),
             false => None,
         };
-        let mut logps = Vec::with_capacity(n_outputs);
+        let mut logps = pass.device.space(n_outputs)?;
         for range in self.chunks(pass.device, n_outputs) {
             let (normed, _) = self.output_rows(pass, batch, &x, range.clone())?;
             let (mut logits, _) = self.output.forward(pass, &normed, range.len())?;
-            logps.extend(self.logprobs(pass, batch, range.clone(), needs_gradient, &mut logits)?);
+            self.logprobs(pass, batch, range.clone(), needs_gradient, &mut logits, &mut logps)?;
             if let Some(head) = &mut head {
                 // The loss reaches an output's logits by one number only, its log-probability's gradient.
                 // So the product with the output matrix is made now, while the softmax is at hand, and
@@ -199,9 +199,10 @@ impl<D: Device> Transformer<D> {
         range: Range<usize>,
         gradient: bool,
         logits: &mut D::Buffer,
-    ) -> Result<Vec<f32>> {
+        logps: &mut D::Buffer,
+    ) -> Result<()> {
         let (scale, n_vocab) = (self.config.logit_scale, self.config.n_vocab);
-        pass.device.logprobs(&batch.rows, range, scale, n_vocab, gradient, logits)
+        pass.device.logprobs(&batch.rows, range, scale, n_vocab, gradient, logits, logps)
     }
 
     pub(super) fn normed(

@@ -2,9 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::dpo::PairLoss;
+use super::dpo::{AnswerLogps, PairLoss};
 use super::placement::Frozen;
-use super::trainer::AnswerLogps;
 
 /// Means over pairs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]

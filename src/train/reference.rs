@@ -12,8 +12,9 @@ use crate::error::{Error, Result};
 use crate::file::{self, JsonLog};
 
 use super::device::Device;
+use super::dpo::AnswerLogps;
 use super::tokens::TokenPair;
-use super::trainer::{AnswerLogps, Side, Trainer};
+use super::trainer::{Side, Trainer};
 
 /// A line of `reference.jsonl`.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
 
 use super::device::Device;
-use super::dpo::{PairLogps, PairLoss, Preference, preference_loss};
+use super::dpo::{AnswerLogps, PairLoss, Preference};
 use super::forward::{Batch, Purpose};
 use super::linear::Pass;
 use super::optimizer::{Optimizer, OptimizerKind};
@@ -26,15 +26,6 @@ pub struct StepOptions {
     pub max_rows: usize,
     /// Keep each block's input alone, and make the rest again in the backward pass.
     pub checkpointing: bool,
-}
-
-/// Summed log-probabilities of a pair's answers.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AnswerLogps {
-    /// Of the chosen one.
-    pub chosen: f64,
-    /// Of the rejected one.
-    pub rejected: f64,
 }
 
 /// Which model a pass goes through.
@@ -202,7 +193,7 @@ impl<D: Device> Trainer<D> {
             let batch = self.batch(pairs)?;
             let forward = || self.transformer.forward(&self.pass(side), &batch, Purpose::Score);
             let (of_outputs, _) = self.device.scope(forward)?;
-            logps.extend(by_pair(&batch.packed, &of_outputs)?);
+            logps.extend(by_pair(&batch.packed, &self.device.download(&of_outputs)?)?);
         }
         Ok(logps)
     }
@@ -217,8 +208,11 @@ impl<D: Device> Trainer<D> {
         references: &[AnswerLogps],
     ) -> Result<Vec<(AnswerLogps, PairLoss)>> {
         let policy = self.logps(Side::Policy, pairs)?;
-        let losses = pairs.iter().zip(policy).zip(references);
-        Ok(losses.map(|((pair, policy), reference)| (policy, self.loss(pair, policy, *reference))).collect())
+        let cost = |((pair, policy), reference): ((&&TokenPair, AnswerLogps), &AnswerLogps)| {
+            let (n_chosen, n_rejected) = (pair.chosen.len(), pair.rejected.len());
+            (policy, self.options.preference.of_pair(policy, *reference, n_chosen, n_rejected))
+        };
+        Ok(pairs.iter().zip(policy).zip(references).map(cost).collect())
     }
 
     /// Adds the gradient of the mean loss of `pairs` to the parameters' gradients; gives each pair's
@@ -237,16 +231,16 @@ impl<D: Device> Trainer<D> {
             let batch = self.batch(part)?;
             let forward = || self.transformer.forward(&self.pass(Side::Policy), &batch, purpose);
             let (of_outputs, cache) = self.device.scope(forward)?;
-            let policy = by_pair(&batch.packed, &of_outputs)?;
-            let references = &references[all.len()..];
-            let losses = part.iter().zip(&policy).zip(references);
-            let losses: Vec<PairLoss> =
-                losses.map(|((pair, policy), reference)| self.loss(pair, *policy, *reference)).collect();
+            let (device, rows) = (&self.device, &batch.rows);
+            let of_part = &references[all.len()..all.len() + part.len()];
+            let mut dlogps = device.space(batch.packed.outputs.len())?;
             // The mean is over all pairs of the step, not over those of this pass.
-            let n = pairs.len() as f64;
-            let slopes: Vec<f64> =
-                losses.iter().flat_map(|loss| [loss.dchosen / n, loss.drejected / n]).collect();
-            let dlogps = batch.packed.spread_to_outputs(&slopes);
+            let (preference, n) = (self.options.preference, pairs.len());
+            let costs = device.preference_loss(preference, rows, of_part, n, &of_outputs, &mut dlogps)?;
+            if !costs.iter().all(|(policy, _)| policy.chosen.is_finite() && policy.rejected.is_finite()) {
+                // A sum of finite numbers is finite, so that this finds the one that is not.
+                by_pair(&batch.packed, &device.download(&of_outputs)?)?;
+            }
             let cache = cache.expect("a pass for training keeps what the backward pass needs");
             let pass = Pass {
                 device: &self.device,
@@ -255,7 +249,7 @@ impl<D: Device> Trainer<D> {
             };
             let (transformer, gradients) = (&self.transformer, &mut self.parameters.gradients);
             self.device.scope(|| transformer.backward(&pass, gradients, &batch, cache, &dlogps))?;
-            all.extend(policy.into_iter().zip(losses));
+            all.extend(costs);
         }
         Ok(all)
     }
@@ -278,20 +272,6 @@ impl<D: Device> Trainer<D> {
         self.is_torn = false;
         self.parameters.clear_gradients(&self.device)?;
         Ok(norm)
-    }
-
-    fn loss(&self, pair: &TokenPair, policy: AnswerLogps, reference: AnswerLogps) -> PairLoss {
-        preference_loss(
-            self.options.preference,
-            PairLogps {
-                policy_chosen: policy.chosen,
-                policy_rejected: policy.rejected,
-                reference_chosen: reference.chosen,
-                reference_rejected: reference.rejected,
-                n_chosen: pair.chosen.len(),
-                n_rejected: pair.rejected.len(),
-            },
-        )
     }
 }
 

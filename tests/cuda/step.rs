@@ -5,10 +5,11 @@ use detox_gguf::train::cpu::{Cpu, Products};
 #[cfg(feature = "cuda-emulation")]
 use detox_gguf::train::cuda::emulation;
 use detox_gguf::train::device::Device;
+use detox_gguf::train::dpo::AnswerLogps;
 use detox_gguf::train::placement::Frozen;
 use detox_gguf::train::settings::{MethodName, Settings};
 use detox_gguf::train::tokens::TokenPair;
-use detox_gguf::train::trainer::{AnswerLogps, Side, Trainer};
+use detox_gguf::train::trainer::{Side, Trainer};
 
 use super::{gpu, load, own_pairs, settings, tiny};
 

@@ -7,13 +7,13 @@ use detox_gguf::engine::Token;
 use detox_gguf::gguf::{GgufFile, TensorInfo};
 use detox_gguf::train::cpu::{Cpu, Products};
 use detox_gguf::train::device::Device;
-use detox_gguf::train::dpo::{LossKind, PairLogps, Preference, preference_loss};
+use detox_gguf::train::dpo::{AnswerLogps, LossKind, PairLogps, Preference, preference_loss};
 use detox_gguf::train::forward::Batch;
 use detox_gguf::train::lora::LoraOptions;
 use detox_gguf::train::optimizer::{OptimizerKind, Schedule, ScheduleKind};
 use detox_gguf::train::pack::Packed;
 use detox_gguf::train::tokens::TokenPair;
-use detox_gguf::train::trainer::{AnswerLogps, Side, StepOptions, Trainer};
+use detox_gguf::train::trainer::{Side, StepOptions, Trainer};
 use detox_gguf::train::transformer::{Method, read_numbers};
 use serde::Deserialize;
 

@@ -70,17 +70,9 @@ detox_cuda_scale_rows(detox_cuda_device* device, const float* factors, int64_t n
     return on_device(device, [&] {
         int64_t n = n_rows * n_cols;
         if (n == 0) return;
-        Scratch<float> there(*device, (size_t)n_rows);
-        check(
-            cudaMemcpyAsync(
-                (float*)there, factors, (size_t)n_rows * sizeof(float), cudaMemcpyHostToDevice, device->stream),
-            "taking factors to the GPU");
         launch(
-            scale_rows_kernel, dim3(blocks_of(n, THREADS)), dim3(THREADS), 0, device->stream, (const float*)there, n,
-            n_cols, x);
+            scale_rows_kernel, dim3(blocks_of(n, THREADS)), dim3(THREADS), 0, device->stream, factors, n, n_cols, x);
         check_launch("multiplying rows");
-        // The host's factors may go when this returns.
-        check(cudaStreamSynchronize(device->stream), "multiplying rows");
     });
 }
 

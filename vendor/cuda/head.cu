@@ -74,14 +74,9 @@ detox_cuda_status detox_cuda_logprobs(
         require(rows != nullptr && first >= 0 && n >= 0 && first + n <= rows->n_outputs, "outputs of the batch");
         require(n_vocab > 0, "a vocabulary");
         if (n == 0) return;
-        Scratch<float> there(*device, (size_t)n);
         launch(
             logprobs_kernel, dim3((unsigned)n), dim3(THREADS), 2 * WARP * sizeof(float), device->stream,
-            rows->output_tokens + first, scale, n_vocab, gradient, logits, (float*)there);
+            rows->output_tokens + first, scale, n_vocab, gradient, logits, logps);
         check_launch("log-probabilities");
-        check(
-            cudaMemcpyAsync(logps, (float*)there, (size_t)n * sizeof(float), cudaMemcpyDeviceToHost, device->stream),
-            "reading log-probabilities");
-        check(cudaStreamSynchronize(device->stream), "reading log-probabilities");
     });
 }

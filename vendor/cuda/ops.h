@@ -94,11 +94,13 @@ typedef struct {
     int64_t n_rows;
     int64_t n_segments;
     int64_t n_outputs;
+    int64_t n_answers;
     const int32_t* tokens;              // host [R]
     const int32_t* positions;           // host [R]
     const detox_cuda_segment* segments; // host [n_segments], together all rows once
     const int32_t* output_rows;         // host [n_outputs]
     const int32_t* output_tokens;       // host [n_outputs]
+    const int32_t* answer_ends;         // host [n_answers], outputs up to the end of each answer
 } detox_cuda_batch;
 
 detox_cuda_status
@@ -250,7 +252,7 @@ detox_cuda_add_to_rows(detox_cuda_device* device, const float* bias, int64_t n_r
 // dbias[C] += the sum over the rows of dy[R][C]
 detox_cuda_status
 detox_cuda_sum_rows(detox_cuda_device* device, const float* dy, int64_t n_rows, int64_t n_cols, float* dbias);
-// x[R][C] *= factors[R]; factors: host.
+// x[R][C] *= factors[R]
 detox_cuda_status
 detox_cuda_scale_rows(detox_cuda_device* device, const float* factors, int64_t n_rows, int64_t n_cols, float* x);
 // dst[r][to .. to + n] += src[r][from .. from + n], src[R][src_cols], dst[R][dst_cols].
@@ -260,11 +262,44 @@ detox_cuda_status detox_cuda_add_columns(
 
 // Log-probabilities.
 
-// logps[n], host, of outputs [first, first + n) under logits[n][V] * scale; with `gradient`, logits become
+// logps[n] of outputs [first, first + n) under logits[n][V] * scale; with `gradient`, logits become
 // scale (onehot - softmax).
 detox_cuda_status detox_cuda_logprobs(
     detox_cuda_device* device, const detox_cuda_rows* rows, int64_t first, int64_t n, float scale, int64_t n_vocab,
     int32_t gradient, float* logits, float* logps);
+
+// Losses on preference pairs.
+
+typedef enum {
+    DETOX_CUDA_SIGMOID = 0,
+    DETOX_CUDA_IPO = 1,
+    DETOX_CUDA_HINGE = 2,
+} detox_cuda_loss;
+
+typedef struct {
+    detox_cuda_loss loss;
+    double beta;
+    // Of the sigmoid.
+    double label_smoothing;
+    // The loss is the mean over so many pairs, of which the batch may be a part.
+    int64_t n_pairs;
+} detox_cuda_preference;
+
+typedef struct {
+    // Sums of the answers' log-probabilities.
+    double policy_chosen;
+    double policy_rejected;
+    // Of this pair alone, and its derivatives with respect to the two sums.
+    double loss;
+    double dchosen;
+    double drejected;
+} detox_cuda_pair_cost;
+
+// dlogps[n_outputs] = the derivatives of the mean loss; costs: host [pairs]. logps[n_outputs]; references: host
+// [pairs][2], chosen before rejected.
+detox_cuda_status detox_cuda_preference_loss(
+    detox_cuda_device* device, const detox_cuda_preference* preference, const detox_cuda_rows* rows,
+    const double* references, const float* logps, float* dlogps, detox_cuda_pair_cost* costs);
 
 // Optimizers.
 

@@ -106,6 +106,12 @@ void check_batch(const detox_cuda_batch& batch) {
         require(0 <= batch.output_rows[i] && batch.output_rows[i] < batch.n_rows, "outputs of rows");
         require(batch.output_tokens[i] >= 0, "tokens from 0 up");
     }
+    require(batch.n_answers >= 0 && batch.n_answers <= batch.n_outputs, "a number of answers");
+    int32_t end = 0;
+    for (int64_t i = 0; i < batch.n_answers; i++) {
+        require(batch.answer_ends[i] > end && batch.answer_ends[i] <= batch.n_outputs, "answers one after the other");
+        end = batch.answer_ends[i];
+    }
 }
 
 } // namespace
@@ -130,6 +136,7 @@ detox_cuda_rows_open(detox_cuda_device* device, const detox_cuda_batch* batch, d
         size_t prefix_first_at = upload.add(prefix_first), prefix_end_at = upload.add(prefix_end);
         size_t segment_first_at = upload.add(segment_first);
         size_t output_tokens_at = upload.add(batch->output_tokens, (size_t)batch->n_outputs);
+        size_t answer_ends_at = upload.add(batch->answer_ends, (size_t)batch->n_answers);
         ChainAt tokens = add_chain(upload, batch->tokens, batch->n_rows);
         ChainAt positions = add_chain(upload, batch->positions, batch->n_rows);
         ChainAt outputs = add_chain(upload, batch->output_rows, batch->n_outputs);
@@ -140,6 +147,7 @@ detox_cuda_rows_open(detox_cuda_device* device, const detox_cuda_batch* batch, d
             made->device = device;
             made->n_rows = batch->n_rows;
             made->n_outputs = batch->n_outputs;
+            made->n_answers = batch->n_answers;
             size_t n_bytes = upload.all.size() * sizeof(int32_t);
             made->memory = (int32_t*)allocate(*device, n_bytes);
             if (n_bytes > 0) {
@@ -159,6 +167,7 @@ detox_cuda_rows_open(detox_cuda_device* device, const detox_cuda_batch* batch, d
         made->prefix_end = memory + prefix_end_at;
         made->segment_first = memory + segment_first_at;
         made->output_tokens = memory + output_tokens_at;
+        made->answer_ends = memory + answer_ends_at;
         made->tokens = chain_at(memory, tokens);
         made->of_positions = chain_at(memory, positions);
         made->outputs = chain_at(memory, outputs);

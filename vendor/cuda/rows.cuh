@@ -38,7 +38,7 @@ constexpr int SMALL_TILE = 16;
 
 struct detox_cuda_rows {
     detox_cuda_device* device = nullptr;
-    int64_t n_rows = 0, n_outputs = 0;
+    int64_t n_rows = 0, n_outputs = 0, n_answers = 0;
     // All of the below.
     int32_t* memory = nullptr;
     const int32_t* positions = nullptr;     // [R]
@@ -46,6 +46,7 @@ struct detox_cuda_rows {
     const int32_t* prefix_end = nullptr;    // [R]
     const int32_t* segment_first = nullptr; // [R]
     const int32_t* output_tokens = nullptr; // [n_outputs]
+    const int32_t* answer_ends = nullptr;   // [n_answers]
     Chain tokens, of_positions, outputs;
     Tiles large, small;
 };

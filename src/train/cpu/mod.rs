@@ -31,6 +31,7 @@ use crate::error::{Error, Result};
 use super::device::{
     Activation, AdamwStep, Attention, Device, Gemm, HostMatrix, Index, Norm, RmspropStep, Rope,
 };
+use super::dpo::{AnswerLogps, PairLoss, Preference};
 use super::pack::Packed;
 
 use buffer::{Fresh, Memory};
@@ -357,7 +358,8 @@ impl Device for Cpu {
         Ok(())
     }
 
-    fn scale_rows(&self, factors: &[f32], n_cols: usize, x: &mut Buffer) -> Result<()> {
+    fn scale_rows(&self, factors: &Buffer, first: usize, n_cols: usize, x: &mut Buffer) -> Result<()> {
+        let factors = &factors[first..first + x.len() / n_cols];
         self.pool.install(|| elementwise::scale_rows(factors, n_cols, x));
         Ok(())
     }
@@ -384,9 +386,36 @@ impl Device for Cpu {
         n_vocab: usize,
         gradient: bool,
         logits: &mut Buffer,
-    ) -> Result<Vec<f32>> {
-        let outputs = &rows.outputs[range];
-        Ok(self.pool.install(|| head::logprobs(outputs, scale, n_vocab, gradient, logits)))
+        logps: &mut Buffer,
+    ) -> Result<()> {
+        let outputs = &rows.outputs[range.clone()];
+        let found = self.pool.install(|| head::logprobs(outputs, scale, n_vocab, gradient, logits));
+        logps[range].copy_from_slice(&found);
+        Ok(())
+    }
+
+    fn preference_loss(
+        &self,
+        preference: Preference,
+        rows: &Packed,
+        references: &[AnswerLogps],
+        n_pairs: usize,
+        logps: &Buffer,
+        dlogps: &mut Buffer,
+    ) -> Result<Vec<(AnswerLogps, PairLoss)>> {
+        let sums = rows.sum_by_answer(logps);
+        let pairs = sums.chunks_exact(2).zip(rows.answers.chunks_exact(2)).zip(references);
+        let costs: Vec<(AnswerLogps, PairLoss)> = pairs
+            .map(|((sums, answers), reference)| {
+                let policy = AnswerLogps { chosen: sums[0], rejected: sums[1] };
+                (policy, preference.of_pair(policy, *reference, answers[0].len(), answers[1].len()))
+            })
+            .collect();
+        let n = n_pairs as f64;
+        let slopes: Vec<f64> =
+            costs.iter().flat_map(|(_, loss)| [loss.dchosen / n, loss.drejected / n]).collect();
+        dlogps.copy_from_slice(&rows.spread_to_outputs(&slopes));
+        Ok(costs)
     }
 
     fn square_sum(&self, x: &Buffer) -> Result<f64> {

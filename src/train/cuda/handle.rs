@@ -254,6 +254,8 @@ pub struct Rows {
     pub n_rows: usize,
     /// Outputs.
     pub n_outputs: usize,
+    /// Pairs.
+    pub n_pairs: usize,
     /// The largest token that is read.
     pub most_token: usize,
     /// The largest token that is predicted.
@@ -281,16 +283,21 @@ impl Rows {
         let segments: Vec<_> = packed.segments.iter().map(segment).collect();
         let output_rows: Vec<i32> = packed.outputs.iter().map(|o| number(o.row)).collect();
         let output_tokens: Vec<i32> = packed.outputs.iter().map(|o| o.token).collect();
+        let answer_ends: Vec<i32> = packed.answers.iter().map(|answer| number(answer.end)).collect();
+        let follow = packed.answers.windows(2).all(|two| two[0].end == two[1].start);
+        assert!(follow && packed.answers.len().is_multiple_of(2), "pairs of answers one after the other");
         assert_eq!(positions.len(), packed.tokens.len(), "a position for each token");
         let batch = ffi::detox_cuda_batch {
             n_rows: packed.tokens.len() as i64,
             n_segments: segments.len() as i64,
             n_outputs: output_rows.len() as i64,
+            n_answers: answer_ends.len() as i64,
             tokens: packed.tokens.as_ptr(),
             positions: positions.as_ptr(),
             segments: segments.as_ptr(),
             output_rows: output_rows.as_ptr(),
             output_tokens: output_tokens.as_ptr(),
+            answer_ends: answer_ends.as_ptr(),
         };
         let mut raw = std::ptr::null_mut();
         // SAFETY: each array has as many numbers as the batch says, and stays during the call; writes one pointer.
@@ -301,6 +308,7 @@ impl Rows {
             _handle: handle.clone(),
             n_rows: packed.tokens.len(),
             n_outputs: output_rows.len(),
+            n_pairs: answer_ends.len() / 2,
             most_token: most(&packed.tokens),
             most_output: most(&output_tokens),
             most_position: packed.positions.iter().copied().max().unwrap_or(0),

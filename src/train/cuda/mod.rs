@@ -18,6 +18,7 @@ use std::sync::Arc;
 use crate::error::Result;
 
 use super::device::{Activation, AdamwStep, Attention, Index, Norm, NormKind, RmspropStep};
+use super::dpo::{AnswerLogps, LossKind, PairLoss, Preference};
 use super::placement::Frozen;
 
 use handle::Handle;
@@ -110,6 +111,33 @@ fn address_of_mut(buffer: Option<&mut Buffer>) -> *mut f32 {
 
 fn norm_kind(norm: Norm) -> ffi::detox_cuda_norm_kind {
     ffi::detox_cuda_norm_kind { is_layer: i32::from(norm.kind == NormKind::Layer), epsilon: norm.epsilon }
+}
+
+fn preference_kind(preference: Preference, n_pairs: usize) -> ffi::detox_cuda_preference {
+    let loss = match preference.kind {
+        LossKind::Sigmoid => ffi::DETOX_CUDA_SIGMOID,
+        LossKind::Ipo => ffi::DETOX_CUDA_IPO,
+        LossKind::Hinge => ffi::DETOX_CUDA_HINGE,
+    };
+    let Preference { beta, label_smoothing, .. } = preference;
+    ffi::detox_cuda_preference { loss, beta, label_smoothing, n_pairs: n_pairs as i64 }
+}
+
+/// What the GPU found of a pair; rewards are a product each.
+fn pair_loss(
+    preference: Preference,
+    cost: &ffi::detox_cuda_pair_cost,
+    reference: AnswerLogps,
+) -> (AnswerLogps, PairLoss) {
+    let policy = AnswerLogps { chosen: cost.policy_chosen, rejected: cost.policy_rejected };
+    let loss = PairLoss {
+        loss: cost.loss,
+        dchosen: cost.dchosen,
+        drejected: cost.drejected,
+        chosen_reward: preference.beta * (policy.chosen - reference.chosen),
+        rejected_reward: preference.beta * (policy.rejected - reference.rejected),
+    };
+    (policy, loss)
 }
 
 fn activation_id(activation: Activation) -> ffi::detox_cuda_activation {

@@ -7,12 +7,13 @@ use crate::train::device::{
     Activation, AdamwStep, Attention, Device, Gemm, HostMatrix, Index, Norm, RmspropStep, Rope, RopePairs,
     Trained,
 };
+use crate::train::dpo::{AnswerLogps, PairLoss, Preference};
 use crate::train::pack::Packed;
 use crate::train::placement::GPU_LOGIT_BYTES;
 
 use super::{
     Buffer, Cuda, Matrix, Rows, activation_id, address_of, address_of_mut, attention_kind, check_attention,
-    ffi, index_of, norm_kind, parameter, rows_in,
+    ffi, index_of, norm_kind, pair_loss, parameter, preference_kind, rows_in,
 };
 
 impl Device for Cuda {
@@ -388,12 +389,13 @@ impl Device for Cuda {
         self.check(status)
     }
 
-    fn scale_rows(&self, factors: &[f32], n_cols: usize, x: &mut Buffer) -> Result<()> {
+    fn scale_rows(&self, factors: &Buffer, first: usize, n_cols: usize, x: &mut Buffer) -> Result<()> {
         let n_rows = rows_in(x.len(), n_cols);
-        assert_eq!(factors.len(), n_rows, "a factor for each row");
-        // SAFETY: the lengths are those of the shapes; the factors stay during the call.
+        assert!(first + n_rows <= factors.len(), "a factor for each row");
+        let factors = factors.at().wrapping_add(first);
+        // SAFETY: there is a factor for each row, and x is as long as its shape says.
         let status = unsafe {
-            ffi::detox_cuda_scale_rows(self.raw(), factors.as_ptr(), n_rows as i64, n_cols as i64, x.at_mut())
+            ffi::detox_cuda_scale_rows(self.raw(), factors, n_rows as i64, n_cols as i64, x.at_mut())
         };
         self.check(status)
     }
@@ -436,12 +438,13 @@ impl Device for Cuda {
         n_vocab: usize,
         gradient: bool,
         logits: &mut Buffer,
-    ) -> Result<Vec<f32>> {
+        logps: &mut Buffer,
+    ) -> Result<()> {
         assert!(range.start <= range.end && range.end <= rows.n_outputs, "outputs of the batch");
         assert!(range.is_empty() || rows.most_output < n_vocab, "a token beyond the vocabulary");
         assert_eq!(logits.len(), range.len() * n_vocab, "logits[n][V]");
-        let mut logps = vec![0.0; range.len()];
-        // SAFETY: the lengths are those of the shapes, and every token has a logit; writes one number an output.
+        assert_eq!(logps.len(), rows.n_outputs, "logps[outputs]");
+        // SAFETY: the lengths are those of the shapes, every token has a logit, and every output of the range a number.
         let status = unsafe {
             ffi::detox_cuda_logprobs(
                 self.raw(),
@@ -452,11 +455,51 @@ impl Device for Cuda {
                 n_vocab as i64,
                 i32::from(gradient),
                 logits.at_mut(),
-                logps.as_mut_ptr(),
+                logps.at_mut().wrapping_add(range.start),
+            )
+        };
+        self.check(status)
+    }
+
+    fn preference_loss(
+        &self,
+        preference: Preference,
+        rows: &Rows,
+        references: &[AnswerLogps],
+        n_pairs: usize,
+        logps: &Buffer,
+        dlogps: &mut Buffer,
+    ) -> Result<Vec<(AnswerLogps, PairLoss)>> {
+        assert_eq!(references.len(), rows.n_pairs, "a reference for each pair");
+        assert!(logps.len() == rows.n_outputs && dlogps.len() == rows.n_outputs, "a number for each output");
+        let kind = preference_kind(preference, n_pairs);
+        let of_answers: Vec<f64> = references.iter().flat_map(|r| [r.chosen, r.rejected]).collect();
+        let unknown = ffi::detox_cuda_pair_cost {
+            policy_chosen: f64::NAN,
+            policy_rejected: f64::NAN,
+            loss: f64::NAN,
+            dchosen: f64::NAN,
+            drejected: f64::NAN,
+        };
+        let mut costs = vec![unknown; rows.n_pairs];
+        // SAFETY: a number for each output, two for each pair, and a place for each pair's cost; all stay during the call.
+        let status = unsafe {
+            ffi::detox_cuda_preference_loss(
+                self.raw(),
+                &kind,
+                rows.raw(),
+                of_answers.as_ptr(),
+                logps.at(),
+                dlogps.at_mut(),
+                costs.as_mut_ptr(),
             )
         };
         self.check(status)?;
-        Ok(logps)
+        Ok(costs
+            .iter()
+            .zip(references)
+            .map(|(cost, reference)| pair_loss(preference, cost, *reference))
+            .collect())
     }
 
     fn square_sum(&self, x: &Buffer) -> Result<f64> {

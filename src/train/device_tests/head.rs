@@ -3,11 +3,28 @@
 use std::ops::Range;
 
 use super::{HELD, Random, SUMS, Tested, assert_close, assert_gradient, oracle, packed};
-use crate::train::device::Device;
 use crate::train::pack::Packed;
 
 /// Nine outputs, of tokens below 5.
 const LENGTHS: [[usize; 3]; 2] = [[2, 3, 2], [1, 1, 3]];
+
+/// What [`Device::logprobs`] gives for the outputs of `range`; the other numbers must stay.
+fn logprobs<D: Tested>(
+    device: &D,
+    packed: &Packed,
+    range: Range<usize>,
+    (scale, n_vocab): (f32, usize),
+    gradient: bool,
+    logits: &mut Vec<f32>,
+) -> Vec<f32> {
+    let rows = device.rows(packed).unwrap();
+    let mut logps = vec![HELD; packed.outputs.len()];
+    logps[range.clone()].fill(f32::NAN);
+    device.logprobs(&rows, range.clone(), scale, n_vocab, gradient, logits, &mut logps).unwrap();
+    let others = logps[..range.start].iter().chain(&logps[range.end..]);
+    assert!(others.into_iter().all(|x| *x == HELD), "{range:?}: numbers of other outputs");
+    logps[range].to_vec()
+}
 
 const RANGES: [Range<usize>; 4] = [0..9, 0..1, 4..7, 8..9];
 
@@ -24,18 +41,17 @@ fn expected(packed: &Packed, range: Range<usize>, scale: f32, n_vocab: usize, lo
 
 pub fn log_probabilities_are_those_of_a_log_softmax<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(7));
-    let rows = device.rows(&packed).unwrap();
     for range in RANGES {
         for (n_vocab, scale) in [(5, 1.0), (33, 0.0625), (5000, 1.0), (9001, 3.0)] {
             let mut logits: Vec<f32> =
                 random.numbers(range.len() * n_vocab).into_iter().map(|x| 10.0 * x).collect();
             let (before, what) = (logits.clone(), format!("{range:?} of {n_vocab} tokens"));
-            let logps = device.logprobs(&rows, range.clone(), scale, n_vocab, false, &mut logits).unwrap();
+            let kind = (scale, n_vocab);
+            let logps = logprobs(device, &packed, range.clone(), kind, false, &mut logits);
             let expected = expected(&packed, range.clone(), scale, n_vocab, &before);
             assert_close(&logps, &expected, SUMS, &what);
             assert_eq!(logits, before, "{what}: only a gradient may overwrite logits");
-            let with_gradient =
-                device.logprobs(&rows, range.clone(), scale, n_vocab, true, &mut logits).unwrap();
+            let with_gradient = logprobs(device, &packed, range.clone(), kind, true, &mut logits);
             assert_close(&with_gradient, &expected, SUMS, &what);
             for (row, output) in logits.chunks_exact(n_vocab).zip(&packed.outputs[range.clone()]) {
                 let sum: f64 = row.iter().map(|&x| f64::from(x)).sum();
@@ -49,18 +65,15 @@ pub fn log_probabilities_are_those_of_a_log_softmax<D: Tested>(device: &D) {
 
 pub fn gradients_of_log_probabilities_are_their_finite_differences<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(8));
-    let rows = device.rows(&packed).unwrap();
     for range in RANGES {
         for (n_vocab, scale) in [(5, 1.0), (33, 0.5)] {
             let at = random.numbers(range.len() * n_vocab);
-            let oracle_rows = oracle().rows(&packed).unwrap();
+            let kind = (scale, n_vocab);
             let forward = |logits: &Vec<f32>| {
-                oracle()
-                    .logprobs(&oracle_rows, range.clone(), scale, n_vocab, false, &mut logits.clone())
-                    .unwrap()
+                logprobs(oracle(), &packed, range.clone(), kind, false, &mut logits.clone())
             };
             let mut gradient = at.clone();
-            device.logprobs(&rows, range.clone(), scale, n_vocab, true, &mut gradient).unwrap();
+            logprobs(device, &packed, range.clone(), kind, true, &mut gradient);
             gradient.iter_mut().for_each(|x| *x += HELD);
             assert_gradient(&gradient, &at, &vec![1.0; range.len()], forward, &format!("{range:?}"));
         }
@@ -69,13 +82,12 @@ pub fn gradients_of_log_probabilities_are_their_finite_differences<D: Tested>(de
 
 pub fn logits_far_apart_give_finite_log_probabilities_and_no_number_gives_none<D: Tested>(device: &D) {
     let packed = packed(&[[1, 1, 1]]);
-    let rows = device.rows(&packed).unwrap();
     let token = packed.outputs[0].token as usize;
     let mut logits = vec![-3e4; 2 * 5];
     logits[token] = 3e4;
     logits[5 + (packed.outputs[1].token as usize + 1) % 5] = 3e4;
-    let logps = device.logprobs(&rows, 0..2, 1.0, 5, true, &mut logits.clone()).unwrap();
+    let logps = logprobs(device, &packed, 0..2, (1.0, 5), true, &mut logits.clone());
     assert_eq!(logps, [0.0, -6e4]);
     logits[3] = f32::NAN;
-    assert!(device.logprobs(&rows, 0..2, 1.0, 5, true, &mut logits).unwrap()[0].is_nan());
+    assert!(logprobs(device, &packed, 0..2, (1.0, 5), true, &mut logits)[0].is_nan());
 }

@@ -9,6 +9,7 @@ pub mod lookup;
 pub mod norm;
 pub mod on_host;
 pub mod optimizer;
+pub mod preference;
 pub mod product;
 pub mod repeat;
 pub mod rope;
@@ -106,6 +107,11 @@ macro_rules! device_tests {
                 epsilon_stands_beside_the_root_and_not_below_it,
                 numbers_are_stepped_each_by_itself,
                 many_tensors_at_once_are_stepped_as_one_by_one;
+            preference:
+                losses_of_pairs_are_those_of_the_formulas_in_f64,
+                slopes_of_the_mean_loss_are_its_finite_differences,
+                a_policy_that_is_its_reference_costs_ln_2_to_the_bit,
+                what_is_no_number_stays_in_its_pair;
             product:
                 products_are_those_with_the_numbers_that_blocks_stand_for,
                 rows_that_hold_no_number_stay_none_and_leave_others_alone,

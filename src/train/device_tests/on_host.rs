@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::train::device::{
     Activation, AdamwStep, Attention, Device, Gemm, HostMatrix, Index, Norm, RmspropStep, Rope, Trained,
 };
+use crate::train::dpo::{AnswerLogps, PairLoss, Preference};
 use crate::train::pack::Packed;
 
 #[derive(Debug)]
@@ -264,8 +265,9 @@ impl<D: Device> Device for OnHost<D> {
         self.changing(dbias, |dbias| self.0.sum_rows(&dy, n_cols, dbias))
     }
 
-    fn scale_rows(&self, factors: &[f32], n_cols: usize, x: &mut Vec<f32>) -> Result<()> {
-        self.changing(x, |x| self.0.scale_rows(factors, n_cols, x))
+    fn scale_rows(&self, factors: &Vec<f32>, first: usize, n_cols: usize, x: &mut Vec<f32>) -> Result<()> {
+        let factors = self.there(factors)?;
+        self.changing(x, |x| self.0.scale_rows(&factors, first, n_cols, x))
     }
 
     fn add_columns(
@@ -290,8 +292,28 @@ impl<D: Device> Device for OnHost<D> {
         n_vocab: usize,
         gradient: bool,
         logits: &mut Vec<f32>,
-    ) -> Result<Vec<f32>> {
-        self.changing(logits, |logits| self.0.logprobs(rows, range, scale, n_vocab, gradient, logits))
+        logps: &mut Vec<f32>,
+    ) -> Result<()> {
+        self.changing(logits, |logits| {
+            let of =
+                |logps: &mut D::Buffer| self.0.logprobs(rows, range, scale, n_vocab, gradient, logits, logps);
+            self.changing(logps, of)
+        })
+    }
+
+    fn preference_loss(
+        &self,
+        preference: Preference,
+        rows: &D::Rows,
+        references: &[AnswerLogps],
+        n_pairs: usize,
+        logps: &Vec<f32>,
+        dlogps: &mut Vec<f32>,
+    ) -> Result<Vec<(AnswerLogps, PairLoss)>> {
+        let logps = self.there(logps)?;
+        self.changing(dlogps, |dlogps| {
+            self.0.preference_loss(preference, rows, references, n_pairs, &logps, dlogps)
+        })
     }
 
     fn square_sum(&self, x: &Vec<f32>) -> Result<f64> {

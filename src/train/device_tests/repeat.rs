@@ -3,6 +3,7 @@
 use super::{Random, Tested, packed};
 use crate::gguf::{TensorType, quantize};
 use crate::train::device::*;
+use crate::train::dpo::{AnswerLogps, LossKind, Preference};
 
 /// What every operation gives of the same random numbers, in sizes that are shared out among threads.
 pub fn everything(device: &impl Tested) -> Vec<Vec<f32>> {
@@ -68,10 +69,16 @@ pub fn everything(device: &impl Tested) -> Vec<Vec<f32>> {
     device.scatter_add(&dy, n_in, &Index::Token, &rows, 0.3, &mut table).unwrap();
     let n_outputs = packed.outputs.len();
     let mut logits = random.numbers(n_outputs * 5000);
-    let logps = device.logprobs(&rows, 0..n_outputs, 1.5, 5000, true, &mut logits).unwrap();
+    let mut logps = vec![0.0; n_outputs];
+    device.logprobs(&rows, 0..n_outputs, 1.5, 5000, true, &mut logits, &mut logps).unwrap();
+    let mut dlogps = vec![0.0; n_outputs];
+    let preference = Preference { kind: LossKind::Sigmoid, beta: 0.1, label_smoothing: 0.1 };
+    let references = [AnswerLogps { chosen: -150.0, rejected: -160.0 }; 4];
+    let costs = device.preference_loss(preference, &rows, &references, 4, &logps, &mut dlogps).unwrap();
+    results.push(costs.iter().map(|(_, loss)| loss.loss as f32).collect());
     let square_sum = device.square_sum(&logits).unwrap().to_bits();
     let halves = [(square_sum >> 32) as u32, square_sum as u32].map(f32::from_bits).to_vec();
-    results.extend([active, dgate, dup, sums, table, logits, logps, halves]);
+    results.extend([active, dgate, dup, sums, table, logits, logps, dlogps, halves]);
 
     let (mut value, mut mean, mut square) = (x.clone(), vec![0.0; x.len()], vec![0.1; x.len()]);
     let step = RmspropStep { learning_rate: 0.1, alpha: 0.9, epsilon: 1e-8, gradient_scale: 0.5 };

@@ -26,7 +26,8 @@ pub fn sums_over_rows_and_to_rows_are_those_of_two_loops<D: Tested>(device: &D) 
         let what = format!("{n_rows} rows of {n_cols}");
         let (x, y, bias) =
             (random.numbers(n_rows * n_cols), random.numbers(n_rows * n_cols), random.numbers(n_cols));
-        let factors = random.numbers(n_rows);
+        // As many as two batches have; those of the second are taken.
+        let factors = random.numbers(2 * n_rows);
 
         let mut found = y.clone();
         device.add(-0.5, &x, &mut found).unwrap();
@@ -46,8 +47,9 @@ pub fn sums_over_rows_and_to_rows_are_those_of_two_loops<D: Tested>(device: &D) 
         assert_close(&found, &expected, SUMS, &format!("{what}, summed"));
 
         let mut found = x.clone();
-        device.scale_rows(&factors, n_cols, &mut found).unwrap();
-        let expected: Vec<f32> = x.iter().enumerate().map(|(i, &x)| factors[i / n_cols] * x).collect();
+        device.scale_rows(&factors, n_rows, n_cols, &mut found).unwrap();
+        let expected: Vec<f32> =
+            x.iter().enumerate().map(|(i, &x)| factors[n_rows + i / n_cols] * x).collect();
         assert_eq!(found, expected, "{what}, multiplied");
 
         let found = device.square_sum(&x).unwrap();
