@@ -275,7 +275,8 @@ impl TrainCommand {
         config: &Config,
         prepared: &mut Prepared,
     ) -> Result<(crate::train::cuda::Cuda, bool)> {
-        use crate::train::placement::{Frozen, Needs, Wanted};
+        use crate::train::placement::{Frozen, Needs, Wanted, check_kernels};
+        check_kernels(&prepared.base, config, prepared.settings.method)?;
         let mut device = crate::train::cuda::Cuda::open(ordinal, Frozen::Quantised)?;
         let (free, total) = device.memory_bytes()?;
         let wanted = Wanted {

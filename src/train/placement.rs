@@ -289,6 +289,56 @@ pub fn has_kernel(tensor_type: TensorType) -> bool {
     matches!(tensor_type, F32 | F16 | BF16 | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q4_K | Q5_K | Q6_K)
 }
 
+/// Heads of a block that attention has kernels for, and numbers of a head (`vendor/cuda/attention.cu`).
+const MOST_HEADS: usize = 256;
+const MOST_HEAD_DIM: usize = 256;
+
+/// Pairs of a head's numbers that can be rotated (`vendor/cuda/rope.cu`).
+const MOST_ROPE_PAIRS: usize = 256;
+
+/// Whether a GPU has kernels for all that the model is made of; frozen matrices are those of any method but `full`.
+///
+/// # Errors
+/// [`Error::Model`] that names what has none.
+pub fn check_kernels(base: &GgufFile, config: &Config, method: MethodName) -> Result<()> {
+    let refuse = |reason: String, hint: &str| Error::Model {
+        path: base.path().to_path_buf(),
+        reason,
+        hint: Some(hint.to_owned()),
+    };
+    for (il, attention) in config.attention.iter().enumerate() {
+        let (heads, dim) = (attention.n_head, attention.head_dim);
+        if heads > MOST_HEADS || dim > MOST_HEAD_DIM {
+            let reason = format!(
+                "block {il} has {heads} heads of {dim} numbers, and the GPU has kernels for up to {MOST_HEADS} of \
+                 {MOST_HEAD_DIM}"
+            );
+            return Err(refuse(reason, "train with --device cpu"));
+        }
+    }
+    let pairs = config.rope.iter().flatten().map(|rope| rope.frequencies.len()).max().unwrap_or(0);
+    if pairs > MOST_ROPE_PAIRS {
+        let (found, most) = (2 * pairs, 2 * MOST_ROPE_PAIRS);
+        let reason =
+            format!("{found} numbers of a head are rotated, and the GPU has a kernel for up to {most}");
+        return Err(refuse(reason, "train with --device cpu"));
+    }
+    if method == MethodName::Full {
+        return Ok(());
+    }
+    // The table of positions is read as f32, whatever it is.
+    let is_frozen = |tensor: &&crate::gguf::TensorInfo| {
+        tensor.shape().len() > 1 && tensor.name() != "position_embd.weight"
+    };
+    match base.tensors().iter().filter(is_frozen).find(|tensor| !has_kernel(tensor.tensor_type())) {
+        Some(tensor) => Err(refuse(
+            format!("tensor {:?}: the GPU has no kernel for type {}", tensor.name(), tensor.tensor_type()),
+            "quantise the model to a type that has one (such as Q4_K_M or Q8_0), or train with --device cpu",
+        )),
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -364,6 +414,31 @@ mod tests {
         }
         assert_eq!(choose(3000, 1 << 40).max_rows, MOST_ROWS);
         assert_eq!(choose(5000, 1 << 40).max_rows, 5000, "a pair is never divided");
+    }
+
+    #[test]
+    fn rejects_models_of_which_a_gpu_has_no_kernel_for_a_part() {
+        let base = base();
+        let config = Config::read(&base, None).unwrap();
+        check_kernels(&base, &config, MethodName::Lora).unwrap();
+        let refused = |config: &Config| {
+            let error = check_kernels(&base, config, MethodName::Lora).unwrap_err();
+            assert!(error.hint().unwrap().contains("--device cpu"), "{error:?}");
+            error.to_string()
+        };
+        let mut large = config.clone();
+        large.attention[1].head_dim = 512;
+        let said = refused(&large);
+        assert!(
+            said.contains("block 1 has ") && said.contains(" of 512 numbers, and the GPU has kernels"),
+            "{said}"
+        );
+        let mut many = config.clone();
+        many.attention[0].n_head = 257;
+        assert!(refused(&many).contains("block 0 has 257 heads"));
+        let mut rotated = config;
+        rotated.rope[0].as_mut().unwrap().frequencies = vec![1.0; 257];
+        assert!(refused(&rotated).contains("514 numbers of a head are rotated"));
     }
 
     #[test]

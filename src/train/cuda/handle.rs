@@ -126,6 +126,18 @@ fn check(ordinal: usize, status: ffi::detox_cuda_status) -> Result<()> {
     Err(Error::Device { device, reason, hint: hint.map(str::to_owned) })
 }
 
+/// That an operation of `wanted` was given what belongs to it: to another handle belongs another GPU's memory, or memory
+/// on which this GPU works in an order of its own.
+#[track_caller]
+fn assert_same(found: &Arc<Handle>, wanted: &Arc<Handle>) {
+    assert!(
+        Arc::ptr_eq(found, wanted),
+        "an operation on cuda:{} was given what another handle, on cuda:{}, holds",
+        wanted.ordinal,
+        found.ordinal
+    );
+}
+
 /// Bytes on a GPU.
 #[derive(Debug)]
 pub struct Memory {
@@ -154,6 +166,12 @@ impl Memory {
         let memory = Memory::new(handle, bytes.len())?;
         memory.write_bytes(bytes)?;
         Ok(memory)
+    }
+
+    /// That it belongs to `handle`.
+    #[track_caller]
+    pub fn assert_of(&self, handle: &Arc<Handle>) {
+        assert_same(&self.handle, handle);
     }
 
     /// Its address on the GPU.
@@ -233,6 +251,12 @@ impl Buffer {
         Ok(values)
     }
 
+    /// That it belongs to `handle`.
+    #[track_caller]
+    pub(super) fn assert_of(&self, handle: &Arc<Handle>) {
+        self.memory.assert_of(handle);
+    }
+
     /// Its address on the GPU, to read.
     pub fn at(&self) -> *const f32 {
         self.memory.address().cast_const().cast()
@@ -249,7 +273,7 @@ impl Buffer {
 pub struct Rows {
     // Before the handle, which it needs to be closed.
     raw: NonNull<ffi::detox_cuda_rows>,
-    _handle: Arc<Handle>,
+    handle: Arc<Handle>,
     /// Rows.
     pub n_rows: usize,
     /// Outputs.
@@ -305,7 +329,7 @@ impl Rows {
         let most = |tokens: &[i32]| tokens.iter().copied().max().unwrap_or(0) as usize;
         Ok(Rows {
             raw: NonNull::new(raw).expect("rows that were taken have an address"),
-            _handle: handle.clone(),
+            handle: handle.clone(),
             n_rows: packed.tokens.len(),
             n_outputs: output_rows.len(),
             n_pairs: answer_ends.len() / 2,
@@ -313,6 +337,12 @@ impl Rows {
             most_output: most(&output_tokens),
             most_position: packed.positions.iter().copied().max().unwrap_or(0),
         })
+    }
+
+    /// That they belong to `handle`.
+    #[track_caller]
+    pub(super) fn assert_of(&self, handle: &Arc<Handle>) {
+        assert_same(&self.handle, handle);
     }
 
     /// For calls of the extension.

@@ -75,19 +75,20 @@ impl Matrix {
         if self.frozen == Frozen::Bf16 && self.rounded.get().is_none() {
             self.round(handle)?;
         }
-        Ok(self.raw())
+        Ok(self.raw(handle))
     }
 
     /// For reading rows.
     ///
     /// # Panics
     /// Where the matrix was not taken as a table.
-    pub fn read(&self) -> ffi::detox_cuda_matrix {
+    pub fn read(&self, handle: &Arc<Handle>) -> ffi::detox_cuda_matrix {
         assert!(self.blocks.is_some(), "rows are read of a matrix that was taken as no table");
-        self.raw()
+        self.raw(handle)
     }
 
-    fn raw(&self) -> ffi::detox_cuda_matrix {
+    fn raw(&self, handle: &Arc<Handle>) -> ffi::detox_cuda_matrix {
+        self.blocks.iter().chain(self.rounded.get()).for_each(|memory| memory.assert_of(handle));
         ffi::detox_cuda_matrix {
             type_: type_id(self.tensor_type),
             n_in: self.n_in as i64,

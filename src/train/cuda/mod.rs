@@ -101,14 +101,6 @@ fn index_of(index: &Index, rows: &Rows) -> (ffi::detox_cuda_index, Range<usize>,
     }
 }
 
-fn address_of(buffer: Option<&Buffer>) -> *const f32 {
-    buffer.map_or(std::ptr::null(), Buffer::at)
-}
-
-fn address_of_mut(buffer: Option<&mut Buffer>) -> *mut f32 {
-    buffer.map_or(std::ptr::null_mut(), Buffer::at_mut)
-}
-
 fn norm_kind(norm: Norm) -> ffi::detox_cuda_norm_kind {
     ffi::detox_cuda_norm_kind { is_layer: i32::from(norm.kind == NormKind::Layer), epsilon: norm.epsilon }
 }
@@ -174,29 +166,55 @@ fn check_attention(attention: &Attention, rows: &Rows, queries: &[&Buffer], keys
     assert_eq!(lse.len(), n * attention.n_head, "[R][H]");
 }
 
-fn parameter(
-    gradient: &Buffer,
-    mean: Option<&mut Buffer>,
-    mean_square: &mut Buffer,
-    value: &mut Buffer,
-) -> ffi::detox_cuda_parameter {
-    let n = gradient.len();
-    let same = mean.as_ref().is_none_or(|mean| mean.len() == n) && mean_square.len() == n && value.len() == n;
-    assert!(same, "a gradient, states and a value of one length");
-    ffi::detox_cuda_parameter {
-        n: n as i64,
-        gradient: gradient.at(),
-        mean: address_of_mut(mean),
-        mean_square: mean_square.at_mut(),
-        value: value.at_mut(),
-    }
-}
-
+/// What calls of the extension are given: addresses of what belongs to this GPU.
 impl Cuda {
+    fn at(&self, buffer: &Buffer) -> *const f32 {
+        buffer.assert_of(&self.handle);
+        buffer.at()
+    }
+
+    fn at_mut(&self, buffer: &mut Buffer) -> *mut f32 {
+        buffer.assert_of(&self.handle);
+        buffer.at_mut()
+    }
+
+    fn address_of(&self, buffer: Option<&Buffer>) -> *const f32 {
+        buffer.map_or(std::ptr::null(), |buffer| self.at(buffer))
+    }
+
+    fn address_of_mut(&self, buffer: Option<&mut Buffer>) -> *mut f32 {
+        buffer.map_or(std::ptr::null_mut(), |buffer| self.at_mut(buffer))
+    }
+
+    fn rows_at(&self, rows: &Rows) -> *const ffi::detox_cuda_rows {
+        rows.assert_of(&self.handle);
+        rows.raw()
+    }
+
+    fn parameter(
+        &self,
+        gradient: &Buffer,
+        mean: Option<&mut Buffer>,
+        mean_square: &mut Buffer,
+        value: &mut Buffer,
+    ) -> ffi::detox_cuda_parameter {
+        let n = gradient.len();
+        let same =
+            mean.as_ref().is_none_or(|mean| mean.len() == n) && mean_square.len() == n && value.len() == n;
+        assert!(same, "a gradient, states and a value of one length");
+        ffi::detox_cuda_parameter {
+            n: n as i64,
+            gradient: self.at(gradient),
+            mean: self.address_of_mut(mean),
+            mean_square: self.at_mut(mean_square),
+            value: self.at_mut(value),
+        }
+    }
+
     fn step_rmsprop(&self, step: RmspropStep, parameters: &[ffi::detox_cuda_parameter]) -> Result<()> {
         let RmspropStep { learning_rate, alpha, epsilon, gradient_scale } = step;
         let step = ffi::detox_cuda_rmsprop_step { learning_rate, alpha, epsilon, gradient_scale };
-        // SAFETY: `parameter` has compared the lengths; the list stays during the call.
+        // SAFETY: `Cuda::parameter` has compared the lengths; the list stays during the call.
         let status = unsafe {
             ffi::detox_cuda_rmsprop(self.raw(), &step, parameters.as_ptr(), parameters.len() as i64)
         };
@@ -219,7 +237,7 @@ impl Cuda {
             correction1,
             correction2,
         };
-        // SAFETY: `parameter` has compared the lengths; the list stays during the call.
+        // SAFETY: `Cuda::parameter` has compared the lengths; the list stays during the call.
         let status =
             unsafe { ffi::detox_cuda_adamw(self.raw(), &step, parameters.as_ptr(), parameters.len() as i64) };
         self.check(status)

@@ -12,8 +12,8 @@ use crate::train::pack::Packed;
 use crate::train::placement::GPU_LOGIT_BYTES;
 
 use super::{
-    Buffer, Cuda, Matrix, Rows, activation_id, address_of, address_of_mut, attention_kind, check_attention,
-    ffi, index_of, norm_kind, pair_loss, parameter, preference_kind, rows_in,
+    Buffer, Cuda, Matrix, Rows, activation_id, attention_kind, check_attention, ffi, index_of, norm_kind,
+    pair_loss, preference_kind, rows_in,
 };
 
 impl Device for Cuda {
@@ -74,7 +74,8 @@ impl Device for Cuda {
         assert!(x.len() == n_rows * w.n_in && y.len() == n_rows * w.n_out, "x[R][I] and y[R][O]");
         let raw = w.multiplied(&self.handle)?;
         // SAFETY: the lengths are those of the shapes, and the matrix outlives the call.
-        let status = unsafe { ffi::detox_cuda_product(self.raw(), &raw, x.at(), n_rows as i64, y.at_mut()) };
+        let status =
+            unsafe { ffi::detox_cuda_product(self.raw(), &raw, self.at(x), n_rows as i64, self.at_mut(y)) };
         self.check(status)
     }
 
@@ -82,8 +83,9 @@ impl Device for Cuda {
         assert!(dy.len() == n_rows * w.n_out && dx.len() == n_rows * w.n_in, "dy[R][O] and dx[R][I]");
         let raw = w.multiplied(&self.handle)?;
         // SAFETY: the lengths are those of the shapes, and the matrix outlives the call.
-        let status =
-            unsafe { ffi::detox_cuda_product_back(self.raw(), &raw, dy.at(), n_rows as i64, dx.at_mut()) };
+        let status = unsafe {
+            ffi::detox_cuda_product_back(self.raw(), &raw, self.at(dy), n_rows as i64, self.at_mut(dx))
+        };
         self.check(status)
     }
 
@@ -100,15 +102,19 @@ impl Device for Cuda {
             beta,
         };
         // SAFETY: the lengths are those of the sizes.
-        self.check(unsafe { ffi::detox_cuda_multiply(self.raw(), &gemm, a.at(), b.at(), c.at_mut()) })
+        self.check(unsafe {
+            ffi::detox_cuda_multiply(self.raw(), &gemm, self.at(a), self.at(b), self.at_mut(c))
+        })
     }
 
     fn embed(&self, w: &Matrix, rows: &Rows, scale: f32, y: &mut Buffer) -> Result<()> {
         assert!(rows.n_rows == 0 || rows.most_token < w.n_out, "a token beyond the table");
         assert_eq!(y.len(), rows.n_rows * w.n_in, "y[R][I]");
-        let raw = w.read();
+        let raw = w.read(&self.handle);
         // SAFETY: every token has a row in W, and y has the length of its shape.
-        self.check(unsafe { ffi::detox_cuda_embed(self.raw(), &raw, rows.raw(), scale, y.at_mut()) })
+        self.check(unsafe {
+            ffi::detox_cuda_embed(self.raw(), &raw, self.rows_at(rows), scale, self.at_mut(y))
+        })
     }
 
     fn gather(
@@ -128,14 +134,14 @@ impl Device for Cuda {
         let status = unsafe {
             ffi::detox_cuda_gather(
                 self.raw(),
-                table.at(),
+                self.at(table),
                 n_cols as i64,
                 kind,
                 first,
                 n,
-                rows.raw(),
+                self.rows_at(rows),
                 scale,
-                y.at_mut(),
+                self.at_mut(y),
             )
         };
         self.check(status)
@@ -158,14 +164,14 @@ impl Device for Cuda {
         let status = unsafe {
             ffi::detox_cuda_scatter_add(
                 self.raw(),
-                dy.at(),
+                self.at(dy),
                 n_cols as i64,
                 kind,
                 first,
                 n,
-                rows.raw(),
+                self.rows_at(rows),
                 scale,
-                dtable.at_mut(),
+                self.at_mut(dtable),
             )
         };
         self.check(status)
@@ -186,11 +192,20 @@ impl Device for Cuda {
             "weight[C] and bias[C]"
         );
         assert_eq!(x.len(), y.len(), "x[R][C] and y[R][C]");
-        let (kind, bias) = (norm_kind(norm), address_of(bias));
+        let (kind, bias) = (norm_kind(norm), self.address_of(bias));
         let (n_rows, n_cols) = (n_rows as i64, n_cols as i64);
         // SAFETY: the lengths are those of the shapes.
         let status = unsafe {
-            ffi::detox_cuda_norm(self.raw(), &kind, x.at(), weight.at(), bias, n_rows, n_cols, y.at_mut())
+            ffi::detox_cuda_norm(
+                self.raw(),
+                &kind,
+                self.at(x),
+                self.at(weight),
+                bias,
+                n_rows,
+                n_cols,
+                self.at_mut(y),
+            )
         };
         self.check(status)
     }
@@ -211,18 +226,19 @@ impl Device for Cuda {
             && dbias.as_ref().is_none_or(|b| b.len() == n_cols);
         assert!(weight.len() == n_cols && of_weights, "weight[C] and its gradients");
         assert!(dy.len() == x.len() && dx.len() == x.len(), "x[R][C] and its gradients");
-        let (kind, dweight, dbias) = (norm_kind(norm), address_of_mut(dweight), address_of_mut(dbias));
+        let (kind, dweight, dbias) =
+            (norm_kind(norm), self.address_of_mut(dweight), self.address_of_mut(dbias));
         // SAFETY: the lengths are those of the shapes.
         let status = unsafe {
             ffi::detox_cuda_norm_back(
                 self.raw(),
                 &kind,
-                x.at(),
-                weight.at(),
-                dy.at(),
+                self.at(x),
+                self.at(weight),
+                self.at(dy),
                 n_rows as i64,
                 n_cols as i64,
-                dx.at_mut(),
+                self.at_mut(dx),
                 dweight,
                 dbias,
             )
@@ -242,14 +258,14 @@ impl Device for Cuda {
         let status = unsafe {
             ffi::detox_cuda_rope(
                 self.raw(),
-                rows.raw(),
+                self.rows_at(rows),
                 rope.frequencies.as_ptr(),
                 n_pairs as i32,
                 halves,
                 i32::from(back),
                 n_heads as i64,
                 head_dim as i64,
-                x.at_mut(),
+                self.at_mut(x),
             )
         };
         self.check(status)
@@ -273,12 +289,12 @@ impl Device for Cuda {
             ffi::detox_cuda_attention(
                 self.raw(),
                 &kind,
-                rows.raw(),
-                q.at(),
-                k.at(),
-                v.at(),
-                out.at_mut(),
-                lse.at_mut(),
+                self.rows_at(rows),
+                self.at(q),
+                self.at(k),
+                self.at(v),
+                self.at_mut(out),
+                self.at_mut(lse),
             )
         };
         self.check(status)
@@ -306,16 +322,16 @@ impl Device for Cuda {
             ffi::detox_cuda_attention_back(
                 self.raw(),
                 &kind,
-                rows.raw(),
-                q.at(),
-                k.at(),
-                v.at(),
-                out.at(),
-                lse.at(),
-                dout.at(),
-                dq.at_mut(),
-                dk.at_mut(),
-                dv.at_mut(),
+                self.rows_at(rows),
+                self.at(q),
+                self.at(k),
+                self.at(v),
+                self.at(out),
+                self.at(lse),
+                self.at(dout),
+                self.at_mut(dq),
+                self.at_mut(dk),
+                self.at_mut(dv),
             )
         };
         self.check(status)
@@ -330,9 +346,10 @@ impl Device for Cuda {
     ) -> Result<()> {
         let n = gate.len();
         assert!(y.len() == n && up.is_none_or(|up| up.len() == n), "buffers of one shape");
-        let (id, up) = (activation_id(activation), address_of(up));
+        let (id, up) = (activation_id(activation), self.address_of(up));
         // SAFETY: the lengths are the same.
-        let status = unsafe { ffi::detox_cuda_activate(self.raw(), id, gate.at(), up, n as i64, y.at_mut()) };
+        let status =
+            unsafe { ffi::detox_cuda_activate(self.raw(), id, self.at(gate), up, n as i64, self.at_mut(y)) };
         self.check(status)
     }
 
@@ -349,17 +366,17 @@ impl Device for Cuda {
         assert_eq!(up.is_some(), dup.is_some(), "a gradient of what is gated, where something is");
         let of_up = up.is_none_or(|up| up.len() == n) && dup.as_ref().is_none_or(|dup| dup.len() == n);
         assert!(dy.len() == n && dgate.len() == n && of_up, "buffers of one shape");
-        let (id, up, dup) = (activation_id(activation), address_of(up), address_of_mut(dup));
+        let (id, up, dup) = (activation_id(activation), self.address_of(up), self.address_of_mut(dup));
         // SAFETY: the lengths are the same.
         let status = unsafe {
             ffi::detox_cuda_activate_back(
                 self.raw(),
                 id,
-                gate.at(),
+                self.at(gate),
                 up,
-                dy.at(),
+                self.at(dy),
                 n as i64,
-                dgate.at_mut(),
+                self.at_mut(dgate),
                 dup,
             )
         };
@@ -369,7 +386,9 @@ impl Device for Cuda {
     fn add(&self, scale: f32, x: &Buffer, y: &mut Buffer) -> Result<()> {
         assert_eq!(x.len(), y.len(), "buffers of one shape");
         // SAFETY: the lengths are the same.
-        self.check(unsafe { ffi::detox_cuda_add(self.raw(), scale, x.at(), x.len() as i64, y.at_mut()) })
+        self.check(unsafe {
+            ffi::detox_cuda_add(self.raw(), scale, self.at(x), x.len() as i64, self.at_mut(y))
+        })
     }
 
     fn add_to_rows(&self, bias: &Buffer, n_cols: usize, y: &mut Buffer) -> Result<()> {
@@ -377,7 +396,7 @@ impl Device for Cuda {
         let (n_rows, n_cols) = (rows_in(y.len(), n_cols) as i64, n_cols as i64);
         // SAFETY: the lengths are those of the shapes.
         let status =
-            unsafe { ffi::detox_cuda_add_to_rows(self.raw(), bias.at(), n_rows, n_cols, y.at_mut()) };
+            unsafe { ffi::detox_cuda_add_to_rows(self.raw(), self.at(bias), n_rows, n_cols, self.at_mut(y)) };
         self.check(status)
     }
 
@@ -385,17 +404,18 @@ impl Device for Cuda {
         assert_eq!(dbias.len(), n_cols, "dbias[C]");
         let (n_rows, n_cols) = (rows_in(dy.len(), n_cols) as i64, n_cols as i64);
         // SAFETY: the lengths are those of the shapes.
-        let status = unsafe { ffi::detox_cuda_sum_rows(self.raw(), dy.at(), n_rows, n_cols, dbias.at_mut()) };
+        let status =
+            unsafe { ffi::detox_cuda_sum_rows(self.raw(), self.at(dy), n_rows, n_cols, self.at_mut(dbias)) };
         self.check(status)
     }
 
     fn scale_rows(&self, factors: &Buffer, first: usize, n_cols: usize, x: &mut Buffer) -> Result<()> {
         let n_rows = rows_in(x.len(), n_cols);
         assert!(first + n_rows <= factors.len(), "a factor for each row");
-        let factors = factors.at().wrapping_add(first);
+        let factors = self.at(factors).wrapping_add(first);
         // SAFETY: there is a factor for each row, and x is as long as its shape says.
         let status = unsafe {
-            ffi::detox_cuda_scale_rows(self.raw(), factors, n_rows as i64, n_cols as i64, x.at_mut())
+            ffi::detox_cuda_scale_rows(self.raw(), factors, n_rows as i64, n_cols as i64, self.at_mut(x))
         };
         self.check(status)
     }
@@ -417,11 +437,11 @@ impl Device for Cuda {
         let status = unsafe {
             ffi::detox_cuda_add_columns(
                 self.raw(),
-                src.at(),
+                self.at(src),
                 src_cols as i64,
                 from as i64,
                 n_rows as i64,
-                dst.at_mut(),
+                self.at_mut(dst),
                 dst_cols as i64,
                 to as i64,
                 n as i64,
@@ -448,14 +468,14 @@ impl Device for Cuda {
         let status = unsafe {
             ffi::detox_cuda_logprobs(
                 self.raw(),
-                rows.raw(),
+                self.rows_at(rows),
                 range.start as i64,
                 range.len() as i64,
                 scale,
                 n_vocab as i64,
                 i32::from(gradient),
-                logits.at_mut(),
-                logps.at_mut().wrapping_add(range.start),
+                self.at_mut(logits),
+                self.at_mut(logps).wrapping_add(range.start),
             )
         };
         self.check(status)
@@ -487,10 +507,10 @@ impl Device for Cuda {
             ffi::detox_cuda_preference_loss(
                 self.raw(),
                 &kind,
-                rows.raw(),
+                self.rows_at(rows),
                 of_answers.as_ptr(),
-                logps.at(),
-                dlogps.at_mut(),
+                self.at(logps),
+                self.at_mut(dlogps),
                 costs.as_mut_ptr(),
             )
         };
@@ -507,7 +527,7 @@ impl Device for Cuda {
     }
 
     fn square_sum_all(&self, all: &[Buffer]) -> Result<f64> {
-        let addresses: Vec<*const f32> = all.iter().map(Buffer::at).collect();
+        let addresses: Vec<*const f32> = all.iter().map(|x| self.at(x)).collect();
         let lengths: Vec<i64> = all.iter().map(|x| x.len() as i64).collect();
         let mut sum = 0.0;
         // SAFETY: an address and a length for each buffer; writes one number.
@@ -531,7 +551,7 @@ impl Device for Cuda {
         mean_square: &mut Buffer,
         value: &mut Buffer,
     ) -> Result<()> {
-        self.step_rmsprop(step, &[parameter(gradient, None, mean_square, value)])
+        self.step_rmsprop(step, &[self.parameter(gradient, None, mean_square, value)])
     }
 
     fn adamw(
@@ -542,13 +562,13 @@ impl Device for Cuda {
         mean_square: &mut Buffer,
         value: &mut Buffer,
     ) -> Result<()> {
-        self.step_adamw(step, &[parameter(gradient, Some(mean), mean_square, value)])
+        self.step_adamw(step, &[self.parameter(gradient, Some(mean), mean_square, value)])
     }
 
     fn rmsprop_all(&self, step: RmspropStep, all: &mut [Trained<'_, Buffer>]) -> Result<()> {
         let of = |t: &mut Trained<'_, Buffer>| {
             let [mean_square] = t.states else { unreachable!("RMSprop has one state") };
-            parameter(t.gradient, None, mean_square, t.value)
+            self.parameter(t.gradient, None, mean_square, t.value)
         };
         self.step_rmsprop(step, &all.iter_mut().map(of).collect::<Vec<_>>())
     }
@@ -556,7 +576,7 @@ impl Device for Cuda {
     fn adamw_all(&self, step: AdamwStep, all: &mut [Trained<'_, Buffer>]) -> Result<()> {
         let of = |t: &mut Trained<'_, Buffer>| {
             let [mean, mean_square] = t.states else { unreachable!("AdamW has two states") };
-            parameter(t.gradient, Some(mean), mean_square, t.value)
+            self.parameter(t.gradient, Some(mean), mean_square, t.value)
         };
         self.step_adamw(step, &all.iter_mut().map(of).collect::<Vec<_>>())
     }

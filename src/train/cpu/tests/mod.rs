@@ -12,7 +12,7 @@ use super::{Cpu, Products};
 mod common {
     use super::*;
 
-    device_tests!(oracle());
+    device_tests!(Some(oracle()));
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use std::sync::LazyLock;
 
-use super::{Cuda, Frozen};
+use super::{Cuda, Frozen, count};
+use crate::train::device::Device;
 use crate::train::device_tests::on_host::OnHost;
 use crate::train::device_tests::repeat::{assert_same, everything};
 use crate::train::device_tests::{Tested, device_tests};
@@ -16,18 +17,18 @@ impl Tested for OnHost<Cuda> {
     const TABLES: f64 = 2e-7;
 }
 
-fn open(frozen: Frozen) -> OnHost<Cuda> {
-    OnHost(Cuda::open(0, frozen).unwrap())
+/// None on a machine without a GPU, as one that builds for others.
+fn open(frozen: Frozen) -> Option<OnHost<Cuda>> {
+    if cfg!(feature = "cuda") && !matches!(count(), Ok(1..)) {
+        eprintln!("skipped: this machine has no NVIDIA GPU that its driver gives to programs");
+        return None;
+    }
+    Some(OnHost(Cuda::open(0, frozen).unwrap()))
 }
 
-fn rounded() -> &'static OnHost<Cuda> {
-    static DEVICE: LazyLock<OnHost<Cuda>> = LazyLock::new(|| open(Frozen::Bf16));
-    &DEVICE
-}
-
-fn quantised() -> &'static OnHost<Cuda> {
-    static DEVICE: LazyLock<OnHost<Cuda>> = LazyLock::new(|| open(Frozen::Quantised));
-    &DEVICE
+fn rounded() -> Option<&'static OnHost<Cuda>> {
+    static DEVICE: LazyLock<Option<OnHost<Cuda>>> = LazyLock::new(|| open(Frozen::Bf16));
+    DEVICE.as_ref()
 }
 
 /// Tests that every device passes.
@@ -40,15 +41,16 @@ mod common {
 #[test]
 fn products_and_embeddings_are_the_same_where_the_blocks_are_kept() {
     use crate::train::device_tests::{lookup, product};
-    product::products_are_those_with_the_numbers_that_blocks_stand_for(quantised());
-    product::rows_that_hold_no_number_stay_none_and_leave_others_alone(quantised());
-    lookup::embeddings_are_the_numbers_that_a_tokens_blocks_stand_for(quantised());
+    let Some(device) = open(Frozen::Quantised) else { return };
+    product::products_are_those_with_the_numbers_that_blocks_stand_for(&device);
+    product::rows_that_hold_no_number_stay_none_and_leave_others_alone(&device);
+    lookup::embeddings_are_the_numbers_that_a_tokens_blocks_stand_for(&device);
 }
 
 #[test]
 fn products_of_several_parts_of_a_matrix_are_those_of_the_whole() {
     use crate::train::device_tests::product;
-    let device = open(Frozen::Quantised);
+    let Some(device) = open(Frozen::Quantised) else { return };
     // Of 256 rows, the fewest that there are.
     device.0.set_part_bytes(0);
     product::products_are_those_with_the_numbers_that_blocks_stand_for(&device);
@@ -57,10 +59,10 @@ fn products_of_several_parts_of_a_matrix_are_those_of_the_whole() {
 
 #[test]
 fn the_same_operations_give_the_same_numbers_to_the_bit() {
-    let device = open(Frozen::Quantised);
+    let Some(device) = open(Frozen::Quantised) else { return };
     let first = everything(&device);
     assert_same(&first, &everything(&device), "the same device again");
-    assert_same(&first, &everything(&open(Frozen::Quantised)), "another handle");
+    assert_same(&first, &everything(&open(Frozen::Quantised).unwrap()), "another handle");
     #[cfg(feature = "cuda-emulation")]
     {
         // Threads and blocks from last to first: what depends on their order is a race.
@@ -69,4 +71,25 @@ fn the_same_operations_give_the_same_numbers_to_the_bit() {
         super::emulation::set_reverse(false);
         assert_same(&first, &reversed, "threads in reverse");
     }
+}
+
+#[test]
+fn refuses_what_another_handle_holds() {
+    let (Some(a), Some(b)) = (open(Frozen::Bf16), open(Frozen::Bf16)) else { return };
+    let ((a, b), mut y) = ((a.0, b.0), Vec::new());
+    y.extend([a.zeros(4).unwrap(), b.zeros(4).unwrap()]);
+    let (x, packed) = (b.zeros(4).unwrap(), crate::train::device_tests::packed(&[[1, 1, 1]]));
+    let rows = b.rows(&packed).unwrap();
+    let refused = |work: &mut dyn FnMut()| {
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_err();
+        let expected = "an operation on cuda:0 was given what another handle, on cuda:0, holds";
+        assert_eq!(panic.downcast_ref::<String>().map(String::as_str), Some(expected));
+    };
+    refused(&mut || a.add(1.0, &x, &mut y[0]).unwrap());
+    refused(&mut || a.add(1.0, &x, &mut y[1]).unwrap());
+    let mut gathered = a.zeros(4).unwrap();
+    let table = a.zeros(20).unwrap();
+    let index = crate::train::device::Index::Token;
+    refused(&mut || a.gather(&table, 4, &index, &rows, 1.0, &mut gathered).unwrap());
+    b.add(1.0, &x, &mut y[1]).unwrap();
 }
