@@ -4,6 +4,10 @@
 use std::path::Path;
 use std::process::Command;
 
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+#[path = "vendor/cuda/toolkit.rs"]
+mod toolkit;
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     // Every commit and checkout writes a line there; a source archive has none.
@@ -31,6 +35,8 @@ fn git(arguments: &[&str]) -> Option<String> {
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 mod cuda {
     use std::path::{Path, PathBuf};
+
+    use super::toolkit;
 
     const FOLDER: &str = "vendor/cuda";
 
@@ -106,8 +112,7 @@ mod cuda {
             );
             std::process::exit(1);
         };
-        let toolkit =
-            nvcc.parent().and_then(Path::parent).expect("nvcc lies in a toolkit's bin").to_path_buf();
+        let target = std::env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets it for build scripts");
         // SAFETY: this program has one thread so far; cc reads the variable, and knows no other way.
         unsafe { std::env::set_var("NVCC", &nvcc) };
         let mut build = cc::Build::new();
@@ -115,14 +120,9 @@ mod cuda {
         for flag in architectures() {
             build.flag(flag);
         }
-        for folder in ["include", "targets/x86_64-linux/include"] {
-            let folder = toolkit.join(folder);
-            if folder.is_dir() {
-                build.include(folder);
-            }
-        }
+        build.includes(toolkit::include_folders(&nvcc, &target));
         build.files(files(FOLDER, "cu")).compile("detox_cuda");
-        let cublas = link_folders(&toolkit);
+        let cublas = link_folders(&nvcc, &target);
         println!("cargo:rustc-link-lib=dylib:+verbatim={cublas}");
         for library in ["dl", "rt", "pthread"] {
             println!("cargo:rustc-link-lib=dylib={library}");
@@ -130,23 +130,17 @@ mod cuda {
     }
 
     /// Tells the linker where the libraries are, and the program too; gives the name of cuBLASLt's.
-    fn link_folders(toolkit: &Path) -> String {
-        let mut found = None;
-        for folder in ["lib64", "lib", "targets/x86_64-linux/lib"] {
-            let folder = toolkit.join(folder);
-            let Ok(entries) = std::fs::read_dir(&folder) else { continue };
+    fn link_folders(nvcc: &Path, target: &str) -> String {
+        let (folders, cublas) = toolkit::libraries(nvcc, target);
+        for folder in &folders {
             println!("cargo:rustc-link-search=native={}", folder.display());
             println!("cargo:rustc-link-arg=-Wl,-rpath,{}", folder.display());
-            // Packages of PyPI have the library without the name for linking.
-            let mut names: Vec<String> =
-                entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
-            names.sort();
-            found = found.or(names.into_iter().find(|name| name.starts_with("libcublasLt.so")));
         }
-        found.unwrap_or_else(|| {
+        cublas.unwrap_or_else(|| {
             eprintln!(
-                "error: the toolkit in {} has no libcublasLt.so\nhint: install cuBLAS (of PyPI: nvidia-cublas)",
-                toolkit.display()
+                "error: the toolkit of {} has no libcublasLt.so\nhint: install cuBLAS (of PyPI: nvidia-cublas, of Debian: \
+                 libcublaslt12)",
+                nvcc.display()
             );
             std::process::exit(1);
         })

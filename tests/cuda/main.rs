@@ -9,6 +9,7 @@ mod memory;
 mod own_pairs;
 mod result;
 mod step;
+mod toolkit;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
