@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Compiles and links the program with --features cuda on a machine without a GPU, by the nvcc of NVIDIA's packages on PyPI,
-# and looks at what the program says there. The packages (about 1 GB) stay in the user's cache folder.
+# looks at what the program says there, and at what the assembler says of the kernels for every kind of GPU that they are
+# built for by default. The packages (about 1 GB) stay in the user's cache folder. cuBLASLt loads one more where it runs,
+# nvidia-cuda-nvrtc, which pip brings along elsewhere; nothing runs here.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
@@ -28,10 +30,21 @@ fi
 toolkit=$folder/nvidia/cu13
 [ -x "$toolkit/bin/nvcc" ] || detox_stop "no nvcc in $toolkit/bin" "delete $folder, then run this again"
 
+# Registers and shared memory, once for the same sources and compiler.
+kernels=$CARGO_TARGET_DIR/cuda-kernels
+mkdir -p "$kernels"
+sources=$(cat vendor/cuda/*.cu vendor/cuda/*.cuh vendor/cuda/*.h scripts/check_kernels.py "$requirements" | sha256sum | cut -c1-16)
+if [ ! -f "$kernels/$sources" ]; then
+    scripts/check_kernels.py --nvcc "$toolkit/bin/nvcc" >"$kernels/unfinished" || { cat "$kernels/unfinished" >&2; exit 1; }
+    mv "$kernels/unfinished" "$kernels/$sources"
+fi
+cat "$kernels/$sources" >&2
+
 # One kind of GPU, and this package's own Rust not optimised, keep it short: nothing here is timed. The rest is as in the
 # other builds, so that llama.cpp is not compiled again.
 export CUDA_HOME=$toolkit DETOX_CUDA_ARCH=80
-cargo build --release --config profile.release.package.detox-gguf.opt-level=0 --features cuda --bin detox-gguf
+as_built=(--release --config profile.release.package.detox-gguf.opt-level=0 --features cuda)
+cargo build "${as_built[@]}" --bin detox-gguf
 # Not left where an optimised one without CUDA is looked for.
 program=$CARGO_TARGET_DIR/detox-gguf-cuda
 mv "$CARGO_TARGET_DIR/release/detox-gguf" "$program"
@@ -56,4 +69,6 @@ if [ ! -e /dev/nvidiactl ]; then
         detox_stop "that is not what it should say without a GPU" "look at src/train/cuda/handle.rs"
     fi
 fi
+# What is compiled with this feature alone.
+cargo clippy "${as_built[@]}" --all-targets -- -D warnings
 detox_say "the CUDA build links"
