@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as c
 import os
 import shutil
@@ -175,7 +176,7 @@ def build(folder: Path, emulation: bool, arch: str, sanitize: bool = False) -> P
 
 
 class Gpu:
-    """A device, and arrays on it that live as long as it does unless they are forgotten."""
+    """A device, and arrays on it that live as long as it does unless they are released, or their scope ends."""
 
     def __init__(self, library: Path):
         self.library = c.CDLL(str(library))
@@ -185,6 +186,8 @@ class Gpu:
             getattr(self.library, f"detox_cuda_{name}").argtypes = [pointer, *arguments]
         self.library.detox_cuda_rows_close.argtypes = [pointer]
         self.library.detox_cuda_close.argtypes = [pointer]
+        self.arrays: set[int] = set()
+        self.batches: set[int] = set()
         self.device = pointer()
         self.check(self.library.detox_cuda_open(0, c.byref(self.device)), "open")
 
@@ -203,11 +206,30 @@ class Gpu:
     def memory(self, n_bytes: int) -> int:
         at = pointer()
         self.call("allocate", n_bytes, c.byref(at))
+        self.arrays.add(at.value)
         return at.value
 
     def release(self, *arrays: int | None) -> None:
         for at in arrays:
             self.call("release", at)
+            self.arrays.discard(at)
+
+    @contextlib.contextmanager
+    def scope(self):
+        """Gives back at its end what was taken within it, after an error too, so that the next program has it."""
+        arrays, batches = set(self.arrays), set(self.batches)
+        try:
+            yield
+        finally:
+            for rows in self.batches - batches:
+                self.close_rows(rows)
+            self.release(*(self.arrays - arrays))
+            self.call("trim")
+
+    def free_bytes(self) -> int:
+        n_free, n_total = size(), size()
+        self.call("memory", c.byref(n_free), c.byref(n_total))
+        return n_free.value
 
     def bytes(self, data: np.ndarray) -> int:
         data = np.ascontiguousarray(data)
@@ -230,10 +252,12 @@ class Gpu:
     def rows(self, batch: "Packed") -> int:
         rows = pointer()
         self.call("rows_open", c.byref(batch.raw()), c.byref(rows))
+        self.batches.add(rows.value)
         return rows.value
 
     def close_rows(self, rows: int) -> None:
         self.library.detox_cuda_rows_close(rows)
+        self.batches.discard(rows)
 
 
 class Packed:

@@ -332,6 +332,21 @@ def check_preference(gpu: Gpu, check: Checker, random: np.random.Generator) -> N
         gpu.close_rows(rows)
 
 
+def check_memory(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
+    """What a program takes is there again for the next one, even where the first failed."""
+    before, taken, n_bytes = gpu.free_bytes(), 0, 64 << 20
+    try:
+        with gpu.scope():
+            gpu.memory(n_bytes)
+            gpu.rows(Packed(PAIRS["several"]))
+            taken = before - gpu.free_bytes()
+            raise RuntimeError("as where memory runs out")
+    except RuntimeError:
+        pass
+    # Another program may take some of the card's at the same time.
+    check.close("memory", np.array([taken, before - gpu.free_bytes()]) / n_bytes, [1.0, 0.0], "", 0.1)
+
+
 def check_optimizers(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
     lengths = [1 + i * i % 1501 for i in range(150)]
     gradients, first = ([normal(random, n) for n in lengths] for _ in range(2))
@@ -368,4 +383,4 @@ def check_optimizers(gpu: Gpu, check: Checker, random: np.random.Generator) -> N
 
 
 ALL = (check_products, check_lookups, check_norms, check_rope, check_attention, check_activations, check_sums, check_head,
-       check_preference, check_optimizers)
+       check_preference, check_optimizers, check_memory)

@@ -6,7 +6,7 @@ their prompt, padded to one length. With transformers and peft installed their L
 
 from __future__ import annotations
 
-import ctypes as c
+import gc
 import math
 import statistics
 import time
@@ -58,11 +58,10 @@ def model(gpu: Gpu, shape: Shape, quantised: bool, random: np.random.Generator) 
     return Step(gpu, shape, table, matrix(shape.n_vocab, shape.n_embd), layers, norms, adapters), parameters
 
 
-def our_times(gpu: Gpu, shape: Shape, quantised: bool, batches, n_steps: int = STEPS) -> list[dict]:
-    """Seconds of the reference, of the gradient, and of the optimizer, medians over steps, for each batch."""
+def our_times(gpu: Gpu, shape: Shape, quantised: bool, batches, n_steps: int = STEPS):
+    """Seconds of the reference, of the gradient, and of the optimizer, medians over steps, for one batch after the other."""
     random = np.random.default_rng(3)
     step, parameters = model(gpu, shape, quantised, random)
-    results = []
     for n_pairs, lengths in batches:
         packed = random_pairs(random, n_pairs, lengths, shape.n_vocab)
         parts = {"reference": [], "gradient": [], "optimizer": []}
@@ -87,8 +86,7 @@ def our_times(gpu: Gpu, shape: Shape, quantised: bool, batches, n_steps: int = S
         result = {part: statistics.median(seconds) for part, seconds in parts.items()}
         result["rows"] = len(packed.tokens)
         result["outputs"] = len(packed.output_rows)
-        results.append(result)
-    return results
+        yield result
 
 
 class TorchModel(torch.nn.Module):
@@ -188,6 +186,11 @@ def torch_times(forward, parameters, packed: Packed, device: str, n_steps: int =
     return statistics.median(seconds)
 
 
+def plain_model(shape: Shape):
+    made = TorchModel(shape, "cuda", torch.bfloat16)
+    return (made, list(made.parameters())), ""
+
+
 def peft_model(shape: Shape):
     """transformers' Llama with peft's LoRA, or why there is none."""
     try:
@@ -227,7 +230,10 @@ def matrix_rate() -> float:
     for _ in range(20):
         a @ b
     torch.cuda.synchronize()
-    return 20 * 2 * 8192 ** 3 / (time.perf_counter() - started)
+    rate = 20 * 2 * 8192 ** 3 / (time.perf_counter() - started)
+    del a, b
+    torch.cuda.empty_cache()
+    return rate
 
 
 def products_of(shape: Shape, rows: int, outputs: int) -> float:
@@ -252,30 +258,39 @@ def report(gpu: Gpu, n_layer: int) -> None:
         print(f"{program:<28}{n_pairs:>6}{rows:>8}{1e3 * seconds:>10.1f}{n_pairs / seconds:>9.2f}{share:>7.0%}  {parts}",
               flush=True)
 
+    # Each program has the card to itself, and where one runs out of its memory the next is timed all the same.
     for quantised in (False, True):
-        taken = free_bytes(gpu)
-        for (n_pairs, _), result in zip(BATCHES, our_times(gpu, shape, quantised, BATCHES)):
-            seconds = sum(result[part] for part in ("reference", "gradient", "optimizer"))
-            parts = ", ".join(f"{part} {1e3 * result[part]:.1f}" for part in ("reference", "gradient", "optimizer"))
-            line(f"ours, {'quantised' if quantised else 'bf16'}", n_pairs, result["rows"], result["outputs"], seconds, parts)
-        print(f"  {(taken - free_bytes(gpu)) / 2 ** 30:.1f} GiB taken")
-    made = TorchModel(shape, "cuda", torch.bfloat16)
-    candidates = [("PyTorch bf16", (made, list(made.parameters())), "")]
-    candidates.append(("transformers + peft bf16", *peft_model(shape)))
-    for program, model_of, why in candidates:
-        if model_of is None:
-            print(f"{program}: left out ({why})")
+        program, before = f"ours, {'quantised' if quantised else 'bf16'}", gpu.free_bytes()
+        try:
+            with gpu.scope():
+                for (n_pairs, _), result in zip(BATCHES, our_times(gpu, shape, quantised, BATCHES)):
+                    parts = [(part, result[part]) for part in ("reference", "gradient", "optimizer")]
+                    line(program, n_pairs, result["rows"], result["outputs"], sum(seconds for _, seconds in parts),
+                         ", ".join(f"{part} {1e3 * seconds:.1f}" for part, seconds in parts))
+                print(f"  {(before - gpu.free_bytes()) / 2 ** 30:.1f} GiB taken")
+        except RuntimeError as error:
+            print(f"{program}: {error}")
+    for program, make in (("PyTorch bf16", plain_model), ("transformers + peft bf16", peft_model)):
+        torch_lines(program, make, shape, packed_of, line)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def torch_lines(program: str, make, shape: Shape, packed_of: list[Packed], line) -> None:
+    """A line for each batch; the model goes when this returns."""
+    try:
+        model_of, why = make(shape)
+    except torch.cuda.OutOfMemoryError as error:
+        model_of, why = None, str(error).splitlines()[0]
+    if model_of is None:
+        print(f"{program}: left out ({why})")
+        return
+    for (n_pairs, _), packed in zip(BATCHES, packed_of):
+        try:
+            seconds = torch_times(*model_of, packed, "cuda")
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"{program}, {n_pairs} pairs: {str(error).splitlines()[0]}")
+            for parameter in model_of[1]:
+                parameter.grad = None
             continue
-        for (n_pairs, _), packed in zip(BATCHES, packed_of):
-            try:
-                seconds = torch_times(*model_of, packed, "cuda")
-            except torch.cuda.OutOfMemoryError as error:
-                print(f"{program}, {n_pairs} pairs: {str(error).splitlines()[0]}")
-                continue
-            line(program, n_pairs, len(packed.tokens), len(packed.output_rows), seconds)
-
-
-def free_bytes(gpu: Gpu) -> int:
-    n_free, n_total = c.c_size_t(), c.c_size_t()
-    gpu.call("memory", c.byref(n_free), c.byref(n_total))
-    return n_free.value
+        line(program, n_pairs, len(packed.tokens), len(packed.output_rows), seconds)
