@@ -8,6 +8,7 @@ mod memory;
 #[path = "../own_pairs/mod.rs"]
 mod own_pairs;
 mod result;
+mod shapes;
 mod step;
 mod toolkit;
 

@@ -37,6 +37,12 @@ pub fn peak() -> usize {
     unsafe { ffi::detox_cuda_emulation_peak() }
 }
 
+/// Kernels, products and clearings of memory that were launched since the last call.
+pub fn launched() -> usize {
+    // SAFETY: reads and sets a number.
+    unsafe { ffi::detox_cuda_emulation_launched() }
+}
+
 /// Threads and blocks from the last to the first: a result that depends on it is a race.
 pub fn set_reverse(reverse: bool) {
     // SAFETY: sets a flag.

@@ -14,6 +14,8 @@ void detox_cuda_emulation_set_memory(size_t n_bytes);
 size_t detox_cuda_emulation_taken(void);
 // The largest number of bytes that were taken at once since the last call.
 size_t detox_cuda_emulation_peak(void);
+// Kernels, products and clearings of memory that were launched since the last call.
+size_t detox_cuda_emulation_launched(void);
 // Threads and blocks from the last to the first, instead of from the first: a result that depends on it is a race.
 void detox_cuda_emulation_set_reverse(int32_t reverse);
 // What the next call that looks for GPUs says instead: one of the runtime's numbers for errors; 0 for nothing.

@@ -243,6 +243,7 @@ void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
     bool fits = n > 0 && n <= 1024 && grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= 0x7fffffffu &&
                 grid.y <= 65535 && grid.z <= 65535 && shared_bytes <= allowed_shared_bytes(kernel);
     if (!fits) return fail(cudaErrorInvalidConfiguration);
+    count_launch();
     if (fibers.size() < n) fibers.resize(n);
     if (warps.size() < (n + LANES - 1) / LANES) warps.resize((n + LANES - 1) / LANES);
     body = &thread;

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "../device.cuh"
+#include "state.h"
 
 struct Multiplier {};
 
@@ -27,6 +28,7 @@ float number_at(Operands operands, const void* matrix, int64_t at) {
 } // namespace
 
 void multiply(detox_cuda_device&, Operands operands, const Product& p, const void* a, const void* b, float* c) {
+    emulation::count_launch();
     // op(a)[m][k] and op(b)[k][n], dense.
     std::vector<float> left((size_t)(p.m * p.k)), right((size_t)(p.k * p.n)), sums((size_t)p.n);
     for (int64_t i = 0; i < p.m; i++)

@@ -38,6 +38,7 @@ std::atomic<int> next_launch_error{0};
 std::atomic<int> lasting_error{0};
 std::atomic<bool> launch_error_stays{false};
 std::atomic<bool> reverse{false};
+std::atomic<size_t> n_launched{0};
 
 cudaError_t failed(cudaError_t error) {
     last_error = error;
@@ -71,6 +72,8 @@ size_t allowed_shared_bytes(const void* kernel) {
 
 bool runs_in_reverse() { return reverse; }
 
+void count_launch() { n_launched++; }
+
 cudaError_t launch_error() {
     int error = next_launch_error.exchange(0);
     if (error != 0 && launch_error_stays) lasting_error = error;
@@ -96,6 +99,8 @@ size_t detox_cuda_emulation_peak(void) {
     n_peak = n_taken;
     return peak;
 }
+
+size_t detox_cuda_emulation_launched(void) { return n_launched.exchange(0); }
 
 void detox_cuda_emulation_set_reverse(int32_t is_reverse) { reverse = is_reverse != 0; }
 
@@ -242,6 +247,7 @@ cudaError_t cudaMemGetInfo(size_t* n_free, size_t* n) {
 cudaError_t cudaMemsetAsync(void* memory, int byte, size_t n_bytes, cudaStream_t) {
     IF_ALIVE;
     if (!is_taken(memory, n_bytes)) return failed(cudaErrorInvalidValue);
+    emulation::count_launch();
     std::memset(memory, byte, n_bytes);
     return cudaSuccess;
 }

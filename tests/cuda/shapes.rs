@@ -1,0 +1,77 @@
+//! How often the shape of a pass comes again, and how many launches a step is: what would decide whether steps are worth
+//! capturing as graphs (vendor/cuda/README.md).
+
+use std::collections::HashSet;
+use std::hash::Hash;
+
+use detox_gguf::engine::Vocabulary;
+use detox_gguf::train::pack::Packed;
+use detox_gguf::train::pairs;
+use detox_gguf::train::tokens::{Limits, TokenPair, epoch_order, tokenize};
+
+use super::tiny;
+
+/// The share of items that came before.
+fn repeated<T: Eq + Hash>(items: impl Iterator<Item = T>) -> f64 {
+    let (mut seen, mut n) = (HashSet::new(), 0);
+    items.for_each(|item| {
+        seen.insert(item);
+        n += 1;
+    });
+    1.0 - seen.len() as f64 / f64::from(n)
+}
+
+/// The steps of five epochs with four pairs each, as passes of all of a step.
+fn passes(pairs: &[TokenPair]) -> Vec<Packed> {
+    let packed = |step: &[usize]| {
+        let mut packed = Packed::default();
+        step.iter().map(|&i| &pairs[i]).for_each(|p| packed.push(&p.prompt, &p.chosen, &p.rejected));
+        packed
+    };
+    let of_epoch = |epoch| epoch_order(pairs.len(), 0, epoch).chunks(4).map(packed).collect::<Vec<_>>();
+    (0..5).flat_map(of_epoch).collect()
+}
+
+#[test]
+fn passes_have_the_shape_of_an_earlier_one_only_where_their_rows_are_rounded_up() {
+    let vocabulary = Vocabulary::open(&tiny("llama")).unwrap();
+    let tokenized = tokenize(&vocabulary, &pairs::own(), &Limits::default()).unwrap();
+    let pairs: Vec<TokenPair> = tokenized.pairs.into_iter().map(|(_, pair)| pair).collect();
+    let passes = passes(&pairs);
+    let lengths = |p: &Packed| p.segments.iter().map(|segment| segment.rows.len()).collect::<Vec<_>>();
+    let by_lengths = repeated(passes.iter().map(lengths));
+    let by_rows = repeated(passes.iter().map(|p| (p.n_rows(), p.outputs.len())));
+    let rounded = |n: usize| n.div_ceil(64);
+    let by_rounded = repeated(passes.iter().map(|p| (rounded(p.n_rows()), rounded(p.outputs.len()))));
+    println!(
+        "{} passes came before by all lengths {by_lengths:.3}, by rows and outputs {by_rows:.3}, by both in steps of 64 \
+         {by_rounded:.3}",
+        passes.len()
+    );
+    assert!(
+        by_lengths < 0.01 && by_rows < 0.1 && by_rounded > 0.9,
+        "{by_lengths}, {by_rows} and {by_rounded}"
+    );
+}
+
+#[cfg(feature = "cuda-emulation")]
+#[test]
+fn a_step_of_llama_s_shape_is_so_many_launches_a_block() {
+    use detox_gguf::train::cuda::emulation;
+    use detox_gguf::train::dpo::AnswerLogps;
+    use detox_gguf::train::placement::Frozen;
+    use detox_gguf::train::settings::Settings;
+
+    let Some(_turn) = super::gpu() else { return };
+    let pairs = super::own_pairs("llama", 2);
+    let pairs: Vec<&TokenPair> = pairs.iter().collect();
+    let references = [AnswerLogps { chosen: -30.0, rejected: -30.0 }; 2];
+    let settings = Settings { max_rows: 4096, ..super::settings() };
+    let mut trainer = super::load("llama", &settings, Frozen::Bf16);
+    let n_layer = trainer.transformer.config.n_layer;
+    emulation::launched();
+    trainer.add_gradient(&pairs, &references).unwrap();
+    let n = emulation::launched();
+    println!("{n} launches of {n_layer} blocks and the head");
+    assert!(n < 110 * n_layer, "{n} launches of {n_layer} blocks");
+}
