@@ -281,3 +281,56 @@ fn evaluations(records: &[Record]) -> Vec<EvaluationRecord> {
     });
     looks.collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::steer::exact_check::Difference;
+    use crate::train::metrics::PlacementRecord;
+
+    fn report() -> TrainingReport {
+        let difference =
+            Difference { mean_kl: 0.0, largest_kl: 0.0, largest_logit_difference: 0.0, n_tokens: 1 };
+        TrainingReport {
+            model: "model.gguf".into(),
+            pairs: "pairs.jsonl".into(),
+            settings: Settings::paper(),
+            device: "cuda:0".into(),
+            n_trained: 1,
+            outcome: Outcome {
+                ending: Ending::Finished,
+                n_steps: 500,
+                n_train: 400,
+                n_held_out: 20,
+                best: None,
+                seconds: 1.0,
+            },
+            skipped: Vec::new(),
+            n_cut: 0,
+            agreement: Agreement { difference, floor: difference, untrained: None, bound: 1.0 },
+            pairs_per_second: 1.0,
+            peak_rss_bytes: None,
+            result: "adapter.gguf".into(),
+        }
+    }
+
+    #[test]
+    fn memory_that_ran_out_is_told_with_what_the_run_went_on() {
+        let chosen = |step, max_rows, out_of_memory| {
+            Record::Placement(PlacementRecord {
+                step,
+                max_rows,
+                checkpointing: false,
+                frozen: None,
+                out_of_memory,
+            })
+        };
+        assert_eq!(report().warnings(&[chosen(0, 4096, false)]), []);
+        let records = [chosen(0, 4096, false), chosen(7, 512, true), chosen(9, 256, true)];
+        let expected = Warning::new(
+            "the GPU's memory ran out after step 9: it went on with 256 tokens at once",
+            "free the card's memory, or begin with a smaller --ubatch-size",
+        );
+        assert_eq!(report().warnings(&records), [expected]);
+    }
+}
