@@ -86,6 +86,7 @@ SIGNATURES = {
     "rows_open": [c.POINTER(Batch), c.POINTER(pointer)],
     "round_blocks": [i32, P, i64, P],
     "product": [c.POINTER(Matrix), P, i64, P],
+    "products": [c.POINTER(Matrix), i64, P, i64, c.POINTER(pointer)],
     "product_back": [c.POINTER(Matrix), P, i64, P],
     "set_part": [size],
     "multiply": [c.POINTER(Gemm), P, P, P],

@@ -92,6 +92,7 @@ def check_products(gpu: Gpu, check: Checker, random: np.random.Generator) -> Non
             check.close("embed", gpu.read(y, len(packed.tokens), n_in), 3 * w[packed.tokens], name, sums=1e-6)
             gpu.close_rows(rows)
             gpu.release(blocks, rounded, y)
+    check_products_of_one_input(gpu, check, random)
     for m, n, k in ((1, 1, 1), (5, 1, 16), (17, 33, 9), (128, 64, 300)):
         for transpose_a in (False, True):
             for transpose_b in (False, True):
@@ -105,6 +106,22 @@ def check_products(gpu: Gpu, check: Checker, random: np.random.Generator) -> Non
                     bound = abs(alpha) * 2 * TF32 * 1.01 * (np.abs(a64) @ np.abs(b64))
                     check.close("dense product", gpu.read(to, m, n), expected, f"{m} {n} {k}", bound)
                     gpu.release(*on, to)
+
+
+def check_products_of_one_input(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
+    """As q, k and v, of which each may be of another type."""
+    n_in, n_rows = 512, 19
+    x = normal(random, n_rows, n_in)
+    with gpu.scope():
+        on, matrices, weights = gpu.array(x), [], []
+        for name, n_out in (("Q4_K", 64), ("Q8_0", 33), ("BF16", 7)):
+            data = random_blocks(name, n_out * n_in, random)
+            weights.append(numbers_of(name, data).reshape(n_out, n_in))
+            matrices.append(Matrix(TYPES[name][0], n_in, n_out, gpu.bytes(data), None))
+        ys = [gpu.poison(n_rows, len(w)) for w in weights]
+        gpu.call("products", (Matrix * len(ys))(*matrices), len(ys), on, n_rows, (c.c_void_p * len(ys))(*ys))
+        for y, w in zip(ys, weights):
+            check.close("products", gpu.read(y, n_rows, len(w)), x @ w.T, "of one input", 2 * BF16 * 1.01 * (np.abs(x) @ np.abs(w).T))
 
 
 def check_lookups(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:

@@ -136,6 +136,10 @@ detox_cuda_round_blocks(detox_cuda_device* device, int32_t type, const void* blo
 // y[R][O] = x[R][I] W^T; both operands rounded to bf16, sums in f32.
 detox_cuda_status
 detox_cuda_product(detox_cuda_device* device, const detox_cuda_matrix* w, const float* x, int64_t n_rows, float* y);
+// ys[i][R][O] = x[R][I] W^T for n matrices that read one input: x is rounded once. ws and ys: host [n].
+detox_cuda_status detox_cuda_products(
+    detox_cuda_device* device, const detox_cuda_matrix* ws, int64_t n, const float* x, int64_t n_rows,
+    float* const* ys);
 // dx[R][I] += dy[R][O] W
 detox_cuda_status detox_cuda_product_back(
     detox_cuda_device* device, const detox_cuda_matrix* w, const float* dy, int64_t n_rows, float* dx);

@@ -42,15 +42,27 @@ detox_cuda_status detox_cuda_set_part(detox_cuda_device* device, size_t n_bytes)
 
 detox_cuda_status
 detox_cuda_product(detox_cuda_device* device, const detox_cuda_matrix* w, const float* x, int64_t n_rows, float* y) {
+    return detox_cuda_products(device, w, 1, x, n_rows, &y);
+}
+
+detox_cuda_status detox_cuda_products(
+    detox_cuda_device* device, const detox_cuda_matrix* ws, int64_t n, const float* x, int64_t n_rows,
+    float* const* ys) {
     return on_device(device, [&] {
-        check_matrix(w);
-        if (n_rows == 0) return;
-        Scratch<uint16_t> rounded(*device, (size_t)(n_rows * w->n_in));
-        round_numbers(*device, x, n_rows * w->n_in, rounded);
-        for_parts(*device, *w, [&](const uint16_t* part, int64_t first, int64_t n) {
-            Product product = {n_rows, n, w->n_in, false, true, 1.0f, 0.0f, w->n_in, w->n_in, w->n_out};
-            multiply(*device, Operands::BF16, product, (const uint16_t*)rounded, part, y + first);
-        });
+        require(n >= 0 && (n == 0 || ys != nullptr), "a place for each product");
+        for (int64_t i = 0; i < n; i++) {
+            check_matrix(ws == nullptr ? nullptr : ws + i);
+            require(ws[i].n_in == ws[0].n_in, "matrices that read one input");
+        }
+        if (n == 0 || n_rows == 0) return;
+        int64_t n_in = ws[0].n_in;
+        Scratch<uint16_t> rounded(*device, (size_t)(n_rows * n_in));
+        round_numbers(*device, x, n_rows * n_in, rounded);
+        for (int64_t i = 0; i < n; i++)
+            for_parts(*device, ws[i], [&](const uint16_t* part, int64_t first, int64_t n_out) {
+                Product product = {n_rows, n_out, n_in, false, true, 1.0f, 0.0f, n_in, n_in, ws[i].n_out};
+                multiply(*device, Operands::BF16, product, (const uint16_t*)rounded, part, ys[i] + first);
+            });
     });
 }
 

@@ -44,6 +44,14 @@ impl Device for Cuda {
         Buffer::new(&self.handle, n)
     }
 
+    fn copy(&self, x: &Buffer, n: usize) -> Result<Buffer> {
+        assert_eq!(x.len(), n, "as many numbers as there are");
+        let mut y = Buffer::new(&self.handle, n)?;
+        // SAFETY: both have n numbers.
+        self.check(unsafe { ffi::detox_cuda_copy(self.raw(), self.at(x), n as i64, self.at_mut(&mut y)) })?;
+        Ok(y)
+    }
+
     fn upload(&self, values: &[f32]) -> Result<Buffer> {
         let mut buffer = Buffer::new(&self.handle, values.len())?;
         buffer.write(values)?;
@@ -71,11 +79,19 @@ impl Device for Cuda {
     }
 
     fn product(&self, w: &Matrix, x: &Buffer, n_rows: usize, y: &mut Buffer) -> Result<()> {
-        assert!(x.len() == n_rows * w.n_in && y.len() == n_rows * w.n_out, "x[R][I] and y[R][O]");
-        let raw = w.multiplied(&self.handle)?;
-        // SAFETY: the lengths are those of the shapes, and the matrix outlives the call.
+        self.products(&[w], x, n_rows, std::slice::from_mut(y))
+    }
+
+    fn products(&self, ws: &[&Matrix], x: &Buffer, n_rows: usize, ys: &mut [Buffer]) -> Result<()> {
+        assert_eq!(ws.len(), ys.len(), "a buffer for each matrix");
+        let fit = ws.iter().zip(&*ys).all(|(w, y)| x.len() == n_rows * w.n_in && y.len() == n_rows * w.n_out);
+        assert!(fit, "x[R][I] and ys[i][R][O]");
+        let raw = ws.iter().map(|w| w.multiplied(&self.handle)).collect::<Result<Vec<_>>>()?;
+        let at: Vec<*mut f32> = ys.iter_mut().map(|y| self.at_mut(y)).collect();
+        let (n, n_rows) = (raw.len() as i64, n_rows as i64);
+        // SAFETY: the lengths are those of the shapes; the matrices and both lists outlive the call.
         let status =
-            unsafe { ffi::detox_cuda_product(self.raw(), &raw, self.at(x), n_rows as i64, self.at_mut(y)) };
+            unsafe { ffi::detox_cuda_products(self.raw(), raw.as_ptr(), n, self.at(x), n_rows, at.as_ptr()) };
         self.check(status)
     }
 
