@@ -22,8 +22,10 @@ if [ "${CI:-}" = true ]; then
 fi
 # The crate without llama.cpp, which is the plugin: its own tests, besides those below that use it from outside.
 [ $# -gt 0 ] || cargo test --quiet --lib --no-default-features --features capi --target-dir "$CARGO_TARGET_DIR/plugin-build"
-# The plugin's library, as its tests build it, so that none of them builds it within its own time. Before single tests not.
+# The plugin's libraries, as its tests build them, so that none of them builds one within its own time. Before single
+# tests not.
 [ $# -gt 0 ] || [ "$(uname -s)" != Linux ] || scripts/build_plugin.sh "$CARGO_TARGET_DIR/plugin-tests/prefix" >/dev/null
+[ $# -gt 0 ] || [ "${CI:-}" != true ] || scripts/build_plugin_sanitized.sh >/dev/null
 if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run --release "$@"
 else

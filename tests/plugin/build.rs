@@ -41,26 +41,38 @@ pub fn compiler(is_cpp: bool) -> String {
     std::env::var(variable).unwrap_or_else(|_| default.into())
 }
 
-/// What `scripts/build_plugin.sh` installs: `include` and `lib`.
-pub static PLUGIN: LazyLock<PathBuf> = LazyLock::new(|| {
+/// What a script that builds with cargo prints, once a run: nextest runs each test in a process of its own.
+fn build(script: &str, arguments: &[&Path]) -> String {
     let _lock = lock();
-    let prefix = folder().join("prefix");
-    // nextest runs each test in a process of its own: once a run is enough.
-    let (stamp, run_id) = (folder().join("run"), std::env::var("NEXTEST_RUN_ID").unwrap_or_default());
-    if !run_id.is_empty() && std::fs::read_to_string(&stamp).is_ok_and(|of_last| of_last == run_id) {
-        return prefix;
+    let name = Path::new(script).file_stem().expect("a script").to_str().expect("its name");
+    let (stamp, run_id) = (folder().join(name), std::env::var("NEXTEST_RUN_ID").unwrap_or_default());
+    let of_last = std::fs::read_to_string(&stamp).unwrap_or_default();
+    if let Some((of_run, printed)) = of_last.split_once('\n')
+        && !run_id.is_empty()
+        && of_run == run_id
+    {
+        return printed.to_owned();
     }
     let target = profile_folder().join("..").canonicalize().unwrap();
-    let mut script = Command::new(root().join("scripts/build_plugin.sh"));
+    let mut command = Command::new(root().join(script));
     // Cargo sets these for tests; a cargo inside must not take them for its own.
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("CARGO_PKG_"))
     {
-        script.env_remove(name);
+        command.env_remove(name);
     }
-    run(script.arg(&prefix).env("CARGO_TARGET_DIR", target).env("CC", compiler(false)));
-    std::fs::write(stamp, run_id).unwrap();
-    prefix
-});
+    let printed = run(command.args(arguments).env("CARGO_TARGET_DIR", target).env("CC", compiler(false)));
+    let printed = printed.trim_end().to_owned();
+    std::fs::write(stamp, format!("{run_id}\n{printed}")).unwrap();
+    printed
+}
+
+/// What `scripts/build_plugin.sh` installs: `include` and `lib`.
+pub static PLUGIN: LazyLock<PathBuf> =
+    LazyLock::new(|| PathBuf::from(build("scripts/build_plugin.sh", &[&folder().join("prefix")])));
+
+/// The static library with a sanitizer inside.
+pub static SANITIZED: LazyLock<PathBuf> =
+    LazyLock::new(|| PathBuf::from(build("scripts/build_plugin_sanitized.sh", &[])));
 
 /// The `out` folder of the llama.cpp that this build has: `include` and `lib`.
 pub static LLAMA: LazyLock<PathBuf> = LazyLock::new(|| {
@@ -79,25 +91,36 @@ fn modified(path: &Path) -> SystemTime {
 
 /// A C program of this repository, compiled and linked with the library and with llama.cpp.
 pub fn program(source: &str, name: &str, flags: &[&str]) -> PathBuf {
-    let (plugin, llama) = (PLUGIN.as_path(), LLAMA.as_path());
+    let libraries = PLUGIN.join("lib");
+    let library = libraries.join("libdetox_gguf.so");
+    let linked = [format!("-Wl,-rpath,{}", libraries.display())];
+    link(source, name, flags, &library, &linked)
+}
+
+/// The same with [`SANITIZED`]; `flags` have the address sanitizer among them.
+pub fn sanitized_program(source: &str, name: &str, flags: &[&str]) -> PathBuf {
+    // What unwinds panics.
+    link(source, name, flags, &SANITIZED, &["-lgcc_s".into()])
+}
+
+fn link(source: &str, name: &str, flags: &[&str], library: &Path, linked: &[String]) -> PathBuf {
+    let llama = LLAMA.as_path();
+    let header = root().join("vendor/include");
     let _lock = lock();
     let (source, program) = (root().join(source), folder().join(name));
-    let inputs = [&source, &plugin.join("lib/libdetox_gguf.so"), &llama.join("lib/libllama.a")];
+    let inputs = [&source, &header.join("detox_gguf.h"), library, &llama.join("lib/libllama.a")];
     if program.exists() && inputs.iter().all(|input| modified(input) < modified(&program)) {
         return program;
     }
     let object = folder().join(format!("{name}.o"));
-    let include = |folder: &Path| format!("-I{}", folder.join("include").display());
     let mut compile = Command::new(compiler(false));
     compile.args(["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]).args(flags);
-    compile.arg(include(plugin)).arg(include(llama)).arg("-c").arg(&source).arg("-o").arg(&object);
-    run(&mut compile);
+    compile.arg("-I").arg(header).arg("-I").arg(llama.join("include"));
+    run(compile.arg("-c").arg(&source).arg("-o").arg(&object));
     // llama.cpp is C++.
     let mut link = Command::new(compiler(true));
-    let libraries = plugin.join("lib");
-    link.args(flags).arg(&object).arg(format!("-L{}", llama.join("lib").display()));
-    link.arg(format!("-L{}", libraries.display())).arg(format!("-Wl,-rpath,{}", libraries.display()));
-    link.args(["-ldetox_gguf", "-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-lpthread", "-lm", "-ldl"]);
+    link.args(flags).arg(&object).arg(library).args(linked).arg("-L").arg(llama.join("lib"));
+    link.args(["-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-lpthread", "-lm", "-ldl"]);
     run(link.arg("-o").arg(&program));
     program
 }

@@ -1,11 +1,9 @@
-//! The C programs under clang's address and undefined-behaviour sanitizers, and the C functions under its fuzzer.
-//!
-//! The library itself is compiled by rustc without a sanitizer: what is found is what goes wrong at its border, in
-//! memory that it allocates, frees, or is handed.
+//! The C programs under clang's address and undefined-behaviour sanitizers, and the C functions under its fuzzer, with a
+//! library that rustc compiled with the address sanitizer too.
 
 use std::process::Command;
 
-use super::build::{compiler, program, run};
+use super::build::{compiler, run, sanitized_program};
 use super::misuse::files;
 use super::{TOKENS, interventions, tiny};
 
@@ -31,11 +29,27 @@ fn has_sanitizers() -> bool {
 }
 
 #[test]
+fn the_sanitizer_sees_what_the_library_reads_beyond_an_array() {
+    if !has_sanitizers() {
+        return;
+    }
+    let beyond = sanitized_program("tests/plugin/beyond.c", "beyond", &FLAGS);
+    let folder = tempfile::tempdir().unwrap();
+    let [model, steer, ..] = files(folder.path());
+    // First as it should be.
+    run(Command::new(&beyond).arg(&model).arg(&steer));
+    let output = Command::new(&beyond).arg(&model).arg(&steer).arg("beyond").output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && words.contains("heap-buffer-overflow"), "{words}");
+    assert!(words.contains("READ of size 4") && words.contains("detox_batch"), "{words}");
+}
+
+#[test]
 fn the_c_example_runs_clean_under_the_address_sanitizer() {
     if !has_sanitizers() {
         return;
     }
-    let steer = program("examples/c/steer.c", "steer-asan", &FLAGS);
+    let steer = sanitized_program("examples/c/steer.c", "steer-sanitized", &FLAGS);
     let folder = tempfile::tempdir().unwrap();
     let [_, _, _, probe, _] = files(folder.path());
     let edits = [
@@ -61,7 +75,8 @@ fn misuse_is_refused_cleanly_under_the_address_sanitizer() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    run(Command::new(program("tests/plugin/misuse.c", "misuse-asan", &FLAGS)).args(files(folder.path())));
+    let misuse = sanitized_program("tests/plugin/misuse.c", "misuse-sanitized", &FLAGS);
+    run(Command::new(misuse).args(files(folder.path())));
 }
 
 #[test]
@@ -70,7 +85,7 @@ fn the_fuzzer_finds_nothing_in_ten_thousand_runs() {
         return;
     }
     let flags = ["-fsanitize=address,undefined,fuzzer", FLAGS[1]];
-    let fuzz = program("tests/plugin/fuzz.c", "fuzz", &flags);
+    let fuzz = sanitized_program("tests/plugin/fuzz.c", "fuzz", &flags);
     let folder = tempfile::tempdir().unwrap();
     let files = files(folder.path()).map(|path| path.to_str().unwrap().to_owned()).join(":");
     let mut command = Command::new(fuzz);
