@@ -19,13 +19,10 @@
  *     --as-prompt, --as-generated   say so of the tokens
  *     --count               chain a callback of this program's own, which counts the blocks that it sees
  *     --race N              decode N times while another thread changes the coefficient from 0 to C and back
- *     --bench N             N tokens, steered and not in turn; prints the seconds of each
- *     --threads N           threads of --bench (llama.cpp's default)
  *
- * Build it with any llama.cpp:
+ * overhead.c, beside this one, measures what it costs. Build it with any llama.cpp:
  *     cc -I <llama.cpp>/include -I <detox_gguf>/include steer.c -ldetox_gguf -lllama -lggml -lggml-base -lpthread -lm
  */
-#define _POSIX_C_SOURCE 200809L
 #define DETOX_WITH_GGML
 #include "detox_gguf.h"
 #include "llama.h"
@@ -35,14 +32,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum { MOST_TOKENS = 4096 };
 
 static struct {
     const char *model, *steer, *probe;
     llama_token tokens[MOST_TOKENS];
-    int n_tokens, n_sequences, off, n_predict, n_race, n_bench, n_ubatch, n_threads, generated;
+    int n_tokens, n_sequences, off, n_predict, n_race, n_ubatch, generated;
     float coefficient;
     double threshold;
     bool callback, force, unified, count, apart;
@@ -103,8 +99,6 @@ static void parse(int argc, char **argv) {
         else if (strcmp(flag, "--ubatch") == 0) args.n_ubatch = number(flag, value, 1);
         else if (strcmp(flag, "-n") == 0) args.n_predict = number(flag, value, 0);
         else if (strcmp(flag, "--race") == 0) args.n_race = number(flag, value, 1);
-        else if (strcmp(flag, "--bench") == 0) args.n_bench = number(flag, value, 1);
-        else if (strcmp(flag, "--threads") == 0) args.n_threads = number(flag, value, 1);
         else if (strcmp(flag, "--gate") == 0 && i + 1 < argc) {
             args.probe = value;
             args.threshold = decimal(flag, argv[++i]);
@@ -134,19 +128,15 @@ static int n_blocks;
 
 static struct llama_context *open_context(struct llama_model *model, detox_callback *callback) {
     struct llama_context_params params = llama_context_default_params();
-    params.n_ctx = (uint32_t) (args.n_sequences * 256 * (1 + (args.n_tokens + args.n_predict + args.n_bench) / 256));
+    params.n_ctx = (uint32_t) (args.n_sequences * 256 * (1 + (args.n_tokens + args.n_predict) / 256));
     params.n_batch = params.n_ctx;
     params.n_ubatch = (uint32_t) args.n_ubatch;
     params.n_seq_max = (uint32_t) args.n_sequences;
     params.kv_unified = args.unified;
-    if (args.n_bench > 0) {
-        if (args.n_threads > 0) params.n_threads = params.n_threads_batch = args.n_threads;
-    } else {
-        /* Exact: what is compared is steering, not rounding. */
-        params.n_threads = params.n_threads_batch = 1;
-        params.type_k = params.type_v = GGML_TYPE_F32;
-        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
-    }
+    /* Exact: what is compared is steering, not rounding. */
+    params.n_threads = params.n_threads_batch = 1;
+    params.type_k = params.type_v = GGML_TYPE_F32;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
     if (callback != NULL) {
         params.cb_eval = detox_eval_callback;
         params.cb_eval_user_data = callback;
@@ -251,41 +241,6 @@ static void race(struct llama_context *context, detox_steer *steer, detox_callba
     printf("{\"plain\": %d, \"steered\": %d, \"neither\": %d}\n", n[0], n[1], n[2]);
 }
 
-static double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double) now.tv_sec + 1e-9 * (double) now.tv_nsec;
-}
-
-/* The time of n tokens, one after the other. */
-static double time_tokens(struct llama_context *context, detox_callback *callback, int n) {
-    llama_memory_clear(llama_get_memory(context), true);
-    decode(context, callback, args.tokens, args.n_tokens, 0, false, -1);
-    double start = seconds();
-    for (int i = 0; i < n; i++) decode(context, callback, args.tokens, 1, args.n_tokens + i, false, -1);
-    return seconds() - start;
-}
-
-/* In turn, so that what else the machine does falls on all alike. */
-static void bench(struct llama_model *model, struct llama_context *steered, detox_steer *steer,
-                  detox_callback *callback) {
-    struct llama_context *plain = open_context(model, NULL);
-    struct llama_context *vector = open_context(model, NULL);
-    if (steer != NULL) set_control_vector(vector, steer);
-    time_tokens(plain, NULL, 8);
-    printf("[\n");
-    for (int round = 0; round < 9; round++) {
-        double of_plain = time_tokens(plain, NULL, args.n_bench);
-        double of_vector = time_tokens(vector, NULL, args.n_bench);
-        double of_callback = time_tokens(steered, callback, args.n_bench);
-        printf("%s{\"plain_s\": %.4f, \"control_vector_s\": %.4f, \"callback_s\": %.4f}", round > 0 ? ",\n" : "",
-               of_plain, of_vector, of_callback);
-    }
-    printf("\n]\n");
-    llama_free(plain);
-    llama_free(vector);
-}
-
 int main(int argc, char **argv) {
     parse(argc, argv);
     if (detox_abi_version() != DETOX_ABI_VERSION) stop("the library is not for this program's header");
@@ -324,9 +279,7 @@ int main(int argc, char **argv) {
 
     /* The simple case needs no announcement: all sequences alike, prompts and generated tokens alike. */
     bool is_announced = args.off >= 0 || (args.probe != NULL && args.n_sequences > 1) || args.generated >= 0;
-    if (args.n_bench > 0) {
-        bench(model, context, steer, callback);
-    } else if (args.n_race > 0) {
+    if (args.n_race > 0) {
         race(context, steer, callback, n_vocab);
     } else {
         decode(context, callback, args.tokens, args.n_tokens, 0, is_announced, args.generated);
@@ -363,7 +316,7 @@ int main(int argc, char **argv) {
         printf("]}\n");
     }
 
-    /* The context first: its callback must outlive it. */
+    /* In any order: a context whose callback was freed goes on unsteered. */
     llama_free(context);
     llama_model_free(model);
     must(detox_callback_free(callback));

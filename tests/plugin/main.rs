@@ -8,6 +8,7 @@ mod gate;
 mod header;
 mod library;
 mod misuse;
+mod overhead;
 mod python;
 mod sanitizer;
 mod server;

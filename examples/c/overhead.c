@@ -1,0 +1,236 @@
+/*
+ * What steering costs a program: decodes the same tokens with several contexts over one model, in turn and each time in
+ * another order, and compares each context's time for a token with that of an unsteered context for the same token.
+ *
+ *     overhead -m MODEL -t 1,60,70 --steer FILE [--tokens N] [--threads N] [--pool] [--force]
+ *
+ *     -t                the prompt, whose tokens are decoded again and again afterwards
+ *     --steer FILE      an intervention file or a control vector
+ *     --tokens N        tokens decoded by each context (300), after 20 that are not counted
+ *     --threads N       threads (1)
+ *     --pool            one pool of threads for all contexts, as llama-server has one; otherwise llama.cpp starts threads
+ *                       for every graph, and for both parts of one that the callback cuts
+ *     --only NAME       this context alone, without times: to count its instructions from outside
+ *
+ * The contexts: `plain`, the unsteered one; `plain_again`, another such, whose ratio shows the noise; `control_vector`,
+ * where the file can be one as a whole; `callback_at_0`, with the callback at a coefficient of 0, which is asked about each
+ * node and wants none; `callback`, with everything by the callback. Prints JSON: medians in microseconds a token, and the
+ * medians of the ratios to `plain`, each with a 95% interval from its order statistics, which assumes no distribution.
+ *
+ * Build it as steer.c, with -lggml-cpu for --pool.
+ */
+#define _POSIX_C_SOURCE 200809L
+#define DETOX_WITH_GGML
+#include "detox_gguf.h"
+#include "ggml-cpu.h"
+#include "llama.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { PLAIN, PLAIN_AGAIN, CONTROL_VECTOR, CALLBACK_AT_0, CALLBACK, N_KINDS };
+static const char *const NAMES[N_KINDS] = {"plain", "plain_again", "control_vector", "callback_at_0", "callback"};
+
+enum { MOST_TOKENS = 4096, N_WARM = 20 };
+
+static struct {
+    const char *model, *steer, *only;
+    llama_token tokens[MOST_TOKENS];
+    int n_prompt, n_tokens, n_threads;
+    bool pool, force;
+} args = {.n_tokens = 300, .n_threads = 1};
+
+typedef struct {
+    struct llama_context *context;
+    detox_steer *steer;
+    detox_callback *callback;
+    /* Microseconds of each token. */
+    double *us;
+} subject;
+
+static void stop(const char *what) {
+    fprintf(stderr, "error: %s\n", what);
+    exit(1);
+}
+
+static void must(detox_status status) {
+    if (status != DETOX_OK) {
+        fprintf(stderr, "error (status %d): %s\n", (int) status, detox_last_error());
+        exit(1);
+    }
+}
+
+static int number(const char *flag, const char *value, int least) {
+    char *end;
+    long found = strtol(value, &end, 10);
+    if (end == value || *end != '\0' || found < least || found > 1000000) {
+        fprintf(stderr, "error: %s: expected a number from %d to 1000000, found %s\n", flag, least, value);
+        exit(1);
+    }
+    return (int) found;
+}
+
+static void parse(int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        const char *flag = argv[i];
+        if (strcmp(flag, "--pool") == 0) { args.pool = true; continue; }
+        if (strcmp(flag, "--force") == 0) { args.force = true; continue; }
+        if (i + 1 == argc) stop("a flag is unknown, or lacks its value");
+        char *value = argv[++i];
+        if (strcmp(flag, "-m") == 0) args.model = value;
+        else if (strcmp(flag, "--steer") == 0) args.steer = value;
+        else if (strcmp(flag, "--tokens") == 0) args.n_tokens = number(flag, value, 1);
+        else if (strcmp(flag, "--threads") == 0) args.n_threads = number(flag, value, 1);
+        else if (strcmp(flag, "--only") == 0) args.only = value;
+        else if (strcmp(flag, "-t") == 0) {
+            for (char *token = strtok(value, ","); token != NULL; token = strtok(NULL, ",")) {
+                if (args.n_prompt == MOST_TOKENS) stop("-t: too many tokens");
+                args.tokens[args.n_prompt++] = number(flag, token, 0);
+            }
+        } else stop("a flag is unknown");
+    }
+    if (args.model == NULL || args.n_prompt == 0 || args.steer == NULL) stop("expected -m MODEL, -t TOKEN,TOKEN,... and --steer FILE");
+}
+
+static void quiet(enum ggml_log_level level, const char *text, void *user_data) {
+    (void) user_data;
+    if (level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
+}
+
+/* Whether a context of this kind is wanted, and can be. */
+static bool open_subject(subject *of, int kind, struct llama_model *model, struct ggml_threadpool *pool) {
+    if (args.only != NULL && strcmp(args.only, NAMES[kind]) != 0) return false;
+    detox_control_vector vector = DETOX_CONTROL_VECTOR_INIT;
+    if (kind >= CONTROL_VECTOR) {
+        detox_steer_options options = DETOX_STEER_OPTIONS_INIT;
+        options.route = kind == CONTROL_VECTOR ? DETOX_ROUTE_CHEAPEST : DETOX_ROUTE_CALLBACK;
+        options.coefficient = kind == CALLBACK_AT_0 ? 0.0f : 1.0f;
+        options.force = args.force;
+        must(detox_steer_load(args.model, args.steer, &options, &of->steer));
+        must(detox_steer_control_vector(of->steer, &vector, NULL, 0));
+        if (kind == CONTROL_VECTOR && !vector.is_whole) return false;
+    }
+    struct llama_context_params params = llama_context_default_params();
+    params.n_ctx = (uint32_t) (256 * (1 + (args.n_prompt + N_WARM + args.n_tokens) / 256));
+    params.n_threads = params.n_threads_batch = args.n_threads;
+    if (kind == CALLBACK_AT_0 || kind == CALLBACK) {
+        detox_host_table table = detox_ggml_host_table();
+        must(detox_steer_callback(of->steer, &table, NULL, &of->callback));
+        params.cb_eval = detox_eval_callback;
+        params.cb_eval_user_data = of->callback;
+    }
+    of->context = llama_init_from_model(model, params);
+    if (of->context == NULL) stop("llama.cpp could not open a context");
+    if (pool != NULL) llama_attach_threadpool(of->context, pool, pool);
+    if (vector.len > 0) {
+        float *data = malloc(vector.len * sizeof *data);
+        must(detox_steer_control_vector(of->steer, &vector, data, vector.len));
+        if (llama_set_adapter_cvec(of->context, data, vector.len, vector.n_embd, vector.il_start, vector.il_end) != 0) {
+            stop("llama.cpp refused the control vector");
+        }
+        free(data);
+    }
+    of->us = malloc((size_t) args.n_tokens * sizeof *of->us);
+    return true;
+}
+
+static double now_us(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return 1e6 * (double) now.tv_sec + 1e-3 * (double) now.tv_nsec;
+}
+
+/* The microseconds of a decode, with the check that belongs to it. */
+static double decode(subject *of, llama_token *tokens, int n) {
+    struct llama_batch batch = llama_batch_get_one(tokens, n);
+    double start = now_us();
+    if (llama_decode(of->context, batch) != 0) stop("llama_decode failed");
+    if (of->callback != NULL) must(detox_check(of->callback));
+    /* What a backend computes in its own time is done once there are logits. */
+    if (llama_get_logits_ith(of->context, -1) == NULL) stop("no logits");
+    return now_us() - start;
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *) a, y = *(const double *) b;
+    return (x > y) - (x < y);
+}
+
+/* Sorts them, and gives the median with its interval: order statistics around the middle, as far as a fair coin's heads
+ * in n throws lie from n / 2 in 95 of 100 cases. */
+static double median(double *values, int n, double *low, double *high) {
+    qsort(values, (size_t) n, sizeof *values, by_value);
+    int half = (int) (0.98 * sqrt((double) n));
+    int from = n / 2 - half, to = (n - 1) / 2 + half;
+    *low = values[from < 0 ? 0 : from];
+    *high = values[to >= n ? n - 1 : to];
+    return 0.5 * (values[n / 2] + values[(n - 1) / 2]);
+}
+
+int main(int argc, char **argv) {
+    parse(argc, argv);
+    if (detox_abi_version() != DETOX_ABI_VERSION) stop("the library is not for this program's header");
+    llama_log_set(quiet, NULL);
+    llama_backend_init();
+    struct llama_model *model = llama_model_load_from_file(args.model, llama_model_default_params());
+    if (model == NULL) stop("llama.cpp could not load the model");
+    struct ggml_threadpool *pool = NULL;
+    if (args.pool) {
+        struct ggml_threadpool_params params = ggml_threadpool_params_default(args.n_threads);
+        pool = ggml_threadpool_new(&params);
+        if (pool == NULL) stop("no pool of threads");
+    }
+
+    subject subjects[N_KINDS] = {0};
+    int open[N_KINDS], n_open = 0;
+    for (int kind = 0; kind < N_KINDS; kind++) {
+        if (open_subject(&subjects[kind], kind, model, pool)) open[n_open++] = kind;
+    }
+    if (n_open == 0) stop("--only: no such context");
+    for (int i = 0; i < n_open; i++) decode(&subjects[open[i]], args.tokens, args.n_prompt);
+    /* One after the other, so that what else the machine does falls on all alike; in an order drawn anew for each token,
+     * since what ran before leaves the caches as it likes. */
+    uint32_t seed = 1;
+    for (int token = -N_WARM; token < args.n_tokens; token++) {
+        for (int i = n_open - 1; i > 0; i--) {
+            seed = seed * 1664525u + 1013904223u;
+            int j = (int) ((seed >> 16) % (uint32_t) (i + 1)), kind = open[i];
+            open[i] = open[j];
+            open[j] = kind;
+        }
+        for (int i = 0; i < n_open; i++) {
+            subject *of = &subjects[open[i]];
+            double us = decode(of, &args.tokens[(token + N_WARM) % args.n_prompt], 1);
+            if (token >= 0) of->us[token] = us;
+        }
+    }
+
+    if (args.only == NULL) {
+        double *ratios = malloc((size_t) args.n_tokens * sizeof *ratios), low, high;
+        printf("{\"tokens\": %d, \"threads\": %d, \"pool\": %s", args.n_tokens, args.n_threads, args.pool ? "true" : "false");
+        for (int kind = 0; kind < N_KINDS; kind++) {
+            if (subjects[kind].us == NULL) continue;
+            memcpy(ratios, subjects[kind].us, (size_t) args.n_tokens * sizeof *ratios);
+            printf(",\n\"%s\": {\"us\": %.1f", NAMES[kind], median(ratios, args.n_tokens, &low, &high));
+            for (int i = 0; i < args.n_tokens; i++) ratios[i] = subjects[kind].us[i] / subjects[PLAIN].us[i];
+            double middle = median(ratios, args.n_tokens, &low, &high);
+            printf(", \"ratio\": %.4f, \"low\": %.4f, \"high\": %.4f}", middle, low, high);
+        }
+        printf("}\n");
+        free(ratios);
+    }
+
+    for (int kind = 0; kind < N_KINDS; kind++) {
+        if (subjects[kind].context != NULL) llama_free(subjects[kind].context);
+        must(detox_callback_free(subjects[kind].callback));
+        must(detox_steer_free(subjects[kind].steer));
+        free(subjects[kind].us);
+    }
+    if (pool != NULL) ggml_threadpool_free(pool);
+    llama_model_free(model);
+    llama_backend_free();
+    return 0;
+}
