@@ -35,6 +35,14 @@ pub(crate) enum Phase {
     Generation,
 }
 
+/// What a node is, found once for all that is asked about it: llama.cpp asks about every node of every graph.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Look {
+    place: Option<Place>,
+    /// Whether a micro-batch starts with it.
+    pub(crate) starts_micro_batch: bool,
+}
+
 /// What is looked for and done during each decode of one context.
 #[derive(Debug)]
 pub(crate) struct Watch {
@@ -45,6 +53,8 @@ pub(crate) struct Watch {
     /// By layer.
     neuron_edits: Vec<Vec<Prepared>>,
     output_edits: Vec<Vec<Prepared>>,
+    /// Whether there is any of them: asked of every node.
+    has_edits: bool,
     /// What the coefficients of all edits are multiplied by.
     coefficient: f32,
     recordings: Vec<Recording>,
@@ -95,6 +105,7 @@ impl Watch {
             streams,
             neuron_edits: vec![Vec::new(); n_layer],
             output_edits: vec![Vec::new(); n_layer],
+            has_edits: false,
             coefficient: 1.0,
             recordings: Vec::new(),
             reader: None,
@@ -110,6 +121,7 @@ impl Watch {
     /// Makes these edits and no others. Their layers are those of the model, which the caller saw to.
     pub(crate) fn set_edits(&mut self, edits: &[Edit]) {
         self.neuron_edits.iter_mut().chain(&mut self.output_edits).for_each(Vec::clear);
+        self.has_edits = !edits.is_empty();
         for edit in edits {
             let of_layers = match edit.change {
                 Change::Neuron { .. } => &mut self.neuron_edits,
@@ -249,11 +261,7 @@ impl Watch {
     }
 
     fn is_idle(&self) -> bool {
-        self.recordings.is_empty() && self.reader.is_none() && self.next_reader.is_none() && !self.has_edits()
-    }
-
-    fn has_edits(&self) -> bool {
-        self.neuron_edits.iter().chain(&self.output_edits).any(|edits| !edits.is_empty())
+        self.recordings.is_empty() && self.reader.is_none() && self.next_reader.is_none() && !self.has_edits
     }
 
     /// Where the graph may end, if it may.
@@ -276,20 +284,23 @@ impl Watch {
         self.streams == Streams::OfSequences && self.progress.rows.is_pending()
     }
 
-    /// Whether a micro-batch starts with this node, before it is computed. [`Watch::wants`], which comes
-    /// next, then takes the coefficient and the exemptions as they are.
-    pub(crate) fn starts_micro_batch<N: Node>(&self, node: &N) -> bool {
+    /// What a node is that is about to be computed. Where it starts a micro-batch, the caller may change the coefficient
+    /// and the exemptions before [`Watch::wants`], which then takes them as they are.
+    pub(crate) fn look<N: Node>(&self, node: &N) -> Look {
         if self.is_idle() {
-            return false;
+            return Look { place: None, starts_micro_batch: false };
         }
-        match self.waits_for_keys() {
-            true => is_first_key_write(node.name()) && node.writes_rows(),
-            false => self.place_of(node.name()) == Some(Place::Embedding),
-        }
+        let name = node.name();
+        let place = self.place_of(name);
+        let starts_micro_batch = match self.waits_for_keys() {
+            true => is_first_key_write(name) && node.writes_rows(),
+            false => place == Some(Place::Embedding),
+        };
+        Look { place, starts_micro_batch }
     }
 
     /// Whether the value of a node is needed, before it is computed.
-    pub(crate) fn wants<N: Node>(&mut self, node: &N) -> Result<bool, String> {
+    pub(crate) fn wants<N: Node>(&mut self, node: &N, look: Look) -> Result<bool, String> {
         if self.is_idle() {
             // A graph passes that nobody follows: what was announced of it is no longer to come.
             self.progress.rows.drop_rest();
@@ -297,18 +308,17 @@ impl Watch {
             return Ok(false);
         }
         self.progress.n_asked += 1;
-        let place = self.place_of(node.name());
-        let starts = self.starts_micro_batch(node);
+        let Look { place, starts_micro_batch } = look;
         // The embedding is the first node of all, also where the keys tell the rows; what reads there cannot
         // come later.
         let reads_embedding =
             |next: &Option<Reader>| next.as_ref().is_some_and(|reader| reader.place == Place::Embedding);
         if place == Some(Place::Embedding)
-            || starts && !self.next_reader.as_ref().is_some_and(reads_embedding)
+            || starts_micro_batch && !self.next_reader.as_ref().is_some_and(reads_embedding)
         {
             self.reader = self.next_reader.take().unwrap_or(self.reader.take());
         }
-        if starts {
+        if starts_micro_batch {
             self.start_micro_batch(node)?;
         }
         let Some(place) = place else { return Ok(false) };

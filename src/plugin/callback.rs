@@ -337,7 +337,8 @@ impl Callback {
 
     fn wants<N: Node>(&self, state: &mut State, node: &N) -> Result<bool, String> {
         let Some(watch) = &mut state.watch else { return Ok(false) };
-        if watch.starts_micro_batch(node) {
+        let look = watch.look(node);
+        if look.starts_micro_batch {
             watch.verify()?;
             state.settle_gate();
             let State { watch: Some(watch), gate, .. } = state else { return Ok(false) };
@@ -346,9 +347,9 @@ impl Callback {
                 let is_open = gate.as_ref().is_none_or(|gate| gate.state(sequence).is_open);
                 watch.set_exempt(sequence, !(is_on.load(Ordering::Acquire) && is_open));
             }
-            return watch.wants(node);
+            return watch.wants(node, look);
         }
-        watch.wants(node)
+        watch.wants(node, look)
     }
 }
 

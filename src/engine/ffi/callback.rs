@@ -37,7 +37,7 @@ pub(super) extern "C" fn eval_callback(tensor: *mut sys::ggml_tensor, ask: bool,
     let mut node = GraphNode { tensor };
     // A panic must not cross into C.
     let answer = catch_unwind(AssertUnwindSafe(|| match ask {
-        true => state.watch.wants(&node),
+        true => state.watch.wants(&node, state.watch.look(&node)),
         false => state.watch.sees(&mut node),
     }));
     match answer {
