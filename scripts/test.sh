@@ -11,12 +11,17 @@ if model=$(python3 scripts/fetch_model.py smollm2-135m-instruct-q4_1); then
 elif [ "${CI:-}" = true ]; then
     detox_stop "the model for the tests cannot be had" "see pip's message above"
 fi
-# So do a Python with llama.cpp and clang's sanitizers, for the tests of the plugin.
+# So do a Python with llama.cpp, a llama-server and clang's sanitizers, for the tests of the plugin.
 if [ "${CI:-}" = true ]; then
     if [ -z "${DETOX_GGUF_TEST_PYTHON:-}" ]; then
         DETOX_GGUF_TEST_PYTHON=$(scripts/llama_cpp_python.sh) ||
             detox_stop "llama-cpp-python cannot be had" "see pip's message above"
         export DETOX_GGUF_TEST_PYTHON
+    fi
+    if [ -z "${DETOX_GGUF_TEST_LLAMA_SERVER:-}" ]; then
+        DETOX_GGUF_TEST_LLAMA_SERVER=$(scripts/llama_server.sh) ||
+            detox_stop "llama-server cannot be had" "see the messages above"
+        export DETOX_GGUF_TEST_LLAMA_SERVER
     fi
     detox_need_sanitizers
 fi

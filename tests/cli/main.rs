@@ -10,6 +10,8 @@ mod real_model;
 mod resume;
 mod score;
 mod steering;
+#[path = "../support/real_model.rs"]
+mod support;
 mod train;
 
 use std::collections::BTreeMap;

@@ -1,29 +1,11 @@
 //! The main job on a real model, SmolLM2-135M-Instruct.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
+use super::support::real_model;
 use super::{contents, detox, rows};
-
-/// The model, fetched as the demo fetches it; `None`, said aloud, where it cannot be had outside CI.
-fn model() -> Option<PathBuf> {
-    if let Some(path) = std::env::var_os("DETOX_GGUF_TEST_MODEL") {
-        return Some(path.into());
-    }
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/fetch_model.py");
-    let output = Command::new("python3").arg(script).arg("smollm2-135m-instruct-q4_1").output();
-    let path = output.ok().filter(|o| o.status.success()).and_then(|o| String::from_utf8(o.stdout).ok());
-    if path.is_none() {
-        let ci = std::env::var("CI").is_ok_and(|ci| ci == "true");
-        assert!(!ci, "the real model cannot be had");
-        eprintln!("not run: the real model cannot be had; scripts/fetch_model.py says why");
-    }
-    path.map(|path| PathBuf::from(path.trim()))
-}
 
 #[test]
 fn a_greedy_continuation_is_sensible_text() {
-    let Some(model) = model() else { return };
+    let Some(model) = real_model() else { return };
     let folder = tempfile::tempdir().unwrap();
     let prompts = folder.path().join("en.txt");
     std::fs::write(&prompts, "The capital of France is\n").unwrap();
@@ -43,7 +25,7 @@ fn a_greedy_continuation_is_sensible_text() {
 
 #[test]
 fn an_evaluation_measures_plausible_numbers() {
-    let Some(model) = model() else { return };
+    let Some(model) = real_model() else { return };
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     detox()

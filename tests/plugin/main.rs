@@ -12,6 +12,8 @@ mod overhead;
 mod python;
 mod sanitizer;
 mod server;
+#[path = "../support/real_model.rs"]
+mod support;
 
 use std::path::{Path, PathBuf};
 
@@ -53,15 +55,25 @@ fn interventions(folder: &Path, list: &[&str]) -> PathBuf {
 
 /// The engine's own logits after the last of [`TOKENS`], steered by a file or not at all.
 fn engine_logits(model: &str, steer: Option<(&Path, f32)>, route: Route) -> Vec<f32> {
-    let path = tiny(model);
-    let mut loaded = Model::open(&path, &ModelOptions::default()).unwrap();
+    engine_logits_of(&tiny(model), &TOKENS, steer, route, &exact())
+}
+
+/// The same of any model and tokens.
+fn engine_logits_of(
+    path: &Path,
+    tokens: &[Token],
+    steer: Option<(&Path, f32)>,
+    route: Route,
+    session: &SessionOptions,
+) -> Vec<f32> {
+    let mut loaded = Model::open(path, &ModelOptions::default()).unwrap();
     if let Some((file, coefficient)) = steer {
         let sources = [(SteerFile::open(file).unwrap(), coefficient)];
         let options = CompileOptions { route, ..CompileOptions::default() };
-        let compiled = compile(&GgufFile::open(&path).unwrap(), &sources, &[], &options).unwrap();
+        let compiled = compile(&GgufFile::open(path).unwrap(), &sources, &[], &options).unwrap();
         loaded = loaded.with_steering(compiled.steering).unwrap();
     }
-    Session::open(&loaded, &exact(), 64).unwrap().logits(&TOKENS).unwrap().pop().unwrap()
+    Session::open(&loaded, session, 64).unwrap().logits(tokens).unwrap().pop().unwrap()
 }
 
 fn largest_difference(a: &[f32], b: &[f32]) -> f32 {

@@ -1,42 +1,229 @@
-//! `examples/llama-server.sh`, with a program in the server's place that loads what the server loads
-//! (`tests/plugin/server.c`): the files that the recipe makes, its command line, and the logits that come of it. Not
-//! covered: the server itself, which this repository does not build.
+//! `examples/llama-server.sh`: the files that it makes, and what a real llama-server, of a llama.cpp of another revision and
+//! build, answers over HTTP with them.
 
-use std::process::Command;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
+use detox_gguf::engine::{CacheType, FlashAttention, Model, ModelOptions, SessionOptions, Token};
 use detox_gguf::steer::compile::Route;
+use serde_json::{Value, json};
 
-use super::build::{program, run};
-use super::{TOKENS, engine_logits, interventions, largest_difference, root};
+use super::build::run;
+use super::support::real_model;
+use super::{TOKENS, engine_logits_of, exact, interventions, root, tiny};
+
+/// Names a llama-server; `scripts/test.sh` prepares one where `CI=true`.
+const SERVER: &str = "DETOX_GGUF_TEST_LLAMA_SERVER";
+
+/// The server; `None`, said aloud, where there is none outside CI.
+fn llama_server() -> Option<PathBuf> {
+    let found = std::env::var_os(SERVER).map(PathBuf::from);
+    if found.is_none() {
+        assert!(std::env::var("CI").as_deref() != Ok("true"), "{SERVER} is not set");
+        eprintln!("skipped: {SERVER} names no llama-server; scripts/llama_server.sh makes one");
+    }
+    found
+}
+
+/// A token that is a character of ASCII in all the models here.
+const ASCII: Token = 33;
+
+/// The recipe with some program as its server.
+fn recipe(server: &Path, way: &str, model: &Path, neurons: &Path, offset: &str, folder: &Path) -> Command {
+    let mut command = Command::new(root().join("examples/llama-server.sh"));
+    command.arg(way).arg(model).arg(neurons).arg(offset).arg(folder);
+    command.env("LLAMA_SERVER", server).env("DETOX_GGUF", env!("CARGO_BIN_EXE_detox-gguf"));
+    command
+}
+
+/// A server that runs, until it is dropped.
+struct Serving {
+    child: Child,
+    address: String,
+    log: PathBuf,
+}
+
+impl Serving {
+    /// Waits until the model is loaded.
+    fn start(mut command: Command, folder: &Path) -> Serving {
+        // The server binds the port itself: between here and there another program could, which the log would show.
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let log = folder.join("server.log");
+        let file = File::create(&log).unwrap();
+        command.args(["--host", "127.0.0.1", "--port", &port.to_string()]);
+        command.stdout(file.try_clone().unwrap()).stderr(file);
+        let child = command.spawn().unwrap();
+        let mut serving = Serving { child, address: format!("127.0.0.1:{port}"), log };
+        let start = Instant::now();
+        while !serving.request("GET", "/health", "").is_ok_and(|(status, _)| status == 200) {
+            let ended = serving.child.try_wait().unwrap();
+            let is_late = start.elapsed() > Duration::from_secs(120);
+            assert!(ended.is_none() && !is_late, "{command:?}: {ended:?}\n{}", serving.words());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        serving
+    }
+
+    fn words(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.log).unwrap()).into_owned()
+    }
+
+    /// The status and the body of what is answered.
+    fn request(&self, method: &str, path: &str, body: &str) -> io::Result<(u16, String)> {
+        let mut stream = TcpStream::connect(&self.address)?;
+        stream.set_read_timeout(Some(Duration::from_secs(120)))?;
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            self.address,
+            body.len()
+        );
+        stream.write_all(&[head.as_bytes(), body.as_bytes()].concat())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").ok_or(io::ErrorKind::InvalidData)?;
+        assert!(!head.to_lowercase().contains("transfer-encoding"), "the body is in one piece: {head}");
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+        Ok((status.ok_or(io::ErrorKind::InvalidData)?, body.to_owned()))
+    }
+
+    /// The log-probs of the token after `tokens`, by its id.
+    fn logps(&self, tokens: &[Token], n_vocab: usize) -> Vec<f64> {
+        // The server holds a token back, and its log-probs, that ends within a character: this has it take one of ASCII,
+        // which the log-probs, those of the model, do not know of.
+        let request = json!({
+            "prompt": tokens, "n_predict": 1, "n_probs": n_vocab, "temperature": 0, "cache_prompt": false,
+            "logit_bias": [[ASCII, 1e6]],
+        });
+        let (status, body) = self.request("POST", "/completion", &request.to_string()).unwrap();
+        assert_eq!(status, 200, "{body}\n{}", self.words());
+        let answer: Value = serde_json::from_str(&body).unwrap();
+        let found = &answer["completion_probabilities"][0]["top_logprobs"];
+        let mut logps = vec![f64::NAN; n_vocab];
+        for found in found.as_array().unwrap_or_else(|| panic!("{body}")) {
+            logps[found["id"].as_u64().unwrap() as usize] = found["logprob"].as_f64().unwrap();
+        }
+        assert!(logps.iter().all(|logp| !logp.is_nan()), "a log-prob of each token: {body}");
+        logps
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // The recipe becomes the server (`exec`), so that this is its process.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn logps_of(logits: &[f32]) -> Vec<f64> {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
+    logits.iter().map(|&logit| f64::from(logit - largest) - sum.ln()).collect()
+}
+
+fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+/// Σ p ln(p/q).
+fn divergence(p: &[f64], q: &[f64]) -> f64 {
+    p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
+}
+
+fn names(folder: &Path) -> BTreeSet<String> {
+    let entries = std::fs::read_dir(folder).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
 
 #[test]
-fn the_recipe_for_llama_server_steers_as_the_engine_does() {
-    let server = program("tests/plugin/server.c", "server", &[]);
+fn the_recipe_for_llama_server_makes_one_file_for_each_offset_and_keeps_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (neurons, files) = (folder.path().join("neurons.json"), folder.path().join("files"));
+    std::fs::write(&neurons, "[[0, 9], [1, 3], [1, 40]]").unwrap();
+    let model = tiny("llama");
+    // In the server's place a program that prints what it was called with.
+    let line = |way: &str, offset: &str| {
+        let mut command = recipe(Path::new("echo"), way, &model, &neurons, offset, &files);
+        run(command.args(["--port", "1"])).trim_end().to_owned()
+    };
+    let vector = line("vector", "-3.5");
+    let start = format!("-m {} --control-vector-scaled {}/steer-", model.display(), files.display());
+    assert!(vector.starts_with(&start) && vector.ends_with(".gguf:1.0 --port 1"), "{vector}");
+    let baked = line("baked", "-3.5");
+    let start = format!("-m {}/steered-", files.display());
+    assert!(baked.starts_with(&start) && baked.ends_with(".gguf --port 1"), "{baked}");
+    // What was made for one offset is not taken for another.
+    assert_ne!(line("vector", "2"), vector);
+    assert_eq!(names(&files).len(), 3);
+    // And is there the next time: nobody makes it again, who could not.
+    let mut again = recipe(Path::new("echo"), "vector", &model, &neurons, "-3.5", &files);
+    assert_eq!(run(again.args(["--port", "1"]).env("DETOX_GGUF", "false")).trim_end(), vector);
+    let mut anew = recipe(Path::new("echo"), "vector", &model, &neurons, "-1", &files);
+    assert!(!anew.env("DETOX_GGUF", "false").output().unwrap().status.success());
+}
+
+/// Both ways, with the neurons that each edits.
+const WAYS: [(&str, &str); 2] = [("vector", "[[1, 3], [1, 40]]"), ("baked", "[[0, 9], [1, 3], [1, 40]]")];
+
+#[test]
+fn llama_server_steers_as_the_engine_does_both_ways() {
+    let Some(server) = llama_server() else { return };
     let folder = tempfile::tempdir().unwrap();
     let neurons = folder.path().join("neurons.json");
     std::fs::write(&neurons, "[[0, 9], [1, 3], [1, 40]]").unwrap();
-    let tokens = TOKENS.map(|token| token.to_string()).join(",");
-    let serve = |way: &str, model: &str, offset: &str| -> Vec<f32> {
-        let mut command = Command::new(root().join("examples/llama-server.sh"));
-        command.args([way, &format!("gguf/tiny/{model}.gguf")]).arg(&neurons).arg(offset);
-        command.arg(folder.path().join(model)).args(["-t", &tokens]).current_dir(root());
-        command.env("LLAMA_SERVER", &server).env("DETOX_GGUF", env!("CARGO_BIN_EXE_detox-gguf"));
-        serde_json::from_str(&run(&mut command)).unwrap()
-    };
-    for model in ["llama", "gpt2", "bloom"] {
-        let plain = engine_logits(model, None, Route::Cheapest);
-        for (way, neurons) in [("vector", "[[1, 3], [1, 40]]"), ("baked", "[[0, 9], [1, 3], [1, 40]]")] {
-            let edit = format!("\"what\": {{\"neurons\": {neurons}}}, \"edit\": {{\"offset\": -3.5}}");
+    for name in ["llama", "gpt2", "bloom"] {
+        let model = tiny(name);
+        let plain = logps_of(&engine_logits_of(&model, &TOKENS, None, Route::Cheapest, &exact()));
+        for (way, edited) in WAYS {
+            let edit = format!("\"what\": {{\"neurons\": {edited}}}, \"edit\": {{\"offset\": -3.5}}");
             let file = interventions(folder.path(), &[&edit]);
-            let expected = engine_logits(model, Some((&file, 1.0)), Route::Cheapest);
-            assert!(largest_difference(&plain, &expected) > 0.1, "{model} {way}: it does something");
-            let difference = largest_difference(&serve(way, model, "-3.5"), &expected);
-            assert!(difference < 1e-3, "{model} {way}: {difference}");
-            // What was made for one offset is not taken for another, and is there the next time.
-            let other = serve(way, model, "2");
-            assert!(largest_difference(&other, &expected) > 0.1, "{model} {way}: another offset");
-            assert_eq!(serve(way, model, "2"), other);
-            assert!(largest_difference(&serve(way, model, "-3.5"), &expected) < 1e-3);
+            let steer = Some((file.as_path(), 1.0));
+            let expected = logps_of(&engine_logits_of(&model, &TOKENS, steer, Route::Cheapest, &exact()));
+            let mut command = recipe(&server, way, &model, &neurons, "-3.5", &folder.path().join(name));
+            // As `exact`.
+            command.args(["-c", "256", "-np", "1", "-t", "1", "-fa", "off", "-ctk", "f32", "-ctv", "f32"]);
+            let found = Serving::start(command, folder.path()).logps(&TOKENS, plain.len());
+            assert!(largest_difference(&plain, &expected) > 0.1, "{name} {way}: it does something");
+            let difference = largest_difference(&found, &expected);
+            assert!(difference < 1e-3, "{name} {way}: {difference}");
         }
+    }
+}
+
+#[test]
+fn llama_server_steers_a_quantised_model_as_the_engine_does_up_to_the_noise_of_its_weights() {
+    let (Some(server), Some(model)) = (llama_server(), real_model()) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let neurons = folder.path().join("neurons.json");
+    std::fs::write(&neurons, "[[11, 200], [12, 5]]").unwrap();
+    let file = interventions(
+        folder.path(),
+        &[r#""what": {"neurons": [[11, 200], [12, 5]]}, "edit": {"offset": -16}"#],
+    );
+    let text = "The people who live next door are";
+    let tokens = Model::open(&model, &ModelOptions::default()).unwrap().tokenize_prompt(text).unwrap();
+    let options = SessionOptions {
+        flash_attention: FlashAttention::Auto,
+        cache_type_k: CacheType::F16,
+        cache_type_v: CacheType::F16,
+        ..exact()
+    };
+    let of_engine = |steer| logps_of(&engine_logits_of(&model, &tokens, steer, Route::Cheapest, &options));
+    let (plain, steered) = (of_engine(None), of_engine(Some((file.as_path(), 1.0))));
+    let effect = divergence(&steered, &plain);
+    for way in ["vector", "baked"] {
+        let mut command = recipe(&server, way, &model, &neurons, "-16", folder.path());
+        command.args(["-c", "256", "-np", "1", "-t", "1"]);
+        let found = Serving::start(command, folder.path()).logps(&tokens, plain.len());
+        let (to_steered, to_plain) = (divergence(&steered, &found), divergence(&plain, &found));
+        assert!(effect > 0.5, "{way}: it does something: {effect}");
+        assert!(to_steered < 0.1 * effect, "{way}: {to_steered} of {effect}");
+        assert!(to_plain > 0.5 * effect, "{way}: {to_plain} of {effect}");
     }
 }
