@@ -58,6 +58,27 @@ fn the_header_compiles_as_c11_and_cpp17_without_a_warning() {
 }
 
 #[test]
+fn the_code_in_the_documentation_compiles_as_c11_and_cpp17() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = std::fs::read_to_string(root().join("docs/plugin.md")).unwrap();
+    let code = text.split("```c\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a program in C");
+    // Its directives, and then its statements with what the program has already.
+    let (directives, statements) = code.split_once("\n\n").unwrap();
+    assert!(directives.lines().all(|line| line.starts_with('#')), "{directives}");
+    let program = format!(
+        "{directives}\nint main(void) {{\nstruct llama_context_params params = llama_context_default_params();\n\
+         struct llama_model *model = NULL;\n{statements}\nreturn 0;\n}}\n"
+    );
+    for (is_cpp, name, standard) in [(false, "x.c", "-std=c11"), (true, "x.cpp", "-std=c++17")] {
+        let path = folder.path().join(name);
+        std::fs::write(&path, &program).unwrap();
+        let mut command = Command::new(compiler(is_cpp));
+        command.args([standard, "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]).arg(&path);
+        run(command.arg("-I").arg(root().join("vendor/include")).arg("-I").arg(LLAMA.join("include")));
+    }
+}
+
+#[test]
 fn header_map_and_library_have_the_same_functions() {
     let declared = declared();
     assert!(declared.len() > 15, "{declared:?}");
