@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What steering costs a program: builds examples/c/overhead.c over the llama.cpp of this repository's own build, and runs it.
 #
-#     scripts/bench_plugin.sh MODEL STEER [--tokens N] [--threads N] [--pool] [--force]
+#     scripts/bench_plugin.sh MODEL STEER [--tokens N] [--threads N] [--pool] [--cpu] [--force]
 #
-# For figures, on a machine that does nothing else.
+# For figures, on a machine that does nothing else, or with --cpu.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n 's/^#  *\(scripts.*\)/usage: \1/p' "$0" >&2; exit 2; }
 model=$(realpath "$1") steer=$(realpath "$2")

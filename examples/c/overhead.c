@@ -2,7 +2,7 @@
  * What steering costs a program: decodes the same tokens with several contexts over one model, in turn and each time in
  * another order, and compares each context's time for a token with that of an unsteered context for the same token.
  *
- *     overhead -m MODEL -t 1,60,70 --steer FILE [--tokens N] [--threads N] [--pool] [--force]
+ *     overhead -m MODEL -t 1,60,70 --steer FILE [--tokens N] [--threads N] [--pool] [--cpu] [--force] [--only NAME]
  *
  *     -t                the prompt, whose tokens are decoded again and again afterwards
  *     --steer FILE      an intervention file or a control vector
@@ -10,6 +10,8 @@
  *     --threads N       threads (1)
  *     --pool            one pool of threads for all contexts, as llama-server has one; otherwise llama.cpp starts threads
  *                       for every graph, and for both parts of one that the callback cuts
+ *     --cpu             the process's time on the CPU in place of the clock's, for a machine that does other things too; with
+ *                       one thread, since several wait for each other by spinning
  *     --only NAME       this context alone, without times: to count its instructions from outside
  *
  * The contexts: `plain`, the unsteered one; `plain_again`, another such, whose ratio shows the noise; `control_vector`,
@@ -40,7 +42,7 @@ static struct {
     const char *model, *steer, *only;
     llama_token tokens[MOST_TOKENS];
     int n_prompt, n_tokens, n_threads;
-    bool pool, force;
+    bool pool, cpu, force;
 } args = {.n_tokens = 300, .n_threads = 1};
 
 typedef struct {
@@ -77,6 +79,7 @@ static void parse(int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         const char *flag = argv[i];
         if (strcmp(flag, "--pool") == 0) { args.pool = true; continue; }
+        if (strcmp(flag, "--cpu") == 0) { args.cpu = true; continue; }
         if (strcmp(flag, "--force") == 0) { args.force = true; continue; }
         if (i + 1 == argc) stop("a flag is unknown, or lacks its value");
         char *value = argv[++i];
@@ -139,7 +142,7 @@ static bool open_subject(subject *of, int kind, struct llama_model *model, struc
 
 static double now_us(void) {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(args.cpu ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC, &now);
     return 1e6 * (double) now.tv_sec + 1e-3 * (double) now.tv_nsec;
 }
 

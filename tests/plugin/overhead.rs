@@ -25,7 +25,7 @@ fn overhead(edit: &str, flags: &[&str]) -> BTreeMap<String, [f64; 3]> {
 fn the_overhead_of_each_context_is_measured_with_an_interval() {
     let vector = r#""what": {"neurons": [[1, 3]]}, "edit": {"offset": 3}"#;
     let all = ["callback", "callback_at_0", "control_vector", "plain", "plain_again"];
-    for flags in [&["--tokens", "40"][..], &["--tokens", "41", "--threads", "2", "--pool"]] {
+    for flags in [&["--tokens", "40", "--cpu"][..], &["--tokens", "41", "--threads", "2", "--pool"]] {
         let found = overhead(vector, flags);
         assert_eq!(found.keys().collect::<Vec<_>>(), all);
         assert_eq!(found["plain"], [1.0; 3]);
