@@ -45,3 +45,13 @@ fn what_no_control_vector_can_do_is_measured_by_the_callback_alone() {
         "of one token: {found:?}"
     );
 }
+
+#[test]
+fn asking_about_a_node_that_is_not_wanted_is_quick() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = interventions(folder.path(), &[r#""what": {"neurons": [[2, 3]]}, "edit": {"offset": 3}"#]);
+    let mut command = Command::new(program("tests/plugin/ask.c", "ask", &[]));
+    let ns: f64 = run(command.arg(tiny("llama")).arg(&file).arg("2000")).trim().parse().unwrap();
+    // 31 where it was written; far more means that something waits, allocates, or looks through all that there is.
+    assert!(ns < 500.0, "{ns} ns");
+}
