@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use detox_gguf::gguf::{GgufFile, Metadata};
 use detox_gguf::steer::{Fingerprint, control_vector};
-use detox_gguf::train::Adapter;
+use detox_gguf::train::{Adapter, Factors};
 
+use super::support::real_model;
 use super::{detox, failure, tiny};
 
 fn export(model: &Path, lora: &Path, output: &Path) -> assert_cmd::Command {
@@ -106,6 +107,43 @@ fn a_full_disk_leaves_nothing() {
     let said = String::from_utf8(run.stderr).unwrap();
     assert_eq!(run.status.code(), Some(1), "{said}");
     assert!(said.contains(&format!("cannot write {}", output.display())), "{said}");
+    assert_eq!(n_files(folder.path()), 0);
+}
+
+#[cfg(unix)]
+#[test]
+fn ctrl_c_ends_a_merge_and_leaves_nothing() {
+    let Some(model) = real_model() else { return };
+    let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let base = GgufFile::open(&model).unwrap();
+    let name = "blk.0.ffn_down.weight";
+    let &[n_in, n_out] = base.tensor(name).unwrap().shape() else { panic!("{name} is no matrix") };
+    let (n_in, n_out) = (n_in as usize, n_out as usize);
+    let factors =
+        Factors { name: name.into(), n_in, n_out, rank: 1, a: vec![1e-3; n_in], b: vec![1e-3; n_out] };
+    let lora = work.path().join("lora.gguf");
+    Adapter { alpha: 0.0, factors: vec![factors] }.write(&lora, &base, &Metadata::new()).unwrap();
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("detox-gguf"))
+        .args(["export", "-t", "1", "-m"])
+        .arg(&model)
+        .arg("--lora")
+        .arg(&lora)
+        .arg("-o")
+        .arg(folder.path().join("merged.gguf"))
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Its temporary folder is there from before the merge to after the comparison, which takes seconds.
+    while n_files(folder.path()) == 0 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it merged");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
+    assert!(kill.unwrap().success());
+    let run = child.wait_with_output().unwrap();
+    let said = String::from_utf8(run.stderr).unwrap();
+    assert_eq!(run.status.code(), Some(130), "{said}");
+    assert!(said.contains("error: interrupted"), "{said}");
     assert_eq!(n_files(folder.path()), 0);
 }
 

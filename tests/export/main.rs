@@ -2,6 +2,8 @@
 
 mod adapter;
 mod merge;
+#[path = "../support/split.rs"]
+mod split;
 
 use std::path::{Path, PathBuf};
 

@@ -9,6 +9,7 @@ use detox_gguf::steer::exact_check::compare;
 use detox_gguf::train::Adapter;
 use detox_gguf::train::merge::{MergeOptions, MergeReport, merge};
 
+use super::split::split_in_two;
 use super::{factors, largest_difference, logits, provenance, tiny, tiny_path, write};
 
 fn merged(
@@ -169,6 +170,41 @@ fn blocks_of_a_changed_row_keep_their_bytes_where_nothing_changes() {
         assert_eq!(a != b, at % 3 == 1, "block {at}");
     }
     assert!(report.total.moved() > 0.2 && report.total.moved() < 0.34, "{}", report.total.moved());
+}
+
+#[test]
+fn a_split_model_is_merged_into_one_file_that_is_that_of_the_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = tiny("llama");
+    let split = GgufFile::open(&split_in_two(&base, folder.path())).unwrap();
+    let adapters =
+        [(Adapter { factors: vec![factors(&base, "blk.1.ffn_down.weight", 2, 5)], alpha: 2.0 }, 1.0)];
+    let [of_whole, of_split] = [(&base, "whole.gguf"), (&split, "split.gguf")].map(|(base, name)| {
+        let output = folder.path().join(name);
+        merged(base, &adapters, &output, &MergeOptions { tensor_type: None, provenance: provenance() })
+            .unwrap();
+        GgufFile::open(&output).unwrap()
+    });
+    assert_eq!(of_split.part_paths().len(), 1);
+    assert_eq!(of_split.metadata(), of_whole.metadata());
+    assert!(changed_tensors(&of_whole, &of_split).is_empty());
+    assert_eq!(changed_tensors(&base, &of_split), ["blk.1.ffn_down.weight"]);
+}
+
+#[test]
+fn a_merge_that_is_broken_off_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = tiny("llama");
+    let adapters =
+        [(Adapter { factors: vec![factors(&base, "blk.1.ffn_down.weight", 2, 5)], alpha: 2.0 }, 1.0)];
+    let options = MergeOptions { tensor_type: None, provenance: provenance() };
+    let mut n_calls = 0;
+    let error = merge(&base, &adapters, &folder.path().join("merged.gguf"), &options, |_, _| {
+        n_calls += 1;
+        if n_calls == 3 { Err(Error::Interrupted) } else { Ok(()) }
+    });
+    assert!(matches!(error, Err(Error::Interrupted)), "{error:?}");
+    assert_eq!((n_calls, std::fs::read_dir(folder.path()).unwrap().count()), (3, 0));
 }
 
 #[test]

@@ -13,6 +13,8 @@ use detox_gguf::steer::bake::bake;
 use detox_gguf::steer::value_vector::ValueVectors;
 use tempfile::TempDir;
 
+use super::split::split_in_two;
+
 fn tiny(name: &str) -> GgufFile {
     GgufFile::open(format!("{}/gguf/tiny/{name}.gguf", env!("CARGO_MANIFEST_DIR"))).unwrap()
 }
@@ -195,18 +197,7 @@ fn rejects_vectors_to_project_that_are_wrong_one_by_one_and_right_together() {
 fn a_split_model_is_baked_into_one_file_that_has_all_of_it() {
     let whole = tiny("llama");
     let folder = tempfile::tempdir().unwrap();
-    let tensors = tensors_of(&whole);
-    let n_tensors = tensors.len() as i32;
-    let first = folder.path().join("m-00001-of-00002.gguf");
-    let mut halves = [tensors[..4].to_vec(), tensors[4..].to_vec()].into_iter();
-    for (number, path) in [(0u16, first.clone()), (1, folder.path().join("m-00002-of-00002.gguf"))] {
-        let mut metadata = if number == 0 { whole.metadata().clone() } else { Metadata::new() };
-        metadata.set("split.no", Value::U16(number));
-        metadata.set("split.count", Value::U16(2));
-        metadata.set("split.tensors.count", Value::I32(n_tensors));
-        write(&path, &metadata, halves.next().unwrap());
-    }
-    let split = GgufFile::open(&first).unwrap();
+    let split = GgufFile::open(&split_in_two(&whole, folder.path())).unwrap();
     let vectors = BTreeMap::from([(0, vec![0.25; 64])]);
     let output = folder.path().join("baked.gguf");
     bake(&split, &vectors, &[], &output, |_, _| {}).unwrap();
