@@ -125,19 +125,15 @@ impl<D: Device> Linear<D> {
             Weight::Trained(_) => None,
         });
         let frozen: Vec<&D::Matrix> = frozen.collect();
-        // Of matrices that read one input all are frozen, or all are trained.
-        if frozen.len() == N {
+        assert!(frozen.is_empty() || frozen.len() == N, "all matrices frozen, or all trained");
+        if !frozen.is_empty() {
             device.products(&frozen, x, n_rows, &mut ys)?;
         }
         let mut all = Vec::with_capacity(N);
         for (linear, mut y) in linears.into_iter().zip(ys) {
             let (n_in, n_out) = (linear.n_in, linear.n_out);
-            match &linear.weight {
-                Weight::Frozen(matrix) if frozen.len() < N => device.product(matrix, x, n_rows, &mut y)?,
-                Weight::Frozen(_) => {}
-                Weight::Trained(id) => {
-                    device.gemm(by_transposed([n_rows, n_out, n_in]), x, &values[*id], &mut y)?
-                }
+            if let Weight::Trained(id) = &linear.weight {
+                device.gemm(by_transposed([n_rows, n_out, n_in]), x, &values[*id], &mut y)?;
             }
             let mut reduced = None;
             if let (Some(LowRank { rank, a, b }), Some(scale)) = (linear.low_rank, pass.adapter_scale) {

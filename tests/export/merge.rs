@@ -176,7 +176,7 @@ fn blocks_of_a_changed_row_keep_their_bytes_where_nothing_changes() {
 fn a_split_model_is_merged_into_one_file_that_is_that_of_the_whole() {
     let folder = tempfile::tempdir().unwrap();
     let base = tiny("llama");
-    let split = GgufFile::open(&split_in_two(&base, folder.path())).unwrap();
+    let split = GgufFile::open(split_in_two(&base, folder.path())).unwrap();
     let adapters =
         [(Adapter { factors: vec![factors(&base, "blk.1.ffn_down.weight", 2, 5)], alpha: 2.0 }, 1.0)];
     let [of_whole, of_split] = [(&base, "whole.gguf"), (&split, "split.gguf")].map(|(base, name)| {

@@ -197,7 +197,7 @@ fn rejects_vectors_to_project_that_are_wrong_one_by_one_and_right_together() {
 fn a_split_model_is_baked_into_one_file_that_has_all_of_it() {
     let whole = tiny("llama");
     let folder = tempfile::tempdir().unwrap();
-    let split = GgufFile::open(&split_in_two(&whole, folder.path())).unwrap();
+    let split = GgufFile::open(split_in_two(&whole, folder.path())).unwrap();
     let vectors = BTreeMap::from([(0, vec![0.25; 64])]);
     let output = folder.path().join("baked.gguf");
     bake(&split, &vectors, &[], &output, |_, _| {}).unwrap();

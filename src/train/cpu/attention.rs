@@ -139,8 +139,24 @@ pub fn attention_back(
 }
 
 /// The segments of each pair: a prompt's, which has no prefix, and those of its answers.
+///
+/// # Panics
+/// Where a row is in two pairs, or sees another pair's: tasks would write to the same gradients.
 fn pairs_of(packed: &Packed) -> Vec<&[Segment]> {
-    packed.segments.chunk_by(|_, next| !next.prefix.is_empty()).collect()
+    let pairs: Vec<&[Segment]> = packed.segments.chunk_by(|_, next| !next.prefix.is_empty()).collect();
+    let mut end = 0;
+    for pair in &pairs {
+        let (prompt, answers) = pair.split_first().expect("a part of a slice is not empty");
+        assert!(
+            prompt.prefix.is_empty() && answers.iter().all(|a| a.prefix == prompt.rows),
+            "rows of one pair"
+        );
+        for segment in *pair {
+            assert!(segment.rows.start == end && segment.rows.end >= end, "each row in one segment");
+            end = segment.rows.end;
+        }
+    }
+    pairs
 }
 
 /// The segment of each row, `[R]`.

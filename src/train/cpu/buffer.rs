@@ -2,8 +2,8 @@
 //!
 //! A step makes and drops some thousand buffers of a few sizes. Left to the system's allocator, that memory would in part
 //! lie in holes that fit nothing, and in part go back to the kernel, which clears every page before it gives it out again.
-//! So what a buffer leaves is kept for the next of about its size; what is kept and what is in use are together never more
-//! than was once in use at a time, and the rest goes back at once.
+//! So what a buffer leaves is kept for the next of about its size; what is kept and what is in use, counted by their room,
+//! are together never more than was once in use at a time, and the rest goes back at once.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -132,6 +132,11 @@ impl Memory {
         Ok((Buffer { values, len: n, memory: self.clone() }, fresh))
     }
 
+    /// Gives back what is kept.
+    pub fn trim(&self) {
+        self.lock().trim();
+    }
+
     fn lock(&self) -> MutexGuard<'_, Kept> {
         // Nothing in here panics between two changes that belong together.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -152,6 +157,7 @@ impl Kept {
         }
         // Up to an eighth more, so that batches of about one size can use each other's.
         let room = n.next_multiple_of(1 << n.ilog2().saturating_sub(3));
+        let most_before = self.most_used;
         self.use_more(room);
         let mut n_over = (self.n_used + self.n_free).saturating_sub(self.most_used);
         let is_over = |pages: &Pages| {
@@ -161,13 +167,24 @@ impl Kept {
         };
         let n_dropped = self.free.iter().map(is_over).take_while(|&is_over| is_over).count();
         self.n_free -= self.free.drain(..n_dropped).map(|pages| pages.len()).sum::<usize>();
-        match Pages::new(room) {
+        // Where there is no more, what is kept may be enough.
+        let pages = Pages::new(room).or_else(|_| {
+            self.trim();
+            Pages::new(room)
+        });
+        match pages {
             Ok(pages) => Ok((pages, Fresh::Zeros)),
             Err(error) => {
                 self.n_used -= room;
+                self.most_used = most_before;
                 Err(error)
             }
         }
+    }
+
+    fn trim(&mut self) {
+        self.free.clear();
+        self.n_free = 0;
     }
 
     fn use_more(&mut self, n: usize) {
@@ -241,6 +258,19 @@ mod tests {
         let error = memory.take(1 << 60).unwrap_err();
         assert!(error.to_string().starts_with("cpu: cannot have 4398046511104 MiB of memory"), "{error}");
         drop(kept);
-        assert_eq!(counts(&memory)[..2], [0, 1 << 17]);
+        assert_eq!(counts(&memory), [0, 1 << 17, 1 << 17]);
+        // It took what was kept for others too.
+        memory.take(1 << 60).unwrap_err();
+        assert_eq!(counts(&memory), [0, 0, 1 << 17]);
+    }
+
+    #[test]
+    fn what_is_kept_is_given_back_when_asked_for() {
+        let memory = Memory::default();
+        let used = memory.take(1 << 16).unwrap();
+        drop(memory.take(1 << 17).unwrap());
+        memory.trim();
+        assert_eq!(counts(&memory), [1 << 16, 0, (1 << 16) + (1 << 17)]);
+        drop(used);
     }
 }

@@ -129,6 +129,11 @@ impl Device for Cpu {
         self.pool.install(work)
     }
 
+    fn trim(&self) -> Result<()> {
+        self.memory.trim();
+        Ok(())
+    }
+
     fn zeros(&self, n: usize) -> Result<Buffer> {
         let (mut buffer, fresh) = self.memory.take(n)?;
         if fresh == Fresh::Used {
@@ -153,6 +158,7 @@ impl Device for Cpu {
     }
 
     fn copy(&self, x: &Buffer, n: usize) -> Result<Buffer> {
+        assert_eq!(x.len(), n, "as many numbers as there are");
         let mut buffer = self.space(n)?;
         self.pool.install(|| elementwise::copy(x, &mut buffer));
         Ok(buffer)
@@ -197,6 +203,7 @@ impl Device for Cpu {
     }
 
     fn products(&self, ws: &[&Matrix], x: &Buffer, n_rows: usize, ys: &mut [Buffer]) -> Result<()> {
+        assert_eq!(ws.len(), ys.len(), "a buffer for each matrix");
         match self.kernels {
             Some(_) => ws.iter().zip(ys).try_for_each(|(w, y)| self.product(w, x, n_rows, y)),
             None => {
@@ -403,6 +410,7 @@ impl Device for Cpu {
         logps: &Buffer,
         dlogps: &mut Buffer,
     ) -> Result<Vec<(AnswerLogps, PairLoss)>> {
+        assert_eq!(2 * references.len(), rows.answers.len(), "a reference for each pair");
         let sums = rows.sum_by_answer(logps);
         let pairs = sums.chunks_exact(2).zip(rows.answers.chunks_exact(2)).zip(references);
         let costs: Vec<(AnswerLogps, PairLoss)> = pairs

@@ -2,6 +2,7 @@
 
 mod product;
 mod repeat;
+mod step;
 
 use crate::train::device::Device;
 use crate::train::device_tests::{device_tests, oracle};
