@@ -6,7 +6,7 @@
 //! ```
 //!
 //! [`Steer`] reads an intervention file or a control vector, checks it against the model's file, and finds the
-//! cheapest exact way. What a control vector can do costs nothing; the rest (layer 0, assigning, clamping,
+//! cheapest exact way. What a control vector can do costs next to nothing; the rest (layer 0, assigning, clamping,
 //! architectures with a norm after the FFN) is done by a [`Callback`], which the program calls from llama.cpp's eval
 //! callback with every node of the graph, as a [`Node`]. A callback can leave sequences out, and steer the others only
 //! while a probe on the residual stream says that the text is turning toxic ([`GateOptions`]).

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! An offset `d` on neuron `i` at every token adds `d * W_down[:, i]`, a constant, to the residual stream;
-//! so does an offset along a direction. Constants are moved to the control vector, which costs nothing,
+//! so does an offset along a direction. Constants are moved to the control vector, which costs next to nothing,
 //! unless that would change the result: layer 0 has no control vector; a norm, or a scale of quantised
 //! weights, may stand behind `ffn_down`; prompt and generation may differ; and an edit that is no offset
 //! may stand before or after it in the list, see `is_movable`.

@@ -99,7 +99,7 @@ DETOX_API const char *detox_last_error(void);
 /* Interventions                                                                                                    */
 
 typedef enum detox_route {
-    /* A control vector for all that it can do exactly, at no cost; the callback for the rest. */
+    /* A control vector for all that it can do exactly, at next to no cost; the callback for the rest. */
     DETOX_ROUTE_CHEAPEST = 0,
     /* The callback for everything: needed for gates, and to leave sequences out. Right under LoRA adapters on
      * ffn_down too, which a control vector made from the model's file alone does not know of. */
