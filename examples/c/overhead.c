@@ -1,6 +1,6 @@
 /*
  * What steering costs a program: decodes the same tokens with several contexts over one model, in turn and each time in
- * another order, and compares each context's time for a token with that of an unsteered context for the same token.
+ * another order, and compares each context's time for a token with that of two unsteered contexts for the same token.
  *
  *     overhead -m MODEL -t 1,60,70 --steer FILE [--tokens N] [--threads N] [--pool] [--cpu] [--force] [--only NAME]
  *
@@ -11,15 +11,17 @@
  *     --pool            one pool of threads for all contexts, as llama-server has one; otherwise llama.cpp starts threads
  *                       for every graph, and for both parts of one that the callback cuts
  *     --cpu             the process's time on the CPU in place of the clock's, for a machine that does other things too; with
- *                       one thread, since several wait for each other by spinning
+ *                       one thread alone, since several wait for each other by spinning
  *     --only NAME       this context alone, without times: to count its instructions from outside
  *
- * The contexts: `plain`, the unsteered one; `plain_again`, another such, whose ratio shows the noise; `control_vector`,
- * where the file can be one as a whole; `callback_at_0`, with the callback at a coefficient of 0, which is asked about each
- * node and wants none; `callback`, with everything by the callback. Prints JSON: medians in microseconds a token, and the
- * medians of the ratios to `plain`, each with a 95% interval from its order statistics, which assumes no distribution.
+ * The contexts: `plain` and `plain_again`, the unsteered ones; `control_vector`, where the file can be one as a whole;
+ * `callback_at_0`, with the callback at a coefficient of 0, which is asked about each node and wants none; `callback`, with
+ * everything by the callback. Prints JSON: for each the median in microseconds a token, the median of its ratios to the
+ * mean of `plain` and `plain_again`, with a 95% interval, and a hash of its last logits. The ratios of the unsteered ones
+ * themselves show what two contexts differ by that do the same. The interval is from order statistics, which assumes no
+ * distribution, but that tokens are independent; it shows the spread within this process, and not from one to another.
  *
- * Build it as steer.c, with -lggml-cpu for --pool.
+ * Build it as steer.c, with -lggml-cpu besides, which has the pool of threads: it is needed with or without --pool.
  */
 #define _POSIX_C_SOURCE 200809L
 #define DETOX_WITH_GGML
@@ -51,6 +53,8 @@ typedef struct {
     detox_callback *callback;
     /* Microseconds of each token. */
     double *us;
+    /* Of the last logits: FNV-1a over their bytes. */
+    uint64_t hash;
 } subject;
 
 static void stop(const char *what) {
@@ -96,6 +100,7 @@ static void parse(int argc, char **argv) {
         } else stop("a flag is unknown");
     }
     if (args.model == NULL || args.n_prompt == 0 || args.steer == NULL) stop("expected -m MODEL, -t TOKEN,TOKEN,... and --steer FILE");
+    if (args.cpu && args.n_threads > 1) stop("--cpu is for one thread: several wait for each other by spinning, on the CPU");
 }
 
 static void quiet(enum ggml_log_level level, const char *text, void *user_data) {
@@ -118,6 +123,8 @@ static bool open_subject(subject *of, int kind, struct llama_model *model, struc
     }
     struct llama_context_params params = llama_context_default_params();
     params.n_ctx = (uint32_t) (256 * (1 + (args.n_prompt + N_WARM + args.n_tokens) / 256));
+    /* Any prompt in one decode. */
+    params.n_batch = params.n_ctx;
     params.n_threads = params.n_threads_batch = args.n_threads;
     if (kind == CALLBACK_AT_0 || kind == CALLBACK) {
         detox_host_table table = detox_ggml_host_table();
@@ -153,8 +160,16 @@ static double decode(subject *of, llama_token *tokens, int n) {
     if (llama_decode(of->context, batch) != 0) stop("llama_decode failed");
     if (of->callback != NULL) must(detox_check(of->callback));
     /* What a backend computes in its own time is done once there are logits. */
-    if (llama_get_logits_ith(of->context, -1) == NULL) stop("no logits");
-    return now_us() - start;
+    const float *logits = llama_get_logits_ith(of->context, -1);
+    if (logits == NULL) stop("no logits");
+    double us = now_us() - start;
+    /* Ratios to it would be none. */
+    if (us <= 0.0) stop("a decode took no time by the clock: it is too coarse for this model");
+    const unsigned char *bytes = (const unsigned char *) logits;
+    size_t n_bytes = sizeof *logits * (size_t) llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(of->context)));
+    of->hash = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < n_bytes; i++) of->hash = (of->hash ^ bytes[i]) * 0x100000001b3u;
+    return us;
 }
 
 static int by_value(const void *a, const void *b) {
@@ -162,11 +177,12 @@ static int by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Sorts them, and gives the median with its interval: order statistics around the middle, as far as a fair coin's heads
- * in n throws lie from n / 2 in 95 of 100 cases. */
+/* Sorts them, and gives the median with its 95% interval: order statistics as far from the middle as a fair coin's heads in n
+ * throws lie from n / 2 in at least 95 of 100 cases, taking the values as independent. Fewer than 6 values have no such
+ * interval: it is the least and the greatest of them then, and less sure. */
 static double median(double *values, int n, double *low, double *high) {
     qsort(values, (size_t) n, sizeof *values, by_value);
-    int half = (int) (0.98 * sqrt((double) n));
+    int half = (int) ceil(0.98 * sqrt((double) n) + 0.5);
     int from = n / 2 - half, to = (n - 1) / 2 + half;
     *low = values[from < 0 ? 0 : from];
     *high = values[to >= n ? n - 1 : to];
@@ -218,9 +234,13 @@ int main(int argc, char **argv) {
             if (subjects[kind].us == NULL) continue;
             memcpy(ratios, subjects[kind].us, (size_t) args.n_tokens * sizeof *ratios);
             printf(",\n\"%s\": {\"us\": %.1f", NAMES[kind], median(ratios, args.n_tokens, &low, &high));
-            for (int i = 0; i < args.n_tokens; i++) ratios[i] = subjects[kind].us[i] / subjects[PLAIN].us[i];
+            /* To both unsteered ones: either alone may be off by itself, and would shift all that is compared with it. */
+            for (int i = 0; i < args.n_tokens; i++) {
+                ratios[i] = subjects[kind].us[i] / (0.5 * (subjects[PLAIN].us[i] + subjects[PLAIN_AGAIN].us[i]));
+            }
             double middle = median(ratios, args.n_tokens, &low, &high);
-            printf(", \"ratio\": %.4f, \"low\": %.4f, \"high\": %.4f}", middle, low, high);
+            printf(", \"ratio\": %.4f, \"low\": %.4f, \"high\": %.4f", middle, low, high);
+            printf(", \"logits\": \"%016llx\"}", (unsigned long long) subjects[kind].hash);
         }
         printf("}\n");
         free(ratios);

@@ -1,6 +1,7 @@
 //! `examples/c/overhead.c`: that it measures what it says. What it measures is in `docs/plugin.md`.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
@@ -8,29 +9,64 @@ use serde_json::Value;
 use super::build::{program, run};
 use super::{interventions, tiny};
 
-/// The ratio of each context with its interval.
-fn overhead(edit: &str, flags: &[&str]) -> BTreeMap<String, [f64; 3]> {
-    let folder = tempfile::tempdir().unwrap();
-    let file = interventions(folder.path(), &[edit]);
+/// Of one context.
+#[derive(Debug)]
+struct Measured {
+    ratio: f64,
+    low: f64,
+    high: f64,
+    /// A hash of its last logits.
+    logits: String,
+}
+
+impl Measured {
+    fn from(value: &Value) -> Measured {
+        let [ratio, low, high] = ["ratio", "low", "high"].map(|key| value[key].as_f64().unwrap());
+        Measured { ratio, low, high, logits: value["logits"].as_str().unwrap().to_owned() }
+    }
+}
+
+fn command(edit: &str, folder: &Path, flags: &[&str]) -> Command {
+    let file = interventions(folder, &[edit]);
     let mut command = Command::new(program("examples/c/overhead.c", "overhead", &[]));
     command.arg("-m").arg(tiny("llama")).arg("--steer").arg(&file).args(["-t", "1,60,70"]).args(flags);
-    let found: BTreeMap<String, Value> = serde_json::from_str(&run(&mut command)).unwrap();
-    let contexts = found.into_iter().filter(|(_, value)| value.is_object());
-    contexts
-        .map(|(name, value)| (name, ["low", "ratio", "high"].map(|key| value[key].as_f64().unwrap())))
-        .collect()
+    command
 }
+
+/// The contexts, by their names.
+fn overhead(edit: &str, flags: &[&str]) -> BTreeMap<String, Measured> {
+    let folder = tempfile::tempdir().unwrap();
+    let found = run(&mut command(edit, folder.path(), flags));
+    let found: BTreeMap<String, Value> = serde_json::from_str(&found).unwrap();
+    let contexts = found.into_iter().filter(|(_, value)| value.is_object());
+    contexts.map(|(name, value)| (name, Measured::from(&value))).collect()
+}
+
+/// That each context is steered as its name says, or not at all.
+fn assert_steered(found: &BTreeMap<String, Measured>) {
+    let plain = &found["plain"].logits;
+    for (name, measured) in found {
+        let is_unsteered = ["plain", "plain_again", "callback_at_0"].contains(&name.as_str());
+        assert_eq!(measured.logits == *plain, is_unsteered, "{name}: {found:?}");
+    }
+}
+
+const OFFSET: &str = r#""what": {"neurons": [[1, 3]]}, "edit": {"offset": 3}"#;
 
 #[test]
 fn the_overhead_of_each_context_is_measured_with_an_interval() {
-    let vector = r#""what": {"neurons": [[1, 3]]}, "edit": {"offset": 3}"#;
     let all = ["callback", "callback_at_0", "control_vector", "plain", "plain_again"];
     for flags in [&["--tokens", "40", "--cpu"][..], &["--tokens", "41", "--threads", "2", "--pool"]] {
-        let found = overhead(vector, flags);
+        let found = overhead(OFFSET, flags);
         assert_eq!(found.keys().collect::<Vec<_>>(), all);
-        assert_eq!(found["plain"], [1.0; 3]);
-        for (name, [low, ratio, high]) in found {
+        assert_steered(&found);
+        for (name, &Measured { ratio, low, high, .. }) in &found {
             assert!(0.0 < low && low <= ratio && ratio <= high, "{name}: {low} {ratio} {high}");
+        }
+        // Each token's ratios of the two unsteered contexts are 2 together: so are the medians, as printed.
+        let (plain, again) = (&found["plain"], &found["plain_again"]);
+        for (a, b) in [(plain.ratio, again.ratio), (plain.low, again.high), (plain.high, again.low)] {
+            assert!((a + b - 2.0).abs() < 3e-4, "{found:?}");
         }
     }
 }
@@ -40,10 +76,17 @@ fn what_no_control_vector_can_do_is_measured_by_the_callback_alone() {
     let assign = r#""what": {"neurons": [[0, 3]]}, "edit": {"assign": 3}"#;
     let found = overhead(assign, &["--tokens", "1"]);
     assert_eq!(found.keys().collect::<Vec<_>>(), ["callback", "callback_at_0", "plain", "plain_again"]);
-    assert!(
-        found.values().all(|[low, ratio, high]| low == ratio && ratio == high),
-        "of one token: {found:?}"
-    );
+    assert_steered(&found);
+    let is_one_value = |of: &Measured| of.low == of.ratio && of.ratio == of.high;
+    assert!(found.values().all(is_one_value), "of one token: {found:?}");
+}
+
+#[test]
+fn the_time_on_the_cpu_is_refused_for_several_threads() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = command(OFFSET, folder.path(), &["--cpu", "--threads", "2"]).output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && words.contains("--cpu is for one thread"), "{words}");
 }
 
 #[test]
