@@ -108,7 +108,8 @@ fn link(source: &str, name: &str, flags: &[&str], library: &Path, linked: &[Stri
     let header = root().join("vendor/include");
     let _lock = lock();
     let (source, program) = (root().join(source), folder().join(name));
-    let inputs = [&source, &header.join("detox_gguf.h"), library, &llama.join("lib/libllama.a")];
+    let headers = [header.join("detox_gguf.h"), root().join("tests/plugin/fake_host.h")];
+    let inputs = [&source, &headers[0], &headers[1], library, &llama.join("lib/libllama.a")];
     if program.exists() && inputs.iter().all(|input| modified(input) < modified(&program)) {
         return program;
     }
@@ -121,6 +122,9 @@ fn link(source: &str, name: &str, flags: &[&str], library: &Path, linked: &[Stri
     let mut link = Command::new(compiler(true));
     link.args(flags).arg(&object).arg(library).args(linked).arg("-L").arg(llama.join("lib"));
     link.args(["-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-lpthread", "-lm", "-ldl"]);
-    run(link.arg("-o").arg(&program));
+    // Renamed into its place, so that what is there is whole, though a test was killed while it linked.
+    let linking = folder().join(format!("{name}.linking"));
+    run(link.arg("-o").arg(&linking));
+    std::fs::rename(&linking, &program).unwrap();
     program
 }
