@@ -90,5 +90,12 @@ fn the_fuzzer_finds_nothing_in_ten_thousand_runs() {
     let files = files(folder.path()).map(|path| path.to_str().unwrap().to_owned()).join(":");
     let mut command = Command::new(fuzz);
     command.env("DETOX_FUZZ_FILES", files).current_dir(folder.path());
-    run(command.args(["-runs=10000", "-seed=1", "-len_control=0", "-max_len=500", "-print_final_stats=1"]));
+    command.args(["-runs=10000", "-seed=1", "-len_control=0", "-max_len=500", "-print_final_stats=1"]);
+    let output = command.output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}\n{words}", output.status);
+    // `fuzz.c` alone has some five hundred: without the library's, the fuzzer would not see what its inputs reach.
+    let before = words.split_once(" inline 8-bit counters").expect("counters").0;
+    let n_counters: usize = before.rsplit('(').next().unwrap().trim().parse().unwrap();
+    assert!(n_counters > 3000, "{n_counters} counters: is the library compiled for the fuzzer?");
 }
