@@ -1,4 +1,4 @@
-/* Says that three arrays are longer than they are: with a sanitizer in the library, it ends there with a report. */
+/* Where told to, says that an array is longer than it is: with a sanitizer in the library, it ends there with a report. */
 #include "fake_host.h"
 
 #include <stdio.h>
