@@ -1,4 +1,4 @@
-//! `examples/python/steer.py` with llama-cpp-python, which has a llama.cpp of another revision and build.
+//! `examples/python/steer.py` with llama-cpp-python, which has another build of llama.cpp.
 
 use std::process::Command;
 

@@ -1,5 +1,5 @@
-//! `examples/llama-server.sh`: the files that it makes, and what a real llama-server, of a llama.cpp of another revision and
-//! build, answers over HTTP with them.
+//! `examples/llama-server.sh`: the files that it makes, and what a real llama-server, over another build of llama.cpp,
+//! answers over HTTP with them.
 
 use std::collections::BTreeSet;
 use std::fs::File;
