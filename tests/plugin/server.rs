@@ -51,7 +51,7 @@ struct Serving {
 impl Serving {
     /// Waits until the model is loaded.
     fn start(mut command: Command, folder: &Path) -> Serving {
-        // The server binds the port itself: between here and there another program could, which the log would show.
+        // The server binds the port itself: where another program does between here and there, it ends.
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let log = folder.join("server.log");
         let file = File::create(&log).unwrap();
@@ -66,7 +66,14 @@ impl Serving {
             assert!(ended.is_none() && !is_late, "{command:?}: {ended:?}\n{}", serving.words());
             std::thread::sleep(Duration::from_millis(50));
         }
+        serving.assert_runs();
         serving
+    }
+
+    /// An answer is believed only while this server runs: another one's at the same port is not.
+    fn assert_runs(&mut self) {
+        let ended = self.child.try_wait().unwrap();
+        assert!(ended.is_none(), "{ended:?}\n{}", self.words());
     }
 
     fn words(&self) -> String {
@@ -92,7 +99,7 @@ impl Serving {
     }
 
     /// The log-probs of the token after `tokens`, by its id.
-    fn logps(&self, tokens: &[Token], n_vocab: usize) -> Vec<f64> {
+    fn logps(&mut self, tokens: &[Token], n_vocab: usize) -> Vec<f64> {
         // The server holds a token back, and its log-probs, that ends within a character: this has it take one of ASCII,
         // which the log-probs, those of the model, do not know of.
         let request = json!({
@@ -101,6 +108,7 @@ impl Serving {
         });
         let (status, body) = self.request("POST", "/completion", &request.to_string()).unwrap();
         assert_eq!(status, 200, "{body}\n{}", self.words());
+        self.assert_runs();
         let answer: Value = serde_json::from_str(&body).unwrap();
         let found = &answer["completion_probabilities"][0]["top_logprobs"];
         let mut logps = vec![f64::NAN; n_vocab];
