@@ -12,7 +12,9 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 cargo build --release --quiet --bin detox-gguf
 prefix=$(scripts/build_plugin.sh)
-library=$(ls -t "$CARGO_TARGET_DIR"/release/build/llama-cpp-sys-2-*/out/lib/libllama.a | head -n 1)
+library=$(ls -t "$CARGO_TARGET_DIR"/release/build/llama-cpp-sys-2-*/out/lib/libllama.a 2>/dev/null | head -n 1) ||
+    detox_stop "no libllama.a in $CARGO_TARGET_DIR/release/build" \
+        "unset CARGO_BUILD_TARGET, and cargo clean --release -p llama-cpp-sys-2, so that it is built there anew"
 llama=${library%/lib/libllama.a}
 program=$CARGO_TARGET_DIR/plugin/overhead
 "$CC" -std=c11 -O2 -I"$prefix/include" -I"$llama/include" -c examples/c/overhead.c -o "$program.o"

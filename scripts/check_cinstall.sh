@@ -9,7 +9,9 @@ cargo cinstall --version >&2 || detox_stop "no cargo-c" "cargo install cargo-c -
 detox_has pkg-config || detox_stop "no pkg-config" "install it (Debian: apt-get install pkg-config)"
 # For the example: llama.cpp as the program has it.
 cargo build --release --quiet --bin detox-gguf
-library=$(ls -t "$CARGO_TARGET_DIR"/release/build/llama-cpp-sys-2-*/out/lib/libllama.a | head -n 1)
+library=$(ls -t "$CARGO_TARGET_DIR"/release/build/llama-cpp-sys-2-*/out/lib/libllama.a 2>/dev/null | head -n 1) ||
+    detox_stop "no libllama.a in $CARGO_TARGET_DIR/release/build" \
+        "unset CARGO_BUILD_TARGET, and cargo clean --release -p llama-cpp-sys-2, so that it is built there anew"
 llama=${library%/lib/libllama.a}
 prefix=$(mktemp -d)
 trap 'rm -rf "$prefix"' EXIT
@@ -28,7 +30,8 @@ defined=$(nm -D --defined-only "$prefix/lib/libdetox_gguf.so" | sed -n 's/.* //p
         "see vendor/detox_gguf.map"
 
 export PKG_CONFIG_PATH=$prefix/lib/pkgconfig
-[ "$(pkg-config --modversion detox_gguf)" = "$(sed -n 's/^version *= *"\(.*\)"/\1/p' Cargo.toml | head -n 1)" ]
+[ "$(pkg-config --modversion detox_gguf)" = "$(sed -n 's/^version *= *"\(.*\)"/\1/p' Cargo.toml | head -n 1)" ] ||
+    detox_stop "pkg-config finds another version of detox_gguf than Cargo.toml has, or none" "see $PKG_CONFIG_PATH/detox_gguf.pc"
 printf '{"detox_gguf": "interventions", "format": 1, "interventions": [{"what": {"neurons": [[0, 9], [1, 3]]}, "edit": {"offset": 3}}]}\n' \
     >"$prefix/steer.json"
 run() { "$prefix/steer" -m gguf/tiny/llama.gguf -t 1,60,70,80 "$@"; }
@@ -45,7 +48,9 @@ for kind in shared static; do
     fi
     # shellcheck disable=SC2086 # words on purpose
     "$CXX" "$prefix/steer.o" $libraries -L"$llama/lib" -o "$prefix/steer" -lllama -lggml -lggml-cpu -lggml-base -lpthread -lm -ldl
-    plain=$(run | cksum) steered=$(run --steer "$prefix/steer.json" | cksum)
+    plain=$(run | cksum) || detox_stop "the C example fails with the $kind library, unsteered" "see above, if it said anything"
+    steered=$(run --steer "$prefix/steer.json" | cksum) ||
+        detox_stop "the C example fails with the $kind library, steered" "see above, if it said anything"
     [ "$plain" != "$steered" ] || detox_stop "the $kind library steers nothing" "compare with tests/plugin"
     [ "$plain" = "$(run --steer "$prefix/steer.json" --coefficient 0 | cksum)" ] ||
         detox_stop "the $kind library changes something at a coefficient of 0" "compare with tests/plugin"
