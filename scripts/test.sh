@@ -40,12 +40,12 @@ else
         name=${file#tests/}
         name=${name%/main.rs}
         name=${name%.rs}
-        case "$name" in engine | cli | export) continue ;; esac
+        case "$name" in engine | cli | export | plugin) continue ;; esac
         [ ! -f "$file" ] || rest+=(--test "$name")
     done
     cargo test --release --lib --bins "${rest[@]}" "$@"
     # The variable means --test-threads=1, and leaves the place after -- to the arguments.
-    RUST_TEST_THREADS=1 cargo test --release --test engine --test cli --test export "$@"
+    RUST_TEST_THREADS=1 cargo test --release --test engine --test cli --test export --test plugin "$@"
 fi
 # nextest leaves out the examples in the documentation.
 cargo test --release --quiet --doc
