@@ -1,17 +1,28 @@
 #!/usr/bin/env bash
 # Prepares a llama-server for the test of examples/llama-server.sh, and prints its path.
 #
+#     scripts/llama_server.sh [--if-cached]       with the flag prints nothing where none is there, and compiles nothing
+#
 # llama-cpp-python's source distribution has the server's sources too, and scripts/llama_cpp_python.sh has compiled the
-# llama.cpp beneath: it is linked, so that the server's own files alone are compiled, once. The program lies beside that
-# Python, in the same cache folder. It has no web page and no TLS.
+# llama.cpp beneath: it is linked, so that the server's own files alone are compiled, once. The program lies in the same
+# cache folder. It has no web page and no TLS.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=$(scripts/llama_cpp_python.sh)
-server=$(dirname "$python")/llama-server
+. scripts/setup.sh >&2
+python=$(scripts/llama_cpp_python.sh "$@")
+[ -n "$python" ] || exit 0
+read -r version site < <("$python" -c \
+    'import llama_cpp, os; print(llama_cpp.__version__, os.path.dirname(os.path.dirname(llama_cpp.__file__)))') ||
+    detox_stop "$python does not import llama_cpp" "see its message above"
+cache=${DETOX_GGUF_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/detox-gguf}
+# Of how it is made, and where it looks for its libraries: one that was made otherwise is not taken for it.
+key=$({ printf '%s\n' "$site"; cat scripts/llama_server/CMakeLists.txt; } | cksum | cut -d' ' -f1)
+server=$cache/llama-server-$version-$key
 if ! "$server" --version >/dev/null 2>&1; then
-    . scripts/setup.sh >&2
-    read -r version site < <("$python" -c \
-        'import llama_cpp, os; print(llama_cpp.__version__, os.path.dirname(os.path.dirname(llama_cpp.__file__)))')
+    [ "${1:-}" != --if-cached ] || exit 0
+    mkdir -p "$cache"
+    # Of builds that were broken off.
+    rm -f "$server".*
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
     python3 -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \

@@ -11,17 +11,21 @@ if model=$(python3 scripts/fetch_model.py smollm2-135m-instruct-q4_1); then
 elif [ "${CI:-}" = true ]; then
     detox_stop "the model for the tests cannot be had" "see pip's message above"
 fi
-# So do a Python with llama.cpp, a llama-server and clang's sanitizers, for the tests of the plugin.
-if [ "${CI:-}" = true ]; then
+# So do a Python with llama.cpp, a llama-server and clang's sanitizers, for the tests of the plugin, which are for Linux.
+# Before single tests no server is compiled: those of a server that is not there fail then.
+is_linux=$([ "$(uname -s)" != Linux ] || printf true)
+if [ "${CI:-}" = true ] && [ -n "$is_linux" ]; then
     if [ -z "${DETOX_GGUF_TEST_PYTHON:-}" ]; then
         DETOX_GGUF_TEST_PYTHON=$(scripts/llama_cpp_python.sh) ||
             detox_stop "llama-cpp-python cannot be had" "see pip's message above"
         export DETOX_GGUF_TEST_PYTHON
     fi
     if [ -z "${DETOX_GGUF_TEST_LLAMA_SERVER:-}" ]; then
-        DETOX_GGUF_TEST_LLAMA_SERVER=$(scripts/llama_server.sh) ||
+        if_cached=()
+        [ $# -eq 0 ] || if_cached=(--if-cached)
+        DETOX_GGUF_TEST_LLAMA_SERVER=$(scripts/llama_server.sh ${if_cached[@]+"${if_cached[@]}"}) ||
             detox_stop "llama-server cannot be had" "see the messages above"
-        export DETOX_GGUF_TEST_LLAMA_SERVER
+        [ -z "$DETOX_GGUF_TEST_LLAMA_SERVER" ] || export DETOX_GGUF_TEST_LLAMA_SERVER
     fi
     detox_need_sanitizers
 fi
@@ -29,8 +33,8 @@ fi
 [ $# -gt 0 ] || cargo test --quiet --lib --no-default-features --features capi --target-dir "$CARGO_TARGET_DIR/plugin-build"
 # The plugin's libraries, as its tests build them, so that none of them builds one within its own time. Before single
 # tests not.
-[ $# -gt 0 ] || [ "$(uname -s)" != Linux ] || scripts/build_plugin.sh "$CARGO_TARGET_DIR/plugin-tests/prefix" >/dev/null
-[ $# -gt 0 ] || [ "${CI:-}" != true ] || scripts/build_plugin_sanitized.sh >/dev/null
+[ $# -gt 0 ] || [ -z "$is_linux" ] || scripts/build_plugin.sh "$CARGO_TARGET_DIR/plugin-tests/prefix" >/dev/null
+[ $# -gt 0 ] || [ "${CI:-}" != true ] || [ -z "$is_linux" ] || scripts/build_plugin_sanitized.sh >/dev/null
 if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run --release "$@"
 else
