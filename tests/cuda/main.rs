@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use detox_gguf::gguf::GgufFile;
 use detox_gguf::progress::Progress;
-use detox_gguf::train::cuda::{Cuda, count};
+use detox_gguf::train::cuda::{Cuda, is_present};
 use detox_gguf::train::placement::Frozen;
 use detox_gguf::train::settings::Settings;
 use detox_gguf::train::trainer::Trainer;
@@ -27,7 +27,7 @@ use own_pairs::{own_pairs, tiny};
 /// None where there is no GPU, as on a machine that builds for others.
 fn gpu() -> Option<MutexGuard<'static, ()>> {
     static TURN: Mutex<()> = Mutex::new(());
-    if cfg!(feature = "cuda") && !matches!(count(), Ok(1..)) {
+    if cfg!(feature = "cuda") && !is_present().unwrap() {
         eprintln!("skipped: this machine has no NVIDIA GPU that its driver gives to programs");
         return None;
     }

@@ -96,6 +96,23 @@ pub fn count() -> Result<usize> {
     Ok(usize::try_from(n).unwrap_or(0))
 }
 
+/// Whether a program can use a GPU on this machine. One without NVIDIA's device node has none, whatever the runtime says; on
+/// one with it, a driver that fails is a fault and not a machine without GPUs.
+///
+/// # Errors
+/// As [`count`].
+pub fn is_present() -> Result<bool> {
+    presence(count(), || std::path::Path::new("/dev/nvidiactl").exists())
+}
+
+fn presence(count: Result<usize>, has_node: impl FnOnce() -> bool) -> Result<bool> {
+    match count {
+        Ok(n) => Ok(n > 0),
+        Err(_) if !has_node() => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Words for a status of a call on GPU `ordinal`, with the cure where there is one.
 fn check(ordinal: usize, status: ffi::detox_cuda_status) -> Result<()> {
     if status == ffi::DETOX_CUDA_OK {
@@ -355,5 +372,19 @@ impl Drop for Rows {
     fn drop(&mut self) {
         // SAFETY: opened once and closed once, while the device is open.
         unsafe { ffi::detox_cuda_rows_close(self.raw.as_ptr()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_that_fails_is_no_machine_without_gpus() {
+        let failed = || Err(Error::Device { device: "cuda:0".into(), reason: "broken".into(), hint: None });
+        assert_eq!(presence(failed(), || true).unwrap_err().to_string(), "cuda:0: broken");
+        assert!(!presence(failed(), || false).unwrap());
+        assert!(!presence(Ok(0), || true).unwrap());
+        assert!(presence(Ok(2), || true).unwrap());
     }
 }

@@ -22,7 +22,7 @@ use super::dpo::{AnswerLogps, LossKind, PairLoss, Preference};
 use super::placement::Frozen;
 
 use handle::Handle;
-pub use handle::{Buffer, Properties, Rows, count};
+pub use handle::{Buffer, Properties, Rows, count, is_present};
 pub use matrix::Matrix;
 
 /// A GPU.
