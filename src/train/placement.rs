@@ -289,12 +289,15 @@ pub fn has_kernel(tensor_type: TensorType) -> bool {
     matches!(tensor_type, F32 | F16 | BF16 | Q4_0 | Q4_1 | Q5_0 | Q5_1 | Q8_0 | Q4_K | Q5_K | Q6_K)
 }
 
-/// Heads of a block that attention has kernels for, and numbers of a head (`vendor/cuda/attention.cu`).
-const MOST_HEADS: usize = 256;
-const MOST_HEAD_DIM: usize = 256;
+/// Heads of a block that attention has kernels for (`vendor/cuda/ops.h`, as the next two; a test compares them, since
+/// builds without a GPU do not read that file).
+pub(super) const MOST_HEADS: usize = 256;
 
-/// Pairs of a head's numbers that can be rotated (`vendor/cuda/rope.cu`).
-const MOST_ROPE_PAIRS: usize = 256;
+/// Numbers of a head.
+pub(super) const MOST_HEAD_DIM: usize = 256;
+
+/// Pairs of a head's numbers that can be rotated.
+pub(super) const MOST_ROPE_PAIRS: usize = 256;
 
 /// Whether a GPU has kernels for all that the model is made of; frozen matrices are those of any method but `full`.
 ///

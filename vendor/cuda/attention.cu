@@ -10,10 +10,12 @@ AttentionShape attention_shape(const detox_cuda_attention_kind* kind, const deto
         kind->n_head > 0 && kind->n_head_kv > 0 && kind->n_head % kind->n_head_kv == 0 && kind->head_dim > 0,
         "heads that share key and value heads evenly");
     require(kind->window >= 0, "a window of some positions, or 0");
-    if (kind->head_dim > 256 || kind->n_head > MOST_HEADS)
+    if (kind->head_dim > DETOX_CUDA_MOST_HEAD_DIM || kind->n_head > DETOX_CUDA_MOST_HEADS)
         throw Failure(
-            DETOX_CUDA_UNSUPPORTED, "attention has kernels for up to 256 heads of up to 256 numbers, not " +
-                                        std::to_string(kind->n_head) + " of " + std::to_string(kind->head_dim));
+            DETOX_CUDA_UNSUPPORTED, "attention has kernels for up to " + std::to_string(DETOX_CUDA_MOST_HEADS) +
+                                        " heads of up to " + std::to_string(DETOX_CUDA_MOST_HEAD_DIM) +
+                                        " numbers, not " + std::to_string(kind->n_head) + " of " +
+                                        std::to_string(kind->head_dim));
     AttentionShape shape{};
     shape.n_head = kind->n_head;
     shape.n_head_kv = kind->n_head_kv;

@@ -12,14 +12,12 @@ constexpr int ATTENTION_THREADS = 128;
 constexpr int THREAD_ROWS = 16;
 constexpr int THREAD_COLS = 8;
 
-// Heads whose slopes travel as an argument of a kernel.
-constexpr int MOST_HEADS = 256;
-
 struct AttentionShape {
     int n_head, n_head_kv, dim;
     float scale;
     int window;
-    float slopes[MOST_HEADS];
+    // They travel as an argument of a kernel.
+    float slopes[DETOX_CUDA_MOST_HEADS];
 
     // Rows of a tile lie so many numbers apart: an odd number, so that threads reading a column meet no bank twice.
     __host__ __device__ int stride() const { return dim | 1; }

@@ -16,6 +16,11 @@
 extern "C" {
 #endif
 
+// Limits of the kernels: heads of a block, numbers of a head, and pairs of a head's numbers that are rotated.
+#define DETOX_CUDA_MOST_HEADS 256
+#define DETOX_CUDA_MOST_HEAD_DIM 256
+#define DETOX_CUDA_MOST_ROPE_PAIRS 256
+
 // What came of a call. `detox_cuda_last_error` has the words.
 typedef enum {
     DETOX_CUDA_OK = 0,

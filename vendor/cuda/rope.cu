@@ -4,11 +4,9 @@
 
 namespace {
 
-// Pairs in the widest head; they travel as an argument of the kernel.
-constexpr int MOST_PAIRS = 256;
-
+// They travel as an argument of the kernel.
 struct Frequencies {
-    float of_pair[MOST_PAIRS];
+    float of_pair[DETOX_CUDA_MOST_ROPE_PAIRS];
 };
 
 // A thread is a pair of a row, with all its heads: the angle's sine is made once.
@@ -38,8 +36,10 @@ detox_cuda_status detox_cuda_rope(
     int32_t back, int64_t n_heads, int64_t head_dim, float* x) {
     return on_device(device, [&] {
         require(rows != nullptr && n_pairs >= 0 && 2 * (int64_t)n_pairs <= head_dim, "pairs that fit into a head");
-        if (n_pairs > MOST_PAIRS)
-            throw Failure(DETOX_CUDA_UNSUPPORTED, "a head of more than 512 rotated numbers has no kernel");
+        if (n_pairs > DETOX_CUDA_MOST_ROPE_PAIRS)
+            throw Failure(
+                DETOX_CUDA_UNSUPPORTED, "a head of more than " + std::to_string(2 * DETOX_CUDA_MOST_ROPE_PAIRS) +
+                                            " rotated numbers has no kernel");
         if (rows->n_rows == 0 || n_pairs == 0) return;
         Frequencies all{};
         for (int i = 0; i < n_pairs; i++) all.of_pair[i] = frequencies[i];

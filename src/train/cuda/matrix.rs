@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use crate::error::{Error, Result};
 use crate::gguf::TensorType;
 use crate::train::device::HostMatrix;
-use crate::train::placement::{Frozen, has_kernel};
+use crate::train::placement::Frozen;
 
 use super::ffi;
 use super::handle::{Handle, Memory};
@@ -45,13 +45,7 @@ impl Matrix {
             );
             return Err(refuse(reason, None));
         }
-        let (mut n_numbers, mut n_bytes) = (0, 0);
-        // SAFETY: takes any number, and writes two.
-        let status = unsafe { ffi::detox_cuda_block(type_id(tensor_type), &mut n_numbers, &mut n_bytes) };
-        let found = (n_numbers as u64, n_bytes as u64);
-        let is_known = status == ffi::DETOX_CUDA_OK;
-        debug_assert_eq!(is_known, has_kernel(tensor_type), "the two lists of types with kernels");
-        if !is_known || found != (tensor_type.block_len(), tensor_type.block_bytes()) {
+        if kernel_block(tensor_type) != Some((tensor_type.block_len(), tensor_type.block_bytes())) {
             let hint = "quantise the model to a type that has one (such as Q4_K_M or Q8_0), or train with --device cpu";
             return Err(refuse(format!("the GPU has no kernel for type {tensor_type}"), Some(hint)));
         }
@@ -118,6 +112,14 @@ impl Matrix {
         let _ = self.rounded.set(rounded);
         Ok(())
     }
+}
+
+/// Numbers and bytes of a block of this type as the kernels read it; none where no kernel does.
+pub(super) fn kernel_block(tensor_type: TensorType) -> Option<(u64, u64)> {
+    let (mut n_numbers, mut n_bytes) = (0, 0);
+    // SAFETY: takes any number, and writes two.
+    let status = unsafe { ffi::detox_cuda_block(type_id(tensor_type), &mut n_numbers, &mut n_bytes) };
+    (status == ffi::DETOX_CUDA_OK).then_some((n_numbers as u64, n_bytes as u64))
 }
 
 /// ggml's number.

@@ -3,10 +3,15 @@
 use std::sync::LazyLock;
 
 use super::{Cuda, Frozen, is_present};
+use crate::gguf::TensorType;
 use crate::train::device::Device;
 use crate::train::device_tests::on_host::OnHost;
 use crate::train::device_tests::repeat::{assert_same, everything};
 use crate::train::device_tests::{Tested, device_tests};
+use crate::train::placement::{MOST_HEAD_DIM, MOST_HEADS, MOST_ROPE_PAIRS, has_kernel};
+
+use super::ffi;
+use super::matrix::kernel_block;
 
 impl Tested for OnHost<Cuda> {
     /// bf16 keeps eight bits, the first of which is not stored: half of the last one.
@@ -92,4 +97,15 @@ fn refuses_what_another_handle_holds() {
     let index = crate::train::device::Index::Token;
     refused(&mut || a.gather(&table, 4, &index, &rows, 1.0, &mut gathered).unwrap());
     b.add(1.0, &x, &mut y[1]).unwrap();
+}
+
+#[test]
+fn what_a_model_is_checked_against_is_what_kernels_can_do() {
+    for &tensor_type in TensorType::ALL {
+        let expected = has_kernel(tensor_type).then(|| (tensor_type.block_len(), tensor_type.block_bytes()));
+        assert_eq!(kernel_block(tensor_type), expected, "{tensor_type}");
+    }
+    let of_kernels =
+        [ffi::DETOX_CUDA_MOST_HEADS, ffi::DETOX_CUDA_MOST_HEAD_DIM, ffi::DETOX_CUDA_MOST_ROPE_PAIRS];
+    assert_eq!(of_kernels.map(|n| n as usize), [MOST_HEADS, MOST_HEAD_DIM, MOST_ROPE_PAIRS]);
 }
