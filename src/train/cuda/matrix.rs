@@ -66,10 +66,11 @@ impl Matrix {
 
     /// For products.
     pub fn multiplied(&self, handle: &Arc<Handle>) -> Result<ffi::detox_cuda_matrix> {
+        self.assert_of(handle);
         if self.frozen == Frozen::Bf16 && self.rounded.get().is_none() {
             self.round(handle)?;
         }
-        Ok(self.raw(handle))
+        Ok(self.raw())
     }
 
     /// For reading rows.
@@ -77,12 +78,17 @@ impl Matrix {
     /// # Panics
     /// Where the matrix was not taken as a table.
     pub fn read(&self, handle: &Arc<Handle>) -> ffi::detox_cuda_matrix {
+        self.assert_of(handle);
         assert!(self.blocks.is_some(), "rows are read of a matrix that was taken as no table");
-        self.raw(handle)
+        self.raw()
     }
 
-    fn raw(&self, handle: &Arc<Handle>) -> ffi::detox_cuda_matrix {
+    #[track_caller]
+    fn assert_of(&self, handle: &Arc<Handle>) {
         self.blocks.iter().chain(self.rounded.get()).for_each(|memory| memory.assert_of(handle));
+    }
+
+    fn raw(&self) -> ffi::detox_cuda_matrix {
         ffi::detox_cuda_matrix {
             type_: type_id(self.tensor_type),
             n_in: self.n_in as i64,
@@ -92,7 +98,7 @@ impl Matrix {
         }
     }
 
-    /// Makes the copy in bf16 out of the blocks.
+    /// Makes the copy in bf16 out of the blocks, which `handle` holds.
     fn round(&self, handle: &Arc<Handle>) -> Result<()> {
         let blocks = self.blocks.as_ref().expect("blocks are kept until they are rounded");
         let n = self.n_in * self.n_out;

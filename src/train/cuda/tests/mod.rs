@@ -4,7 +4,7 @@ use std::sync::LazyLock;
 
 use super::{Cuda, Frozen, is_present};
 use crate::gguf::TensorType;
-use crate::train::device::Device;
+use crate::train::device::{Device, HostMatrix};
 use crate::train::device_tests::on_host::OnHost;
 use crate::train::device_tests::repeat::{assert_same, everything};
 use crate::train::device_tests::{Tested, device_tests};
@@ -97,6 +97,20 @@ fn refuses_what_another_handle_holds() {
     let index = crate::train::device::Index::Token;
     refused(&mut || a.gather(&table, 4, &index, &rows, 1.0, &mut gathered).unwrap());
     b.add(1.0, &x, &mut y[1]).unwrap();
+
+    // A table is rounded by its first product: not by that of another handle, whose memory would be kept with it.
+    let of_zeros = HostMatrix {
+        name: "token_embd.weight".into(),
+        tensor_type: TensorType::F32,
+        n_in: 4,
+        n_out: 2,
+        bytes: vec![0; 4 * 4 * 2],
+        is_table: true,
+    };
+    let matrix = b.matrix(of_zeros).unwrap();
+    let (of_a, mut two) = (a.zeros(4).unwrap(), [a.zeros(2).unwrap(), b.zeros(2).unwrap()]);
+    refused(&mut || a.product(&matrix, &of_a, 1, &mut two[0]).unwrap());
+    b.product(&matrix, &x, 1, &mut two[1]).unwrap();
 }
 
 #[test]
