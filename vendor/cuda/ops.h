@@ -105,7 +105,7 @@ typedef struct {
     const detox_cuda_segment* segments; // host [n_segments], together all rows once
     const int32_t* output_rows;         // host [n_outputs]
     const int32_t* output_tokens;       // host [n_outputs]
-    const int32_t* answer_ends;         // host [n_answers], outputs up to the end of each answer
+    const int32_t* answer_ends;         // host [n_answers], outputs up to the end of each answer; all, if any
 } detox_cuda_batch;
 
 detox_cuda_status

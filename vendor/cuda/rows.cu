@@ -112,6 +112,8 @@ void check_batch(const detox_cuda_batch& batch) {
         require(batch.answer_ends[i] > end && batch.answer_ends[i] <= batch.n_outputs, "answers one after the other");
         end = batch.answer_ends[i];
     }
+    // The loss gives a derivative to each output of an answer: an output of none would be left with what memory held.
+    require(batch.n_answers == 0 || end == batch.n_outputs, "answers that have all outputs");
 }
 
 } // namespace

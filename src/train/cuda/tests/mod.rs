@@ -123,3 +123,16 @@ fn what_a_model_is_checked_against_is_what_kernels_can_do() {
         [ffi::DETOX_CUDA_MOST_HEADS, ffi::DETOX_CUDA_MOST_HEAD_DIM, ffi::DETOX_CUDA_MOST_ROPE_PAIRS];
     assert_eq!(of_kernels.map(|n| n as usize), [MOST_HEADS, MOST_HEAD_DIM, MOST_ROPE_PAIRS]);
 }
+
+#[test]
+fn refuses_outputs_that_belong_to_no_answer() {
+    let Some(device) = open(Frozen::Bf16) else { return };
+    let mut packed = crate::train::device_tests::packed(&[[2, 2, 2], [2, 3, 2]]);
+    device.0.rows(&packed).unwrap();
+    packed.answers.truncate(2);
+    let error = device.0.rows(&packed).unwrap_err().to_string();
+    assert!(error.contains("answers that have all outputs"), "{error}");
+    // As a text that is scored alone has them.
+    packed.answers.clear();
+    device.0.rows(&packed).unwrap();
+}
