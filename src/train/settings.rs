@@ -194,8 +194,8 @@ impl Settings {
     }
 
     /// What a run that goes on must have been begun with, for `run.json`. On the CPU that is everything; on a GPU it may
-    /// be placed otherwise then, since what memory suffices for may have changed, and numbers change by their rounding
-    /// alone.
+    /// be placed otherwise then, also on another one, since what memory suffices for may have changed, and numbers change
+    /// by their rounding alone.
     pub fn identity(&self) -> Identity<'_> {
         if self.device.is_cpu() {
             return Identity::All(self);
@@ -203,6 +203,7 @@ impl Settings {
         let mut settings = serde_json::to_value(self).expect("settings are plain data");
         let all = settings.as_object_mut().expect("settings have names");
         OF_PLACEMENT.iter().for_each(|name| drop(all.remove(*name)));
+        all.insert("device".into(), "cuda".into());
         Identity::Chosen(settings)
     }
 
@@ -283,6 +284,9 @@ mod tests {
         let placed = Settings { max_rows: 64, n_threads: 3, ..Settings::paper() };
         let in_blocks = Settings { frozen: Some(Frozen::Quantised), ..gpu(placed.clone()) };
         assert_eq!(text(&gpu(cpu.clone())), text(&in_blocks));
+        let on_another = Settings { device: DeviceName::Cuda(1), ..gpu(cpu.clone()) };
+        assert_eq!(text(&gpu(cpu.clone())), text(&on_another));
+        assert!(text(&on_another).contains("\"device\":\"cuda\""));
         assert_ne!(text(&cpu), text(&placed), "threads and passes decide the CPU's last bits");
         let other = Settings { rank: 3, ..Settings::paper() };
         assert_ne!(text(&gpu(cpu)), text(&gpu(other)));
