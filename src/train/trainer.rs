@@ -110,7 +110,8 @@ impl<D: Device> Trainer<D> {
         &self.options
     }
 
-    /// Whether a step of the optimizer failed: some of the trained numbers may have changed, and not all.
+    /// Whether a step of the optimizer failed: some of the trained numbers may have changed, and not all, or all with their
+    /// gradients still there.
     pub fn is_torn(&self) -> bool {
         self.is_torn
     }
@@ -269,8 +270,9 @@ impl<D: Device> Trainer<D> {
         let scale = (max_gradient_norm / (norm + 1e-6)).min(1.0);
         self.is_torn = true;
         self.optimizer.step(&self.device, &mut self.parameters, learning_rate, scale)?;
-        self.is_torn = false;
+        // Before that, the same gradients could be stepped once more.
         self.parameters.clear_gradients(&self.device)?;
+        self.is_torn = false;
         Ok(norm)
     }
 }
