@@ -351,17 +351,19 @@ impl<D: Device> Run<'_, D> {
             })?);
         }
         let record = EvaluationRecord::new(self.state.step, PairMeans::of(&losses));
-        self.record(Record::Evaluation(record))?;
-        self.state.looked_at = self.state.step;
         let is_better = self.state.best.is_none_or(|(_, least)| record.eval_loss < least);
+        let mut looked = State { looked_at: self.state.step, ..self.state.clone() };
         if is_better {
-            self.state.best = Some((self.state.step, record.eval_loss));
-            self.state.n_worse = 0;
-            checkpoint::save(&self.files.best, self.trainer, &self.state, false)?;
+            (looked.best, looked.n_worse) = (Some((self.state.step, record.eval_loss)), 0);
+            // Before the state says so: where this fails, the state is saved, and must lead to another look.
+            checkpoint::save(&self.files.best, self.trainer, &looked, false)?;
         } else {
-            self.state.n_worse += 1;
+            looked.n_worse += 1;
         }
-        self.state.seconds += started.elapsed().as_secs_f64();
+        self.record(Record::Evaluation(record))?;
+        looked.n_records = self.state.n_records;
+        looked.seconds += started.elapsed().as_secs_f64();
+        self.state = looked;
         progress.say(&format!(
             "step {:>5}  held out: loss {:.4}  margin {:.3}  accuracy {:.0}%{}",
             record.step,
