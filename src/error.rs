@@ -123,7 +123,7 @@ pub enum Error {
         hint: Option<String>,
     },
 
-    /// A GPU's memory does not suffice.
+    /// The memory of a GPU, or of the CPU, does not suffice.
     #[error("{device}: {reason}")]
     DeviceMemory {
         /// Which, as on the command line: `cuda:0`.

@@ -8,6 +8,7 @@ use crate::report::line_plot::{Series, line_plot};
 use crate::report::{format, html as page, terminal};
 use crate::train::agreement::Agreement;
 use crate::train::metrics::{EvaluationRecord, Record, StepRecord};
+use crate::train::placement::DeviceName;
 use crate::train::run::{Ending, Outcome};
 use crate::train::settings::Settings;
 
@@ -61,13 +62,19 @@ impl TrainingReport {
             _ => None,
         });
         if let Some(placement) = out_of_memory {
+            let (memory, cure) = match self.settings.device {
+                DeviceName::Cpu => ("memory", "free memory, or begin with --checkpointing on"),
+                DeviceName::Cuda(_) => {
+                    ("the GPU's memory", "free the card's memory, or begin with a smaller --ubatch-size")
+                }
+            };
             warnings.push(Warning::new(
                 format!(
-                    "the GPU's memory ran out after step {}: it went on with {}",
+                    "{memory} ran out after step {}: it went on with {}",
                     placement.step,
                     placement.in_words()
                 ),
-                "free the card's memory, or begin with a smaller --ubatch-size",
+                cure,
             ));
         }
         if self.outcome.n_held_out == 0 {
@@ -325,12 +332,17 @@ mod tests {
                 out_of_memory,
             })
         };
-        assert_eq!(report().warnings(&[chosen(0, 4096, false)]), []);
+        let mut report = report();
+        assert_eq!(report.warnings(&[chosen(0, 4096, false)]), []);
         let records = [chosen(0, 4096, false), chosen(7, 512, true), chosen(9, 256, true)];
-        let expected = Warning::new(
-            "the GPU's memory ran out after step 9: it went on with 256 tokens at once",
-            "free the card's memory, or begin with a smaller --ubatch-size",
-        );
-        assert_eq!(report().warnings(&records), [expected]);
+        let expected = |memory: &str, cure: &str| {
+            let message = format!("{memory} ran out after step 9: it went on with 256 tokens at once");
+            [Warning::new(message, cure)]
+        };
+        let of_cpu = expected("memory", "free memory, or begin with --checkpointing on");
+        assert_eq!(report.warnings(&records), of_cpu);
+        report.settings.device = DeviceName::Cuda(0);
+        let cure = "free the card's memory, or begin with a smaller --ubatch-size";
+        assert_eq!(report.warnings(&records), expected("the GPU's memory", cure));
     }
 }
