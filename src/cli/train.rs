@@ -189,7 +189,7 @@ enum ProductsArgument {
 enum CheckpointingArgument {
     /// Always
     On,
-    /// Never
+    /// Never, also where memory runs out
     Off,
     /// Where activations would take more than a quarter of the machine's memory, or more than a GPU has
     Auto,
@@ -338,6 +338,9 @@ impl TrainCommand {
         let mut trainer =
             Trainer::load(device, &base, &settings.method(), settings.seed, settings.step_options())?;
         trainer.set_checkpointing(checkpointing);
+        if self.compute.checkpointing == CheckpointingArgument::Off {
+            trainer.keep_activations();
+        }
         if checkpointing {
             eprintln!("activations are computed twice, to save memory (--checkpointing)");
         }

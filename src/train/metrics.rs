@@ -112,8 +112,8 @@ impl EvaluationRecord {
     }
 }
 
-/// What decides how much memory a run takes, and how fast it is, from some step on: it changes numbers by their rounding
-/// alone.
+/// What decides how much memory a run takes, and how fast it is, from some step on: on a GPU it changes numbers by their
+/// rounding alone, and on the CPU, where only `checkpointing` may change, none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlacementRecord {
     /// Steps so far.
@@ -155,6 +155,6 @@ pub enum Record {
     Evaluation(EvaluationRecord),
     /// Of a step.
     Step(StepRecord),
-    /// Of a choice on a GPU: the first one, and every other one since.
+    /// Of a choice: on a GPU the first one and every other one since, on the CPU those after memory ran out.
     Placement(PlacementRecord),
 }

@@ -2,7 +2,7 @@
 //!
 //! A run that was broken off goes on from its last checkpoint, and ends with the same numbers as an unbroken one:
 //! the order of pairs is drawn from the seed, references are kept on disk, and lines of `metrics.jsonl` beyond the
-//! checkpoint are cut off. Where a GPU's memory runs out, it goes on with less of it at a time.
+//! checkpoint are cut off. Where memory runs out, it goes on with less of it at a time.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +19,7 @@ use super::config::Config;
 use super::device::Device;
 use super::metrics::{EvaluationRecord, PairMeans, PlacementRecord, Record, StepRecord};
 use super::pack::Packed;
+use super::placement::Frozen;
 use super::reference::References;
 use super::settings::Settings;
 use super::tokens::{self, TokenPair};
@@ -161,6 +162,15 @@ fn n_rows(pair: &TokenPair) -> usize {
     Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected)
 }
 
+/// What memory may run out in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Work {
+    /// Forward passes alone, which keep nothing that could be made again.
+    Score,
+    /// Backward passes too.
+    Train,
+}
+
 struct Run<'a, D: Device> {
     trainer: &'a mut Trainer<D>,
     pairs: &'a [TokenPair],
@@ -216,7 +226,7 @@ impl<D: Device> Run<'_, D> {
             if interrupt.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
-            self.within_memory(part, progress, |run| {
+            self.within_memory(part, Work::Score, progress, |run| {
                 run.references.of_start(run.trainer, part, run.state.step)
             })?;
             progress.advance(part.len() as u64);
@@ -225,26 +235,64 @@ impl<D: Device> Run<'_, D> {
         Ok(())
     }
 
-    /// Does `work` over `pairs`, and where memory runs out does it again in smaller passes, as long as there are some.
+    /// Does `work` over `pairs`, and where memory runs out does it again with less of it, as long as there is less.
     fn within_memory<T>(
         &mut self,
         pairs: &[&TokenPair],
+        kind: Work,
         progress: &mut dyn Progress,
         mut work: impl FnMut(&mut Self) -> Result<T>,
     ) -> Result<T> {
         let n_rows = pairs.iter().map(|pair| n_rows(pair)).sum();
         loop {
-            let result = work(self);
-            let Err(Error::DeviceMemory { reason, .. }) = &result else { return result };
-            // Half a step cannot be made again.
-            if self.trainer.is_torn() || !self.trainer.shrink(n_rows, self.longest)? {
-                return result;
+            let (device, reason) = match work(self) {
+                // Half a step cannot be made again.
+                Err(Error::DeviceMemory { device, reason, .. }) if !self.trainer.is_torn() => {
+                    (device, reason)
+                }
+                result => return result,
+            };
+            if !self.shrink(kind, n_rows) {
+                return Err(Error::DeviceMemory { device, reason, hint: Some(self.cures(kind)) });
             }
+            self.trainer.forget_pass()?;
             let smaller = self.placement(true);
             let (step, in_words) = (smaller.step, smaller.in_words());
             progress.say(&format!("after step {step}: {reason}; the run goes on with {in_words}"));
             self.record(Record::Placement(smaller))?;
         }
+    }
+
+    /// Takes less memory from now on; false where nothing smaller is left. On the CPU, passes stay as they are: their
+    /// rows decide the last bits there.
+    fn shrink(&mut self, kind: Work, n_rows: usize) -> bool {
+        let is_gpu = !self.settings.device.is_cpu();
+        (is_gpu && self.trainer.halve_passes(n_rows, self.longest))
+            || (kind == Work::Train && self.trainer.start_checkpointing())
+    }
+
+    /// What helps where nothing smaller is left: what the run may go on with, and what would make another run of it.
+    fn cures(&self, kind: Work) -> String {
+        let (is_cpu, options) = (self.settings.device.is_cpu(), self.trainer.options());
+        let mut goes_on = Vec::new();
+        if self.settings.frozen == Some(Frozen::Bf16) {
+            goes_on.push("--frozen quantised");
+        }
+        if kind == Work::Train && !options.checkpointing {
+            goes_on.push("--checkpointing on");
+        }
+        let memory = match is_cpu {
+            true => "free memory",
+            false => "free the card's memory (nvidia-smi names the processes that hold it)",
+        };
+        let goes_on = match goes_on.is_empty() {
+            true => String::new(),
+            false => format!(", or go on with {}", goes_on.join(" and ")),
+        };
+        let fewer_rows = if is_cpu && options.max_rows > self.longest { "--ubatch-size, " } else { "" };
+        format!(
+            "{memory}{goes_on}; or begin anew, in another -o, with a smaller {fewer_rows}--max-length or --rank"
+        )
     }
 
     fn steps(
@@ -307,8 +355,9 @@ impl<D: Device> Run<'_, D> {
         progress: &mut dyn Progress,
     ) -> Result<StepRecord> {
         let max_grad_norm = self.settings.max_grad_norm;
-        let (losses, grad_norm) = self.within_memory(batch, progress, |run| {
-            let references = run.references.of(run.trainer, batch)?;
+        let references =
+            self.within_memory(batch, Work::Score, progress, |run| run.references.of(run.trainer, batch))?;
+        let (losses, grad_norm) = self.within_memory(batch, Work::Train, progress, |run| {
             let losses = run.trainer.add_gradient(batch, &references)?;
             Ok((losses, run.trainer.step(learning_rate, max_grad_norm)?))
         })?;
@@ -345,7 +394,7 @@ impl<D: Device> Run<'_, D> {
             }
             progress.note(&format!("held out: {} of {} pairs", losses.len(), held_out.len()));
             let part: Vec<&TokenPair> = part.iter().map(|&i| &self.pairs[i]).collect();
-            losses.extend(self.within_memory(&part, progress, |run| {
+            losses.extend(self.within_memory(&part, Work::Score, progress, |run| {
                 let references = run.references.of(run.trainer, &part)?;
                 run.trainer.losses(&part, &references)
             })?);
@@ -382,7 +431,7 @@ impl<D: Device> Run<'_, D> {
         Ok(())
     }
 
-    /// Where a GPU failed before anything was stepped, what was trained so far is kept first, if the GPU still gives
+    /// Where a device failed before anything was stepped, what was trained so far is kept first, if the device still gives
     /// it; the error stays the first one.
     fn saved_if_the_device_failed<T>(&mut self, result: Result<T>, progress: &mut dyn Progress) -> Result<T> {
         let failed = matches!(result, Err(Error::DeviceMemory { .. } | Error::Device { .. }));

@@ -50,6 +50,7 @@ pub struct Trainer<D: Device> {
     options: StepOptions,
     adapter_scale: f32,
     has_reference: bool,
+    may_checkpoint: bool,
     is_torn: bool,
 }
 
@@ -80,6 +81,7 @@ impl<D: Device> Trainer<D> {
             options,
             adapter_scale,
             has_reference,
+            may_checkpoint: true,
             is_torn: false,
         })
     }
@@ -105,6 +107,11 @@ impl<D: Device> Trainer<D> {
         self.options.checkpointing = checkpointing;
     }
 
+    /// Never makes activations again, also where memory runs out: the user has said so.
+    pub fn keep_activations(&mut self) {
+        (self.options.checkpointing, self.may_checkpoint) = (false, false);
+    }
+
     /// How steps are made now.
     pub fn options(&self) -> &StepOptions {
         &self.options
@@ -116,24 +123,32 @@ impl<D: Device> Trainer<D> {
         self.is_torn
     }
 
-    /// After memory ran out in a pass over `n_rows` rows at most: forgets what the pass has left, and takes less memory
-    /// from now on. At first passes have half as many rows, down to `longest`, those of the longest pair, which cannot be
-    /// divided; then activations are made again in the backward pass. False where nothing smaller is left.
+    /// After memory ran out in passes over `n_rows` rows: passes have half as many from now on, down to `longest`, those of
+    /// the longest pair, which cannot be divided. False where they have no more already.
+    pub fn halve_passes(&mut self, n_rows: usize, longest: usize) -> bool {
+        let taken = self.options.max_rows.min(n_rows);
+        let is_divisible = taken > longest;
+        if is_divisible {
+            self.options.max_rows = (taken / 2).max(longest);
+        }
+        is_divisible
+    }
+
+    /// After memory ran out in a backward pass: activations are made again from now on. False where they are already, or
+    /// may not be.
+    pub fn start_checkpointing(&mut self) -> bool {
+        let starts = self.may_checkpoint && !self.options.checkpointing;
+        self.options.checkpointing |= starts;
+        starts
+    }
+
+    /// Forgets what a pass that failed has left.
     ///
     /// # Errors
     /// Of the device.
-    pub fn shrink(&mut self, n_rows: usize, longest: usize) -> Result<bool> {
-        let taken = self.options.max_rows.min(n_rows);
-        if taken > longest {
-            self.options.max_rows = (taken / 2).max(longest);
-        } else if !self.options.checkpointing {
-            self.options.checkpointing = true;
-        } else {
-            return Ok(false);
-        }
+    pub fn forget_pass(&mut self) -> Result<()> {
         self.parameters.clear_gradients(&self.device)?;
-        self.device.trim()?;
-        Ok(true)
+        self.device.trim()
     }
 
     /// Where and how it runs.

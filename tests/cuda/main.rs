@@ -5,6 +5,8 @@
 mod command;
 #[cfg(feature = "cuda-emulation")]
 mod memory;
+#[cfg(feature = "cuda-emulation")]
+mod memory_in_a_run;
 #[path = "../own_pairs/mod.rs"]
 mod own_pairs;
 mod result;
@@ -17,7 +19,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use detox_gguf::gguf::GgufFile;
 use detox_gguf::progress::Progress;
 use detox_gguf::train::cuda::{Cuda, is_present};
-use detox_gguf::train::placement::Frozen;
+use detox_gguf::train::placement::{DeviceName, Frozen};
 use detox_gguf::train::settings::Settings;
 use detox_gguf::train::trainer::Trainer;
 
@@ -47,6 +49,7 @@ fn settings() -> Settings {
         max_rows: 120,
         n_threads: 2,
         seed: 7,
+        device: DeviceName::Cuda(0),
         ..Settings::paper()
     }
 }

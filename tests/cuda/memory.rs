@@ -265,6 +265,10 @@ fn a_run_whose_memory_runs_out_goes_on_in_smaller_passes_and_ends_where_an_unbro
     // Nothing does: the run is saved and ends, and goes on with other choices once there is memory.
     let (records, _, said) = train("none", Some(least - 1), None);
     assert!(matches!(records, Err(Error::DeviceMemory { .. })), "{records:?}");
+    let hint = records.unwrap_err().hint().unwrap();
+    let expected = "free the card's memory (nvidia-smi names the processes that hold it), or go on with --frozen quantised; \
+                    or begin anew, in another -o, with a smaller --max-length or --rank";
+    assert_eq!(hint, expected, "what is used up already is no cure");
     assert_eq!(said.last().unwrap(), "saved after step 0: the same command goes on from there");
     let (records, _, said) = train("none", None, Some(longest));
     let records = records.unwrap();

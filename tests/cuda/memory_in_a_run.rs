@@ -1,0 +1,190 @@
+//! Memory that runs out in a step's last pass: what of the step is made again, and what a run may not change.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use detox_gguf::error::{Error, Result};
+use detox_gguf::progress::Progress;
+use detox_gguf::train::cuda::{Cuda, emulation};
+use detox_gguf::train::device::Device;
+use detox_gguf::train::metrics::{PlacementRecord, Record};
+use detox_gguf::train::optimizer::OptimizerKind;
+use detox_gguf::train::pack::Packed;
+use detox_gguf::train::placement::{DeviceName, Frozen};
+use detox_gguf::train::run::{RunFiles, run};
+use detox_gguf::train::settings::Settings;
+use detox_gguf::train::tokens::{self, TokenPair};
+use detox_gguf::train::trainer::Trainer;
+
+use super::{gpu, load, own_pairs, settings};
+
+const PLENTY: usize = 4 << 30;
+
+/// Eleven short pairs, and after them one whose passes take most of the memory.
+fn pairs() -> Vec<TokenPair> {
+    let mut pairs = own_pairs("llama", 12);
+    let long = &mut pairs[11];
+    long.chosen = long.chosen.repeat(6);
+    long.rejected = long.rejected.repeat(6);
+    pairs
+}
+
+/// Steps of four pairs, each in passes of one or two, with the long pair in the third step and not first there, so that a
+/// gradient was added before memory runs out.
+fn of_short_passes(pairs: &[TokenPair]) -> Settings {
+    let n_rows = |pair: &TokenPair| Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected);
+    let settings = Settings {
+        optimizer: OptimizerKind::Adamw,
+        weight_decay: 0.01,
+        batch_size: 4,
+        max_steps: Some(5),
+        max_rows: pairs[..11].iter().map(n_rows).max().unwrap(),
+        held_out: 0.0,
+        frozen: Some(Frozen::Bf16),
+        ..settings()
+    };
+    let is_late = |seed: &u64| {
+        let (train, _) = tokens::split(pairs, 0.0, *seed);
+        let order = tokens::epoch_order(train.len(), *seed, 0);
+        order.iter().position(|&i| train[i] == 11).is_some_and(|at| (9..12).contains(&at))
+    };
+    Settings { seed: (0..).find(is_late).unwrap(), ..settings }
+}
+
+/// Limits memory after two steps.
+struct Limiting {
+    limit: usize,
+    n_steps: u64,
+    said: Vec<String>,
+}
+
+impl Progress for Limiting {
+    fn start(&mut self, _phase: &str, _total: u64, done: u64) {
+        self.n_steps = done;
+    }
+    fn advance(&mut self, n: u64) {
+        self.n_steps += n;
+        if self.n_steps == 2 {
+            emulation::set_memory(self.limit);
+        }
+    }
+    fn finish(&mut self) {}
+    fn say(&mut self, text: &str) {
+        self.said.push(text.to_owned());
+    }
+}
+
+struct Ran {
+    records: Result<Vec<Record>>,
+    values: Vec<Vec<f32>>,
+    n_steps: u64,
+    /// Bytes, the most at once.
+    taken: usize,
+    said: Vec<String>,
+}
+
+fn train(
+    folder: &Path,
+    pairs: &[TokenPair],
+    settings: &Settings,
+    limit: usize,
+    prepare: impl Fn(&mut Trainer<Cuda>),
+) -> Ran {
+    std::fs::create_dir_all(folder).unwrap();
+    let before = emulation::taken();
+    let mut trainer = load("llama", settings, Frozen::Bf16);
+    prepare(&mut trainer);
+    emulation::peak();
+    let mut progress = Limiting { limit: before + limit, n_steps: 0, said: Vec::new() };
+    let files = RunFiles::of(folder);
+    let ran = run(&mut trainer, pairs, settings, &files, &AtomicBool::new(false), &mut progress);
+    emulation::set_memory(PLENTY);
+    let taken = emulation::peak() - before;
+    let values = trainer.parameters.values.iter().map(|value| trainer.device().download(value).unwrap());
+    Ran {
+        values: values.collect(),
+        records: ran.map(|(_, records)| records),
+        n_steps: trainer.optimizer.n_steps,
+        taken,
+        said: progress.said,
+    }
+}
+
+fn checkpointing(trainer: &mut Trainer<Cuda>) {
+    trainer.set_checkpointing(true);
+}
+
+fn placements(records: &[Record]) -> Vec<PlacementRecord> {
+    let of = |record: &Record| if let Record::Placement(found) = record { Some(*found) } else { None };
+    records.iter().filter_map(of).collect()
+}
+
+#[test]
+fn a_step_that_is_made_again_changes_what_it_would_have_changed_at_once() {
+    let _turn = gpu();
+    let (folder, pairs) = (tempfile::tempdir().unwrap(), pairs());
+    let folder = |name: &str| folder.path().join(name);
+    let short = of_short_passes(&pairs);
+    // On the CPU passes keep their rows, here those of a whole step; what is here the CPU is so by its settings alone.
+    let cpu = Settings { device: DeviceName::Cpu, frozen: None, max_rows: 4096, ..short.clone() };
+    for (name, settings) in [("gpu", short), ("cpu", cpu)] {
+        let whole = train(&folder(&format!("{name}-whole")), &pairs, &settings, PLENTY, |_| {});
+        let least = train(&folder(&format!("{name}-least")), &pairs, &settings, PLENTY, checkpointing);
+        let limit = (whole.taken + least.taken) / 2;
+        let limited = train(&folder(&format!("{name}-limited")), &pairs, &settings, limit, |_| {});
+        let records = limited.records.unwrap();
+        let chosen = placements(&records).into_iter().filter(|p| p.out_of_memory).collect::<Vec<_>>();
+        let expected = PlacementRecord {
+            step: 2,
+            max_rows: settings.max_rows,
+            checkpointing: true,
+            frozen: settings.frozen,
+            out_of_memory: true,
+        };
+        assert_eq!(chosen, [expected], "{name}");
+        assert!(limited.said[0].ends_with(&expected.in_words()), "{:?}", limited.said);
+        // Activations that are made twice change no number; a gradient that stayed, or a step too many, would.
+        assert_eq!((limited.n_steps, whole.n_steps), (5, 5), "{name}");
+        assert!(limited.values == whole.values, "{name}: trained values");
+        let norms = |records: &[Record]| -> Vec<f64> {
+            let of =
+                |record: &Record| if let Record::Step(step) = record { Some(step.grad_norm) } else { None };
+            records.iter().filter_map(of).collect()
+        };
+        assert_eq!(norms(&records), norms(&whole.records.unwrap()), "{name}");
+    }
+}
+
+#[test]
+fn activations_are_kept_where_the_user_has_said_so() {
+    let _turn = gpu();
+    let (folder, pairs) = (tempfile::tempdir().unwrap(), pairs());
+    let folder = |name: &str| folder.path().join(name);
+    let settings = of_short_passes(&pairs);
+    let whole = train(&folder("whole"), &pairs, &settings, PLENTY, |_| {});
+    let least = train(&folder("least"), &pairs, &settings, PLENTY, checkpointing);
+    let limit = (whole.taken + least.taken) / 2;
+    let kept = train(&folder("kept"), &pairs, &settings, limit, Trainer::keep_activations);
+    let error = kept.records.unwrap_err();
+    assert!(matches!(error, Error::DeviceMemory { .. }), "{error:?}");
+    let hint = error.hint().unwrap();
+    assert!(hint.contains("go on with --frozen quantised and --checkpointing on;"), "{hint}");
+    assert_eq!(kept.said, ["saved after step 2: the same command goes on from there"]);
+    let again = train(&folder("kept"), &pairs, &settings, PLENTY, Trainer::keep_activations);
+    assert!(again.values == whole.values, "the run that went on");
+}
+
+#[test]
+fn memory_that_runs_out_in_scoring_makes_passes_smaller_and_no_more() {
+    let _turn = gpu();
+    let (folder, pairs) = (tempfile::tempdir().unwrap(), own_pairs("llama", 12));
+    let settings =
+        Settings { batch_size: 4, max_rows: 4096, held_out: 0.0, frozen: Some(Frozen::Bf16), ..settings() };
+    let enough_for_nothing = |_: &mut Trainer<Cuda>| emulation::set_memory(emulation::taken() + (100 << 10));
+    let ran = train(folder.path(), &pairs, &settings, PLENTY, enough_for_nothing);
+    let error = ran.records.unwrap_err();
+    assert!(matches!(error, Error::DeviceMemory { .. }), "{error:?}");
+    assert!(!error.hint().unwrap().contains("--checkpointing"), "{error:?}");
+    let smaller = ran.said.iter().filter(|said| said.contains("the run goes on with")).count();
+    assert!(smaller > 0 && !ran.said.iter().any(|said| said.contains("computed twice")), "{:?}", ran.said);
+}
