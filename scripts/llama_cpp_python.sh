@@ -29,6 +29,12 @@ fi
 if ! is_whole "$folder/bin/python"; then
     [ "${1:-}" != --if-cached ] || exit 0
     . scripts/setup.sh >&2
+    # One at a time: what follows clears the folder, which another run may be filling.
+    mkdir -p "$cache"
+    exec 9>"$folder.lock"
+    if detox_has flock; then flock 9; fi
+fi
+if ! is_whole "$folder/bin/python"; then
     # Debian has the part that puts pip into a new environment in a package of its own: without it the system's pip does.
     # Cleared: pip leaves alone what it finds half installed.
     pip=("$folder/bin/pip")

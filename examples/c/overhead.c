@@ -53,8 +53,6 @@ typedef struct {
     detox_callback *callback;
     /* Microseconds of each token. */
     double *us;
-    /* Of the last logits: FNV-1a over their bytes. */
-    uint64_t hash;
 } subject;
 
 static void stop(const char *what) {
@@ -160,16 +158,21 @@ static double decode(subject *of, llama_token *tokens, int n) {
     if (llama_decode(of->context, batch) != 0) stop("llama_decode failed");
     if (of->callback != NULL) must(detox_check(of->callback));
     /* What a backend computes in its own time is done once there are logits. */
-    const float *logits = llama_get_logits_ith(of->context, -1);
-    if (logits == NULL) stop("no logits");
+    if (llama_get_logits_ith(of->context, -1) == NULL) stop("no logits");
     double us = now_us() - start;
     /* Ratios to it would be none. */
     if (us <= 0.0) stop("a decode took no time by the clock: it is too coarse for this model");
-    const unsigned char *bytes = (const unsigned char *) logits;
-    size_t n_bytes = sizeof *logits * (size_t) llama_vocab_n_tokens(llama_model_get_vocab(llama_get_model(of->context)));
-    of->hash = 0xcbf29ce484222325u;
-    for (size_t i = 0; i < n_bytes; i++) of->hash = (of->hash ^ bytes[i]) * 0x100000001b3u;
     return us;
+}
+
+/* FNV-1a of the logits of its last decode. */
+static uint64_t hash_logits(const subject *of) {
+    const unsigned char *bytes = (const unsigned char *) llama_get_logits_ith(of->context, -1);
+    const struct llama_vocab *vocab = llama_model_get_vocab(llama_get_model(of->context));
+    size_t n_bytes = sizeof(float) * (size_t) llama_vocab_n_tokens(vocab);
+    uint64_t hash = 0xcbf29ce484222325u;
+    for (size_t i = 0; i < n_bytes; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    return hash;
 }
 
 static int by_value(const void *a, const void *b) {
@@ -240,7 +243,7 @@ int main(int argc, char **argv) {
             }
             double middle = median(ratios, args.n_tokens, &low, &high);
             printf(", \"ratio\": %.4f, \"low\": %.4f, \"high\": %.4f", middle, low, high);
-            printf(", \"logits\": \"%016llx\"}", (unsigned long long) subjects[kind].hash);
+            printf(", \"logits\": \"%016llx\"}", (unsigned long long) hash_logits(&subjects[kind]));
         }
         printf("}\n");
         free(ratios);

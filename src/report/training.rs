@@ -326,6 +326,7 @@ mod tests {
         let chosen = |step, max_rows, out_of_memory| {
             Record::Placement(PlacementRecord {
                 step,
+                device: DeviceName::Cuda(0),
                 max_rows,
                 checkpointing: false,
                 frozen: None,

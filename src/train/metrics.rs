@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::dpo::{AnswerLogps, PairLoss};
-use super::placement::Frozen;
+use super::placement::{DeviceName, Frozen};
 
 /// Means over pairs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -118,6 +118,9 @@ impl EvaluationRecord {
 pub struct PlacementRecord {
     /// Steps so far.
     pub step: u64,
+    /// Where they were made: another card may compute other last bits.
+    #[serde(default)]
+    pub device: DeviceName,
     /// Most tokens in one pass.
     pub max_rows: usize,
     /// Whether activations are made again in the backward pass.
@@ -131,8 +134,8 @@ pub struct PlacementRecord {
 
 impl PlacementRecord {
     /// What was chosen, whenever and why.
-    pub fn choice(&self) -> (usize, bool, Option<Frozen>) {
-        (self.max_rows, self.checkpointing, self.frozen)
+    pub fn choice(&self) -> (DeviceName, usize, bool, Option<Frozen>) {
+        (self.device, self.max_rows, self.checkpointing, self.frozen)
     }
 
     /// What was chosen, for people.

@@ -21,7 +21,7 @@ use super::metrics::{EvaluationRecord, PairMeans, PlacementRecord, Record, StepR
 use super::pack::Packed;
 use super::placement::Frozen;
 use super::reference::References;
-use super::settings::Settings;
+use super::settings::{MethodName, Settings};
 use super::tokens::{self, TokenPair};
 use super::trainer::Trainer;
 
@@ -127,7 +127,14 @@ pub fn run<D: Device>(
     let ending = ending?;
     let Run { trainer, records, state, .. } = run;
     if state.best.is_some() {
-        checkpoint::load(&files.best, trainer, false)?;
+        let kept = checkpoint::load(&files.best, trainer, false)?;
+        // Where a process died between writing the two, and what was then computed again came out otherwise.
+        if kept.best != state.best {
+            progress.say(&format!(
+                "the numbers kept as the best are of step {}, of before the run was broken off",
+                kept.step
+            ));
+        }
     }
     let outcome = Outcome {
         ending,
@@ -194,11 +201,19 @@ impl<D: Device> Run<'_, D> {
         };
         match self.records.iter().rev().find_map(of_placement) {
             Some(before) if before.choice() == now.choice() => return Ok(()),
-            Some(before) => progress.say(&format!(
-                "the run goes on with {}, and not with {}: numbers change by their rounding alone",
-                now.in_words(),
-                before.in_words()
-            )),
+            Some(before) => {
+                let on = |of: &PlacementRecord| match before.device == now.device {
+                    true => String::new(),
+                    false => format!(" on {}", of.device),
+                };
+                progress.say(&format!(
+                    "the run goes on with {}{}, and not with {}{}: numbers change by their rounding alone",
+                    now.in_words(),
+                    on(&now),
+                    before.in_words(),
+                    on(&before)
+                ));
+            }
             None => {}
         }
         self.record(Record::Placement(now))
@@ -208,6 +223,7 @@ impl<D: Device> Run<'_, D> {
         let options = self.trainer.options();
         PlacementRecord {
             step: self.state.step,
+            device: self.settings.device,
             max_rows: options.max_rows,
             checkpointing: options.checkpointing,
             frozen: self.settings.frozen,
@@ -275,7 +291,8 @@ impl<D: Device> Run<'_, D> {
     fn cures(&self, kind: Work) -> String {
         let (is_cpu, options) = (self.settings.device.is_cpu(), self.trainer.options());
         let mut goes_on = Vec::new();
-        if self.settings.frozen == Some(Frozen::Bf16) {
+        let method = self.settings.method;
+        if method != MethodName::Full && self.settings.frozen == Some(Frozen::Bf16) {
             goes_on.push("--frozen quantised");
         }
         if kind == Work::Train && !options.checkpointing {
@@ -290,8 +307,9 @@ impl<D: Device> Run<'_, D> {
             false => format!(", or go on with {}", goes_on.join(" and ")),
         };
         let fewer_rows = if is_cpu && options.max_rows > self.longest { "--ubatch-size, " } else { "" };
+        let rank = if method == MethodName::Lora { " or --rank" } else { "" };
         format!(
-            "{memory}{goes_on}; or begin anew, in another -o, with a smaller {fewer_rows}--max-length or --rank"
+            "{memory}{goes_on}; or begin anew, in another -o, with a smaller {fewer_rows}--max-length{rank}"
         )
     }
 

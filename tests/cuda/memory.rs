@@ -12,7 +12,7 @@ use detox_gguf::train::cuda::{Cuda, emulation};
 use detox_gguf::train::device::Device;
 use detox_gguf::train::metrics::{PlacementRecord, Record};
 use detox_gguf::train::pack::Packed;
-use detox_gguf::train::placement::{Choice, Frozen, Needs};
+use detox_gguf::train::placement::{Choice, DeviceName, Frozen, Needs};
 use detox_gguf::train::run::{RunFiles, run};
 use detox_gguf::train::settings::Settings;
 use detox_gguf::train::tokens::TokenPair;
@@ -234,6 +234,7 @@ fn a_run_whose_memory_runs_out_goes_on_in_smaller_passes_and_ends_where_an_unbro
     let unbroken = records.unwrap();
     let first = PlacementRecord {
         step: 0,
+        device: DeviceName::Cuda(0),
         max_rows: 4096,
         checkpointing: false,
         frozen: Some(Frozen::Bf16),

@@ -136,6 +136,7 @@ fn a_step_that_is_made_again_changes_what_it_would_have_changed_at_once() {
         let chosen = placements(&records).into_iter().filter(|p| p.out_of_memory).collect::<Vec<_>>();
         let expected = PlacementRecord {
             step: 2,
+            device: settings.device,
             max_rows: settings.max_rows,
             checkpointing: true,
             frozen: settings.frozen,

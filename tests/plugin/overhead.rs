@@ -95,7 +95,7 @@ fn asking_about_a_node_that_is_not_wanted_is_quick() {
     let file = interventions(folder.path(), &[r#""what": {"neurons": [[2, 3]]}, "edit": {"offset": 3}"#]);
     let mut command = Command::new(program("tests/plugin/ask.c", "ask", &[]));
     let ns: f64 = run(command.arg(tiny("llama")).arg(&file).arg("2000")).trim().parse().unwrap();
-    // 31 where it was written, and steady on a busy machine, since it is the best of many rounds. Five times that catches a
-    // call of the system for each node, a text that is put together, or a look through all layers.
-    assert!(ns < 150.0, "{ns} ns");
+    // 31 where it was written, at best of many rounds. Ten times that leaves room for slower processors, and catches texts
+    // that are put together for each node, or a look through all layers.
+    assert!(ns < 300.0, "{ns} ns");
 }

@@ -96,8 +96,8 @@ pub fn count() -> Result<usize> {
     Ok(usize::try_from(n).unwrap_or(0))
 }
 
-/// Whether a program can use a GPU on this machine. One without NVIDIA's device node has none, whatever the runtime says; on
-/// one with it, a driver that fails is a fault and not a machine without GPUs.
+/// Whether a program can use a GPU on this machine. Where the runtime fails, a machine without NVIDIA's device node is taken
+/// to have none; on one with it that is a fault of the driver.
 ///
 /// # Errors
 /// As [`count`].
