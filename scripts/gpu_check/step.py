@@ -151,6 +151,16 @@ class Step:
             self.linear_back(il, name, cache["attn_in"], cache["r" + name], dy, n, dattn)
         call("norm_back", c.byref(NORM), cache["x"], self.norms[2 * il], dattn, n, shape.n_embd, dx, None, None)
 
+    def logprobs(self, rows, x: int, first: int, count: int, gradient: bool, logps: int) -> int:
+        """Log-probabilities of outputs into their places; gives their logits, or with `gradient` the gradients of these."""
+        shape, gpu = self.shape, self.gpu
+        picked, logits = self.new(count * shape.n_embd), self.new(count * shape.n_vocab)
+        gpu.call("gather", x, shape.n_embd, OUTPUT, first, count, rows, 1.0, picked)
+        normed = self.norm(self.norms[-1], picked, count)
+        gpu.call("product", c.byref(self.output), normed, count, logits)
+        gpu.call("logprobs", rows, first, count, 1.0, shape.n_vocab, int(gradient), logits, logps + 4 * first)
+        return logits
+
     def reference(self, packed: Packed) -> np.ndarray:
         """Each answer's log-probability without the adapter, `[2 pairs]`; nothing is kept."""
         shape, gpu, self.kept, self.with_adapter = self.shape, self.gpu, [], False
@@ -165,11 +175,7 @@ class Step:
         chunk = max(1, LOGIT_BYTES // (4 * shape.n_vocab))
         for first in range(0, n_outputs, chunk):
             count = min(chunk, n_outputs - first)
-            picked, logits = self.new(count * shape.n_embd), self.new(count * shape.n_vocab)
-            gpu.call("gather", x, shape.n_embd, OUTPUT, first, count, rows, 1.0, picked)
-            normed = self.norm(self.norms[-1], picked, count)
-            gpu.call("product", c.byref(self.output), normed, count, logits)
-            gpu.call("logprobs", rows, first, count, 1.0, shape.n_vocab, 0, logits, logps + 4 * first)
+            self.logprobs(rows, x, first, count, False, logps)
         logps = gpu.read(logps, n_outputs)
         gpu.release(*self.kept)
         gpu.close_rows(rows)
@@ -190,11 +196,7 @@ class Step:
         chunk = max(1, LOGIT_BYTES // (4 * shape.n_vocab))
         for first in range(0, n_outputs, chunk):
             count = min(chunk, n_outputs - first)
-            picked, logits = self.new(count * shape.n_embd), self.new(count * shape.n_vocab)
-            gpu.call("gather", x, shape.n_embd, OUTPUT, first, count, rows, 1.0, picked)
-            normed = self.norm(self.norms[-1], picked, count)
-            gpu.call("product", c.byref(self.output), normed, count, logits)
-            gpu.call("logprobs", rows, first, count, 1.0, shape.n_vocab, 1, logits, logps + 4 * first)
+            logits = self.logprobs(rows, x, first, count, True, logps)
             gpu.call("product_back", c.byref(self.output), logits, count, head + 4 * first * shape.n_embd)
             gpu.release(logits)
             self.kept.remove(logits)

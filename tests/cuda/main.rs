@@ -17,13 +17,12 @@ mod toolkit;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use detox_gguf::gguf::GgufFile;
-use detox_gguf::progress::Progress;
 use detox_gguf::train::cuda::{Cuda, is_present};
 use detox_gguf::train::placement::{DeviceName, Frozen};
 use detox_gguf::train::settings::Settings;
 use detox_gguf::train::trainer::Trainer;
 
-use own_pairs::{own_pairs, tiny};
+use own_pairs::{Silent, own_pairs, tiny};
 
 /// The turn of a test: the GPU is one for the process, and the memory of the emulated one is limited by one test at a time.
 /// None where there is no GPU, as on a machine that builds for others.
@@ -58,14 +57,4 @@ fn load(name: &str, settings: &Settings, frozen: Frozen) -> Trainer<Cuda> {
     let base = GgufFile::open(tiny(name)).unwrap();
     let device = Cuda::open(0, frozen).unwrap();
     Trainer::load(device, &base, &settings.method(), settings.seed, settings.step_options()).unwrap()
-}
-
-/// Told nothing and telling nothing.
-struct Silent;
-
-impl Progress for Silent {
-    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
-    fn advance(&mut self, _n: u64) {}
-    fn finish(&mut self) {}
-    fn say(&mut self, _text: &str) {}
 }

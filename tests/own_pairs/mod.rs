@@ -1,8 +1,9 @@
-//! The tiny models, and the program's own pairs as their tokens; for tests of training.
+//! The tiny models, the program's own pairs as their tokens, and a progress that nobody follows; for tests of training.
 
 use std::path::PathBuf;
 
 use detox_gguf::engine::Vocabulary;
+use detox_gguf::progress::Progress;
 use detox_gguf::train::pairs;
 use detox_gguf::train::tokens::{Limits, TokenPair, tokenize};
 
@@ -17,4 +18,14 @@ pub fn own_pairs(name: &str, n: usize) -> Vec<TokenPair> {
     let tokenized = tokenize(&vocabulary, &pairs::own()[..n], &limits).unwrap();
     assert_eq!(tokenized.pairs.len(), n);
     tokenized.pairs.into_iter().map(|(_, pair)| pair).collect()
+}
+
+/// Told nothing and telling nothing.
+pub struct Silent;
+
+impl Progress for Silent {
+    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
+    fn advance(&mut self, _n: u64) {}
+    fn finish(&mut self) {}
+    fn say(&mut self, _text: &str) {}
 }

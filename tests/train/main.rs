@@ -22,7 +22,7 @@ use detox_gguf::train::settings::Settings;
 use detox_gguf::train::tokens::TokenPair;
 use detox_gguf::train::trainer::Trainer;
 
-use own_pairs::{own_pairs, tiny};
+use own_pairs::{Silent, own_pairs, tiny};
 
 /// Of a run of some dozen steps, large enough to be seen.
 fn small_settings() -> Settings {
@@ -46,16 +46,6 @@ fn small_settings() -> Settings {
 fn load(base: &GgufFile, settings: &Settings) -> Result<Trainer<Cpu>> {
     let device = Cpu::new(settings.n_threads, settings.products)?;
     Trainer::load(device, base, &settings.method(), settings.seed, settings.step_options())
-}
-
-/// Told nothing and telling nothing.
-struct Silent;
-
-impl Progress for Silent {
-    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
-    fn advance(&mut self, _n: u64) {}
-    fn finish(&mut self) {}
-    fn say(&mut self, _text: &str) {}
 }
 
 /// What a run that ended leaves in memory.

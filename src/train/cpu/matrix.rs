@@ -63,7 +63,6 @@ impl FileRows {
 pub struct Matrix {
     n_in: usize,
     n_out: usize,
-    is_table: bool,
     /// Not there where the rounded copies are all that is read.
     rows: Option<FileRows>,
     /// For ggml's own products backward, where they are used.
@@ -76,7 +75,7 @@ pub struct Matrix {
 impl Matrix {
     /// Checks the sizes, and that every number is readable.
     pub fn new(matrix: HostMatrix) -> Result<Matrix> {
-        let HostMatrix { name, tensor_type, n_in, n_out, bytes, is_table } = matrix;
+        let HostMatrix { name, tensor_type, n_in, n_out, bytes, .. } = matrix;
         let refuse = |reason: String| Error::Setting { setting: name.clone(), reason, hint: None };
         let n_bytes = tensor_type.row_bytes(n_in as u64).unwrap_or(0) as usize;
         if n_bytes == 0 || bytes.len() != n_bytes * n_out {
@@ -90,7 +89,6 @@ impl Matrix {
         Ok(Matrix {
             n_in,
             n_out,
-            is_table,
             rows: Some(FileRows { tensor_type, n_bytes, bytes: bytes.as_slice().into() }),
             transposed: None,
             #[cfg(target_arch = "x86_64")]
@@ -211,11 +209,11 @@ impl Matrix {
     /// Makes the rounded copies for kernels that have them, in place of the file's blocks unless those are a table; a
     /// matrix of plain numbers needs none, since its products are exact either way.
     #[cfg(target_arch = "x86_64")]
-    pub fn keep_rounded(&mut self) {
+    pub fn keep_rounded(&mut self, is_table: bool) {
         if self.is_quantised() {
             let read = |row: usize, values: &mut [f32]| self.rows().read(row, 0..self.n_in, values);
             self.rounded = Some(super::vnni::Rounded::new([self.n_out, self.n_in], read));
-            if !self.is_table {
+            if !is_table {
                 self.rows = None;
             }
         }

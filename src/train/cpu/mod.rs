@@ -179,13 +179,15 @@ impl Device for Cpu {
     }
 
     fn matrix(&self, matrix: HostMatrix) -> Result<Matrix> {
+        #[cfg(target_arch = "x86_64")]
+        let is_table = matrix.is_table;
         let mut matrix = Matrix::new(matrix)?;
         if self.kernels.is_some() {
             self.pool.install(|| matrix.keep_transposed());
         }
         #[cfg(target_arch = "x86_64")]
         if self.products == Products::Fast && self.kernels.is_none() {
-            self.pool.install(|| matrix.keep_rounded());
+            self.pool.install(|| matrix.keep_rounded(is_table));
         }
         Ok(matrix)
     }
