@@ -62,11 +62,11 @@ if [ ! -e /dev/nvidiactl ]; then
     output=$(mktemp -d)
     trap 'rm -rf "$output"' EXIT
     if "$program" train -m gguf/tiny/llama.gguf --device cuda -o "$output/run" >"$output/log" 2>&1; then
-        detox_stop "the program trained on a GPU that is not there" "look at src/train/cuda"
+        detox_stop "the program trained on a GPU that is not there" "look at src/train/device/cuda"
     fi
     cat "$output/log" >&2
     if ! grep -q '^error: cuda:0: ' "$output/log" || ! grep -q -- '--device cpu' "$output/log" || [ -e "$output/run" ]; then
-        detox_stop "that is not what it should say without a GPU" "look at src/train/cuda/handle.rs"
+        detox_stop "that is not what it should say without a GPU" "look at src/train/device/cuda/handle.rs"
     fi
 fi
 # What is compiled with this feature alone.

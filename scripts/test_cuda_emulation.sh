@@ -6,9 +6,9 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
 if cargo nextest --version >/dev/null 2>&1; then
-    cargo nextest run --release --features cuda-emulation --lib --test cuda -E 'test(/train::cuda::/) | binary(cuda)'
+    cargo nextest run --release --features cuda-emulation --lib --test cuda -E 'test(/train::device::cuda::/) | binary(cuda)'
 else
-    cargo test --release --features cuda-emulation --lib train::cuda::
+    cargo test --release --features cuda-emulation --lib train::device::cuda::
     cargo test --release --features cuda-emulation --test cuda
 fi
 if python3 -c 'import torch, numpy' 2>/dev/null; then

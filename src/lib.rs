@@ -26,23 +26,31 @@
 //! Across Languages" (arXiv 2406.16235).
 
 #[cfg(feature = "engine")]
+pub mod check;
+#[cfg(feature = "engine")]
 pub mod cli;
 #[cfg(feature = "engine")]
 pub mod engine;
 pub mod error;
+#[cfg(feature = "engine")]
 pub mod eval;
 pub mod file;
 pub mod gguf;
 pub mod graph;
 pub mod interp;
+#[cfg(feature = "engine")]
+pub mod memory;
 pub mod plugin;
 #[cfg(feature = "engine")]
 pub mod progress;
 #[cfg(feature = "engine")]
 pub mod report;
+pub mod score;
 pub mod steer;
 #[cfg(feature = "engine")]
 pub mod study;
+#[cfg(feature = "engine")]
+pub mod text;
 #[cfg(feature = "engine")]
 pub mod train;
 

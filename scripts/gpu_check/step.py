@@ -1,5 +1,5 @@
 """A step of DPO on a model of the llama architecture: on the GPU by the extension's operations, in the order in which the
-trainer calls them (src/train/forward.rs, backward.rs), and in PyTorch by autograd."""
+trainer calls them (src/train/model/forward.rs, backward.rs), and in PyTorch by autograd."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--rtp-lx", type=Path, required=True)
     parser.add_argument("--parallel", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=train.HERE / "../../target/lexical-cache")
-    parser.add_argument("--weights", type=Path, default=train.HERE / "../../src/eval/score/lexical.bin")
+    parser.add_argument("--weights", type=Path, default=train.HERE / "../../src/score/lexical.bin")
     arguments = parser.parse_args()
     data = train.load(arguments.rtp_lx, arguments.parallel, arguments.cache)
     language, source, _, _, rating = data.arrays()

@@ -1,6 +1,6 @@
 """Normalisation, n-gram hashing and scoring of the lexical scorer.
 
-`src/eval/score/lexical.rs` implements the same definitions; `tests/golden/lexical.json` holds both
+`src/score/lexical.rs` implements the same definitions; `tests/golden/lexical.json` holds both
 to one another. Change one and you must change the other, and train again.
 
 Normalisation

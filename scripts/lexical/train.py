@@ -390,7 +390,7 @@ def main() -> None:
     parser.add_argument("--rtp-lx", type=Path, required=True, help="folder of RTP_LX_{LANG}.json")
     parser.add_argument("--parallel", type=Path, required=True, help="folder of {lang}.jsonl")
     parser.add_argument("--cache", type=Path, default=HERE / "../../target/lexical-cache")
-    parser.add_argument("--out", type=Path, default=HERE / "../../src/eval/score/lexical.bin")
+    parser.add_argument("--out", type=Path, default=HERE / "../../src/score/lexical.bin")
     parser.add_argument("--golden", type=Path, default=HERE / "../../tests/golden/lexical.json")
     arguments = parser.parse_args()
     data = load(arguments.rtp_lx, arguments.parallel, arguments.cache)

@@ -7,9 +7,9 @@ use clap::{Args, ValueEnum};
 use crate::engine::schedule::GenerateOptions;
 use crate::engine::{CacheType, FlashAttention, Model, ModelOptions, Sampling, SessionOptions};
 use crate::error::{Error, Result};
-use crate::eval::language;
 use crate::eval::prompts::{Prompt, PromptSource};
 use crate::file::AtomicFile;
+use crate::text::language;
 
 /// Whether a file can be written at `output`, before anything that takes long; and that it is none of
 /// `inputs`: `-o` with the name of the model would leave a model's name on something else.

@@ -11,7 +11,7 @@ use crate::engine::{self, Model, Sampling};
 use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
 use crate::interp::locate;
-use crate::train::merge_bench::{self, MergeTime};
+use crate::train::output::merge_bench::{self, MergeTime};
 
 use super::arguments::EngineArguments;
 use super::print;

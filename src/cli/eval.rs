@@ -7,11 +7,11 @@ use clap::Args;
 
 use crate::error::{Error, Result};
 use crate::eval::compare::{self, Side};
-use crate::eval::jsonl;
+use crate::eval::imported;
 use crate::eval::run::{self, EvalRequest, Source};
-use crate::eval::score;
 use crate::file;
 use crate::report::{self, csv, html, json, markdown, terminal};
+use crate::score;
 
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
 use super::progress::Shown;
@@ -162,7 +162,7 @@ impl EvalArguments {
                     [language] => Some(*language),
                     _ => None,
                 };
-                let mut generations = jsonl::read_generations(path, only)?;
+                let mut generations = imported::read_generations(path, only)?;
                 generations.retain(|g| languages.is_empty() || languages.contains(&g.language.as_str()));
                 if generations.is_empty() {
                     return Err(Error::input(

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 
+use crate::check::export::LoadedBack;
+use crate::check::steering::Difference;
 use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, ModelOptions, SessionOptions, Token};
 use crate::error::{Error, Result};
@@ -15,11 +17,9 @@ use crate::gguf::{GgufFile, Metadata, TensorType, Value, file_sha256};
 use crate::progress::Progress;
 use crate::steer::argument::parse_scaled;
 use crate::steer::bake::check_output;
-use crate::steer::exact_check::Difference;
 use crate::steer::{Fingerprint, lora};
-use crate::train::Adapter;
-use crate::train::loaded_back::LoadedBack;
-use crate::train::merge::{Change, MergeOptions, MergeReport, merge};
+use crate::train::output::Adapter;
+use crate::train::output::merge::{Change, MergeOptions, MergeReport, merge};
 
 use super::print;
 use super::progress::Shown;

@@ -6,9 +6,9 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 
 use crate::error::{Error, Result};
-use crate::eval::score;
 use crate::file::{self, AtomicFile};
 use crate::report::pairs as report;
+use crate::score;
 use crate::study::make_pairs::choose::Rules;
 use crate::study::make_pairs::{self, MakePairsRequest, SteeredSide};
 

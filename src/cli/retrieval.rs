@@ -8,13 +8,13 @@ use clap::Args;
 use crate::engine::residual::ResidualPlace;
 use crate::error::{Error, Result};
 use crate::eval::compare::{self, Side};
-use crate::eval::language;
 use crate::eval::metric;
 use crate::eval::result::find_difference;
 use crate::eval::run;
 use crate::interp::retrieval::{Retrieval, pearson, read_aligned, retrieve};
 use crate::report::interp::{LanguageRetrieval, NamedCorrelation, RetrievalReport};
 use crate::report::json;
+use crate::text::language;
 
 use super::arguments::EngineArguments;
 use super::eval::write_reports;

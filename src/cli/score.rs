@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 
 use crate::error::{Error, Result};
-use crate::eval::language;
-use crate::eval::score;
-use crate::eval::texts::{self, Coverage, Form, Row, Rows};
 use crate::file::{self, AtomicFile};
+use crate::score;
+use crate::score::texts::{self, Coverage, Form, Row, Rows};
+use crate::text::language;
 
 use super::print;
 

@@ -7,20 +7,21 @@ use std::sync::atomic::AtomicBool;
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 
+use crate::check::steering::{self, Difference};
 use crate::engine::residual::ResidualPlace;
 use crate::engine::steering::{Change, ControlVector, Edit, Operation, When};
 use crate::engine::{Steering, Token};
 use crate::error::{Error, Result};
 use crate::eval::prompts::PromptSource;
 use crate::gguf::{GgufFile, Metadata, Value};
+use crate::interp::directions;
 use crate::interp::probe::{Probe, ProbePlace};
 use crate::progress::Progress;
 use crate::steer::compile::{self, Compiled, Route};
-use crate::steer::exact_check::{self, Difference};
 use crate::steer::intervention::Directions;
 use crate::steer::{
     ControlVectorFile, Fingerprint, Intervention, Interventions, Neuron, SteerFile, Target, bake,
-    control_vector, direction,
+    control_vector,
 };
 
 use super::arguments::{EngineArguments, check_output};
@@ -304,18 +305,18 @@ impl SteerCommand {
         let texts: Vec<&str> = pairs.iter().flat_map(|p| [p.toxic.as_str(), p.benign.as_str()]).collect();
         let opened = self.engine.open(&self.model)?;
         let recorded = mean_residual_streams(&opened, &self.engine, &texts, &places, 512, interrupt)?;
-        let refuse = |error: direction::DirectionError| Error::setting("--contrast", error.to_string());
+        let refuse = |error: directions::DirectionError| Error::setting("--contrast", error.to_string());
         let mut directions = BTreeMap::new();
         for (at, layer) in layers.enumerate() {
             let side = |side: usize| -> Vec<Vec<f32>> {
                 recorded.iter().skip(side).step_by(2).map(|places| places[at].clone()).collect()
             };
             let (toxic, benign) = (side(0), side(1));
-            let mean = direction::mean_difference(&toxic, &benign).map_err(refuse)?;
+            let mean = directions::mean_difference(&toxic, &benign).map_err(refuse)?;
             let direction = match self.text.method {
                 MethodArgument::Mean => mean,
                 MethodArgument::Pca => {
-                    let first = direction::principal_component(&toxic, &benign).map_err(refuse)?;
+                    let first = directions::principal_component(&toxic, &benign).map_err(refuse)?;
                     // So that coefficient 1 is the mean distance of the two kinds of text, as with the mean.
                     let along = mean.iter().zip(&first.direction).map(|(&m, &d)| f64::from(m) * f64::from(d));
                     let along = along.sum::<f64>() as f32;
@@ -516,9 +517,9 @@ impl SteerCommand {
         let prompts = PromptSource::Own.read(&[], Some(4))?;
         let texts: Vec<Vec<Token>> =
             prompts.iter().map(|p| model.tokenize_prompt(&p.text)).collect::<Result<_>>()?;
-        let effect = exact_check::difference(&model, &Steering::default(), &cheapest, &texts, &options)?;
-        let ways = exact_check::difference(&model, &callback, &cheapest, &texts, &options)?;
-        let floor = exact_check::noise_floor(&model, &callback, &texts, &options)?;
+        let effect = steering::difference(&model, &Steering::default(), &cheapest, &texts, &options)?;
+        let ways = steering::difference(&model, &callback, &cheapest, &texts, &options)?;
+        let floor = steering::noise_floor(&model, &callback, &texts, &options)?;
         let row = |name: &str, d: &Difference| {
             format!(
                 "{name:<34}{:>12.2e}{:>12.2e}{:>12.3}\n",

@@ -12,12 +12,12 @@ use crate::engine::sample::random_stream;
 use crate::engine::steering::{ControlVector, LoraScaled};
 use crate::error::{Error, Result};
 use crate::eval::run::Source;
-use crate::eval::sweep::{self, Kind, Setting};
 use crate::gguf::GgufFile;
 use crate::report::{json as report_json, sweep as report};
 use crate::steer::compile::{self, CompileOptions, Compiled};
 use crate::steer::neuron::random_neurons;
 use crate::steer::{Intervention, Interventions, Neuron, SteerFile};
+use crate::study::sweep::{self, Kind, Setting};
 
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
 use super::eval::{MeasureArguments, write_reports};

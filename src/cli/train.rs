@@ -8,31 +8,32 @@ use std::sync::atomic::AtomicBool;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use crate::check::training::{self, Expected, agreement};
 use crate::engine::Vocabulary;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::gguf::{GgufFile, Metadata, Value, check_decoder};
+use crate::memory;
 use crate::progress::hash_model;
 use crate::report::json as report_json;
 use crate::report::training::TrainingReport;
-use crate::train::agreement::{self, Expected, agreement};
-use crate::train::config::Config;
-use crate::train::cpu::{Cpu, Products};
-use crate::train::device::Device;
-use crate::train::dpo::LossKind;
-use crate::train::lora::LoraOptions;
-use crate::train::metrics::Record;
-use crate::train::optimizer::{OptimizerKind, ScheduleKind};
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
-use crate::train::pack::Packed;
-use crate::train::pairs::{self, PreferencePair};
-use crate::train::placement::DeviceName;
+use crate::train::data::pack::Packed;
+use crate::train::data::preference_pair::{self, PreferencePair};
+use crate::train::data::tokens::{self, TokenPair, Tokenized};
+use crate::train::device::Device;
+use crate::train::device::cpu::{Cpu, Products};
+use crate::train::model::config::Config;
+use crate::train::model::lora::LoraOptions;
+use crate::train::model::transformer::Method;
+use crate::train::output::artifact;
+use crate::train::recipe::dpo::LossKind;
+use crate::train::recipe::settings::{Identity, MethodName, Settings};
+use crate::train::run::metrics::Record;
+use crate::train::run::optimizer::{OptimizerKind, ScheduleKind};
+use crate::train::run::placement::DeviceName;
+use crate::train::run::trainer::Trainer;
 use crate::train::run::{RunFiles, check_lengths, run};
-use crate::train::settings::{Identity, MethodName, Settings};
-use crate::train::tokens::{self, TokenPair, Tokenized};
-use crate::train::trainer::Trainer;
-use crate::train::transformer::Method;
-use crate::train::{artifact, memory};
 
 use super::eval::write_reports;
 use super::progress::Shown;
@@ -248,7 +249,7 @@ impl TrainCommand {
             return Err(self.no_pairs(&tokenized, &all));
         }
         check_lengths(&config, &token_pairs)?;
-        let pairs_sha256 = pairs::sha256(&all);
+        let pairs_sha256 = preference_pair::sha256(&all);
         let prepared = Prepared { base, settings, pairs_name, pairs_sha256, tokenized, token_pairs };
         match prepared.settings.device {
             DeviceName::Cpu => {
@@ -274,10 +275,10 @@ impl TrainCommand {
         ordinal: usize,
         config: &Config,
         prepared: &mut Prepared,
-    ) -> Result<(crate::train::cuda::Cuda, bool)> {
-        use crate::train::placement::{Frozen, Needs, Wanted, check_kernels};
+    ) -> Result<(crate::train::device::cuda::Cuda, bool)> {
+        use crate::train::run::placement::{Frozen, Needs, Wanted, check_kernels};
         check_kernels(&prepared.base, config, prepared.settings.method)?;
-        let mut device = crate::train::cuda::Cuda::open(ordinal, Frozen::Quantised)?;
+        let mut device = crate::train::device::cuda::Cuda::open(ordinal, Frozen::Quantised)?;
         let (free, total) = device.memory_bytes()?;
         let wanted = Wanted {
             frozen: self.place.frozen.wanted(),
@@ -384,7 +385,7 @@ impl TrainCommand {
         )?;
         print(&report.to_terminal(&records, may_colour(&std::io::stdout())))?;
         if !agreement.holds() {
-            return Err(agreement::refuse(&result_path, &agreement));
+            return Err(training::refuse(&result_path, &agreement));
         }
         eprintln!("report: {}", self.output.join("report.html").display());
         eprintln!("result: {}  ({})", result_path.display(), how_to_use(method));
@@ -451,8 +452,8 @@ impl TrainCommand {
 
     fn read_pairs(&self) -> Result<(Vec<PreferencePair>, String)> {
         match &self.pairs {
-            Some(path) => Ok((pairs::read(path)?, file_name(path))),
-            None => Ok((pairs::own(), "the program's own pairs".into())),
+            Some(path) => Ok((preference_pair::read(path)?, file_name(path))),
+            None => Ok((preference_pair::own(), "the program's own pairs".into())),
         }
     }
 

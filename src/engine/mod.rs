@@ -31,7 +31,6 @@ mod vocabulary;
 pub use crate::graph::{Architecture, architecture, steering};
 pub use model::{LoadedSteering, Model, ModelOptions};
 pub use sample::Sampling;
-pub(crate) use session::total_memory;
 pub use session::{CacheType, FlashAttention, Session, SessionOptions};
 pub use steering::Steering;
 pub use vocabulary::Vocabulary;

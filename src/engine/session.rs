@@ -3,6 +3,7 @@
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
+use crate::memory;
 
 use super::architecture::Architecture;
 use super::ffi::{self, Batch, ContextHandle, ContextParams, SequenceState};
@@ -109,30 +110,13 @@ impl SessionOptions {
     /// the machine's, not what is free, so that the same command chooses the same number.
     pub fn resolve_parallel(&self, model: &Model, n_ctx_seq: usize) -> usize {
         self.n_parallel.unwrap_or_else(|| {
-            let quarter = usize::try_from(total_memory() / 4).unwrap_or(usize::MAX);
+            let quarter = usize::try_from(memory::total_bytes() / 4).unwrap_or(usize::MAX);
             let of_memory =
                 quarter / (self.kv_bytes_per_cell(model) * n_ctx_seq.next_multiple_of(CELLS)).max(1);
             // Under -c the sequences share what was given.
             let of_context = self.n_ctx.map_or(MOST_PARALLEL, |n_ctx| n_ctx / n_ctx_seq.max(1));
             MOST_PARALLEL.min(of_memory).min(of_context).max(1)
         })
-    }
-}
-
-/// Bytes of memory in the machine, and not of what is free, so that the same command chooses the same.
-pub(crate) fn total_memory() -> u64 {
-    match sysinfo::System::new() {
-        Ok(mut system) => {
-            system.refresh_memory();
-            system.total_memory()
-        }
-        Err(error) => {
-            const ASSUMED: u64 = 4 << 30;
-            tracing::warn!(
-                "cannot tell the machine's memory ({error}): assuming 4 GiB; set -np to choose for yourself"
-            );
-            ASSUMED
-        }
     }
 }
 

@@ -18,14 +18,14 @@
 use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
-use crate::eval::bootstrap::{self, Replicated, Resamples};
-use crate::eval::doubt;
+use crate::eval::continuation::Sample;
+use crate::eval::metric::per_prompt::{self, PromptValues, QUARTILES, Tokenize};
 use crate::eval::metric::{self, Test};
-use crate::eval::paired_test::{self, MeanDifference};
-use crate::eval::per_prompt::{self, PromptValues, QUARTILES, Tokenize};
 use crate::eval::result::{Comparison, Difference, LanguageComparison, RunInfo};
-use crate::eval::sample::Sample;
+use crate::eval::stats::bootstrap::{self, Replicated, Resamples};
+use crate::eval::stats::paired_test::{self, MeanDifference};
 use crate::eval::summarize::{ratios, split};
+use crate::eval::warnings;
 
 /// One of the two runs.
 #[derive(Clone, Copy)]
@@ -118,7 +118,7 @@ pub fn compare(a: Side<'_>, b: Side<'_>) -> Result<Comparison> {
             over_languages(&parts, a.run.bootstrap.level)
         })
         .collect();
-    let warnings = doubt::of_comparison(a, b, &scorers, &languages, &mean, n_changed);
+    let warnings = warnings::of_comparison(a, b, &scorers, &languages, &mean, n_changed);
     Ok(Comparison {
         label_a: a.label.to_owned(),
         label_b: b.label.to_owned(),
@@ -280,7 +280,7 @@ fn bootstrap_normal(replicated: &Replicated) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::per_prompt::words;
+    use crate::eval::metric::per_prompt::words;
     use crate::eval::result::{Estimate, ScorerInfo, find_difference};
     use crate::eval::summarize::summarize;
 

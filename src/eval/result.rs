@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::eval::metric::Test;
-pub use crate::eval::score::ScorerInfo;
+pub use crate::score::ScorerInfo;
 
 /// A number with its interval from a percentile bootstrap over prompts.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

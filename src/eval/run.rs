@@ -25,14 +25,14 @@ use crate::file::{self, JsonLog};
 use crate::progress::{Progress, hash_model};
 
 use super::generate::{Generation, Plan};
-use super::language::LanguageIdentifier;
 use super::perplexity::{self, BaseLogprob};
 use super::prompts::Prompt;
 use super::result::{BootstrapInfo, EvalResult, ModelInfo, RunInfo, ScorerInfo, WRITER_UNKNOWN};
-use super::sample::Sample;
-use super::score::{self, Scorer, Text};
 use super::summarize;
 use super::tokenizer::TextTokenizer;
+use crate::eval::continuation::Sample;
+use crate::score::{self, Scorer, Text};
+use crate::text::language::LanguageIdentifier;
 
 /// What to evaluate.
 #[derive(Debug, Clone)]

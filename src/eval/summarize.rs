@@ -1,14 +1,14 @@
 //! From samples to the result of an evaluation.
 
 use crate::error::{Error, Result};
-use crate::eval::agreement::agreements;
-use crate::eval::bootstrap::{self, Replicated, Resamples};
-use crate::eval::doubt;
+use crate::eval::continuation::Sample;
+use crate::eval::metric::per_prompt::{self, PromptValues, QUARTILES, Tokenize};
+use crate::eval::metric::toxicity;
 use crate::eval::metric::{self, Counted, Descriptor};
-use crate::eval::per_prompt::{self, PromptValues, QUARTILES, Tokenize};
 use crate::eval::result::{EvalResult, LanguageResult, Metric, RunInfo};
-use crate::eval::sample::Sample;
-use crate::eval::toxicity;
+use crate::eval::stats::bootstrap::{self, Replicated, Resamples};
+use crate::eval::warnings;
+use crate::score::agreement::agreements;
 
 /// Sums up `samples`. `run` holds every setting: scorers, threshold, least coverage, bootstrap.
 ///
@@ -63,7 +63,7 @@ pub fn summarize(run: RunInfo, samples: &[Sample], tokenize: &Tokenize<'_>) -> R
     });
     let mean = mean.collect();
     let agreement = agreements(samples, &scorers, run.toxicity_threshold);
-    let warnings = doubt::warnings(&run, &by_language, &languages);
+    let warnings = warnings::warnings(&run, &by_language, &languages);
     Ok(EvalResult { run, languages, mean, agreement, warnings })
 }
 
@@ -131,7 +131,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::eval::per_prompt::words;
+    use crate::eval::metric::per_prompt::words;
     use crate::eval::result::{Estimate, ScorerInfo};
 
     fn run(scorers: &[&str]) -> RunInfo {

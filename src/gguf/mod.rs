@@ -26,32 +26,27 @@
 //! The format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>; where that text and
 //! `ggml/src/gguf.cpp` differ, the code decides, since it is what loads the file.
 
-// With ggml in the build it is there to be tested against it.
-#[cfg(any(test, not(feature = "engine")))]
-mod blocks;
+pub(crate) mod blocks;
 mod cursor;
 mod decoder;
-mod dequantize;
 mod file_hash;
 mod file_type;
 mod foreign;
 mod hparams;
-#[cfg(feature = "engine")]
-mod quantize;
 mod read;
 mod split;
 mod tensor;
 mod value;
 mod write;
 
-pub use decoder::check_decoder;
 #[cfg(not(feature = "engine"))]
-pub(crate) use dequantize::can_dequantize;
-pub use dequantize::dequantize;
+pub(crate) use blocks::can_dequantize;
+pub use blocks::dequantize;
+#[cfg(feature = "engine")]
+pub use blocks::quantize;
+pub use decoder::check_decoder;
 pub use file_hash::{file_sha256, model_sha256};
 pub use file_type::file_type_name;
-#[cfg(feature = "engine")]
-pub use quantize::quantize;
 pub use read::GgufFile;
 pub use tensor::{TensorInfo, TensorType};
 pub use value::{Array, Metadata, Strings, Value, ValueType};

@@ -7,6 +7,7 @@
 //! ```
 //!
 //! - [`probe`] trains a linear probe on residual streams: the direction of toxicity.
+//! - [`directions`] computes directions from residual streams.
 //! - [`locate`] ranks every FFN value vector by its cosine with the probe vector.
 //! - [`vocabulary`] projects vectors of the residual stream to tokens.
 //! - [`activations`] sums up how active neurons are, language by language.
@@ -14,6 +15,8 @@
 
 #[cfg(feature = "engine")]
 pub mod activations;
+#[cfg(feature = "engine")]
+pub mod directions;
 #[cfg(feature = "engine")]
 pub mod locate;
 pub mod probe;

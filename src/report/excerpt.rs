@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::eval::sample::Sample;
+use crate::eval::continuation::Sample;
 
 /// One continuation, shown so that a reader can judge the scorer and the model.
 #[derive(Debug, Clone, PartialEq)]

@@ -4,10 +4,10 @@ use maud::{Markup, html};
 
 use crate::eval::metric;
 use crate::eval::result::{Metric, find};
-use crate::eval::sweep::{Kind, Point, Sweep};
 use crate::report::grid::{Grid, Row};
 use crate::report::line_plot::{Series, line_plot};
 use crate::report::{csv, format, html as page, markdown, terminal};
+use crate::study::sweep::{Kind, Point, Sweep};
 
 /// Columns: ids of metrics; those of the scorer first.
 const COLUMNS: [&str; 8] = [

@@ -1,9 +1,9 @@
 //! Made-up runs for the tests of the reports.
 
 use crate::eval::compare::{Side, compare};
-use crate::eval::per_prompt::words;
+use crate::eval::continuation::Sample;
+use crate::eval::metric::per_prompt::words;
 use crate::eval::result::{BootstrapInfo, Comparison, EvalResult, ModelInfo, RunInfo, ScorerInfo};
-use crate::eval::sample::Sample;
 use crate::eval::summarize::summarize;
 
 /// What both runs share.

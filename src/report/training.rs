@@ -3,14 +3,14 @@
 use maud::html;
 use serde::{Deserialize, Serialize};
 
+use crate::check::training::Agreement;
 use crate::eval::result::Warning;
 use crate::report::line_plot::{Series, line_plot};
 use crate::report::{format, html as page, terminal};
-use crate::train::agreement::Agreement;
-use crate::train::metrics::{EvaluationRecord, Record, StepRecord};
-use crate::train::placement::DeviceName;
+use crate::train::recipe::settings::Settings;
+use crate::train::run::metrics::{EvaluationRecord, Record, StepRecord};
+use crate::train::run::placement::DeviceName;
 use crate::train::run::{Ending, Outcome};
-use crate::train::settings::Settings;
 
 /// What `train` found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -292,8 +292,8 @@ fn evaluations(records: &[Record]) -> Vec<EvaluationRecord> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::steer::exact_check::Difference;
-    use crate::train::metrics::PlacementRecord;
+    use crate::check::steering::Difference;
+    use crate::train::run::metrics::PlacementRecord;
 
     fn report() -> TrainingReport {
         let difference =

@@ -4,7 +4,7 @@
 //!                 argument (--steer FILE[:COEF])
 //!                     │
 //!        ┌────────────┴──────┐
-//! neuron ─► intervention   control_vector ◄── written ── direction ◄── residual streams
+//! neuron ─► intervention   control_vector
 //!        └─────┬─────────────┘
 //!              │   ┌── lora (--lora, checked)
 //!              │   ├── fingerprint (made for this model?)
@@ -22,8 +22,6 @@
 //! - [`value_vector`] gives what a neuron writes: its column of `ffn_down`.
 //! - [`compile`] finds the cheapest exact way, and says which it took.
 //! - [`bake`] puts the edit into a model's own tensors.
-//! - [`direction`] computes directions from residual streams.
-//! - [`exact_check`] measures how far two ways of steering agree.
 //!
 //! Layers count from 0 everywhere. `direction.N` of a control vector is added after block N, as
 //! llama.cpp's runtime has it; see [`control_vector`] for a tool that means it otherwise.
@@ -33,9 +31,6 @@ pub mod bake;
 mod choice;
 pub mod compile;
 pub mod control_vector;
-pub mod direction;
-#[cfg(feature = "engine")]
-pub mod exact_check;
 pub mod fingerprint;
 pub mod intervention;
 mod json;

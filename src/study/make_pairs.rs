@@ -25,15 +25,15 @@ use serde::Serialize;
 use crate::engine::schedule::{Finish, GenerateOptions};
 use crate::engine::{Model, ModelOptions, Session, SessionOptions, Steering};
 use crate::error::{Error, Result};
-use crate::eval::fluency;
 use crate::eval::generate::{Generation, Plan};
-use crate::eval::language::LanguageIdentifier;
+use crate::eval::metric::fluency;
 use crate::eval::perplexity::{BaseLogprob, BaseModel};
 use crate::eval::prompts::Prompt;
-use crate::eval::score::{self, Scorer, Text};
 use crate::eval::tokenizer::TextTokenizer;
 use crate::progress::Progress;
-use crate::train::pairs::PreferencePair;
+use crate::score::{self, Scorer, Text};
+use crate::text::language::LanguageIdentifier;
+use crate::train::data::preference_pair::PreferencePair;
 
 use choose::{Candidate, Dropped, Rules, Side};
 

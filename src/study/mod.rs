@@ -3,3 +3,4 @@
 //! - [`make_pairs`] samples continuations, scores them, and pairs a clean one with a toxic one.
 
 pub mod make_pairs;
+pub mod sweep;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use detox_gguf::gguf::{GgufFile, Metadata};
 use detox_gguf::steer::{Fingerprint, control_vector};
-use detox_gguf::train::{Adapter, Factors};
+use detox_gguf::train::output::{Adapter, Factors};
 
 use super::support::real_model;
 use super::{detox, failure, tiny};

@@ -58,7 +58,7 @@ fn pairs_obey_their_rules_are_read_back_and_come_out_the_same_twice() {
         assert_eq!(row["language"], "en");
         assert!(chosen.get("steered_by").is_none());
     }
-    let read = detox_gguf::train::pairs::read(&path).unwrap();
+    let read = detox_gguf::train::data::preference_pair::read(&path).unwrap();
     assert_eq!(read.len(), made.len());
     assert_eq!(read[0].prompt, made[0]["prompt"].as_str().unwrap());
 

@@ -20,7 +20,7 @@ fn a_run_goes_on_with_other_choices_of_memory_but_not_with_another_recipe() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     // Some of the program's own, so that little is compared with llama.cpp.
-    let own = include_str!("../../src/train/own_pairs.jsonl").lines().take(3);
+    let own = include_str!("../../src/train/data/own_pairs.jsonl").lines().take(3);
     let pairs: String = own.map(|line| format!("{line}\n")).collect();
     std::fs::write(folder.path().join("pairs.jsonl"), pairs).unwrap();
     let said = |output: &Output| String::from_utf8(output.stderr.clone()).unwrap();

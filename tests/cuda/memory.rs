@@ -6,17 +6,17 @@ use std::sync::atomic::AtomicBool;
 use detox_gguf::error::{Error, Result};
 use detox_gguf::gguf::{GgufFile, Metadata};
 use detox_gguf::progress::Progress;
-use detox_gguf::train::artifact;
-use detox_gguf::train::config::Config;
-use detox_gguf::train::cuda::{Cuda, emulation};
+use detox_gguf::train::data::pack::Packed;
+use detox_gguf::train::data::tokens::TokenPair;
 use detox_gguf::train::device::Device;
-use detox_gguf::train::metrics::{PlacementRecord, Record};
-use detox_gguf::train::pack::Packed;
-use detox_gguf::train::placement::{Choice, DeviceName, Frozen, Needs};
+use detox_gguf::train::device::cuda::{Cuda, emulation};
+use detox_gguf::train::model::config::Config;
+use detox_gguf::train::output::artifact;
+use detox_gguf::train::recipe::settings::Settings;
+use detox_gguf::train::run::metrics::{PlacementRecord, Record};
+use detox_gguf::train::run::placement::{Choice, DeviceName, Frozen, Needs};
+use detox_gguf::train::run::trainer::Side;
 use detox_gguf::train::run::{RunFiles, run};
-use detox_gguf::train::settings::Settings;
-use detox_gguf::train::tokens::TokenPair;
-use detox_gguf::train::trainer::Side;
 
 use super::{Silent, gpu, load, own_pairs, settings, tiny};
 

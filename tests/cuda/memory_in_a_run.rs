@@ -5,16 +5,16 @@ use std::sync::atomic::AtomicBool;
 
 use detox_gguf::error::{Error, Result};
 use detox_gguf::progress::Progress;
-use detox_gguf::train::cuda::{Cuda, emulation};
+use detox_gguf::train::data::pack::Packed;
+use detox_gguf::train::data::tokens::{self, TokenPair};
 use detox_gguf::train::device::Device;
-use detox_gguf::train::metrics::{PlacementRecord, Record};
-use detox_gguf::train::optimizer::OptimizerKind;
-use detox_gguf::train::pack::Packed;
-use detox_gguf::train::placement::{DeviceName, Frozen};
+use detox_gguf::train::device::cuda::{Cuda, emulation};
+use detox_gguf::train::recipe::settings::Settings;
+use detox_gguf::train::run::metrics::{PlacementRecord, Record};
+use detox_gguf::train::run::optimizer::OptimizerKind;
+use detox_gguf::train::run::placement::{DeviceName, Frozen};
+use detox_gguf::train::run::trainer::Trainer;
 use detox_gguf::train::run::{RunFiles, run};
-use detox_gguf::train::settings::Settings;
-use detox_gguf::train::tokens::{self, TokenPair};
-use detox_gguf::train::trainer::Trainer;
 
 use super::{gpu, load, own_pairs, settings};
 

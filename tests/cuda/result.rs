@@ -2,13 +2,13 @@
 
 use std::sync::atomic::AtomicBool;
 
+use detox_gguf::check::training::{Expected, Rounding, agreement};
 use detox_gguf::gguf::{GgufFile, Metadata};
-use detox_gguf::train::agreement::{Expected, Rounding, agreement};
-use detox_gguf::train::artifact;
-use detox_gguf::train::placement::{DeviceName, Frozen};
+use detox_gguf::train::data::tokens::TokenPair;
+use detox_gguf::train::output::artifact;
+use detox_gguf::train::recipe::settings::{MethodName, Settings};
+use detox_gguf::train::run::placement::{DeviceName, Frozen};
 use detox_gguf::train::run::{RunFiles, run};
-use detox_gguf::train::settings::{MethodName, Settings};
-use detox_gguf::train::tokens::TokenPair;
 
 use super::{Silent, gpu, load, own_pairs, settings, tiny};
 

@@ -5,9 +5,9 @@ use std::collections::HashSet;
 use std::hash::Hash;
 
 use detox_gguf::engine::Vocabulary;
-use detox_gguf::train::pack::Packed;
-use detox_gguf::train::pairs;
-use detox_gguf::train::tokens::{Limits, TokenPair, epoch_order, tokenize};
+use detox_gguf::train::data::pack::Packed;
+use detox_gguf::train::data::preference_pair;
+use detox_gguf::train::data::tokens::{Limits, TokenPair, epoch_order, tokenize};
 
 use super::tiny;
 
@@ -35,7 +35,7 @@ fn passes(pairs: &[TokenPair]) -> Vec<Packed> {
 #[test]
 fn passes_have_the_shape_of_an_earlier_one_only_where_their_rows_are_rounded_up() {
     let vocabulary = Vocabulary::open(&tiny("llama")).unwrap();
-    let tokenized = tokenize(&vocabulary, &pairs::own(), &Limits::default()).unwrap();
+    let tokenized = tokenize(&vocabulary, &preference_pair::own(), &Limits::default()).unwrap();
     let pairs: Vec<TokenPair> = tokenized.pairs.into_iter().map(|(_, pair)| pair).collect();
     let passes = passes(&pairs);
     let lengths = |p: &Packed| p.segments.iter().map(|segment| segment.rows.len()).collect::<Vec<_>>();
@@ -57,10 +57,10 @@ fn passes_have_the_shape_of_an_earlier_one_only_where_their_rows_are_rounded_up(
 #[cfg(feature = "cuda-emulation")]
 #[test]
 fn a_step_of_llama_s_shape_is_so_many_launches_a_block() {
-    use detox_gguf::train::cuda::emulation;
-    use detox_gguf::train::dpo::AnswerLogps;
-    use detox_gguf::train::placement::Frozen;
-    use detox_gguf::train::settings::Settings;
+    use detox_gguf::train::device::cuda::emulation;
+    use detox_gguf::train::recipe::dpo::AnswerLogps;
+    use detox_gguf::train::recipe::settings::Settings;
+    use detox_gguf::train::run::placement::Frozen;
 
     let Some(_turn) = super::gpu() else { return };
     let pairs = super::own_pairs("llama", 2);

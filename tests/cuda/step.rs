@@ -1,15 +1,15 @@
 //! A step of DPO on a GPU beside one on the CPU.
 
 use detox_gguf::gguf::GgufFile;
-use detox_gguf::train::cpu::{Cpu, Products};
-#[cfg(feature = "cuda-emulation")]
-use detox_gguf::train::cuda::emulation;
+use detox_gguf::train::data::tokens::TokenPair;
 use detox_gguf::train::device::Device;
-use detox_gguf::train::dpo::AnswerLogps;
-use detox_gguf::train::placement::Frozen;
-use detox_gguf::train::settings::{MethodName, Settings};
-use detox_gguf::train::tokens::TokenPair;
-use detox_gguf::train::trainer::{Side, Trainer};
+use detox_gguf::train::device::cpu::{Cpu, Products};
+#[cfg(feature = "cuda-emulation")]
+use detox_gguf::train::device::cuda::emulation;
+use detox_gguf::train::recipe::dpo::AnswerLogps;
+use detox_gguf::train::recipe::settings::{MethodName, Settings};
+use detox_gguf::train::run::placement::Frozen;
+use detox_gguf::train::run::trainer::{Side, Trainer};
 
 use super::{gpu, load, own_pairs, settings, tiny};
 

@@ -3,11 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
+use detox_gguf::check::steering::{difference, noise_floor};
 use detox_gguf::engine::steering::{LoraScaled, Operation};
 use detox_gguf::engine::{Model, ModelOptions, Session, Steering, Token};
-use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value, dequantize};
+use detox_gguf::gguf::dequantize;
+use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value};
 use detox_gguf::steer::compile::{CompileOptions, Route, compile, layer_vectors};
-use detox_gguf::steer::exact_check::{difference, noise_floor};
 use detox_gguf::steer::{Fingerprint, Intervention, Interventions, Neuron, SteerFile, bake, control_vector};
 
 use super::{exact, tiny};

@@ -3,7 +3,7 @@
 use detox_gguf::error::Error;
 use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value};
 use detox_gguf::steer::Fingerprint;
-use detox_gguf::train::{Adapter, Factors};
+use detox_gguf::train::output::{Adapter, Factors};
 
 use super::{factors, largest_difference, logits, provenance, tiny, tiny_path, write};
 

@@ -7,11 +7,11 @@ mod split;
 
 use std::path::{Path, PathBuf};
 
+use detox_gguf::check::export::exact_options;
 use detox_gguf::engine::steering::LoraScaled;
 use detox_gguf::engine::{Model, ModelOptions, Session, SessionOptions, Steering, Token};
 use detox_gguf::gguf::{GgufFile, Metadata, Value};
-use detox_gguf::train::loaded_back::exact_options;
-use detox_gguf::train::{Adapter, Factors};
+use detox_gguf::train::output::{Adapter, Factors};
 
 const TOKENS: [Token; 12] = [1, 60, 70, 80, 90, 100, 110, 120, 130, 61, 83, 105];
 

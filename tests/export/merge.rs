@@ -2,12 +2,13 @@
 
 use std::path::Path;
 
+use detox_gguf::check::steering::compare;
 use detox_gguf::engine::steering::LoraScaled;
 use detox_gguf::error::{Error, Result};
-use detox_gguf::gguf::{GgufFile, GgufWriter, TensorSpec, TensorType, check_decoder, dequantize, quantize};
-use detox_gguf::steer::exact_check::compare;
-use detox_gguf::train::Adapter;
-use detox_gguf::train::merge::{MergeOptions, MergeReport, merge};
+use detox_gguf::gguf::{GgufFile, GgufWriter, TensorSpec, TensorType, check_decoder};
+use detox_gguf::gguf::{dequantize, quantize};
+use detox_gguf::train::output::Adapter;
+use detox_gguf::train::output::merge::{MergeOptions, MergeReport, merge};
 
 use super::split::split_in_two;
 use super::{factors, largest_difference, logits, provenance, tiny, tiny_path, write};

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use detox_gguf::gguf::{TensorType, dequantize};
+use detox_gguf::gguf::TensorType;
+use detox_gguf::gguf::dequantize;
 use serde::Deserialize;
 
 /// One type's blocks, and the numbers they stand for as little-endian F32, both in hex.

@@ -1,6 +1,7 @@
 //! Numbers as blocks: which types give back what was read from them, and which round it again.
 
-use detox_gguf::gguf::{TensorType, dequantize, quantize};
+use detox_gguf::gguf::TensorType;
+use detox_gguf::gguf::{dequantize, quantize};
 
 /// Types whose numbers fix their blocks: the largest of a block, or both ends, lie on the grid, so that
 /// quantising what was read from them writes the same numbers. The others (q2_K to q6_K, iq, nvfp4) search

@@ -6,7 +6,8 @@ use std::sync::atomic::AtomicBool;
 
 use detox_gguf::Error;
 use detox_gguf::engine::steering::LoraScaled;
-use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value, dequantize};
+use detox_gguf::gguf::dequantize;
+use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value};
 use detox_gguf::interp::locate::{RankedNeuron, rank_value_vectors};
 use detox_gguf::interp::vocabulary;
 use detox_gguf::steer::bake::bake;

@@ -5,16 +5,16 @@ use std::path::PathBuf;
 
 use detox_gguf::engine::Token;
 use detox_gguf::gguf::{GgufFile, TensorInfo};
-use detox_gguf::train::cpu::{Cpu, Products};
+use detox_gguf::train::data::pack::Packed;
+use detox_gguf::train::data::tokens::TokenPair;
 use detox_gguf::train::device::Device;
-use detox_gguf::train::dpo::{AnswerLogps, LossKind, PairLogps, Preference, preference_loss};
-use detox_gguf::train::forward::Batch;
-use detox_gguf::train::lora::LoraOptions;
-use detox_gguf::train::optimizer::{OptimizerKind, Schedule, ScheduleKind};
-use detox_gguf::train::pack::Packed;
-use detox_gguf::train::tokens::TokenPair;
-use detox_gguf::train::trainer::{Side, StepOptions, Trainer};
-use detox_gguf::train::transformer::{Method, read_numbers};
+use detox_gguf::train::device::cpu::{Cpu, Products};
+use detox_gguf::train::model::forward::Batch;
+use detox_gguf::train::model::lora::LoraOptions;
+use detox_gguf::train::model::transformer::{Method, read_numbers};
+use detox_gguf::train::recipe::dpo::{AnswerLogps, LossKind, PairLogps, Preference, preference_loss};
+use detox_gguf::train::run::optimizer::{OptimizerKind, Schedule, ScheduleKind};
+use detox_gguf::train::run::trainer::{Side, StepOptions, Trainer};
 use serde::Deserialize;
 
 const F32: [&str; 7] = ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];

@@ -14,13 +14,13 @@ use std::sync::atomic::AtomicBool;
 use detox_gguf::error::Result;
 use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec};
 use detox_gguf::progress::Progress;
-use detox_gguf::train::artifact;
-use detox_gguf::train::cpu::Cpu;
-use detox_gguf::train::metrics::Record;
+use detox_gguf::train::data::tokens::TokenPair;
+use detox_gguf::train::device::cpu::Cpu;
+use detox_gguf::train::output::artifact;
+use detox_gguf::train::recipe::settings::Settings;
+use detox_gguf::train::run::metrics::Record;
+use detox_gguf::train::run::trainer::Trainer;
 use detox_gguf::train::run::{Outcome, RunFiles, run};
-use detox_gguf::train::settings::Settings;
-use detox_gguf::train::tokens::TokenPair;
-use detox_gguf::train::trainer::Trainer;
 
 use own_pairs::{Silent, own_pairs, tiny};
 

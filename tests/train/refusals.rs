@@ -2,8 +2,8 @@
 
 use detox_gguf::error::Error;
 use detox_gguf::gguf::GgufFile;
-use detox_gguf::train::artifact;
-use detox_gguf::train::settings::{MethodName, Settings};
+use detox_gguf::train::output::artifact;
+use detox_gguf::train::recipe::settings::{MethodName, Settings};
 
 use super::{Silent, changed, load, own_pairs, small_settings, tiny, train};
 

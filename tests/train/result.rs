@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
+use detox_gguf::check::training::{Agreement, Expected, agreement};
 use detox_gguf::gguf::{GgufFile, Metadata};
-use detox_gguf::train::agreement::{Agreement, Expected, agreement};
-use detox_gguf::train::artifact;
-use detox_gguf::train::cpu::Cpu;
-use detox_gguf::train::settings::{MethodName, Settings};
-use detox_gguf::train::tokens::TokenPair;
-use detox_gguf::train::trainer::{Side, Trainer};
+use detox_gguf::train::data::tokens::TokenPair;
+use detox_gguf::train::device::cpu::Cpu;
+use detox_gguf::train::output::artifact;
+use detox_gguf::train::recipe::settings::{MethodName, Settings};
+use detox_gguf::train::run::trainer::{Side, Trainer};
 
 use super::{load, own_pairs, small_settings, tiny};
 
@@ -113,7 +113,7 @@ fn a_result_that_is_not_what_was_trained_does_not_agree() {
         }
         let found = agree(&trainer, &base, &settings, &path, &pairs);
         assert!(!found.holds(), "{method:?}: {found:?}");
-        let said = detox_gguf::train::agreement::refuse(&path, &found).to_string();
+        let said = detox_gguf::check::training::refuse(&path, &found).to_string();
         assert!(said.contains("expected a mean KL up to 1.0e-6 a token, "), "{said}");
         assert!(said.contains(", found "), "{said}");
     }
@@ -124,7 +124,9 @@ fn llama_cpp_runs_an_adapter_of_a_quantised_base_within_its_own_noise() {
     let folder = tempfile::tempdir().unwrap();
     let (base, pairs) = (GgufFile::open(tiny("llama-q8_0")).unwrap(), own_pairs("llama-q8_0", 8));
     let pairs: Vec<&TokenPair> = pairs.iter().collect();
-    for products in [detox_gguf::train::cpu::Products::Exact, detox_gguf::train::cpu::Products::Fast] {
+    for products in
+        [detox_gguf::train::device::cpu::Products::Exact, detox_gguf::train::device::cpu::Products::Fast]
+    {
         let settings = Settings { products, ..small_settings() };
         let mut trainer = load(&base, &settings).unwrap();
         let references = trainer.logps(Side::Reference, &pairs).unwrap();

@@ -6,12 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use detox_gguf::error::Error;
 use detox_gguf::gguf::GgufFile;
 use detox_gguf::progress::Progress;
+use detox_gguf::train::data::tokens::TokenPair;
 use detox_gguf::train::device::Device;
-use detox_gguf::train::metrics::{EvaluationRecord, Record, StepRecord};
+use detox_gguf::train::recipe::settings::{MethodName, Settings};
+use detox_gguf::train::run::metrics::{EvaluationRecord, Record, StepRecord};
+use detox_gguf::train::run::trainer::Side;
 use detox_gguf::train::run::{Ending, RunFiles};
-use detox_gguf::train::settings::{MethodName, Settings};
-use detox_gguf::train::tokens::TokenPair;
-use detox_gguf::train::trainer::Side;
 use serde_json::Value;
 
 use super::{Silent, load, own_pairs, small_settings, tiny, train, train_whole};
@@ -372,7 +372,7 @@ fn numbers_that_are_none_end_a_run_and_leave_its_last_checkpoint_whole() {
     let before = std::fs::read(&checkpoint).unwrap();
     let base = GgufFile::open(tiny("llama")).unwrap();
     let mut trainer = load(&base, &settings).unwrap();
-    let state = detox_gguf::train::checkpoint::load(&checkpoint, &mut trainer, true).unwrap();
+    let state = detox_gguf::train::run::checkpoint::load(&checkpoint, &mut trainer, true).unwrap();
     assert_eq!((state.step, state.looked_at), (1, 1));
     // It meets the same end from there.
     let error = train("llama", &settings, &pairs, folder.path(), &AtomicBool::new(false), &mut Silent).err();

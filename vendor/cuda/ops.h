@@ -1,5 +1,5 @@
 // What the trainer asks of an NVIDIA GPU, as a C interface: one function an operation of the trait `Device` in
-// src/train/device.rs, whose documentation is the contract. Narrow on purpose: this program is the only caller.
+// src/train/device/mod.rs, whose documentation is the contract. Narrow on purpose: this program is the only caller.
 //
 // Letters of shapes, slowest axis first: R rows of a batch (one a token), C columns, I and O a matrix's inputs and
 // outputs, H heads, K key and value heads, D a head's size, V the vocabulary, T tensors.

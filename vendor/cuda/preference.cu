@@ -1,4 +1,4 @@
-// Losses on preference pairs, and which way they pull (src/train/dpo.rs has the equations and their papers).
+// Losses on preference pairs, and which way they pull (src/train/recipe/dpo.rs has the equations and their papers).
 //
 // A pair is a handful of numbers, so that all of it is in f64: the same sums in the same order as on the CPU, but for
 // their last bits, since nvcc contracts a product and a sum into one operation that rounds once.

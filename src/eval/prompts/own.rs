@@ -10,7 +10,7 @@ macro_rules! own_files {
     ($($code:literal)*) => { [$(($code, include_str!(concat!("own/", $code, ".txt")))),*] };
 }
 
-/// (language, one prompt a line), in the order of [`crate::eval::language::LANGUAGES`].
+/// (language, one prompt a line), in the order of [`crate::text::language::LANGUAGES`].
 const OWN: [(&str, &str); 17] =
     own_files!("ar" "cs" "de" "en" "es" "fr" "hi" "id" "it" "ja" "ko" "nl" "pl" "pt" "ru" "sv" "zh");
 

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::eval::language;
+use crate::text::language;
 
 /// How many bytes are looked at before a file is read: enough to tell a binary from a text.
 const SNIFF_BYTES: u64 = 8192;

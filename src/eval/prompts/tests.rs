@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::eval::language::{LANGUAGES, LanguageIdentifier};
+use crate::text::language::{LANGUAGES, LanguageIdentifier};
 
 /// A folder with these files.
 fn folder(files: &[(&str, &str)]) -> TempDir {

@@ -4,7 +4,7 @@ use std::ffi::c_char;
 
 use super::argument::{check_out, text};
 use super::status::{Status, guard};
-use crate::eval::score::{self, Text};
+use crate::score::{self, Text};
 
 /// # Safety
 /// - `text` and `language` are null, or terminated strings.

@@ -124,6 +124,6 @@ fn a_row_is_read_back_as_the_pair_that_it_holds() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     std::fs::write(&path, crate::file::json_lines(&made.rows)).unwrap();
-    let read = crate::train::pairs::read(&path).unwrap();
+    let read = crate::train::data::preference_pair::read(&path).unwrap();
     assert_eq!(read, made.rows.into_iter().map(|row| row.pair).collect::<Vec<_>>());
 }

@@ -1,0 +1,4 @@
+//! Statistics over prompts: bootstrap intervals, and tests of paired differences.
+
+pub mod bootstrap;
+pub(crate) mod paired_test;

@@ -1,0 +1,372 @@
+//! A model's weights on a device, and what of them is trained.
+
+use std::sync::Arc;
+
+use rand_chacha::ChaCha8Rng;
+use rand_core::SeedableRng;
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::gguf::{self, GgufFile, TensorInfo};
+
+use crate::train::device::{Device, HostMatrix};
+use crate::train::model::config::Config;
+use crate::train::model::linear::{Linear, LowRank, Pass, Row, Weight};
+use crate::train::model::lora::{self, LoraOptions};
+use crate::train::model::parameters::{ParameterId, Parameters};
+
+/// What is trained.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Method {
+    /// Low-rank changes of chosen matrices.
+    Lora(LoraOptions),
+    /// Every weight.
+    Full,
+    /// One direction for each block from block 1 up, added to the residual stream as the block leaves it.
+    Vector,
+}
+
+/// One block.
+#[derive(Debug)]
+pub(super) struct Layer<D: Device> {
+    pub attn_norm: NormWeights<D>,
+    pub qkv: Qkv<D>,
+    /// Norms over each head of q and of k.
+    pub qk_norm: Option<(Row<D>, Row<D>)>,
+    pub attn_output: Linear<D>,
+    pub post_attention_norm: Option<NormWeights<D>>,
+    /// None where the FFN reads what the attention reads.
+    pub ffn_norm: Option<NormWeights<D>>,
+    pub ffn_gate: Option<Linear<D>>,
+    pub ffn_up: Linear<D>,
+    pub ffn_down: Linear<D>,
+    pub post_ffn_norm: Option<NormWeights<D>>,
+    /// `[n_embd]`.
+    pub direction: Option<ParameterId>,
+}
+
+/// Queries, keys and values from one matrix or three.
+#[derive(Debug)]
+pub(super) enum Qkv<D: Device> {
+    Fused(Linear<D>),
+    Apart([Linear<D>; 3]),
+}
+
+/// A norm's weight and bias, `[n_cols]` each.
+#[derive(Debug)]
+pub(super) struct NormWeights<D: Device> {
+    pub weight: Row<D>,
+    pub bias: Option<Row<D>>,
+}
+
+/// The token embeddings, `[n_vocab][n_embd]`, with what is trained of them.
+#[derive(Debug)]
+pub(super) struct Embedding<D: Device> {
+    pub weight: Weight<D>,
+    /// A is `[n_vocab][r]` here and B `[n_embd][r]`: row t changes by scale B A[t].
+    pub low_rank: Option<LowRank>,
+}
+
+/// A model that can be trained.
+#[derive(Debug)]
+pub struct Transformer<D: Device> {
+    /// Sizes and options.
+    pub config: Config,
+    pub(super) embedding: Embedding<D>,
+    /// `[n_ctx][n_embd]`.
+    pub(super) positions: Option<Row<D>>,
+    pub(super) embedding_norm: Option<NormWeights<D>>,
+    pub(super) layers: Vec<Layer<D>>,
+    pub(super) output_norm: NormWeights<D>,
+    pub(super) output: Linear<D>,
+}
+
+impl<D: Device> Transformer<D> {
+    /// Takes the weights of `file` to `device`, and makes the parameters of `method`, seeded by `seed`.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a model, or a way to train it, that is not known here; [`Error::Gguf`] and
+    /// [`Error::Io`] where weights are missing, of other shapes, not finite, or cannot be read; of the device.
+    pub fn load(
+        device: &D,
+        file: &GgufFile,
+        method: &Method,
+        seed: u64,
+    ) -> Result<(Transformer<D>, Parameters<D>)> {
+        let rope_factors = match file.tensor("rope_freqs.weight") {
+            Some(tensor) => Some(read_numbers(file, tensor)?),
+            None => None,
+        };
+        let config = Config::read(file, rope_factors.as_deref())?;
+        if let Method::Lora(options) = method {
+            options.check(file)?;
+        }
+        let mut loader = Loader {
+            device,
+            file,
+            method,
+            random: ChaCha8Rng::seed_from_u64(seed),
+            parameters: Parameters::default(),
+        };
+        let transformer = loader.transformer(config)?;
+        Ok((transformer, loader.parameters))
+    }
+}
+
+impl<D: Device> Layer<D> {
+    /// The direction that is added to what the block leaves, where it counts.
+    pub fn active_direction<'a>(&self, pass: &Pass<'a, D>) -> Option<&'a D::Buffer> {
+        pass.adapter_scale.and(self.direction).map(|id| &pass.values[id])
+    }
+}
+
+/// All numbers of a tensor, in f32.
+///
+/// # Errors
+/// [`Error::Io`] and [`Error::Gguf`], the latter also where a number is not finite.
+pub fn read_numbers(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>> {
+    let bytes = file.read_tensor(tensor)?;
+    let mut values = vec![0.0; tensor.n_elements() as usize];
+    let refuse = |reason: String| Error::Gguf {
+        path: file.path().to_path_buf(),
+        reason: format!("tensor {:?}: {reason}", tensor.name()),
+    };
+    gguf::dequantize(tensor.tensor_type(), &bytes, &mut values).map_err(refuse)?;
+    match values.iter().position(|x| !x.is_finite()) {
+        Some(at) => Err(refuse(format!("expected finite numbers, found {} at element {at}", values[at]))),
+        None => Ok(values),
+    }
+}
+
+/// Every number of a matrix, a row at a time, so that it is never whole in f32.
+fn check_finite(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8]) -> Result<()> {
+    let refuse = |reason: String| Error::Gguf {
+        path: file.path().to_path_buf(),
+        reason: format!("tensor {:?}: {reason}", tensor.name()),
+    };
+    let n = tensor.shape()[0] as usize;
+    let rows = bytes.par_chunks(tensor.row_bytes() as usize).enumerate();
+    rows.try_for_each_init(
+        || vec![0.0; n],
+        |values, (row, bytes)| {
+            gguf::dequantize(tensor.tensor_type(), bytes, values).map_err(refuse)?;
+            match values.iter().position(|x| !x.is_finite()) {
+                Some(at) => Err(refuse(format!(
+                    "expected finite numbers, found {} at element {}",
+                    values[at],
+                    row * n + at
+                ))),
+                None => Ok(()),
+            }
+        },
+    )
+}
+
+/// The one matrix whose rows are read one by one.
+const TOKEN_EMBEDDINGS: &str = "token_embd.weight";
+
+struct Loader<'a, D: Device> {
+    device: &'a D,
+    file: &'a GgufFile,
+    method: &'a Method,
+    random: ChaCha8Rng,
+    parameters: Parameters<D>,
+}
+
+impl<D: Device> Loader<'_, D> {
+    fn transformer(&mut self, config: Config) -> Result<Transformer<D>> {
+        let (n_embd, n_vocab) = (config.n_embd, config.n_vocab);
+        let name = TOKEN_EMBEDDINGS;
+        let weight = self.weight(name, n_embd, n_vocab)?;
+        let low_rank = match self.method {
+            Method::Lora(options) if options.trains(name) => {
+                let (rank, random) = (options.rank, &mut self.random);
+                let a = lora::first_a(random, n_vocab, rank, rank);
+                let (a_shape, b_shape) = (vec![n_vocab, rank], vec![n_embd, rank]);
+                Some(self.low_rank(name, rank, (a_shape, &a), b_shape)?)
+            }
+            _ => None,
+        };
+        let embedding = Embedding { weight, low_rank };
+        let positions = match config.learned_positions {
+            true => Some(self.row("position_embd.weight", n_embd * config.n_ctx_train)?),
+            false => None,
+        };
+        let embedding_norm = match self.file.tensor("token_embd_norm.weight") {
+            Some(_) => Some(self.norm("token_embd_norm", n_embd)?),
+            None => None,
+        };
+        let layers = (0..config.n_layer).map(|il| self.layer(&config, il)).collect::<Result<_>>()?;
+        let output_norm = self.norm("output_norm", n_embd)?;
+        let output = match self.file.tensor("output.weight") {
+            Some(_) => self.linear("output", n_embd, n_vocab)?,
+            None => Linear {
+                n_in: n_embd,
+                n_out: n_vocab,
+                weight: embedding.weight.clone(),
+                bias: None,
+                low_rank: None,
+            },
+        };
+        Ok(Transformer { config, embedding, positions, embedding_norm, layers, output_norm, output })
+    }
+
+    fn layer(&mut self, config: &Config, il: usize) -> Result<Layer<D>> {
+        let (n_embd, n_query, n_key) = (config.n_embd, config.n_query(), config.n_key());
+        let n_ff = *config.n_ff.get(il).unwrap_or(&0);
+        let head_dim = config.attention[il].head_dim;
+        let of_block = |name: &str| format!("blk.{il}.{name}");
+        let has = |name: &str| self.file.tensor(&of_block(name)).is_some();
+        let (is_fused, has_qk_norm) = (has("attn_qkv.weight"), has("attn_q_norm.weight"));
+        let (has_post_attention, has_post_ffn) =
+            (has("post_attention_norm.weight"), has("post_ffw_norm.weight"));
+        let qkv = if is_fused {
+            Qkv::Fused(self.linear(&of_block("attn_qkv"), n_embd, n_query + 2 * n_key)?)
+        } else {
+            Qkv::Apart([
+                self.linear(&of_block("attn_q"), n_embd, n_query)?,
+                self.linear(&of_block("attn_k"), n_embd, n_key)?,
+                self.linear(&of_block("attn_v"), n_embd, n_key)?,
+            ])
+        };
+        let qk_norm = match has_qk_norm {
+            true => Some((
+                self.row(&of_block("attn_q_norm.weight"), head_dim)?,
+                self.row(&of_block("attn_k_norm.weight"), head_dim)?,
+            )),
+            false => None,
+        };
+        let direction = match self.method {
+            // llama.cpp has no control vector for block 0.
+            Method::Vector if il > 0 => {
+                let name = format!("direction.{il}");
+                Some(self.parameters.add(self.device, name, vec![n_embd], &vec![0.0; n_embd])?)
+            }
+            _ => None,
+        };
+        Ok(Layer {
+            attn_norm: self.norm(&of_block("attn_norm"), n_embd)?,
+            qkv,
+            qk_norm,
+            attn_output: self.linear(&of_block("attn_output"), n_query, n_embd)?,
+            post_attention_norm: match has_post_attention {
+                true => Some(self.norm(&of_block("post_attention_norm"), n_embd)?),
+                false => None,
+            },
+            ffn_norm: match config.parallel {
+                true => None,
+                false => Some(self.norm(&of_block("ffn_norm"), n_embd)?),
+            },
+            ffn_gate: match config.gated {
+                true => Some(self.linear(&of_block("ffn_gate"), n_embd, n_ff)?),
+                false => None,
+            },
+            ffn_up: self.linear(&of_block("ffn_up"), n_embd, n_ff)?,
+            ffn_down: self.linear(&of_block("ffn_down"), n_ff, n_embd)?,
+            post_ffn_norm: match has_post_ffn {
+                true => Some(self.norm(&of_block("post_ffw_norm"), n_embd)?),
+                false => None,
+            },
+            direction,
+        })
+    }
+
+    /// The tensor `name`, which must have `n_elements` numbers in the dimensions of `shape` (ggml's order).
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
+        let refuse = |reason: String| Error::Gguf { path: self.file.path().to_path_buf(), reason };
+        let expected: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
+        let Some(tensor) = self.file.tensor(name) else {
+            return Err(refuse(format!("tensor {name:?}: expected {expected:?}, found nothing")));
+        };
+        let found = tensor.shape();
+        let same =
+            found.iter().product::<u64>() == expected.iter().product::<u64>() && found[0] == expected[0];
+        if same {
+            Ok(tensor)
+        } else {
+            Err(refuse(format!("tensor {name:?}: expected {expected:?}, found {found:?}")))
+        }
+    }
+
+    /// Numbers of a norm, a bias or a table.
+    fn row(&mut self, name: &str, n: usize) -> Result<Row<D>> {
+        let Some(tensor) = self.file.tensor(name).filter(|tensor| tensor.n_elements() == n as u64) else {
+            let found =
+                self.file.tensor(name).map_or("nothing".into(), |tensor| format!("{:?}", tensor.shape()));
+            let reason = format!("tensor {name:?}: expected {n} numbers, found {found}");
+            return Err(Error::Gguf { path: self.file.path().to_path_buf(), reason });
+        };
+        let values = read_numbers(self.file, tensor)?;
+        match self.method {
+            Method::Full => {
+                let shape = tensor.shape().iter().rev().map(|&n| n as usize).collect();
+                Ok(Row::Trained(self.parameters.add(self.device, name.to_owned(), shape, &values)?))
+            }
+            _ => Ok(Row::Frozen(self.device.upload(&values)?)),
+        }
+    }
+
+    fn norm(&mut self, stem: &str, n: usize) -> Result<NormWeights<D>> {
+        let bias_name = format!("{stem}.bias");
+        let bias = match self.file.tensor(&bias_name) {
+            Some(_) => Some(self.row(&bias_name, n)?),
+            None => None,
+        };
+        Ok(NormWeights { weight: self.row(&format!("{stem}.weight"), n)?, bias })
+    }
+
+    fn weight(&mut self, name: &str, n_in: usize, n_out: usize) -> Result<Weight<D>> {
+        let tensor = self.tensor(name, &[n_in, n_out])?;
+        if *self.method == Method::Full {
+            let values = read_numbers(self.file, tensor)?;
+            let id = self.parameters.add(self.device, name.to_owned(), vec![n_out, n_in], &values)?;
+            return Ok(Weight::Trained(id));
+        }
+        let bytes = self.file.read_tensor(tensor)?;
+        check_finite(self.file, tensor, &bytes)?;
+        let matrix = HostMatrix {
+            name: name.to_owned(),
+            tensor_type: tensor.tensor_type(),
+            n_in,
+            n_out,
+            bytes,
+            is_table: name == TOKEN_EMBEDDINGS,
+        };
+        Ok(Weight::Frozen(Arc::new(self.device.matrix(matrix)?)))
+    }
+
+    fn linear(&mut self, stem: &str, n_in: usize, n_out: usize) -> Result<Linear<D>> {
+        let name = format!("{stem}.weight");
+        let weight = self.weight(&name, n_in, n_out)?;
+        let bias_name = format!("{stem}.bias");
+        let bias = match self.file.tensor(&bias_name) {
+            Some(_) => Some(self.row(&bias_name, n_out)?),
+            None => None,
+        };
+        let low_rank = match self.method {
+            Method::Lora(options) if options.trains(&name) => {
+                let a = lora::first_a(&mut self.random, options.rank, n_in, n_in);
+                let (a_shape, b_shape) = (vec![options.rank, n_in], vec![n_out, options.rank]);
+                Some(self.low_rank(&name, options.rank, (a_shape, &a), b_shape)?)
+            }
+            _ => None,
+        };
+        Ok(Linear { n_in, n_out, weight, bias, low_rank })
+    }
+
+    /// B begins at zero, so that the policy begins as the reference.
+    fn low_rank(
+        &mut self,
+        name: &str,
+        rank: usize,
+        (a_shape, a): (Vec<usize>, &[f32]),
+        b_shape: Vec<usize>,
+    ) -> Result<LowRank> {
+        let b = vec![0.0; b_shape.iter().product()];
+        Ok(LowRank {
+            rank,
+            a: self.parameters.add(self.device, format!("{name}.lora_a"), a_shape, a)?,
+            b: self.parameters.add(self.device, format!("{name}.lora_b"), b_shape, &b)?,
+        })
+    }
+}

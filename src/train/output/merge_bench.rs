@@ -1,0 +1,80 @@
+//! How long a merge takes: a random adapter for every matrix of a model.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use rand_chacha::ChaCha8Rng;
+use rand_core::{Rng, SeedableRng};
+
+use crate::error::{Error, Result};
+use crate::file::TEMPORARY_PREFIX;
+use crate::gguf::GgufFile;
+use crate::train::output::adapter::{Adapter, Factors};
+use crate::train::output::merge::{MergeOptions, merge};
+
+/// What was measured.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MergeTime {
+    /// From the first read to the whole file on disk.
+    pub seconds: f64,
+    /// Tensors changed.
+    pub n_tensors: usize,
+    /// Weights in them.
+    pub n_weights: u64,
+    /// Memory of the adapter, in f32.
+    pub adapter_bytes: u64,
+}
+
+/// Factors of this rank for each matrix that can be merged into in its own type, except the token embeddings; of about the
+/// size that training leaves: a change of 1e-4 or so a weight.
+pub fn random_adapter(base: &GgufFile, rank: usize) -> Adapter {
+    let mut random = ChaCha8Rng::seed_from_u64(0);
+    let mut numbers = |n: usize, size: f32| -> Vec<f32> {
+        (0..n).map(|_| ((random.next_u32() >> 8) as f32 / (1u32 << 23) as f32 - 1.0) * size).collect()
+    };
+    let mut factors = Vec::new();
+    for tensor in base.tensors() {
+        let &[n_in, n_out] = tensor.shape() else { continue };
+        if tensor.tensor_type().quantize_fault(n_in).is_some() || tensor.name() == "token_embd.weight" {
+            continue;
+        }
+        let (n_in, n_out) = (n_in as usize, n_out as usize);
+        factors.push(Factors {
+            name: tensor.name().to_owned(),
+            n_in,
+            n_out,
+            rank,
+            a: numbers(rank * n_in, (n_in as f32).sqrt().recip()),
+            b: numbers(rank * n_out, 5e-3),
+        });
+    }
+    Adapter { alpha: 16.0, factors }
+}
+
+/// Merges, removes what was written, and tells the time.
+///
+/// # Errors
+/// Those of [`merge`]; [`Error::Interrupted`].
+pub fn measure(
+    base: &GgufFile,
+    adapter: Adapter,
+    folder: &Path,
+    interrupt: &AtomicBool,
+) -> Result<MergeTime> {
+    let scratch = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).suffix(".tmp").tempdir_in(folder);
+    let scratch = scratch.map_err(Error::io("create", folder))?;
+    let n_numbers: usize = adapter.factors.iter().map(|factors| factors.a.len() + factors.b.len()).sum();
+    let adapters = [(adapter, 1.0)];
+    let start = Instant::now();
+    let report =
+        merge(base, &adapters, &scratch.path().join("merged.gguf"), &MergeOptions::default(), |_, _| {
+            if interrupt.load(Ordering::SeqCst) { Err(Error::Interrupted) } else { Ok(()) }
+        })?;
+    Ok(MergeTime {
+        seconds: start.elapsed().as_secs_f64(),
+        n_tensors: report.tensors.len(),
+        n_weights: report.total.n_weights,
+        adapter_bytes: 4 * n_numbers as u64,
+    })
+}

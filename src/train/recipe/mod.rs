@@ -1,0 +1,4 @@
+//! Settings of a training run, and the preference losses.
+
+pub mod dpo;
+pub mod settings;

@@ -1,0 +1,117 @@
+//! Log-probabilities of answers under the model as it was, computed once and kept by the content of a pair.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::engine::Token;
+use crate::error::{Error, Result};
+use crate::file::{self, JsonLog};
+
+use crate::train::data::tokens::TokenPair;
+use crate::train::device::Device;
+use crate::train::recipe::dpo::AnswerLogps;
+use crate::train::run::trainer::{Side, Trainer};
+
+/// A line of `reference.jsonl`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Row {
+    /// SHA-256 of the pair's tokens.
+    pair: String,
+    chosen: f64,
+    rejected: f64,
+}
+
+/// What was computed so far, in memory and in a file.
+#[derive(Debug)]
+pub struct References {
+    path: PathBuf,
+    known: HashMap<String, AnswerLogps>,
+    log: JsonLog,
+}
+
+impl References {
+    /// Opens the file at `path`, or starts it; a last line that was cut off is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and [`Error::Input`] for lines that are not this program's.
+    pub fn open(path: &Path) -> Result<References> {
+        let n_lines = match std::fs::File::open(path) {
+            Ok(file) => BufReader::new(file).split(b'\n').count(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(Error::io("read", path)(error)),
+        };
+        let (log, rows) = JsonLog::open::<Row>(path, std::iter::repeat_n(1, n_lines))?;
+        let known = rows
+            .into_iter()
+            .map(|row| (row.pair, AnswerLogps { chosen: row.chosen, rejected: row.rejected }))
+            .collect();
+        Ok(References { path: path.to_path_buf(), known, log })
+    }
+
+    /// The references of `pairs`, `[pairs]`: those that are not known are computed, together, and kept.
+    ///
+    /// # Errors
+    /// As [`Trainer::logps`]; [`Error::Io`].
+    pub fn of<D: Device>(&mut self, trainer: &Trainer<D>, pairs: &[&TokenPair]) -> Result<Vec<AnswerLogps>> {
+        let side = if trainer.has_reference() { Some(Side::Reference) } else { None };
+        self.look_up(trainer, pairs, side)
+    }
+
+    /// As [`References::of`] for a model that is trained itself, `step` steps after its start: at step 0 it is
+    /// its own reference.
+    ///
+    /// # Errors
+    /// As [`References::of`]; [`Error::RunFolder`] where a pair is not known any more.
+    pub fn of_start<D: Device>(
+        &mut self,
+        trainer: &Trainer<D>,
+        pairs: &[&TokenPair],
+        step: u64,
+    ) -> Result<Vec<AnswerLogps>> {
+        self.look_up(trainer, pairs, (step == 0).then_some(Side::Policy))
+    }
+
+    fn look_up<D: Device>(
+        &mut self,
+        trainer: &Trainer<D>,
+        pairs: &[&TokenPair],
+        side: Option<Side>,
+    ) -> Result<Vec<AnswerLogps>> {
+        let hashes: Vec<String> = pairs.iter().map(|pair| hash(pair)).collect();
+        let is_missing = |i: &usize| !self.known.contains_key(&hashes[*i]);
+        let missing: Vec<usize> = (0..pairs.len()).filter(is_missing).collect();
+        if !missing.is_empty() {
+            let of_missing: Vec<&TokenPair> = missing.iter().map(|&i| pairs[i]).collect();
+            let Some(side) = side else {
+                return Err(Error::RunFolder {
+                    path: self.path.clone(),
+                    reason: format!("log-probabilities of {} pairs are missing", missing.len()),
+                    hint: Some("delete the folder to begin again".into()),
+                });
+            };
+            let logps = trainer.logps(side, &of_missing)?;
+            let row = |(&i, logps): (&usize, &AnswerLogps)| Row {
+                pair: hashes[i].clone(),
+                chosen: logps.chosen,
+                rejected: logps.rejected,
+            };
+            self.log.append(&missing.iter().zip(&logps).map(row).collect::<Vec<Row>>())?;
+            self.known.extend(missing.iter().map(|&i| hashes[i].clone()).zip(logps));
+        }
+        Ok(hashes.iter().map(|hash| self.known[hash]).collect())
+    }
+}
+
+/// SHA-256 of a pair's tokens, in hexadecimal.
+fn hash(pair: &TokenPair) -> String {
+    let mut hash = Sha256::new();
+    for tokens in [&pair.prompt, &pair.chosen, &pair.rejected] {
+        hash.update((tokens.len() as u64).to_le_bytes());
+        tokens.iter().for_each(|token: &Token| hash.update(token.to_le_bytes()));
+    }
+    file::hex(&hash.finalize())
+}
