@@ -185,9 +185,76 @@ impl Error {
         Error::Setting { setting: setting.into(), reason: reason.into(), hint: None }
     }
 
-    /// An [`Error::Input`] without a hint.
+    /// An [`Error::Input`] for one line of a file, or for the whole file.
     pub fn input(path: impl AsRef<Path>, line: Option<usize>, reason: impl Into<String>) -> Error {
         Error::Input { path: path.as_ref().to_path_buf(), line, reason: reason.into(), hint: None }
+    }
+
+    /// An [`Error::Gguf`]; its hint is fixed.
+    pub fn gguf(path: impl AsRef<Path>, reason: impl Into<String>) -> Error {
+        Error::Gguf { path: path.as_ref().to_path_buf(), reason: reason.into() }
+    }
+
+    /// An [`Error::Model`] without a hint.
+    pub fn model(path: impl AsRef<Path>, reason: impl Into<String>) -> Error {
+        Error::Model { path: path.as_ref().to_path_buf(), reason: reason.into(), hint: None }
+    }
+
+    /// An [`Error::Scorer`] without a hint.
+    pub fn scorer(scorer: impl Into<String>, reason: impl Into<String>) -> Error {
+        Error::Scorer { scorer: scorer.into(), reason: reason.into(), hint: None }
+    }
+
+    /// An [`Error::RunFolder`] without a hint.
+    pub fn run_folder(path: impl AsRef<Path>, reason: impl Into<String>) -> Error {
+        Error::RunFolder { path: path.as_ref().to_path_buf(), reason: reason.into(), hint: None }
+    }
+
+    /// An [`Error::Device`] without a hint.
+    pub fn device(device: impl Into<String>, reason: impl Into<String>) -> Error {
+        Error::Device { device: device.into(), reason: reason.into(), hint: None }
+    }
+
+    /// An [`Error::DeviceMemory`] without a hint.
+    pub fn device_memory(device: impl Into<String>, reason: impl Into<String>) -> Error {
+        Error::DeviceMemory { device: device.into(), reason: reason.into(), hint: None }
+    }
+
+    /// An [`Error::Refused`] without a hint.
+    pub fn refused(what: impl Into<String>, reason: impl Into<String>) -> Error {
+        Error::Refused { what: what.into(), reason: reason.into(), hint: None }
+    }
+
+    /// An [`Error::NoResult`] without a hint.
+    pub fn no_result(reason: impl Into<String>) -> Error {
+        Error::NoResult { reason: reason.into(), hint: None }
+    }
+
+    /// This error with a hint: what the user can do about it.
+    ///
+    /// Variants whose hint is fixed, such as [`Error::Gguf`], keep theirs.
+    pub fn with_hint(mut self, text: impl Into<String>) -> Error {
+        match &mut self {
+            Error::Input { hint, .. }
+            | Error::Model { hint, .. }
+            | Error::Setting { hint, .. }
+            | Error::Scorer { hint, .. }
+            | Error::Device { hint, .. }
+            | Error::DeviceMemory { hint, .. }
+            | Error::RunFolder { hint, .. }
+            | Error::Refused { hint, .. }
+            | Error::NoResult { hint, .. } => *hint = Some(text.into()),
+            _ => {}
+        }
+        self
+    }
+
+    /// [`Error::with_hint`] if there is a hint.
+    pub fn with_optional_hint(self, hint: Option<impl Into<String>>) -> Error {
+        match hint {
+            Some(hint) => self.with_hint(hint),
+            None => self,
+        }
     }
 
     /// What the user can do about it, where there is a cure.

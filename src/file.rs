@@ -78,6 +78,11 @@ impl AtomicFile {
     }
 }
 
+/// The last component of a path, as text; the path itself if it has none.
+pub fn base_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
 /// Removes what runs that were killed left unfinished in a folder.
 pub fn remove_unfinished(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
@@ -131,11 +136,13 @@ impl JsonLog {
                     break 'units;
                 }
                 unit_bytes += n as u64;
-                let row = serde_json::from_str(&line).map_err(|e| Error::Input {
-                    path: path.to_path_buf(),
-                    line: Some(kept.len() + unit.len() + 1),
-                    reason: format!("expected a row that this program wrote: {e}"),
-                    hint: Some("the file was changed since; delete it to make it again".into()),
+                let row = serde_json::from_str(&line).map_err(|e| {
+                    Error::input(
+                        path,
+                        Some(kept.len() + unit.len() + 1),
+                        format!("expected a row that this program wrote: {e}"),
+                    )
+                    .with_hint("the file was changed since; delete it to make it again")
                 })?;
                 unit.push(row);
             }
@@ -183,11 +190,11 @@ pub fn start_record<T: Serialize>(folder: &Path, record: &T) -> Result<()> {
     }
     let values = |text: &str| serde_json::from_str::<Value>(text).unwrap_or(Value::Null);
     let difference = first_difference("", &values(&found), &values(&text));
-    Err(Error::RunFolder {
-        path: folder.to_path_buf(),
-        reason: format!("holds another run: {}", difference.unwrap_or_else(|| "run.json was changed".into())),
-        hint: Some("choose a new folder with -o, or repeat that run's command to go on with it".into()),
-    })
+    Err(Error::run_folder(
+        folder,
+        format!("holds another run: {}", difference.unwrap_or_else(|| "run.json was changed".into())),
+    )
+    .with_hint("choose a new folder with -o, or repeat that run's command to go on with it"))
 }
 
 /// Where two settings differ, in words.

@@ -50,11 +50,8 @@ pub fn logits(model: &Model, texts: &[Vec<Token>], options: &SessionOptions) -> 
         rows.append(&mut session.logits(text)?);
     }
     if rows.iter().flatten().any(|x| !x.is_finite()) {
-        return Err(Error::Model {
-            path: model.path().to_path_buf(),
-            reason: "its logits hold NaN or infinite values".into(),
-            hint: Some("look at its tensors with --check-tensors".into()),
-        });
+        return Err(Error::model(model.path(), "its logits hold NaN or infinite values")
+            .with_hint("look at its tensors with --check-tensors"));
     }
     Ok(rows)
 }

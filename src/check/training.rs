@@ -234,16 +234,12 @@ fn steering(model: &Model, method: MethodName, result: &Path) -> Result<Steering
 
 /// The error of a result that llama.cpp runs otherwise than it was trained.
 pub fn refuse(result: &Path, agreement: &Agreement) -> Error {
-    Error::Model {
-        path: result.to_path_buf(),
-        reason: format!(
+    Error::model(result, format!(
             "llama.cpp runs it otherwise than it was trained: expected a mean KL up to {:.1e} a token{}, found {:.1e}",
             agreement.bound,
             agreement
                 .untrained
                 .map_or(String::new(), |u| format!(", and below {:.1e}, that without it", u.effect.mean_kl)),
             agreement.difference.mean_kl
-        ),
-        hint: Some("this is a fault of the program: please report it with the run's folder".into()),
-    }
+        )).with_hint("this is a fault of the program: please report it with the run's folder")
 }

@@ -105,5 +105,5 @@ impl ActivationsCommand {
 }
 
 fn name_of(path: &std::path::Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+    crate::file::base_name(path)
 }

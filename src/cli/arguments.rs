@@ -211,7 +211,7 @@ impl PromptArguments {
         };
         let name = match &self.prompts {
             None => "the program's own prompts".to_owned(),
-            Some(path) => path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(),
+            Some(path) => crate::file::base_name(path),
         };
         Ok((source.read(&self.languages()?, self.limit)?, name))
     }

@@ -109,12 +109,7 @@ impl ExportCommand {
             if refusal.can_be_allowed {
                 hint.push_str("; --allow-loss keeps the merged model all the same");
             }
-            Error::Input {
-                path: self.output.clone(),
-                line: None,
-                reason: format!("not written: {}", refusal.reason),
-                hint: Some(hint),
-            }
+            Error::input(&self.output, None, format!("not written: {}", refusal.reason)).with_hint(hint)
         })?;
         std::fs::rename(&unnamed, &self.output).map_err(Error::io("write", &self.output))?;
         if let Some(advice) = advice
@@ -134,14 +129,9 @@ impl ExportCommand {
             loras.extend(scaled.into_iter().map(|(path, scale)| LoraScaled { path, scale }));
         }
         if loras.is_empty() {
-            return Err(Error::Setting {
-                setting: "--lora".into(),
-                reason: "expected an adapter to merge, found none".into(),
-                hint: Some(
+            return Err(Error::setting("--lora", "expected an adapter to merge, found none").with_hint(
                     "give --lora FILE; a control vector or neurons are put into a model by `detox-gguf steer --bake`"
-                        .into(),
-                ),
-            });
+                        ));
         }
         Ok(loras)
     }
@@ -221,15 +211,9 @@ fn refuse_control_vector(path: &Path) -> Result<()> {
     if GgufFile::open(path)?.str_if_present("general.architecture")? != Some("controlvector") {
         return Ok(());
     }
-    Err(Error::Input {
-        path: path.to_path_buf(),
-        line: None,
-        reason: "expected a LoRA adapter, found a control vector".into(),
-        hint: Some(
-            "put it into a model with `detox-gguf steer -m MODEL --control-vector FILE --bake -o MODEL`"
-                .into(),
-        ),
-    })
+    Err(Error::input(path, None, "expected a LoRA adapter, found a control vector").with_hint(
+        "put it into a model with `detox-gguf steer -m MODEL --control-vector FILE --bake -o MODEL`",
+    ))
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {
@@ -238,7 +222,7 @@ fn same_file(a: &Path, b: &Path) -> bool {
 
 /// What the merged model was made of, as its metadata tell it.
 fn provenance(base: &GgufFile, loras: &[LoraScaled]) -> Result<Metadata> {
-    let name = |path: &Path| path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let name = |path: &Path| crate::file::base_name(path);
     let mut parts = Vec::new();
     for lora in loras {
         let sha256 = file_sha256(&lora.path, |_, _| {})?;

@@ -137,10 +137,8 @@ impl PairsCommand {
             let cure = "raise -k/--samples, take other prompts, or loosen the rule that dropped most";
             // Seen on a small model: 0.1 times a direction made it toxic, 0.2 times neither that nor fluent.
             let coefficient = if is_steered { "; try smaller coefficients too" } else { "" };
-            return Err(Error::NoResult {
-                reason: "no two samples made a pair, and nothing was written".into(),
-                hint: Some(format!("{cure}{coefficient}")),
-            });
+            return Err(Error::no_result("no two samples made a pair, and nothing was written")
+                .with_hint(format!("{cure}{coefficient}")));
         }
         let lines = file::json_lines(&made.rows);
         match output {

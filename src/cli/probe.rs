@@ -82,9 +82,7 @@ impl ProbeCommand {
         let read = read.iter().chain(&self.data).chain([&self.model]).map(PathBuf::as_path);
         check_output(&self.output, &read.collect::<Vec<_>>())?;
         let (labelled, source) = match &self.data {
-            Some(path) => {
-                (probe::read(path)?, path.file_name().unwrap_or_default().to_string_lossy().into_owned())
-            }
+            Some(path) => (probe::read(path)?, crate::file::base_name(path)),
             None => (probe::own(), "the program's own labelled texts".to_owned()),
         };
         if labelled.n_empty > 0 {

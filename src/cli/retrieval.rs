@@ -142,7 +142,7 @@ impl RetrievalCommand {
             ],
         };
         let report = RetrievalReport {
-            model: self.model.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            model: crate::file::base_name(&self.model),
             pivot: self.pivot.clone(),
             n_sentences: pivot.len(),
             places: places.iter().map(|place| name_of(*place)).collect(),

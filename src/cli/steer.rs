@@ -160,11 +160,7 @@ impl SteerCommand {
             sources.push((SteerFile::ControlVector(file), 1.0));
         }
         if sources.is_empty() {
-            return Err(Error::Setting {
-                setting: "steer".into(),
-                reason: "expected something to make a steering of".into(),
-                hint: Some("give --neurons FILE --offset X, --contrast, --probe FILE, or files to combine with --steer FILE:COEF".into()),
-            });
+            return Err(Error::setting("steer", "expected something to make a steering of").with_hint("give --neurons FILE --offset X, --contrast, --probe FILE, or files to combine with --steer FILE:COEF"));
         }
         // Whatever is written, it is checked against the model first: the files say that they are for it.
         let compiled = self.compile(&model, &sources, Route::Cheapest)?;
@@ -201,11 +197,10 @@ impl SteerCommand {
             Form::Model if has_loras => {
                 Err(Error::setting("--bake", "an adapter cannot be baked in as biases"))
             }
-            Form::Interventions if has_loras => Err(Error::Setting {
-                setting: "--lora".into(),
-                reason: "an intervention file holds no adapter".into(),
-                hint: Some("give --lora where the model runs, beside --steer".into()),
-            }),
+            Form::Interventions if has_loras => {
+                Err(Error::setting("--lora", "an intervention file holds no adapter")
+                    .with_hint("give --lora where the model runs, beside --steer"))
+            }
             form => Ok(form),
         }
     }
@@ -227,11 +222,7 @@ impl SteerCommand {
             (_, _, Some(x), _) => Operation::Scale(x),
             (.., &[min, max]) => Operation::Clamp { min, max },
             _ => {
-                return Err(Error::Setting {
-                    setting: "--neurons".into(),
-                    reason: "expected what to do with them".into(),
-                    hint: Some("add --offset X (the paper's intervention; negative suppresses), --assign, --scale or --clamp".into()),
-                });
+                return Err(Error::setting("--neurons", "expected what to do with them").with_hint("add --offset X (the paper's intervention; negative suppresses), --assign, --scale or --clamp"));
             }
         };
         let numbers =
@@ -340,18 +331,13 @@ impl SteerCommand {
         Compiled { steering, choices }: Compiled,
     ) -> Result<()> {
         if let Some(edit) = steering.edits.first() {
-            return Err(Error::Setting {
-                setting: "-o/--output".into(),
-                reason: format!(
+            return Err(Error::setting("-o/--output", format!(
                     "a control vector cannot hold all of it, layer {} for one: {}",
                     edit.layer,
                     choices.join("; ")
-                ),
-                hint: Some(
+                )).with_hint(
                     "write interventions (-o steer.json, for --steer), bake a model (--bake), or leave layer 0 out (--without-layer-0)"
-                        .into(),
-                ),
-            });
+                        ));
         }
         let rows = steering.control_vector.unwrap_or(ControlVector { n_embd: 1, rows: Vec::new() });
         let directions = rows.rows.chunks_exact(rows.n_embd).enumerate();
@@ -378,7 +364,7 @@ impl SteerCommand {
     /// What it was made from, in words.
     fn described(&self, sources: &[(SteerFile, f32)]) -> String {
         let of_source = |(file, coefficient): &(SteerFile, f32)| {
-            let name = file.path().file_name().unwrap_or_default().to_string_lossy();
+            let name = crate::file::base_name(file.path());
             match file {
                 SteerFile::ControlVector(_) if file.path() == self.output => match self.text.probe {
                     Some(_) => "the direction of a probe".to_owned(),
@@ -419,11 +405,7 @@ impl SteerCommand {
                     }
                 }
                 SteerFile::ControlVector(file) if file.path == self.output => {
-                    return Err(Error::Setting {
-                        setting: "-o/--output".into(),
-                        reason: "directions go into a control vector".into(),
-                        hint: Some("write -o steer.gguf first, and combine it with --steer steer.gguf:COEF -o steer.json".into()),
-                    });
+                    return Err(Error::setting("-o/--output", "directions go into a control vector").with_hint("write -o steer.gguf first, and combine it with --steer steer.gguf:COEF -o steer.json"));
                 }
                 SteerFile::ControlVector(file) => {
                     let directions = Directions {
@@ -471,15 +453,15 @@ impl SteerCommand {
                     change: Change::Neuron { index, operation: Operation::Offset(x) },
                 } => offsets.push((Neuron { layer: layer as u32, index: index as u32 }, coefficient * x)),
                 other => {
-                    return Err(Error::Setting {
-                        setting: "--bake".into(),
-                        reason: format!(
+                    return Err(Error::setting(
+                        "--bake",
+                        format!(
                             "only offsets on all tokens can be baked in; found {:?} in layer {}",
                             other.change.operation(),
                             other.layer
                         ),
-                        hint: Some("write interventions instead: -o steer.json, for --steer".into()),
-                    });
+                    )
+                    .with_hint("write interventions instead: -o steer.json, for --steer"));
                 }
             }
         }

@@ -165,7 +165,7 @@ impl SteeringArguments {
 }
 
 fn record(kind: &str, path: &Path, coefficient: f32) -> Result<Value> {
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+    let name = crate::file::base_name(path);
     Ok(
         json!({ "kind": kind, "file": name, "sha256": file_sha256(path, |_, _| {})?, "coefficient": coefficient }),
     )

@@ -178,7 +178,7 @@ impl SweepCommand {
                 });
             }
         }
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let name = crate::file::base_name(path);
         Ok((format!("offset on {} neurons of {name}", chosen.len()), settings))
     }
 
@@ -224,10 +224,7 @@ impl SweepCommand {
                 });
             }
         }
-        let names: Vec<String> = sources
-            .iter()
-            .map(|(s, _)| s.path().file_name().unwrap_or_default().to_string_lossy().into_owned())
-            .collect();
+        let names: Vec<String> = sources.iter().map(|(s, _)| crate::file::base_name(s.path())).collect();
         Ok((format!("coefficient of {}", names.join(" and ")), settings))
     }
 }

@@ -460,17 +460,17 @@ impl TrainCommand {
     fn no_pairs(&self, tokenized: &Tokenized, all: &[PreferencePair]) -> Error {
         let reasons = tokenized.skipped.reasons();
         let reasons: Vec<String> = reasons.iter().map(|(s, n)| format!("{n} {}", s.reason())).collect();
-        Error::Input {
-            path: self.pairs.clone().unwrap_or_default(),
-            line: None,
-            reason: format!("none of its {} pairs can be trained on: {}", all.len(), reasons.join(", ")),
-            hint: Some("raise --max-length, or give other pairs".into()),
-        }
+        Error::input(
+            self.pairs.clone().unwrap_or_default(),
+            None,
+            format!("none of its {} pairs can be trained on: {}", all.len(), reasons.join(", ")),
+        )
+        .with_hint("raise --max-length, or give other pairs")
     }
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+    crate::file::base_name(path)
 }
 
 fn how_to_use(method: MethodName) -> &'static str {

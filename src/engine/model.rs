@@ -66,11 +66,7 @@ impl Model {
         let file = GgufFile::open(path)?;
         gguf::check_decoder(&file)?;
         let architecture = file.architecture()?.to_owned();
-        let refused = |reason: String, hint: &str| Error::Model {
-            path: path.to_path_buf(),
-            reason,
-            hint: Some(hint.to_owned()),
-        };
+        let refused = |reason: String, hint: &str| Error::model(path, reason).with_hint(hint);
         let n_layer = file.n_layer()? as usize;
         let n_ff = file.n_ff_per_layer().unwrap_or_default().into_iter().map(|n| n as usize).collect();
         let params = LoadParams {
@@ -118,10 +114,12 @@ impl Model {
             .loras
             .iter()
             .map(|lora| {
-                let handle = LoraHandle::load(&self.handle, &lora.path).ok_or_else(|| Error::Model {
-                    path: lora.path.clone(),
-                    reason: format!("llama.cpp refused it as a LoRA adapter of {}", self.path().display()),
-                    hint: Some("run again with -v to see llama.cpp's own words".into()),
+                let handle = LoraHandle::load(&self.handle, &lora.path).ok_or_else(|| {
+                    Error::model(
+                        &lora.path,
+                        format!("llama.cpp refused it as a LoRA adapter of {}", self.path().display()),
+                    )
+                    .with_hint("run again with -v to see llama.cpp's own words")
                 })?;
                 Ok((Arc::new(handle), lora.scale))
             })
@@ -150,7 +148,7 @@ impl Model {
     }
 
     fn check_steering(&self, steering: &Steering) -> Result<()> {
-        let refuse = |reason: String| Error::Model { path: self.path().to_path_buf(), reason, hint: None };
+        let refuse = |reason: String| Error::model(self.path(), reason);
         if let Some(vector) = &steering.control_vector {
             let (n_embd, n_values) = (self.n_embd(), self.n_embd() * self.n_layer.saturating_sub(1));
             if vector.n_embd != n_embd || vector.rows.len() != n_values {

@@ -144,11 +144,8 @@ pub struct Session {
 }
 
 fn control_vector_is_for_all() -> Error {
-    Error::Setting {
-        setting: "steering".into(),
-        reason: "llama.cpp adds a control vector to all sequences, and some are to be exempt".into(),
-        hint: Some("compile the intervention for the callback (steer::compile, Route::Callback)".into()),
-    }
+    Error::setting("steering", "llama.cpp adds a control vector to all sequences, and some are to be exempt")
+        .with_hint("compile the intervention for the callback (steer::compile, Route::Callback)")
 }
 
 impl Session {
@@ -197,14 +194,11 @@ impl Session {
             None => n_ctx_seq.max(1),
         };
         if n_parallel > options.n_batch {
-            return Err(Error::Setting {
-                setting: "-np/--parallel".into(),
-                reason: format!(
-                    "{n_parallel} sequences do not fit into a batch of {} tokens",
-                    options.n_batch
-                ),
-                hint: Some(format!("raise -b/--batch-size to {n_parallel}")),
-            });
+            return Err(Error::setting(
+                "-np/--parallel",
+                format!("{n_parallel} sequences do not fit into a batch of {} tokens", options.n_batch),
+            )
+            .with_hint(format!("raise -b/--batch-size to {n_parallel}")));
         }
         let n_threads = options.resolve_threads();
         if n_threads == 0 || n_threads > MOST_THREADS {
@@ -250,14 +244,10 @@ impl Session {
             true => Some(Watch::new(model.graph()?, model.n_layer(), n_seq_max, Streams::OfSequences)),
             false => None,
         };
-        let context = ContextHandle::new(model.handle.clone(), &params, watch).ok_or_else(|| Error::Model {
-            path: model.path().to_path_buf(),
-            reason: format!(
+        let context = ContextHandle::new(model.handle.clone(), &params, watch).ok_or_else(|| Error::model(model.path(), format!(
                 "llama.cpp could not open a context of {n_seq_max} sequences of {n_ctx_seq} tokens ({} MiB of KV cache)",
                 options.kv_bytes_per_cell(model).saturating_mul(params.n_ctx as usize) >> 20
-            ),
-            hint: Some("lower -np/--parallel or -c/--ctx-size, or run again with -v to see llama.cpp's own words".into()),
-        })?;
+            )).with_hint("lower -np/--parallel or -c/--ctx-size, or run again with -v to see llama.cpp's own words"))?;
         let pool =
             ThreadPoolBuilder::new().num_threads(n_threads).thread_name(|i| format!("sample-{i}")).build();
         let pool = pool
@@ -337,14 +327,10 @@ impl Session {
         if without != with {
             return Ok(());
         }
-        Err(Error::Model {
-            path: self.model.path().to_path_buf(),
-            reason: format!(
+        Err(Error::model(self.model.path(), format!(
                 "this control vector does nothing: logits do not change (llama.cpp ignores control vectors on some architectures, and architecture {:?} may be one)",
                 self.model.architecture()
-            ),
-            hint: Some("use a LoRA adapter instead, or a model of another architecture".into()),
-        })
+            )).with_hint("use a LoRA adapter instead, or a model of another architecture"))
     }
 
     /// Exempts a sequence from all edits, or no longer. Slot 0 holds prompts, 1 to `n_parallel` what
@@ -375,7 +361,7 @@ impl Session {
     }
 
     fn refusal(&self, reason: String) -> Error {
-        Error::Model { path: self.model.path().to_path_buf(), reason, hint: None }
+        Error::model(self.model.path(), reason)
     }
 
     /// The model it runs.
@@ -398,13 +384,11 @@ impl Session {
     /// Errors: [`Error::PromptTooLong`], and [`Error::Model`] for a prompt without tokens.
     pub fn check_fits(&self, prompt: &str, n_prompt: usize, n_predict: usize) -> Result<()> {
         if n_prompt == 0 {
-            return Err(Error::Model {
-                path: self.model.path().to_path_buf(),
-                reason: format!(
-                    "prompt {prompt:?} has no tokens, and this model adds no BOS: nothing to continue"
-                ),
-                hint: Some("give a prompt of at least one character".into()),
-            });
+            return Err(Error::model(
+                self.model.path(),
+                format!("prompt {prompt:?} has no tokens, and this model adds no BOS: nothing to continue"),
+            )
+            .with_hint("give a prompt of at least one character"));
         }
         // The last token is never decoded, so it needs no cell.
         if n_prompt.saturating_add(n_predict) > self.n_ctx_seq + 1 {
@@ -496,11 +480,8 @@ impl Session {
 
     /// The error for a row of logits from which nothing can be chosen.
     pub(super) fn no_distribution(&self) -> Error {
-        Error::Model {
-            path: self.model.path().to_path_buf(),
-            reason: "its logits hold NaN or no finite value".into(),
-            hint: Some("the file may be damaged: load it with --check-tensors, or download it again".into()),
-        }
+        Error::model(self.model.path(), "its logits hold NaN or no finite value")
+            .with_hint("the file may be damaged: load it with --check-tensors, or download it again")
     }
 
     /// Logits after every token of `tokens` as one sequence, shape `[tokens.len()][n_vocab]`.

@@ -27,10 +27,9 @@ impl Vocabulary {
         gguf::check_decoder(&file)?;
         file.check_unchanged()?;
         let params = LoadParams { n_gpu_layers: 0, check_tensors: false, vocab_only: true };
-        let handle = ModelHandle::load(path, params).ok_or_else(|| Error::Model {
-            path: path.to_path_buf(),
-            reason: format!("llama.cpp {} refused its vocabulary", super::llama_version()),
-            hint: Some("run again with -v to see llama.cpp's own words".into()),
+        let handle = ModelHandle::load(path, params).ok_or_else(|| {
+            Error::model(path, format!("llama.cpp {} refused its vocabulary", super::llama_version()))
+                .with_hint("run again with -v to see llama.cpp's own words")
         })?;
         Ok(Vocabulary::new(Arc::new(handle), &file))
     }
@@ -84,10 +83,8 @@ impl Vocabulary {
     }
 
     fn tokenize(&self, text: &str, add_special: bool) -> Result<Vec<Token>> {
-        self.handle.tokenize(text, add_special, false).ok_or_else(|| Error::Model {
-            path: self.path.clone(),
-            reason: format!("its tokenizer cannot take a text of {} bytes", text.len()),
-            hint: None,
+        self.handle.tokenize(text, add_special, false).ok_or_else(|| {
+            Error::model(&self.path, format!("its tokenizer cannot take a text of {} bytes", text.len()))
         })
     }
 

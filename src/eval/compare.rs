@@ -104,13 +104,9 @@ pub fn compare(a: Side<'_>, b: Side<'_>) -> Result<Comparison> {
         paired.push(found);
     }
     if languages.is_empty() {
-        return Err(Error::Setting {
-            setting: "--compare".into(),
-            reason: "the two runs share no prompt".into(),
-            hint: Some(
-                "compare runs of the same prompt files: prompts are matched by language, id and text".into(),
-            ),
-        });
+        return Err(Error::setting("--compare", "the two runs share no prompt").with_hint(
+            "compare runs of the same prompt files: prompts are matched by language, id and text",
+        ));
     }
     let mean: Vec<Difference> = (0..names.len())
         .filter_map(|index| {

@@ -69,12 +69,7 @@ impl Reader<'_> {
         let language = match row.get("language").or(row.get("lang")) {
             Some(Value::String(code)) => language::normalize(code).unwrap_or(code).to_owned(),
             Some(_) => return Err(self.fault(line, "expected \"language\" to be a string")),
-            None => self.default_language.map(str::to_owned).ok_or_else(|| Error::Input {
-                path: self.path.to_path_buf(),
-                line: Some(line),
-                reason: "expected to know the language, but neither the row, nor the file's name, nor --lang says it".into(),
-                hint: Some("name one language with --lang, or give each row a \"language\"".into()),
-            })?,
+            None => self.default_language.map(str::to_owned).ok_or_else(|| Error::input(self.path, Some(line), "expected to know the language, but neither the row, nor the file's name, nor --lang says it").with_hint("name one language with --lang, or give each row a \"language\""))?,
         };
         let id = match row.get("prompt_id") {
             Some(Value::String(id)) => Some(id.clone()),
@@ -109,12 +104,12 @@ impl Reader<'_> {
                 }
                 Ok(())
             }
-            _ => Err(Error::Input {
-                path: self.path.to_path_buf(),
-                line: Some(line),
-                reason: "expected a string \"generated_text\" or a list \"generations\"".into(),
-                hint: Some("a file of prompts is read with --prompts".into()),
-            }),
+            _ => Err(Error::input(
+                self.path,
+                Some(line),
+                "expected a string \"generated_text\" or a list \"generations\"",
+            )
+            .with_hint("a file of prompts is read with --prompts")),
         }
     }
 

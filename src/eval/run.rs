@@ -187,14 +187,13 @@ pub fn evaluate(
                 (Some(tokenizer), _) => tokenizer,
                 (None, Some(base)) => TextTokenizer::of_model(&Model::open(base, &request.model_options)?),
                 (None, None) => {
-                    return Err(Error::Setting {
-                        setting: "--generations".into(),
-                        reason: "expected a vocabulary to count distinct-n with".into(),
-                        hint: Some(
-                            "give --tokenizer tokenizer.json, or --base model.gguf, which adds perplexity"
-                                .into(),
-                        ),
-                    });
+                    return Err(Error::setting(
+                        "--generations",
+                        "expected a vocabulary to count distinct-n with",
+                    )
+                    .with_hint(
+                        "give --tokenizer tokenizer.json, or --base model.gguf, which adds perplexity",
+                    ));
                 }
             };
             let mut info = common_info(request, &scorers, &tokenizer, progress)?;
@@ -202,7 +201,7 @@ pub fn evaluate(
             if info.perplexity_model.is_none() && generations.iter().any(|g| g.logprob.is_some()) {
                 info.perplexity_model = Some(WRITER_UNKNOWN.into());
             }
-            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+            let name = crate::file::base_name(path);
             info.settings.insert("generations".into(), json!(name));
             let texts = generations.iter().map(|g| [&g.prompt_id, &g.language, &g.prompt, &g.generated_text]);
             info.settings.insert("n_generations".into(), json!(generations.len()));
@@ -232,10 +231,8 @@ pub struct FinishedRun {
 /// Reads the run in `folder`.
 pub fn read(folder: &Path) -> Result<FinishedRun> {
     let path = folder.join("run.json");
-    let not_a_run = |reason: String| Error::RunFolder {
-        path: folder.to_path_buf(),
-        reason,
-        hint: Some("give a folder that `detox-gguf eval -o` wrote".into()),
+    let not_a_run = |reason: String| {
+        Error::run_folder(folder, reason).with_hint("give a folder that `detox-gguf eval -o` wrote")
     };
     let text = match std::fs::read_to_string(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -250,11 +247,11 @@ pub fn read(folder: &Path) -> Result<FinishedRun> {
     let generations: Vec<Generation> = read_rows(&folder.join("generations.jsonl"))?;
     let scores: Vec<ScoreRow> = read_rows(&folder.join("scores.jsonl"))?;
     if generations.len() != scores.len() {
-        return Err(Error::RunFolder {
-            path: folder.to_path_buf(),
-            reason: format!("{} continuations, but {} scores", generations.len(), scores.len()),
-            hint: Some("run the same eval again: it goes on where it stopped".into()),
-        });
+        return Err(Error::run_folder(
+            folder,
+            format!("{} continuations, but {} scores", generations.len(), scores.len()),
+        )
+        .with_hint("run the same eval again: it goes on where it stopped"));
     }
     let Joined { samples, tokens } = join(folder, generations, scores)?;
     Ok(FinishedRun { info: record.run, samples, tokens })
@@ -282,11 +279,8 @@ fn check_folder(folder: &Path) -> Result<()> {
     file::remove_unfinished(folder)?;
     let mut entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
     if !folder.join("run.json").exists() && entries.next().is_some() {
-        return Err(Error::RunFolder {
-            path: folder.to_path_buf(),
-            reason: "not empty, and no run of this program".into(),
-            hint: Some("choose a new folder with -o".into()),
-        });
+        return Err(Error::run_folder(folder, "not empty, and no run of this program")
+            .with_hint("choose a new folder with -o"));
     }
     Ok(())
 }
@@ -331,7 +325,7 @@ fn common_info(
     let perplexity_model = match &request.base {
         None => None,
         Some(path) => {
-            let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+            let name = crate::file::base_name(path);
             settings.insert("base".into(), json!(name));
             let hash = hash_model(path, progress)?;
             settings.insert("base_sha256".into(), json!(hash));
@@ -372,7 +366,7 @@ fn hash_of_texts<'a, const N: usize>(rows: impl Iterator<Item = [&'a String; N]>
 
 fn model_info(model: &Model, progress: &mut dyn Progress) -> Result<ModelInfo> {
     Ok(ModelInfo {
-        file: model.path().file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        file: crate::file::base_name(model.path()),
         architecture: model.architecture().to_owned(),
         description: model.description(),
         n_params: Some(model.n_params()),
@@ -437,12 +431,12 @@ fn generate(
     for (i, row) in rows.iter().enumerate() {
         let (prompt, sample) = plan.row(i);
         if row.prompt_id != prompt.id || row.sample != sample {
-            return Err(Error::Input {
+            return Err(Error::input(
                 path,
-                line: Some(i + 1),
-                reason: format!("expected sample {sample} of prompt {:?}", prompt.id),
-                hint: Some("the file was changed since; delete it to make it again".into()),
-            });
+                Some(i + 1),
+                format!("expected sample {sample} of prompt {:?}", prompt.id),
+            )
+            .with_hint("the file was changed since; delete it to make it again"));
         }
     }
     if !rows.is_empty() && rows.len() < plan.n_rows() {
@@ -567,12 +561,12 @@ fn join(folder: &Path, generations: Vec<Generation>, scores: Vec<ScoreRow>) -> R
     let mut tokens = HashMap::with_capacity(scores.len());
     for (i, (g, s)) in generations.into_iter().zip(scores).enumerate() {
         if (&g.prompt_id, &g.language, g.sample) != (&s.prompt_id, &s.language, s.sample) {
-            return Err(Error::Input {
-                path: folder.join("scores.jsonl"),
-                line: Some(i + 1),
-                reason: format!("expected sample {} of prompt {:?}", g.sample, g.prompt_id),
-                hint: Some("the file was changed since; delete it to make it again".into()),
-            });
+            return Err(Error::input(
+                folder.join("scores.jsonl"),
+                Some(i + 1),
+                format!("expected sample {} of prompt {:?}", g.sample, g.prompt_id),
+            )
+            .with_hint("the file was changed since; delete it to make it again"));
         }
         tokens.insert(g.generated_text.clone(), s.tokens);
         samples.push(Sample {

@@ -31,13 +31,11 @@ impl TextTokenizer {
     pub fn from_file(path: &Path) -> Result<TextTokenizer> {
         // Read apart from parsing, so that a missing file is told from a foreign one.
         let json = std::fs::read(path).map_err(Error::io("read", path))?;
-        let tokenizer = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| Error::Input {
-            path: path.to_path_buf(),
-            line: None,
-            reason: format!("expected a Hugging Face tokenizer.json: {e}"),
-            hint: Some("it is the file of that name in a model's repository".into()),
+        let tokenizer = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| {
+            Error::input(path, None, format!("expected a Hugging Face tokenizer.json: {e}"))
+                .with_hint("it is the file of that name in a model's repository")
         })?;
-        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+        let name = crate::file::base_name(path);
         let name = format!("{name} (sha256 {})", short_hash(&json));
         Ok(TextTokenizer::File { name, tokenizer: Box::new(tokenizer) })
     }

@@ -147,7 +147,7 @@ impl GgufFile {
 
 /// An [`Error::Gguf`].
 pub(super) fn refuse(path: &Path, reason: impl Into<String>) -> Error {
-    Error::Gguf { path: path.to_path_buf(), reason: reason.into() }
+    Error::gguf(path, reason)
 }
 
 /// Reads the header of one file and checks everything that can be checked without its tensor data.

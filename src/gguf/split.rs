@@ -24,14 +24,14 @@ pub(super) fn open_other_parts(mut file: GgufFile) -> Result<GgufFile> {
     }
     let index = required_part_number(&first_path, &file.metadata)?;
     if index != 0 {
-        return Err(Error::Model {
-            path: first_path.clone(),
-            reason: format!("it is part {} of {n_parts} of a split model", u32::from(index) + 1),
-            hint: Some(match part_path(&first_path, index, 0, n_parts) {
-                Some(path) => format!("pass the first part: {}", path.display()),
-                None => "pass the first part, the one that ends in -00001-of-…".into(),
-            }),
-        });
+        return Err(Error::model(
+            &first_path,
+            format!("it is part {} of {n_parts} of a split model", u32::from(index) + 1),
+        )
+        .with_hint(match part_path(&first_path, index, 0, n_parts) {
+            Some(path) => format!("pass the first part: {}", path.display()),
+            None => "pass the first part, the one that ends in -00001-of-…".into(),
+        }));
     }
     for index in 1..n_parts {
         let Some(path) = part_path(&first_path, 0, index, n_parts) else {

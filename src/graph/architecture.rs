@@ -58,10 +58,9 @@ impl Architecture {
 
     /// The entry, or an error that names those there are; `path` is the model's.
     pub fn require(name: &str, path: &Path) -> Result<&'static Architecture> {
-        Architecture::find(name).ok_or_else(|| Error::Model {
-            path: path.to_path_buf(),
-            reason: format!("interventions and recordings do not know architecture {name:?}"),
-            hint: Some(format!("they know {}", ARCHITECTURES.map(|a| a.name).join(", "))),
+        Architecture::find(name).ok_or_else(|| {
+            Error::model(path, format!("interventions and recordings do not know architecture {name:?}"))
+                .with_hint(format!("they know {}", ARCHITECTURES.map(|a| a.name).join(", ")))
         })
     }
 }

@@ -112,12 +112,12 @@ fn rank_layer(
     // A NaN would be ranked last or first by its sign, or be left out: whoever ranks must hear of it.
     let is_finite = |index: &usize| sums.dot[*index].is_finite() && sums.square[*index].is_finite();
     if let Some(index) = (0..n_ff).find(|index| !is_finite(index)) {
-        return Err(Error::Gguf {
-            path: model.path().to_path_buf(),
-            reason: format!(
+        return Err(Error::gguf(
+            model.path(),
+            format!(
                 "tensor \"blk.{layer}.ffn_down.weight\": the value vector of neuron {index} is not finite, or too large for f32 sums"
             ),
-        });
+        ));
     }
     let ranked = sums.dot.iter().zip(&sums.square).enumerate().filter(|(_, (_, square))| **square > 0.0);
     let ranked = ranked.map(|(index, (dot, square))| RankedNeuron {

@@ -35,7 +35,7 @@ pub fn project(
     interrupt: &AtomicBool,
 ) -> Result<Vec<Vec<TokenLogit>>> {
     let n_embd = model.n_embd()? as usize;
-    let refuse = |reason: String| Error::Gguf { path: model.path().to_path_buf(), reason };
+    let refuse = |reason: String| Error::gguf(model.path(), reason);
     let tensor = model.tensor("output.weight").or_else(|| model.tensor("token_embd.weight"));
     let tensor = tensor.ok_or_else(|| refuse("it has no output matrix and no token embeddings".into()))?;
     if tensor.shape().len() != 2 || tensor.shape()[0] != n_embd as u64 {

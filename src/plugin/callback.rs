@@ -102,11 +102,11 @@ impl Callback {
     /// What is behind the lock, for a function that is not the eval callback.
     fn state(&self) -> Result<MutexGuard<'_, State>> {
         if IS_EVALUATING.get() {
-            return Err(Error::Refused {
-                what: "callback".into(),
-                reason: "it was called by a function that it called itself to look at a tensor".into(),
-                hint: Some("call it from elsewhere, or between two decodes".into()),
-            });
+            return Err(Error::refused(
+                "callback",
+                "it was called by a function that it called itself to look at a tensor",
+            )
+            .with_hint("call it from elsewhere, or between two decodes"));
         }
         Ok(self.lock())
     }
@@ -129,13 +129,11 @@ impl Callback {
     /// Whether sequences can be told apart at all.
     fn check_by_sequence(&self, what: &str) -> Result<()> {
         if self.steer.has_control_vector() {
-            return Err(Error::Refused {
-                what: what.into(),
-                reason:
-                    "a part of this intervention is a control vector, which llama.cpp adds to all sequences"
-                        .into(),
-                hint: Some("load it for the callback alone (Route::Callback, DETOX_ROUTE_CALLBACK)".into()),
-            });
+            return Err(Error::refused(
+                what,
+                "a part of this intervention is a control vector, which llama.cpp adds to all sequences",
+            )
+            .with_hint("load it for the callback alone (Route::Callback, DETOX_ROUTE_CALLBACK)"));
         }
         self.check_order(what)
     }
@@ -143,11 +141,7 @@ impl Callback {
     /// Whether batches are cut in an order that can be followed.
     fn check_order(&self, what: &str) -> Result<()> {
         if self.n_seq_max > 1 && self.streams == Streams::One && self.steer.has_sliding_window {
-            return Err(Error::Refused {
-                what: what.into(),
-                reason: "with a unified KV cache and sliding windows llama.cpp may reorder a batch, so that its sequences cannot be told apart".into(),
-                hint: Some("make the context with kv_unified = false".into()),
-            });
+            return Err(Error::refused(what, "with a unified KV cache and sliding windows llama.cpp may reorder a batch, so that its sequences cannot be told apart").with_hint("make the context with kv_unified = false"));
         }
         Ok(())
     }
@@ -204,11 +198,7 @@ impl Callback {
         state.settle_gate();
         match &mut state.gate {
             Some(gate) => Ok(act(gate)),
-            None => Err(Error::Refused {
-                what: "gate".into(),
-                reason: "this callback has none".into(),
-                hint: None,
-            }),
+            None => Err(Error::refused("gate", "this callback has none")),
         }
     }
 

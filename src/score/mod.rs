@@ -79,11 +79,7 @@ impl Scorer for Embedded {
         if let Some(language) = language
             && !lexical::LANGUAGES.contains(&language)
         {
-            return Err(Error::Scorer {
-                scorer: LEXICAL.into(),
-                reason: format!("does not cover language {language:?}"),
-                hint: None,
-            });
+            return Err(Error::scorer(LEXICAL, format!("does not cover language {language:?}")));
         }
         // The score of an f32 model: printed with the digits that it has.
         let score = f64::from(self.0.toxicity(text, language));
@@ -98,11 +94,7 @@ pub const LEXICAL: &str = "lexical";
 pub fn by_name(name: &str) -> Result<Box<dyn Scorer>> {
     match name {
         LEXICAL => Ok(Box::new(Embedded(Lexical::embedded()))),
-        _ => Err(Error::Setting {
-            setting: "--scorer".into(),
-            reason: format!("expected {LEXICAL:?}, found {name:?}"),
-            hint: None,
-        }),
+        _ => Err(Error::setting("--scorer", format!("expected {LEXICAL:?}, found {name:?}"))),
     }
 }
 
@@ -126,11 +118,8 @@ pub fn check_covered<'a>(
         if !infos.iter().any(|info| info.covers(language)) {
             let names: Vec<&str> = infos.iter().map(|i| i.name.as_str()).collect();
             let covered: Vec<&str> = infos.iter().flat_map(|i| &i.languages).map(String::as_str).collect();
-            return Err(Error::Scorer {
-                scorer: names.join(", "),
-                reason: format!("no scorer covers language {language:?}"),
-                hint: Some(format!("choose among these with --lang: {}", covered.join(" "))),
-            });
+            return Err(Error::scorer(names.join(", "), format!("no scorer covers language {language:?}"))
+                .with_hint(format!("choose among these with --lang: {}", covered.join(" "))));
         }
     }
     Ok(())

@@ -90,12 +90,7 @@ impl<'a> Rows<'a> {
 
     /// The text among the fields of an object.
     fn text_of(&self, object: &Map<String, Value>, line: usize) -> Result<(Vec<String>, bool)> {
-        let fault = |reason: String, hint: &str| Error::Input {
-            path: self.path.clone(),
-            line: Some(line),
-            reason,
-            hint: Some(hint.into()),
-        };
+        let fault = |reason: String, hint: &str| Error::input(&self.path, Some(line), reason).with_hint(hint);
         if let (None, Some(Value::Array(list))) = (self.field, object.get("generations")) {
             let texts =
                 list.iter().map(|g| g["text"].as_str().map(str::to_owned)).collect::<Option<Vec<_>>>();
@@ -292,9 +287,7 @@ mod tests {
         fn toxicity(&self, Text { text, language }: Text<'_>) -> Result<f64> {
             match language {
                 Some("en") | None => Ok(text.len() as f64 / 100.0),
-                Some(_) => {
-                    Err(Error::Scorer { scorer: "length".into(), reason: "not English".into(), hint: None })
-                }
+                Some(_) => Err(Error::scorer("length", "not English")),
             }
         }
     }

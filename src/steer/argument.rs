@@ -88,14 +88,9 @@ impl SteerFile {
         };
         if is_neurons {
             let file = path.display();
-            return Err(Error::Input {
-                path: path.to_path_buf(),
-                line: None,
-                reason: "it lists neurons, and does not say what to do with them".into(),
-                hint: Some(format!(
+            return Err(Error::input(path, None, "it lists neurons, and does not say what to do with them").with_hint(format!(
                     "make an intervention of it: `detox-gguf steer -m MODEL --neurons {file} --offset X -o steer.gguf`"
-                )),
-            });
+                )));
         }
         Ok(SteerFile::Interventions(Interventions::read(path)?))
     }

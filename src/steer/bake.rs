@@ -83,10 +83,7 @@ pub fn bake(
             (Some(tensor), Some(vector)) => {
                 let mut bias = vec![0f32; n_embd];
                 gguf::dequantize(tensor.tensor_type(), &model.read_tensor(tensor)?, &mut bias).map_err(
-                    |reason| Error::Gguf {
-                        path: model.path().to_path_buf(),
-                        reason: format!("tensor {:?}: {reason}", tensor.name()),
-                    },
+                    |reason| Error::gguf(model.path(), format!("tensor {:?}: {reason}", tensor.name())),
                 )?;
                 bias.iter_mut().zip(*vector).for_each(|(bias, x)| *bias += x);
                 writer.write_f32s(&bias)?;
@@ -117,14 +114,10 @@ pub fn check_architecture(model: &GgufFile) -> Result<()> {
             "write a control vector instead: `detox-gguf steer … -o steer.gguf`, for --control-vector-scaled"
         }
     };
-    Err(Error::Model {
-        path: model.path().to_path_buf(),
-        reason: format!(
+    Err(Error::model(model.path(), format!(
             "llama.cpp's graph of architecture {name:?} reads no bias of the down projection, so nothing can be baked into it (it can into {})",
             can.join(", ")
-        ),
-        hint: Some(instead.into()),
-    })
+        )).with_hint(instead))
 }
 
 /// Whether a bias of this layer reaches the residual stream as it is.
@@ -140,7 +133,7 @@ fn check_layer(model: &GgufFile, layer: usize) -> Result<()> {
         return Ok(());
     };
     let hint = "steer it while it runs instead, with --steer";
-    Err(Error::Model { path: model.path().to_path_buf(), reason, hint: Some(hint.into()) })
+    Err(Error::model(model.path(), reason).with_hint(hint))
 }
 
 /// Whether a changed copy of `model` can be written to `output`.

@@ -25,7 +25,7 @@ struct Part {
 
 impl Choice {
     pub(super) fn control_vector(path: &Path) -> Choice {
-        let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+        let name = crate::file::base_name(path);
         Choice::of((format!("direction of {name}"), format!("directions of {name}")))
     }
 

@@ -122,13 +122,11 @@ pub fn layer_vectors(
     for (neuron, offset) in offsets {
         let layer = neuron.layer as usize;
         if !is_added_as_it_is(model, architecture, layer) {
-            return Err(Error::Model {
-                path: model.path().to_path_buf(),
-                reason: format!(
-                    "what the neurons of layer {layer} write is scaled or normed before it is added"
-                ),
-                hint: Some("steer it while it runs: that goes by the callback".into()),
-            });
+            return Err(Error::model(
+                model.path(),
+                format!("what the neurons of layer {layer} write is scaled or normed before it is added"),
+            )
+            .with_hint("steer it while it runs: that goes by the callback"));
         }
         *weights.entry(layer).or_default().entry(neuron.index as usize).or_default() += offset;
     }
@@ -276,11 +274,11 @@ impl<'a> Plan<'a> {
         for neuron in neurons.iter().filter(|n| intervention.acts_on(n.layer as usize)) {
             let name = format!("blk.{}.ffn_down.weight", neuron.layer);
             if self.model.tensor(&name).is_none() {
-                return Err(Error::Model {
-                    path: self.model.path().to_path_buf(),
-                    reason: format!("layer {} has no neurons to name: no tensor {name:?}", neuron.layer),
-                    hint: Some("neurons of mixtures of experts cannot be steered; directions can".into()),
-                });
+                return Err(Error::model(
+                    self.model.path(),
+                    format!("layer {} has no neurons to name: no tensor {name:?}", neuron.layer),
+                )
+                .with_hint("neurons of mixtures of experts cannot be steered; directions can"));
             }
         }
         Ok(())

@@ -104,14 +104,8 @@ impl ControlVectorFile {
     /// [`Error::Input`] with the direction that does not.
     pub fn check_sizes(&self, n_layer: usize, n_embd: usize) -> Result<()> {
         let refuse = |reason: String| {
-            Err(Error::Input {
-                path: self.path.clone(),
-                line: None,
-                reason,
-                hint: Some(
-                    "it was made for another model: use that, or a control vector for this one".into(),
-                ),
-            })
+            Err(Error::input(&self.path, None, reason)
+                .with_hint("it was made for another model: use that, or a control vector for this one"))
         };
         for (&layer, direction) in &self.directions {
             if direction.len() != n_embd {
@@ -208,7 +202,7 @@ pub fn write(
     for (key, value) in provenance.iter() {
         if metadata.set(key, value.clone()).is_some() {
             let reason = format!("key {key:?} of the provenance is one that a control vector has anyway");
-            return Err(Error::Gguf { path: path.to_path_buf(), reason });
+            return Err(Error::gguf(path, reason));
         }
     }
     let specs = directions.iter().map(|(layer, direction)| TensorSpec {
@@ -309,9 +303,7 @@ impl Rows {
 
 /// A control vector, by what the file says it is.
 fn check_kind(file: &GgufFile) -> Result<()> {
-    let refuse = |reason: String, hint: &str| {
-        Err(Error::Input { path: file.path().to_path_buf(), line: None, reason, hint: Some(hint.to_owned()) })
-    };
+    let refuse = |reason: String, hint: &str| Err(Error::input(file.path(), None, reason).with_hint(hint));
     let kind = file.str_if_present("general.type")?;
     if kind == Some("adapter") {
         return refuse("expected a control vector, found a LoRA adapter".into(), "give it with --lora");

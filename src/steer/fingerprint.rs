@@ -1,6 +1,6 @@
 //! Which model a file of neurons, interventions or directions was made for.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -71,9 +71,7 @@ impl Fingerprint {
     /// # Errors
     /// [`Error::Input`] that says which part differs.
     pub fn check(&self, model: &Fingerprint, what: &str, path: &Path, force: bool) -> Result<()> {
-        let refuse = |reason: String, hint: &str| {
-            Err(Error::Input { path: PathBuf::from(path), line: None, reason, hint: Some(hint.to_owned()) })
-        };
+        let refuse = |reason: String, hint: &str| Err(Error::input(path, None, reason).with_hint(hint));
         if let Some(difference) = self.other_sizes(model) {
             let reason = format!("these {what} were made for a model with {difference}");
             return refuse(reason, "use the model that they were made for, or make them again with this one");
@@ -144,9 +142,8 @@ impl Fingerprint {
             architecture: file.str(&key("architecture"))?.to_owned(),
             n_layer: file.u32(&key("n_layer"))?,
             n_embd: file.u32(&key("n_embd"))?,
-            n_ff: n_ff.ok_or_else(|| Error::Gguf {
-                path: file.path().to_path_buf(),
-                reason: format!("key {:?}: expected an array of u32", key("n_ff")),
+            n_ff: n_ff.ok_or_else(|| {
+                Error::gguf(file.path(), format!("key {:?}: expected an array of u32", key("n_ff")))
             })?,
             ffn_down_sha256: file.str(&key("ffn_down_sha256"))?.to_owned(),
         }))

@@ -331,16 +331,11 @@ impl DirectionsForm {
         let full = folder.join(&self.path);
         let found = file_sha256(&full, |_, _| {})?;
         if !found.eq_ignore_ascii_case(&self.sha256) {
-            return Err(Error::Input {
-                path: path.to_path_buf(),
-                line: None,
-                reason: format!(
+            return Err(Error::input(path, None, format!(
                     "{place}: expected {} to have sha256 {:?}, found {found:?}",
                     full.display(),
                     self.sha256
-                ),
-                hint: Some("the control vector was changed since: put the old one back, or write the sha256 of the new one".into()),
-            });
+                )).with_hint("the control vector was changed since: put the old one back, or write the sha256 of the new one"));
         }
         let file = ControlVectorFile::read(&full)?;
         Ok(Directions { path: self.path, sha256: found, file })

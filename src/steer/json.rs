@@ -63,12 +63,8 @@ pub(super) fn kind(path: &Path, text: &str) -> Result<Option<String>> {
     if let (Some(_), Some(format)) = (&head.detox_gguf, head.format)
         && format != FORMAT
     {
-        return Err(Error::Input {
-            path: path.to_path_buf(),
-            line: None,
-            reason: format!("\"format\": expected {FORMAT}, found {format}"),
-            hint: Some("it may be from a newer detox-gguf: use that, or make the file again".into()),
-        });
+        return Err(Error::input(path, None, format!("\"format\": expected {FORMAT}, found {format}"))
+            .with_hint("it may be from a newer detox-gguf: use that, or make the file again"));
     }
     Ok(head.detox_gguf)
 }

@@ -30,24 +30,23 @@ impl<'a> ValueVectors<'a> {
         let tensors = (0..n_layer).map(|il| {
             let name = tensor_name(il);
             if let Some(expert) = file.tensor(&format!("blk.{il}.ffn_down_exps.weight")) {
-                return Err(Error::Model {
-                    path: file.path().to_path_buf(),
-                    reason: format!(
+                return Err(Error::model(
+                    file.path(),
+                    format!(
                         "a mixture of experts ({}): interventions know neurons of plain FFNs",
                         expert.name()
                     ),
-                    hint: None,
-                });
+                ));
             }
             let expected = [u64::from(n_ff.get(il).copied().unwrap_or(0)), n_embd];
             match file.tensor(&name) {
                 Some(tensor) if tensor.shape() == expected => Ok(tensor),
                 found => {
                     let found = found.map_or("nothing".into(), |tensor| format!("{:?}", tensor.shape()));
-                    Err(Error::Gguf {
-                        path: file.path().to_path_buf(),
-                        reason: format!("tensor {name:?}: expected shape {expected:?}, found {found}"),
-                    })
+                    Err(Error::gguf(
+                        file.path(),
+                        format!("tensor {name:?}: expected shape {expected:?}, found {found}"),
+                    ))
                 }
             }
         });
@@ -186,24 +185,21 @@ fn numbers(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>> {
 fn dequantize(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8], values: &mut [f32]) -> Result<()> {
     #[cfg(not(feature = "engine"))]
     if !gguf::can_dequantize(tensor.tensor_type()) {
-        return Err(Error::Model {
-            path: file.path().to_path_buf(),
-            reason: format!(
+        return Err(Error::model(
+            file.path(),
+            format!(
                 "tensor {:?}: numbers of type {} cannot be read by this build, which carries no llama.cpp",
                 tensor.name(),
                 tensor.tensor_type()
             ),
-            hint: Some(
-                "steer its neurons by the callback alone, which needs no weights (Route::Callback, \
-                 DETOX_ROUTE_CALLBACK)"
-                    .into(),
-            ),
-        });
+        )
+        .with_hint(
+            "steer its neurons by the callback alone, which needs no weights (Route::Callback, \
+                 DETOX_ROUTE_CALLBACK)",
+        ));
     }
-    gguf::dequantize(tensor.tensor_type(), bytes, values).map_err(|reason| Error::Gguf {
-        path: file.path().to_path_buf(),
-        reason: format!("tensor {:?}: {reason}", tensor.name()),
-    })
+    gguf::dequantize(tensor.tensor_type(), bytes, values)
+        .map_err(|reason| Error::gguf(file.path(), format!("tensor {:?}: {reason}", tensor.name())))
 }
 
 #[cfg(test)]

@@ -153,11 +153,8 @@ pub fn parse_languages<S: AsRef<str>>(values: &[S]) -> Result<Vec<&'static str>>
     let mut languages = Vec::new();
     for code in values.iter().flat_map(|value| value.as_ref().split(',')) {
         let Some(language) = normalize(code) else {
-            return Err(Error::Setting {
-                setting: "--lang".into(),
-                reason: format!("expected a known language code, found {code:?}"),
-                hint: Some(format!("known: {}", known_codes().join(", "))),
-            });
+            return Err(Error::setting("--lang", format!("expected a known language code, found {code:?}"))
+                .with_hint(format!("known: {}", known_codes().join(", "))));
         };
         if !languages.contains(&language) {
             languages.push(language);

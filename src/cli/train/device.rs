@@ -43,28 +43,15 @@ impl DeviceArguments {
     /// Whether this build has the device; `products_are_chosen` where the user has said how the CPU multiplies.
     pub fn check(&self, products_are_chosen: bool) -> Result<()> {
         match self.device {
-            DeviceName::Cpu if self.frozen != FrozenArgument::Auto => Err(Error::Setting {
-                setting: "--frozen".into(),
-                reason: "the CPU has frozen matrices in the file's blocks always".into(),
-                hint: Some("leave it out, or train with --device cuda".into()),
-            }),
+            DeviceName::Cpu if self.frozen != FrozenArgument::Auto => Err(Error::setting("--frozen", "the CPU has frozen matrices in the file's blocks always").with_hint("leave it out, or train with --device cuda")),
             DeviceName::Cpu => Ok(()),
             DeviceName::Cuda(_) if !cfg!(any(feature = "cuda", feature = "cuda-emulation")) => {
-                Err(Error::Setting {
-                    setting: format!("--device {}", self.device),
-                    reason: "this build trains on the CPU alone".into(),
-                    hint: Some(
+                Err(Error::setting(format!("--device {}", self.device), "this build trains on the CPU alone").with_hint(
                         "build with --features cuda (vendor/cuda/README.md says what that needs), or train with \
                          --device cpu"
-                            .into(),
-                    ),
-                })
+                            ))
             }
-            DeviceName::Cuda(_) if products_are_chosen => Err(Error::Setting {
-                setting: "--products".into(),
-                reason: "they are the CPU's; a GPU rounds to bf16".into(),
-                hint: Some("leave it out, or train with --device cpu".into()),
-            }),
+            DeviceName::Cuda(_) if products_are_chosen => Err(Error::setting("--products", "they are the CPU's; a GPU rounds to bf16").with_hint("leave it out, or train with --device cpu")),
             DeviceName::Cuda(_) => Ok(()),
         }
     }

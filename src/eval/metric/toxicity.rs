@@ -89,15 +89,11 @@ pub fn check_coverage(
     if coverage >= min_coverage {
         return Ok(());
     }
-    Err(Error::Scorer {
-        scorer: scorer.to_owned(),
-        reason: format!(
+    Err(Error::scorer(scorer, format!(
             "{n_scored} of {n_samples} continuations in {language} have a score ({:.1}%), at least {:.1}% are needed",
             100.0 * coverage,
             100.0 * min_coverage
-        ),
-        hint: Some("delete scores.jsonl and run again to score the rest, or leave the language out".into()),
-    })
+        )).with_hint("delete scores.jsonl and run again to score the rest, or leave the language out"))
 }
 
 /// Refuses a score outside [0, 1], against which no threshold would mean anything.
@@ -108,11 +104,7 @@ pub fn check_range(scorer: &str, prompt_id: &str, score: f64) -> Result<()> {
     if (0.0..=1.0).contains(&score) {
         return Ok(());
     }
-    Err(Error::Scorer {
-        scorer: scorer.to_owned(),
-        reason: format!("prompt {prompt_id:?}: expected a score in [0, 1], found {score}"),
-        hint: None,
-    })
+    Err(Error::scorer(scorer, format!("prompt {prompt_id:?}: expected a score in [0, 1], found {score}")))
 }
 
 #[cfg(test)]

@@ -140,11 +140,8 @@ impl PromptSource {
         let reason = format!("no prompts in {}, only in {}", absent.join(", "), join(present));
         let hint = Some("ask only for languages that are there, or leave out --lang for all of them".into());
         Err(match self {
-            PromptSource::Own => Error::Setting {
-                setting: "--lang".into(),
-                reason: format!("the program's own prompts: {reason}"),
-                hint: Some("give prompts in that language with --prompts".into()),
-            },
+            PromptSource::Own => Error::setting("--lang", format!("the program's own prompts: {reason}"))
+                .with_hint("give prompts in that language with --prompts"),
             PromptSource::File(path) | PromptSource::Folder(path) => {
                 Error::Input { path: path.clone(), line: None, reason, hint }
             }
@@ -167,17 +164,17 @@ fn read_file(path: &Path, languages: &[&'static str]) -> Result<Vec<Placed>> {
         .into_iter()
         .map(|row| {
             let language = read::more_specific(row.language, name_language).or(caller_language);
-            let language = language.ok_or_else(|| Error::Input {
-                path: path.to_path_buf(),
-                line: Some(row.line),
-                reason: "expected to know the prompt's language, but neither the row, nor the file's name, \
-                         nor --lang says it"
-                    .into(),
-                hint: Some(
+            let language = language.ok_or_else(|| {
+                Error::input(
+                    path,
+                    Some(row.line),
+                    "expected to know the prompt's language, but neither the row, nor the file's name, \
+                         nor --lang says it",
+                )
+                .with_hint(
                     "name one language with --lang, name the file after it (de.txt), or give each row a \
-                     \"language\""
-                        .into(),
-                ),
+                     \"language\"",
+                )
             })?;
             Ok(Placed { language, key: row.key, text: row.text })
         })
@@ -199,14 +196,12 @@ fn read_folder(folder: &Path, languages: &[&'static str]) -> Result<(Vec<Placed>
             if let (Some(language), Some(of_name)) = (language, file.language)
                 && language != of_name
             {
-                return Err(Error::Input {
-                    path: file.path,
-                    line: Some(row.line),
-                    reason: format!("the row's language is {language}, but its file is named as {of_name}"),
-                    hint: Some(
-                        "correct the row or the name, or read the file alone, where rows are believed".into(),
-                    ),
-                });
+                return Err(Error::input(
+                    file.path,
+                    Some(row.line),
+                    format!("the row's language is {language}, but its file is named as {of_name}"),
+                )
+                .with_hint("correct the row or the name, or read the file alone, where rows are believed"));
             }
             let Some(language) = language else {
                 nameless.push(file.path);
@@ -220,19 +215,14 @@ fn read_folder(folder: &Path, languages: &[&'static str]) -> Result<(Vec<Placed>
             .iter()
             .map(|path| path.strip_prefix(folder).unwrap_or(path).display().to_string())
             .collect();
-        return Err(Error::Input {
-            path: folder.to_path_buf(),
-            line: None,
-            reason: format!(
+        return Err(Error::input(folder, None, format!(
                 "expected each file's name to carry a language (de.jsonl, RTP_LX_DE.json) or each row to have \
                  one, found neither for: {}",
                 names.join(", ")
-            ),
-            hint: Some(format!(
+            )).with_hint(format!(
                 "rename or move them, or give each row a \"language\"; known: {}",
                 language::known_codes().join(", ")
-            )),
-        });
+            )));
     }
     Ok((placed, of_names))
 }
@@ -243,13 +233,12 @@ fn list_folder(folder: &Path) -> Result<Vec<Named>> {
     for path in entries(folder)? {
         if path.is_dir() {
             let Some(language) = path.file_name().and_then(|name| language::normalize(name.to_str()?)) else {
-                return Err(Error::Input {
+                return Err(Error::input(
                     path,
-                    line: None,
-                    reason: "expected a subfolder named after a language (de, zh-hans), found another name"
-                        .into(),
-                    hint: Some(format!("rename or move it; known: {}", language::known_codes().join(", "))),
-                });
+                    None,
+                    "expected a subfolder named after a language (de, zh-hans), found another name",
+                )
+                .with_hint(format!("rename or move it; known: {}", language::known_codes().join(", "))));
             };
             let before = files.len();
             for path in entries(&path)? {
@@ -275,12 +264,8 @@ fn list_folder(folder: &Path) -> Result<Vec<Named>> {
 }
 
 fn no_prompt_files(folder: &Path) -> Error {
-    Error::Input {
-        path: folder.to_path_buf(),
-        line: None,
-        reason: "expected files .jsonl, .json or .txt, found none".into(),
-        hint: Some("name each file after its language: de.jsonl, RTP_LX_DE.json, de.txt".into()),
-    }
+    Error::input(folder, None, "expected files .jsonl, .json or .txt, found none")
+        .with_hint("name each file after its language: de.jsonl, RTP_LX_DE.json, de.txt")
 }
 
 /// The entries of a folder, sorted, without hidden ones.

@@ -71,12 +71,8 @@ pub(super) fn more_specific(row: Option<&'static str>, name: Option<&'static str
 
 /// The error for a folder where a file was expected.
 pub(super) fn folder_for_file(path: &Path) -> Error {
-    Error::Input {
-        path: path.to_path_buf(),
-        line: None,
-        reason: "expected a prompt file, found a folder".into(),
-        hint: Some("name one of the files in it".into()),
-    }
+    Error::input(path, None, "expected a prompt file, found a folder")
+        .with_hint("name one of the files in it")
 }
 
 /// Reads and checks every row of a file; a file without a row is an error.
@@ -99,15 +95,14 @@ pub(super) fn read_rows(path: &Path) -> Result<Vec<Row>> {
         return Err(Error::input(path, None, "expected prompts, found none: the file is empty"));
     }
     if rows.iter().all(|row| row.text.trim() == "NA") {
-        return Err(Error::Input {
-            path: path.to_path_buf(),
-            line: None,
-            reason: format!("expected prompts, found \"NA\" in every one of {} rows", rows.len()),
-            hint: Some(
-                "RTP-LX's English file was published so at commit d64f109; take the one of commit f10b92a"
-                    .into(),
-            ),
-        });
+        return Err(Error::input(
+            path,
+            None,
+            format!("expected prompts, found \"NA\" in every one of {} rows", rows.len()),
+        )
+        .with_hint(
+            "RTP-LX's English file was published so at commit d64f109; take the one of commit f10b92a",
+        ));
     }
     Ok(rows)
 }
@@ -124,12 +119,12 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
         return Err(Error::input(path, None, "expected a text file of prompts, found a GGUF model"));
     }
     if bytes.contains(&0) {
-        return Err(Error::Input {
-            path: path.to_path_buf(),
-            line: None,
-            reason: "expected text in UTF-8, found NUL bytes: UTF-16 text, or no text at all".into(),
-            hint: Some("save the file as UTF-8".into()),
-        });
+        return Err(Error::input(
+            path,
+            None,
+            "expected text in UTF-8, found NUL bytes: UTF-16 text, or no text at all",
+        )
+        .with_hint("save the file as UTF-8"));
     }
     file.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
     Ok(bytes)
@@ -141,15 +136,15 @@ fn decode<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str> {
         let good = &bytes[..error.valid_up_to()];
         let line = 1 + good.iter().filter(|&&byte| byte == b'\n').count();
         let column = 1 + good.iter().rev().take_while(|&&byte| byte != b'\n').count();
-        Error::Input {
-            path: path.to_path_buf(),
-            line: Some(line),
-            reason: format!(
+        Error::input(
+            path,
+            Some(line),
+            format!(
                 "expected UTF-8, found the byte 0x{:02X} at byte {column} of the line",
                 bytes[error.valid_up_to()]
             ),
-            hint: Some("save the file as UTF-8".into()),
-        }
+        )
+        .with_hint("save the file as UTF-8")
     })
 }
 
@@ -161,12 +156,12 @@ fn read_text(path: &Path, text: &str) -> Result<Vec<Row>> {
         }
         // Rows of JSON under the wrong name would otherwise become prompts, braces and all.
         if line.trim_start().starts_with('{') && serde_json::from_str::<Map<String, Value>>(line).is_ok() {
-            return Err(Error::Input {
-                path: path.to_path_buf(),
-                line: Some(i + 1),
-                reason: "expected plain text, one prompt a line, found a JSON object".into(),
-                hint: Some("name the file .jsonl".into()),
-            });
+            return Err(Error::input(
+                path,
+                Some(i + 1),
+                "expected plain text, one prompt a line, found a JSON object",
+            )
+            .with_hint("name the file .jsonl"));
         }
         rows.push(Row { line: i + 1, key: (i + 1).to_string(), language: None, text: line.to_owned() });
     }
@@ -238,12 +233,12 @@ fn json_error(path: &Path, line: usize, error: &serde_json::Error) -> Error {
     let words = error.to_string();
     // serde_json counts lines from where it was started, which is not the file's line.
     let words = words.rsplit_once(" at line ").map_or(words.as_str(), |(words, _)| words);
-    Error::Input {
-        path: path.to_path_buf(),
-        line: Some(line),
-        reason: format!("expected JSON, found an error at column {}: {words}", error.column()),
-        hint: Some(JSON_HINT.into()),
-    }
+    Error::input(
+        path,
+        Some(line),
+        format!("expected JSON, found an error at column {}: {words}", error.column()),
+    )
+    .with_hint(JSON_HINT)
 }
 
 fn row(path: &Path, line: usize, place: usize, value: Value) -> Result<Row> {

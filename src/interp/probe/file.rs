@@ -132,12 +132,12 @@ impl Probe {
         let refuse = |reason: String| Error::input(path, None, reason);
         let found = file.str_if_present("general.architecture")?.unwrap_or("nothing");
         if found != ARCHITECTURE {
-            return Err(Error::Input {
-                path: path.to_path_buf(),
-                line: None,
-                reason: format!("expected a probe (architecture {ARCHITECTURE:?}), found {found:?}"),
-                hint: Some("`detox-gguf probe -m MODEL -o probe.gguf` makes one".into()),
-            });
+            return Err(Error::input(
+                path,
+                None,
+                format!("expected a probe (architecture {ARCHITECTURE:?}), found {found:?}"),
+            )
+            .with_hint("`detox-gguf probe -m MODEL -o probe.gguf` makes one"));
         }
         let format = file.u32("probe.format")?;
         if format != FORMAT {

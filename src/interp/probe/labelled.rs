@@ -120,14 +120,12 @@ fn parse_csv(path: &Path, text: &str) -> Result<Labelled> {
     let columns = column("text").zip(column("label"));
     let Some((text_column, label_column)) = columns.or(column("comment_text").zip(column("toxic"))) else {
         let found: Vec<&str> = headers.iter().take(8).collect();
-        return Err(Error::Input {
-            path: path.to_path_buf(),
-            line: Some(1),
-            reason: format!(
-                "expected columns text and label, or Jigsaw's comment_text and toxic, found {found:?}"
-            ),
-            hint: Some("JSON lines with \"text\" and \"label\" are read too".into()),
-        });
+        return Err(Error::input(
+            path,
+            Some(1),
+            format!("expected columns text and label, or Jigsaw's comment_text and toxic, found {found:?}"),
+        )
+        .with_hint("JSON lines with \"text\" and \"label\" are read too"));
     };
     let rows = reader.records().map(|record| {
         let record = record.map_err(|e| {

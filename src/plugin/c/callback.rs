@@ -179,11 +179,7 @@ unsafe extern "C" fn detox_batch(
         let entry = handle::callback(callback)?;
         let HostCallback { callback, table, needs_sources, .. } = &entry.callback;
         if *needs_sources && !table.knows_sources() {
-            return Err(Error::Refused {
-                what: "batch".into(),
-                reason: "in this context sequences are told apart by the functions `op` and `source` of the host table, which it lacks".into(),
-                hint: Some("give them, or make the context with kv_unified = true".into()),
-            }
+            return Err(Error::refused("batch", "in this context sequences are told apart by the functions `op` and `source` of the host table, which it lacks").with_hint("give them, or make the context with kv_unified = true")
             .into());
         }
         // llama.cpp counts a batch's tokens in an i32.

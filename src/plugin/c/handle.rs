@@ -153,12 +153,9 @@ pub(super) fn free_steer(handle: *const c_void) -> Result<(), Failure> {
 pub(super) fn free_callback(handle: *const c_void) -> Result<(), Failure> {
     if N_RUNNING.with(Cell::get) > 0 {
         // It would wait for itself, or for another thread that waits for this one.
-        return Err(Error::Refused {
-            what: "callback".into(),
-            reason: "it is freed from within an eval callback".into(),
-            hint: Some("free it once llama_decode has returned".into()),
-        }
-        .into());
+        return Err(Error::refused("callback", "it is freed from within an eval callback")
+            .with_hint("free it once llama_decode has returned")
+            .into());
     }
     let removed = remove("callback", handle, |object| matches!(object, Object::Callback(_)))?;
     if let Some(Object::Callback(entry)) = removed {

@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_hint_stands_on_a_line_of_its_own() {
-        let error = Error::Setting { setting: "a\0b".into(), reason: "c".into(), hint: Some("d".into()) };
+        let error = Error::setting("a\0b", "c").with_hint("d");
         assert_eq!(guard(|| Err(error.into())), Status::InvalidArgument);
         assert_eq!(message(), "a\u{fffd}b: c\nhint: d");
     }

@@ -10,11 +10,8 @@ impl Scorer for Digit {
     }
 
     fn toxicity(&self, Text { text, .. }: Text<'_>) -> Result<f64> {
-        let digit = text.chars().find_map(|c| c.to_digit(10)).ok_or_else(|| Error::Scorer {
-            scorer: "digit".into(),
-            reason: "no digit".into(),
-            hint: None,
-        })?;
+        let digit =
+            text.chars().find_map(|c| c.to_digit(10)).ok_or_else(|| Error::scorer("digit", "no digit"))?;
         Ok(f64::from(digit) / 10.0)
     }
 }

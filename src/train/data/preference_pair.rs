@@ -89,12 +89,8 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     files.sort();
     if files.is_empty() {
-        return Err(Error::Input {
-            path: folder.to_path_buf(),
-            line: None,
-            reason: "expected files of preference pairs (.jsonl), found none".into(),
-            hint: Some("name the file itself, whatever its ending".into()),
-        });
+        return Err(Error::input(folder, None, "expected files of preference pairs (.jsonl), found none")
+            .with_hint("name the file itself, whatever its ending"));
     }
     Ok(files)
 }
@@ -120,12 +116,9 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<PreferencePair>> {
         pairs.push(row(line).map_err(fault)?);
     }
     if pairs.is_empty() {
-        return Err(Error::Input {
-            path: path.to_path_buf(),
-            line: None,
-            reason: "expected preference pairs, found an empty file".into(),
-            hint: Some(FORMS.into()),
-        });
+        return Err(
+            Error::input(path, None, "expected preference pairs, found an empty file").with_hint(FORMS)
+        );
     }
     Ok(pairs)
 }

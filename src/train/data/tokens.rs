@@ -169,12 +169,11 @@ pub fn tokenize(vocabulary: &Vocabulary, pairs: &[PreferencePair], limits: &Limi
         (false, _) => None,
         (true, Some(eos)) => Some(eos),
         (true, None) => {
-            return Err(Error::Model {
-                path: vocabulary.path().to_path_buf(),
-                reason: "expected an EOS token (tokenizer.ggml.eos_token_id) to end answers with, found none"
-                    .into(),
-                hint: Some("train without it: --no-eos".into()),
-            });
+            return Err(Error::model(
+                vocabulary.path(),
+                "expected an EOS token (tokenizer.ggml.eos_token_id) to end answers with, found none",
+            )
+            .with_hint("train without it: --no-eos"));
         }
     };
     let found: Vec<Result<Cut, Skip>> = pairs

@@ -270,10 +270,11 @@ fn windows(file: &GgufFile, n_layer: u32) -> Result<Vec<Option<usize>>> {
     let window = |is_local: bool| is_local.then_some(window as usize);
     if let Some(crate::gguf::Value::Array(array)) = file.metadata().get(&pattern_key) {
         let of_layers = array.to_i64s().filter(|values| values.len() >= n_layer as usize);
-        let of_layers = of_layers.ok_or_else(|| Error::Model {
-            path: file.path().to_path_buf(),
-            reason: format!("key {pattern_key:?}: expected a number, or one for each of {n_layer} layers"),
-            hint: None,
+        let of_layers = of_layers.ok_or_else(|| {
+            Error::model(
+                file.path(),
+                format!("key {pattern_key:?}: expected a number, or one for each of {n_layer} layers"),
+            )
         })?;
         return Ok(of_layers.into_iter().take(n_layer as usize).map(|local| window(local != 0)).collect());
     }
@@ -291,10 +292,9 @@ fn rope_scale(file: &GgufFile) -> Result<f64> {
     match file.str_if_present(&file.arch_key("rope.scaling.type")?)? {
         Some("none") => Ok(1.0),
         None | Some("linear") => Ok(factor.filter(|&f| f != 0.0).map_or(1.0, |f| 1.0 / f64::from(f))),
-        Some(other) => Err(Error::Model {
-            path: file.path().to_path_buf(),
-            reason: format!("rotary scaling {other:?} is not known to the trainer"),
-            hint: Some("it knows none and linear, and Llama 3's factors".into()),
-        }),
+        Some(other) => {
+            Err(Error::model(file.path(), format!("rotary scaling {other:?} is not known to the trainer"))
+                .with_hint("it knows none and linear, and Llama 3's factors"))
+        }
     }
 }

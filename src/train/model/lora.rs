@@ -83,14 +83,10 @@ impl LoraOptions {
             ["embed", "output"].into_iter().find(|name| self.targets.iter().any(|t| t == name))
             && model.tensor("output.weight").is_none()
         {
-            return Err(Error::Setting {
-                setting: "--targets".into(),
-                reason: format!(
+            return Err(Error::setting("--targets", format!(
                     "{target}: this model uses its token embeddings as its output too, where llama.cpp cannot \
                      apply an adapter"
-                ),
-                hint: Some("leave embed and output out".into()),
-            });
+                )).with_hint("leave embed and output out"));
         }
         if !model.tensors().iter().any(|tensor| self.trains(tensor.name())) {
             return Err(Error::setting("--targets", "this model has none of these matrices"));

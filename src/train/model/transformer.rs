@@ -127,10 +127,7 @@ impl<D: Device> Layer<D> {
 pub fn read_numbers(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>> {
     let bytes = file.read_tensor(tensor)?;
     let mut values = vec![0.0; tensor.n_elements() as usize];
-    let refuse = |reason: String| Error::Gguf {
-        path: file.path().to_path_buf(),
-        reason: format!("tensor {:?}: {reason}", tensor.name()),
-    };
+    let refuse = |reason: String| Error::gguf(file.path(), format!("tensor {:?}: {reason}", tensor.name()));
     gguf::dequantize(tensor.tensor_type(), &bytes, &mut values).map_err(refuse)?;
     match values.iter().position(|x| !x.is_finite()) {
         Some(at) => Err(refuse(format!("expected finite numbers, found {} at element {at}", values[at]))),
@@ -140,10 +137,7 @@ pub fn read_numbers(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>> {
 
 /// Every number of a matrix, a row at a time, so that it is never whole in f32.
 fn check_finite(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8]) -> Result<()> {
-    let refuse = |reason: String| Error::Gguf {
-        path: file.path().to_path_buf(),
-        reason: format!("tensor {:?}: {reason}", tensor.name()),
-    };
+    let refuse = |reason: String| Error::gguf(file.path(), format!("tensor {:?}: {reason}", tensor.name()));
     let n = tensor.shape()[0] as usize;
     let rows = bytes.par_chunks(tensor.row_bytes() as usize).enumerate();
     rows.try_for_each_init(
@@ -273,7 +267,7 @@ impl<D: Device> Loader<'_, D> {
 
     /// The tensor `name`, which must have `n_elements` numbers in the dimensions of `shape` (ggml's order).
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
-        let refuse = |reason: String| Error::Gguf { path: self.file.path().to_path_buf(), reason };
+        let refuse = |reason: String| Error::gguf(self.file.path(), reason);
         let expected: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
         let Some(tensor) = self.file.tensor(name) else {
             return Err(refuse(format!("tensor {name:?}: expected {expected:?}, found nothing")));
@@ -294,7 +288,7 @@ impl<D: Device> Loader<'_, D> {
             let found =
                 self.file.tensor(name).map_or("nothing".into(), |tensor| format!("{:?}", tensor.shape()));
             let reason = format!("tensor {name:?}: expected {n} numbers, found {found}");
-            return Err(Error::Gguf { path: self.file.path().to_path_buf(), reason });
+            return Err(Error::gguf(self.file.path(), reason));
         };
         let values = read_numbers(self.file, tensor)?;
         match self.method {

@@ -94,12 +94,12 @@ impl Adapter {
                 .ok_or_else(|| Error::input(path, None, format!("tensor {name:?}: the base has none")))?;
             let &[n_in, n_out] = matrix.shape() else {
                 let shape = matrix.shape();
-                return Err(Error::Input {
-                    path: path.to_path_buf(),
-                    line: None,
-                    reason: format!("tensor {name:?}: expected a matrix, found {shape:?} (experts)"),
-                    hint: Some("use the adapter as it is, with --lora".into()),
-                });
+                return Err(Error::input(
+                    path,
+                    None,
+                    format!("tensor {name:?}: expected a matrix, found {shape:?} (experts)"),
+                )
+                .with_hint("use the adapter as it is, with --lora"));
             };
             factors.push(Factors {
                 name: name.to_owned(),

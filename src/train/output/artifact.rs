@@ -29,15 +29,15 @@ pub fn file_name(method: MethodName) -> &'static str {
 pub fn check(base: &GgufFile, method: MethodName) -> Result<()> {
     let quantised = base.tensors().iter().find(|tensor| tensor.tensor_type().block_len() > 1);
     match (method, quantised) {
-        (MethodName::Full, Some(tensor)) => Err(Error::Setting {
-            setting: "--method full".into(),
-            reason: format!(
+        (MethodName::Full, Some(tensor)) => Err(Error::setting(
+            "--method full",
+            format!(
                 "it trains the weights themselves, and tensor {:?} of this model is of type {}",
                 tensor.name(),
                 tensor.tensor_type()
             ),
-            hint: Some("train an adapter with --method lora, or take the model in F16, BF16 or F32".into()),
-        }),
+        )
+        .with_hint("train an adapter with --method lora, or take the model in F16, BF16 or F32")),
         _ => Ok(()),
     }
 }
@@ -75,7 +75,7 @@ fn adapter<D: Device>(trainer: &Trainer<D>, base: &GgufFile, alpha: f32) -> Resu
         let shape = base.tensor(name).map(|tensor| tensor.shape().to_vec()).unwrap_or_default();
         let &[n_in, n_out] = shape.as_slice() else {
             let reason = format!("tensor {name:?}: expected a matrix, found {shape:?}");
-            return Err(Error::Gguf { path: base.path().to_path_buf(), reason });
+            return Err(Error::gguf(base.path(), reason));
         };
         let of_matrix = factors.entry(name).or_insert_with(|| Factors {
             name: name.to_owned(),
@@ -138,11 +138,8 @@ fn write_model<D: Device>(
             Some(&i) => {
                 let values = trainer.device().download(&parameters.values[i])?;
                 let n_per_row = tensor.shape()[0] as usize;
-                let bytes =
-                    quantize(tensor.tensor_type(), &values, n_per_row).map_err(|reason| Error::Gguf {
-                        path: path.to_path_buf(),
-                        reason: format!("tensor {:?}: {reason}", tensor.name()),
-                    })?;
+                let bytes = quantize(tensor.tensor_type(), &values, n_per_row)
+                    .map_err(|reason| Error::gguf(path, format!("tensor {:?}: {reason}", tensor.name())))?;
                 writer.write(&bytes)?;
             }
             None => writer.write(&base.read_tensor(tensor)?)?,

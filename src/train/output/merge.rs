@@ -288,12 +288,7 @@ impl<'a> Planned<'a> {
         }
         let refuse = |reason: String, hint: &str| {
             let reason = format!("tensor {:?}: {reason}", tensor.name());
-            Err(Error::Input {
-                path: base.path().to_path_buf(),
-                line: None,
-                reason,
-                hint: Some(hint.to_owned()),
-            })
+            Err(Error::input(base.path(), None, reason).with_hint(hint))
         };
         let stem = tensor.name().strip_suffix(".weight").unwrap_or(tensor.name());
         if let Some(scale) = base.tensor(&format!("{stem}.scale")) {

@@ -72,10 +72,8 @@ pub fn save<D: Device>(path: &Path, trainer: &Trainer<D>, state: &State, with_op
 /// [`Error::RunFolder`] for a file of another run; [`Error::Gguf`] and [`Error::Io`] where it cannot be read.
 pub fn load<D: Device>(path: &Path, trainer: &mut Trainer<D>, with_optimizer: bool) -> Result<State> {
     let file = GgufFile::open(path)?;
-    let refuse = |reason: String| Error::RunFolder {
-        path: path.to_path_buf(),
-        reason,
-        hint: Some("choose another -o, or delete the folder to begin again".into()),
+    let refuse = |reason: String| {
+        Error::run_folder(path, reason).with_hint("choose another -o, or delete the folder to begin again")
     };
     let found = file.str_if_present("general.architecture")?.unwrap_or_default();
     if found != ARCHITECTURE {

@@ -112,15 +112,11 @@ pub fn run<D: Device>(
     };
     let (log, records) = JsonLog::open::<Record>(&files.metrics, std::iter::repeat_n(1, state.n_records))?;
     if records.len() < state.n_records {
-        return Err(Error::RunFolder {
-            path: files.metrics.clone(),
-            reason: format!(
-                "expected the {} lines of its checkpoint, found {}",
-                state.n_records,
-                records.len()
-            ),
-            hint: Some("choose another -o, or delete the folder to begin again".into()),
-        });
+        return Err(Error::run_folder(
+            &files.metrics,
+            format!("expected the {} lines of its checkpoint, found {}", state.n_records, records.len()),
+        )
+        .with_hint("choose another -o, or delete the folder to begin again"));
     }
     let longest = pairs.iter().map(n_rows).max().unwrap_or(0);
     let mut run = Run { trainer, pairs, longest, settings, files, log, records, state, references };
@@ -276,7 +272,7 @@ impl<D: Device> Run<'_, D> {
                 result => return result,
             };
             if !self.shrink(kind, n_rows) {
-                return Err(Error::DeviceMemory { device, reason, hint: Some(self.cures(kind)) });
+                return Err(Error::device_memory(device, reason).with_hint(self.cures(kind)));
             }
             self.trainer.forget_pass()?;
             let smaller = self.placement(true);

@@ -202,11 +202,11 @@ impl<'a> Needs<'a> {
             "a smaller quantisation of the model",
             "--device cpu",
         ]);
-        Err(Error::DeviceMemory {
-            device: device.to_string(),
-            reason: format!("this run needs about {} MiB, and {} MiB are free", mib(least), mib(free)),
-            hint: Some(cures.join("; ")),
-        })
+        Err(Error::device_memory(
+            device.to_string(),
+            format!("this run needs about {} MiB, and {} MiB are free", mib(least), mib(free)),
+        )
+        .with_hint(cures.join("; ")))
     }
 
     fn weights(&self, frozen: Frozen) -> u64 {
@@ -306,11 +306,7 @@ pub(in crate::train) const MOST_ROPE_PAIRS: usize = 256;
 /// # Errors
 /// [`Error::Model`] that names what has none.
 pub fn check_kernels(base: &GgufFile, config: &Config, method: MethodName) -> Result<()> {
-    let refuse = |reason: String, hint: &str| Error::Model {
-        path: base.path().to_path_buf(),
-        reason,
-        hint: Some(hint.to_owned()),
-    };
+    let refuse = |reason: String, hint: &str| Error::model(base.path(), reason).with_hint(hint);
     for (il, attention) in config.attention.iter().enumerate() {
         let (heads, dim) = (attention.n_head, attention.head_dim);
         if heads > MOST_HEADS || dim > MOST_HEAD_DIM {

@@ -87,11 +87,11 @@ impl References {
         if !missing.is_empty() {
             let of_missing: Vec<&TokenPair> = missing.iter().map(|&i| pairs[i]).collect();
             let Some(side) = side else {
-                return Err(Error::RunFolder {
-                    path: self.path.clone(),
-                    reason: format!("log-probabilities of {} pairs are missing", missing.len()),
-                    hint: Some("delete the folder to begin again".into()),
-                });
+                return Err(Error::run_folder(
+                    &self.path,
+                    format!("log-probabilities of {} pairs are missing", missing.len()),
+                )
+                .with_hint("delete the folder to begin again"));
             };
             let logps = trainer.logps(side, &of_missing)?;
             let row = |(&i, logps): (&usize, &AnswerLogps)| Row {

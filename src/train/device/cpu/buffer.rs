@@ -64,10 +64,9 @@ struct Pages(MmapMut);
 
 impl Pages {
     fn new(n: usize) -> Result<Pages> {
-        let refuse = |error: std::io::Error| Error::DeviceMemory {
-            device: "cpu".into(),
-            reason: format!("cannot have {} MiB of memory: {error}", (4 * n) >> 20),
-            hint: Some("lower --ubatch-size, or set --checkpointing on".into()),
+        let refuse = |error: std::io::Error| {
+            Error::device_memory("cpu", format!("cannot have {} MiB of memory: {error}", (4 * n) >> 20))
+                .with_hint("lower --ubatch-size, or set --checkpointing on")
         };
         let map = MmapMut::map_anon(4 * n).map_err(refuse)?;
         // Fewer faults and address translations where the kernel has large pages; where it has none, nothing is lost.

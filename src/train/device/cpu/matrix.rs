@@ -77,7 +77,7 @@ impl Matrix {
     /// Checks the sizes, and that every number is readable.
     pub fn new(matrix: HostMatrix) -> Result<Matrix> {
         let HostMatrix { name, tensor_type, n_in, n_out, bytes, .. } = matrix;
-        let refuse = |reason: String| Error::Setting { setting: name.clone(), reason, hint: None };
+        let refuse = |reason: String| Error::setting(name.clone(), reason);
         let n_bytes = tensor_type.row_bytes(n_in as u64).unwrap_or(0) as usize;
         if n_bytes == 0 || bytes.len() != n_bytes * n_out {
             return Err(refuse(format!(

@@ -124,7 +124,7 @@ fn check(ordinal: usize, status: ffi::detox_cuda_status) -> Result<()> {
     if status == ffi::DETOX_CUDA_OUT_OF_MEMORY {
         let hint = "free the card's memory (nvidia-smi names the processes that hold it), or train with \
                     --frozen quantised, --checkpointing on, or a smaller --ubatch-size or --rank";
-        return Err(Error::DeviceMemory { device, reason, hint: Some(hint.into()) });
+        return Err(Error::device_memory(device, reason).with_hint(hint));
     }
     let hint = match status {
         ffi::DETOX_CUDA_NO_DEVICE => Some(
@@ -381,7 +381,7 @@ mod tests {
 
     #[test]
     fn a_driver_that_fails_is_no_machine_without_gpus() {
-        let failed = || Err(Error::Device { device: "cuda:0".into(), reason: "broken".into(), hint: None });
+        let failed = || Err(Error::device("cuda:0", "broken"));
         assert_eq!(presence(failed(), || true).unwrap_err().to_string(), "cuda:0: broken");
         assert!(!presence(failed(), || false).unwrap());
         assert!(!presence(Ok(0), || true).unwrap());
