@@ -15,8 +15,9 @@ use crate::check::export::exact_options;
 use crate::train::data::pack::Packed;
 use crate::train::data::tokens::TokenPair;
 use crate::train::device::Device;
+use crate::train::device::name::Rounding;
 use crate::train::model::forward::Batch;
-use crate::train::recipe::settings::MethodName;
+use crate::train::recipe::method::MethodName;
 use crate::train::run::trainer::{Side, Trainer};
 
 /// Mean KL that the order of sums, and llama.cpp's table of GELU in F16, may cause in F32 (nats a token).
@@ -45,17 +46,6 @@ const MOST_ROUNDING: f64 = 0.1;
 
 /// Most bytes of logits that are kept of one side: a vocabulary can have 262,144 words.
 const MOST_BYTES: usize = 16 << 20;
-
-/// What the trainer's products round.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rounding {
-    /// Nothing: they are in f32.
-    Nothing,
-    /// Operands of products with quantised matrices, to 8 bits.
-    Bytes,
-    /// Operands of all products, to bf16.
-    Bf16,
-}
 
 /// Trainer and llama.cpp on the same texts.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -23,15 +23,16 @@ use crate::train::data::preference_pair::{self, PreferencePair};
 use crate::train::data::tokens::{self, TokenPair, Tokenized};
 use crate::train::device::Device;
 use crate::train::device::cpu::{Cpu, Products};
+use crate::train::device::name::DeviceName;
 use crate::train::model::config::Config;
 use crate::train::model::lora::LoraOptions;
 use crate::train::model::transformer::Method;
 use crate::train::output::artifact;
 use crate::train::recipe::dpo::LossKind;
-use crate::train::recipe::settings::{Identity, MethodName, Settings};
+use crate::train::recipe::method::MethodName;
+use crate::train::recipe::settings::{Identity, Settings};
 use crate::train::run::metrics::Record;
 use crate::train::run::optimizer::{OptimizerKind, ScheduleKind};
-use crate::train::run::placement::DeviceName;
 use crate::train::run::trainer::Trainer;
 use crate::train::run::{RunFiles, check_lengths, run};
 
@@ -276,7 +277,8 @@ impl TrainCommand {
         config: &Config,
         prepared: &mut Prepared,
     ) -> Result<(crate::train::device::cuda::Cuda, bool)> {
-        use crate::train::run::placement::{Frozen, Needs, Wanted, check_kernels};
+        use crate::train::device::name::Frozen;
+        use crate::train::run::placement::{Needs, Wanted, check_kernels};
         check_kernels(&prepared.base, config, prepared.settings.method)?;
         let mut device = crate::train::device::cuda::Cuda::open(ordinal, Frozen::Quantised)?;
         let (free, total) = device.memory_bytes()?;

@@ -7,9 +7,9 @@ use crate::check::training::Agreement;
 use crate::eval::result::Warning;
 use crate::report::line_plot::{Series, line_plot};
 use crate::report::{format, html as page, terminal};
+use crate::train::device::name::DeviceName;
 use crate::train::recipe::settings::Settings;
 use crate::train::run::metrics::{EvaluationRecord, Record, StepRecord};
-use crate::train::run::placement::DeviceName;
 use crate::train::run::{Ending, Outcome};
 
 /// What `train` found.

@@ -18,8 +18,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use detox_gguf::gguf::GgufFile;
 use detox_gguf::train::device::cuda::{Cuda, is_present};
+use detox_gguf::train::device::name::{DeviceName, Frozen};
 use detox_gguf::train::recipe::settings::Settings;
-use detox_gguf::train::run::placement::{DeviceName, Frozen};
 use detox_gguf::train::run::trainer::Trainer;
 
 use own_pairs::{Silent, own_pairs, tiny};

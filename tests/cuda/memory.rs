@@ -10,11 +10,12 @@ use detox_gguf::train::data::pack::Packed;
 use detox_gguf::train::data::tokens::TokenPair;
 use detox_gguf::train::device::Device;
 use detox_gguf::train::device::cuda::{Cuda, emulation};
+use detox_gguf::train::device::name::{DeviceName, Frozen};
 use detox_gguf::train::model::config::Config;
 use detox_gguf::train::output::artifact;
 use detox_gguf::train::recipe::settings::Settings;
 use detox_gguf::train::run::metrics::{PlacementRecord, Record};
-use detox_gguf::train::run::placement::{Choice, DeviceName, Frozen, Needs};
+use detox_gguf::train::run::placement::{Choice, Needs};
 use detox_gguf::train::run::trainer::Side;
 use detox_gguf::train::run::{RunFiles, run};
 

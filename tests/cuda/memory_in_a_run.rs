@@ -9,10 +9,10 @@ use detox_gguf::train::data::pack::Packed;
 use detox_gguf::train::data::tokens::{self, TokenPair};
 use detox_gguf::train::device::Device;
 use detox_gguf::train::device::cuda::{Cuda, emulation};
+use detox_gguf::train::device::name::{DeviceName, Frozen};
 use detox_gguf::train::recipe::settings::Settings;
 use detox_gguf::train::run::metrics::{PlacementRecord, Record};
 use detox_gguf::train::run::optimizer::OptimizerKind;
-use detox_gguf::train::run::placement::{DeviceName, Frozen};
 use detox_gguf::train::run::trainer::Trainer;
 use detox_gguf::train::run::{RunFiles, run};
 

@@ -2,12 +2,14 @@
 
 use std::sync::atomic::AtomicBool;
 
-use detox_gguf::check::training::{Expected, Rounding, agreement};
+use detox_gguf::check::training::{Expected, agreement};
 use detox_gguf::gguf::{GgufFile, Metadata};
 use detox_gguf::train::data::tokens::TokenPair;
+use detox_gguf::train::device::name::Rounding;
+use detox_gguf::train::device::name::{DeviceName, Frozen};
 use detox_gguf::train::output::artifact;
-use detox_gguf::train::recipe::settings::{MethodName, Settings};
-use detox_gguf::train::run::placement::{DeviceName, Frozen};
+use detox_gguf::train::recipe::method::MethodName;
+use detox_gguf::train::recipe::settings::Settings;
 use detox_gguf::train::run::{RunFiles, run};
 
 use super::{Silent, gpu, load, own_pairs, settings, tiny};

@@ -58,9 +58,9 @@ fn passes_have_the_shape_of_an_earlier_one_only_where_their_rows_are_rounded_up(
 #[test]
 fn a_step_of_llama_s_shape_is_so_many_launches_a_block() {
     use detox_gguf::train::device::cuda::emulation;
+    use detox_gguf::train::device::name::Frozen;
     use detox_gguf::train::recipe::dpo::AnswerLogps;
     use detox_gguf::train::recipe::settings::Settings;
-    use detox_gguf::train::run::placement::Frozen;
 
     let Some(_turn) = super::gpu() else { return };
     let pairs = super::own_pairs("llama", 2);

@@ -6,9 +6,10 @@ use detox_gguf::train::device::Device;
 use detox_gguf::train::device::cpu::{Cpu, Products};
 #[cfg(feature = "cuda-emulation")]
 use detox_gguf::train::device::cuda::emulation;
+use detox_gguf::train::device::name::Frozen;
 use detox_gguf::train::recipe::dpo::AnswerLogps;
-use detox_gguf::train::recipe::settings::{MethodName, Settings};
-use detox_gguf::train::run::placement::Frozen;
+use detox_gguf::train::recipe::method::MethodName;
+use detox_gguf::train::recipe::settings::Settings;
 use detox_gguf::train::run::trainer::{Side, Trainer};
 
 use super::{gpu, load, own_pairs, settings, tiny};

@@ -3,7 +3,8 @@
 use detox_gguf::error::Error;
 use detox_gguf::gguf::GgufFile;
 use detox_gguf::train::output::artifact;
-use detox_gguf::train::recipe::settings::{MethodName, Settings};
+use detox_gguf::train::recipe::method::MethodName;
+use detox_gguf::train::recipe::settings::Settings;
 
 use super::{Silent, changed, load, own_pairs, small_settings, tiny, train};
 

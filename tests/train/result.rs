@@ -7,7 +7,8 @@ use detox_gguf::gguf::{GgufFile, Metadata};
 use detox_gguf::train::data::tokens::TokenPair;
 use detox_gguf::train::device::cpu::Cpu;
 use detox_gguf::train::output::artifact;
-use detox_gguf::train::recipe::settings::{MethodName, Settings};
+use detox_gguf::train::recipe::method::MethodName;
+use detox_gguf::train::recipe::settings::Settings;
 use detox_gguf::train::run::trainer::{Side, Trainer};
 
 use super::{load, own_pairs, small_settings, tiny};

@@ -3,7 +3,7 @@
 use clap::{Args, ValueEnum};
 
 use crate::error::{Error, Result};
-use crate::train::run::placement::DeviceName;
+use crate::train::device::name::DeviceName;
 
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Device")]
@@ -30,10 +30,10 @@ pub enum FrozenArgument {
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 impl FrozenArgument {
     /// What it fixes.
-    pub fn wanted(self) -> Option<crate::train::run::placement::Frozen> {
+    pub fn wanted(self) -> Option<crate::train::device::name::Frozen> {
         match self {
-            FrozenArgument::Bf16 => Some(crate::train::run::placement::Frozen::Bf16),
-            FrozenArgument::Quantised => Some(crate::train::run::placement::Frozen::Quantised),
+            FrozenArgument::Bf16 => Some(crate::train::device::name::Frozen::Bf16),
+            FrozenArgument::Quantised => Some(crate::train::device::name::Frozen::Quantised),
             FrozenArgument::Auto => None,
         }
     }

@@ -8,6 +8,7 @@
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod cuda;
+pub mod name;
 #[cfg(test)]
 mod tests;
 

@@ -10,7 +10,8 @@ use crate::steer::{Fingerprint, control_vector};
 
 use crate::train::device::Device;
 use crate::train::output::adapter::{Adapter, Factors};
-use crate::train::recipe::settings::{MethodName, Settings};
+use crate::train::recipe::method::MethodName;
+use crate::train::recipe::settings::Settings;
 use crate::train::run::trainer::Trainer;
 
 /// What a method's result is called in the run's folder.

@@ -4,27 +4,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-use crate::check::training::Rounding;
 use crate::train::data::tokens::Limits;
 use crate::train::device::cpu::Products;
+use crate::train::device::name::Rounding;
+use crate::train::device::name::{DeviceName, Frozen};
 use crate::train::model::lora::LoraOptions;
 use crate::train::model::transformer::Method;
 use crate::train::recipe::dpo::{LossKind, Preference};
+use crate::train::recipe::method::MethodName;
 use crate::train::run::optimizer::{OptimizerKind, Schedule, ScheduleKind};
-use crate::train::run::placement::{DeviceName, Frozen};
 use crate::train::run::trainer::StepOptions;
-
-/// What is trained, as users type it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MethodName {
-    /// Low-rank changes of chosen matrices.
-    Lora,
-    /// One direction a block.
-    Vector,
-    /// Every weight.
-    Full,
-}
 
 /// Settings that on a GPU decide memory and speed alone: how a step's pairs are shared out among passes changes the order
 /// in which gradients are added up, weights are rounded to the same bf16 before a product or at the start, and threads of

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::train::device::name::{DeviceName, Frozen};
 use crate::train::recipe::dpo::{AnswerLogps, PairLoss};
-use crate::train::run::placement::{DeviceName, Frozen};
 
 /// Means over pairs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]

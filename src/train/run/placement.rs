@@ -1,98 +1,12 @@
 //! Where a run is computed, and whether a GPU's memory suffices: plain arithmetic, before anything is taken there.
 
-use std::fmt;
-use std::str::FromStr;
-
-use serde::{Deserialize, Serialize};
-
 use crate::error::{Error, Result};
 use crate::gguf::{GgufFile, TensorType};
 
+use crate::train::device::name::{DeviceName, Frozen};
 use crate::train::model::config::Config;
-use crate::train::recipe::settings::{MethodName, Settings};
-
-/// Where a run is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
-pub enum DeviceName {
-    /// On the CPU.
-    #[default]
-    Cpu,
-    /// On the NVIDIA GPU of this number, from 0.
-    Cuda(usize),
-}
-
-impl DeviceName {
-    /// Whether it is the CPU.
-    pub fn is_cpu(&self) -> bool {
-        *self == DeviceName::Cpu
-    }
-}
-
-impl fmt::Display for DeviceName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            DeviceName::Cpu => f.write_str("cpu"),
-            DeviceName::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
-        }
-    }
-}
-
-impl FromStr for DeviceName {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<DeviceName, String> {
-        let refuse = || format!("expected cpu, cuda or cuda:N, found {text:?}");
-        match text.split_once(':') {
-            None if text == "cpu" => Ok(DeviceName::Cpu),
-            None if text == "cuda" => Ok(DeviceName::Cuda(0)),
-            Some(("cuda", n)) => n.parse().map(DeviceName::Cuda).map_err(|_| refuse()),
-            _ => Err(refuse()),
-        }
-    }
-}
-
-impl From<DeviceName> for String {
-    fn from(name: DeviceName) -> String {
-        name.to_string()
-    }
-}
-
-impl TryFrom<String> for DeviceName {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<DeviceName, String> {
-        text.parse()
-    }
-}
-
-/// How frozen matrices lie in a GPU's memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Frozen {
-    /// Rounded to bf16, two bytes a number: nothing is left to do before a product.
-    Bf16,
-    /// As the file's blocks: each product rounds them to bf16 first, a part at a time.
-    Quantised,
-}
-
-impl Frozen {
-    /// As users type it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Frozen::Bf16 => "bf16",
-            Frozen::Quantised => "quantised",
-        }
-    }
-
-    /// Where weights lie, for people.
-    pub fn place(self) -> &'static str {
-        match self {
-            Frozen::Bf16 => "bf16",
-            Frozen::Quantised => "the file's blocks",
-        }
-    }
-}
+use crate::train::recipe::method::MethodName;
+use crate::train::recipe::settings::Settings;
 
 /// Bytes of logits that a GPU computes at a time: with the largest vocabularies still some hundred rows.
 pub const GPU_LOGIT_BYTES: usize = 256 << 20;
@@ -348,23 +262,6 @@ mod tests {
 
     fn base() -> GgufFile {
         GgufFile::open(concat!(env!("CARGO_MANIFEST_DIR"), "/gguf/tiny/llama.gguf")).unwrap()
-    }
-
-    #[test]
-    fn devices_are_named_as_on_the_command_line() {
-        for (text, name) in
-            [("cpu", DeviceName::Cpu), ("cuda", DeviceName::Cuda(0)), ("cuda:3", DeviceName::Cuda(3))]
-        {
-            assert_eq!(text.parse(), Ok(name));
-            assert_eq!(name.to_string().parse(), Ok(name));
-        }
-        assert_eq!(serde_json::to_string(&DeviceName::Cuda(1)).unwrap(), "\"cuda:1\"");
-        for text in ["gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0", ""] {
-            assert!(
-                text.parse::<DeviceName>().unwrap_err().contains("expected cpu, cuda or cuda:N"),
-                "{text}"
-            );
-        }
     }
 
     #[test]

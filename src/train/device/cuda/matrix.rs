@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use crate::error::{Error, Result};
 use crate::gguf::TensorType;
 use crate::train::device::HostMatrix;
-use crate::train::run::placement::Frozen;
+use crate::train::device::name::Frozen;
 
 use crate::train::device::cuda::ffi;
 use crate::train::device::cuda::handle::{Handle, Memory};

@@ -17,9 +17,9 @@ use std::sync::Arc;
 
 use crate::error::Result;
 
+use crate::train::device::name::Frozen;
 use crate::train::device::{Activation, AdamwStep, Attention, Index, Norm, NormKind, RmspropStep};
 use crate::train::recipe::dpo::{AnswerLogps, LossKind, PairLoss, Preference};
-use crate::train::run::placement::Frozen;
 
 use handle::Handle;
 pub use handle::{Buffer, Properties, Rows, count, is_present};

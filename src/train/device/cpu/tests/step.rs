@@ -5,7 +5,8 @@ use std::path::Path;
 use crate::gguf::GgufFile;
 use crate::train::data::tokens::TokenPair;
 use crate::train::device::cpu::{Cpu, Products};
-use crate::train::recipe::settings::{MethodName, Settings};
+use crate::train::recipe::method::MethodName;
+use crate::train::recipe::settings::Settings;
 use crate::train::run::trainer::{Side, Trainer};
 
 #[test]
