@@ -6,14 +6,17 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 
 use crate::error::{Error, Result};
+use crate::file::{base_name, create_folder};
 use crate::gguf::GgufFile;
-use crate::interp::activations::{PromptActivation, by_language};
-use crate::report::interp::Activations;
+use crate::interp::activations::{
+    ActivationPrompt, Activations, PromptActivation, by_language, mean_activations,
+};
 use crate::report::json;
 
 use super::arguments::{EngineArguments, PromptArguments};
 use super::eval::write_reports;
-use super::locate::{mean_activations, read_neurons};
+use super::locate::read_neurons;
+use super::progress::Shown;
 use super::steering::SteeringArguments;
 use super::{may_colour, print};
 
@@ -61,7 +64,7 @@ impl ActivationsCommand {
                     );
                     return Err(Error::setting("--model-b", reason));
                 }
-                Some((self.engine.open(path)?, name_of(path)))
+                Some((self.engine.open(path)?, base_name(path)))
             }
             (Some(_), false) => {
                 return Err(Error::setting("--model-b", "B is another model or a steered one, not both"));
@@ -69,12 +72,17 @@ impl ActivationsCommand {
             (None, true) => None,
             (None, false) => {
                 let model = self.steering.open(&self.model, &self.engine)?;
-                Some((model, format!("{}, steered", name_of(&self.model))))
+                Some((model, format!("{}, steered", base_name(&self.model))))
             }
         };
-        crate::file::create_folder(&self.output)?;
+        create_folder(&self.output)?;
+        let texts: Vec<ActivationPrompt> =
+            prompts.iter().map(|p| ActivationPrompt { id: &p.id, text: &p.text }).collect();
         let measure = |model: &crate::engine::Model| -> Result<Vec<f64>> {
-            let means = mean_activations(model, &self.engine, &prompts, &neurons, self.n_predict, interrupt)?;
+            let options = self.engine.session_options();
+            let progress = &mut Shown::new();
+            let means =
+                mean_activations(model, &options, &texts, &neurons, self.n_predict, progress, interrupt)?;
             let n = neurons.len() as f64;
             Ok(means.iter().map(|m| m.iter().map(|&a| f64::from(a)).sum::<f64>() / n).collect())
         };
@@ -90,7 +98,7 @@ impl ActivationsCommand {
             })
             .collect();
         let found = Activations {
-            a: name_of(&self.model),
+            a: base_name(&self.model),
             b: model_b.map(|(_, name)| name),
             n_neurons: neurons.len(),
             n_predict: self.n_predict,
@@ -102,8 +110,4 @@ impl ActivationsCommand {
         eprintln!("report: {}", self.output.join("activations.html").display());
         Ok(())
     }
-}
-
-fn name_of(path: &std::path::Path) -> String {
-    crate::file::base_name(path)
 }

@@ -5,11 +5,10 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 
-use crate::engine::{Model, Session, SessionOptions, Token, residual};
 use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
-use crate::interp::probe::{self, Fit, Probe, ProbeOptions, ProbePlace};
-use crate::progress::Progress;
+use crate::interp::probe::{self, Fit, ProbeOptions, ProbePlace, ProbeReading};
+use crate::interp::residual_streams::check_max_tokens;
 use crate::steer::Fingerprint;
 
 use super::arguments::{EngineArguments, check_output};
@@ -69,9 +68,7 @@ impl ProbeCommand {
             held_out: self.held_out,
             seed: self.seed,
         };
-        if self.max_tokens == 0 {
-            return Err(Error::setting("--max-tokens", "expected a number from 1 up, found 0"));
-        }
+        check_max_tokens(self.max_tokens)?;
         if let Some(n) = self.limit.filter(|&n| n < 4) {
             return Err(Error::setting(
                 "--limit",
@@ -96,20 +93,18 @@ impl ProbeCommand {
         probe::check(&is_toxic, &options)?;
         let fingerprint = Fingerprint::of(&GgufFile::open(&self.model)?)?;
         let model = self.steering.open(&self.model, &self.engine)?;
-        let texts: Vec<&str> = labelled.texts.iter().map(|t| t.text.as_str()).collect();
-        let places = [self.layer.residual_place()];
-        let features =
-            mean_residual_streams(&model, &self.engine, &texts, &places, self.max_tokens, interrupt)?;
-        let features: Vec<Vec<f32>> = features.into_iter().map(|mut places| places.swap_remove(0)).collect();
-        let fit = probe::fit(&features, &is_toxic, &options)?;
-        let probe = Probe {
-            weight: fit.weight.clone(),
-            place: self.layer,
-            fingerprint: Some(fingerprint),
-            source: source.clone(),
-            accuracy: Some(fit.held_out.accuracy as f32),
-            auc: Some(fit.held_out.auc as f32),
-        };
+        let reading = ProbeReading { place: self.layer, max_tokens: self.max_tokens };
+        let (probe, fit) = probe::train(
+            &model,
+            &self.engine.session_options(),
+            fingerprint,
+            &labelled,
+            &source,
+            reading,
+            &options,
+            &mut Shown::new(),
+            interrupt,
+        )?;
         probe.write(&self.output)?;
         print(&described(&fit, &source, labelled.n_toxic(), self.layer))?;
         if fit.best_epoch == self.epochs {
@@ -150,42 +145,4 @@ fn described(fit: &Fit, source: &str, n_toxic: usize, place: ProbePlace) -> Stri
         100.0 * held_out.majority_accuracy,
         held_out.auc,
     )
-}
-
-/// Slots for texts: more are not decoded faster, since a batch holds few texts.
-const TEXT_SLOTS: usize = 32;
-
-/// Mean residual streams of texts at some places, shape `[texts][places][n_embd]`, each text cut to
-/// `max_tokens`.
-pub fn mean_residual_streams(
-    model: &Model,
-    engine: &EngineArguments,
-    texts: &[&str],
-    places: &[residual::ResidualPlace],
-    max_tokens: usize,
-    interrupt: &AtomicBool,
-) -> Result<Vec<Vec<Vec<f32>>>> {
-    let tokens = texts.iter().map(|text| {
-        let mut tokens = model.tokenize_prompt(text)?;
-        tokens.truncate(max_tokens);
-        Ok(tokens)
-    });
-    let tokens: Vec<Vec<Token>> = tokens.collect::<Result<_>>()?;
-    let n_cut = tokens.iter().filter(|tokens| tokens.len() == max_tokens).count();
-    if n_cut > 0 {
-        eprintln!("{n_cut} texts of {max_tokens} tokens or more were read up to there");
-    }
-    let longest = tokens.iter().map(Vec::len).max().unwrap_or(1);
-    let options = engine.session_options();
-    let options = SessionOptions { n_parallel: options.n_parallel.or(Some(TEXT_SLOTS)), ..options };
-    let mut session = Session::open_with_callback(model, &options, longest)?;
-    let mut progress = Shown::new();
-    progress.start("texts", tokens.len() as u64, 0);
-    let mut n_done = 0;
-    let recorded = residual::record(&mut session, &tokens, places, interrupt, |done| {
-        progress.advance((done - n_done) as u64);
-        n_done = done;
-    })?;
-    progress.finish();
-    Ok(recorded)
 }

@@ -5,29 +5,25 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use clap::{Args, ValueEnum};
-use serde::Deserialize;
 
 use crate::check::steering::{self, Difference};
-use crate::engine::residual::ResidualPlace;
-use crate::engine::steering::{Change, ControlVector, Edit, Operation, When};
+use crate::engine::steering::{Operation, When};
 use crate::engine::{Steering, Token};
 use crate::error::{Error, Result};
 use crate::eval::prompts::PromptSource;
 use crate::gguf::{GgufFile, Metadata, Value};
-use crate::interp::directions;
+use crate::interp::contrast::{self, ContrastMethod, contrast_directions};
 use crate::interp::probe::{Probe, ProbePlace};
 use crate::progress::Progress;
 use crate::steer::compile::{self, Compiled, Route};
-use crate::steer::intervention::Directions;
 use crate::steer::{
-    ControlVectorFile, Fingerprint, Intervention, Interventions, Neuron, SteerFile, Target, bake,
+    ControlVectorFile, Fingerprint, Intervention, Interventions, Neuron, SteerFile, Target, bake, combined,
     control_vector,
 };
 
 use super::arguments::{EngineArguments, check_output};
 use super::locate::read_neurons;
 use super::print;
-use super::probe::mean_residual_streams;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 
@@ -279,44 +275,23 @@ impl SteerCommand {
                 ProbePlace::Embedding => 1,
                 ProbePlace::FinalNorm => last,
             };
-            let norm = probe.weight.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>().sqrt();
-            let unit: Vec<f32> = probe.weight.iter().map(|&w| (f64::from(w) / norm) as f32).collect();
+            let unit = probe.unit_direction();
             return Ok(Some(layers((read, read))?.map(|layer| (layer, unit.clone())).collect()));
         }
         let Some(file) = &self.text.contrast else { return Ok(None) };
         let pairs = match file {
-            Some(path) => {
-                let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-                read_contrast(path, &text)?
-            }
-            None => read_contrast(Path::new("contrast.jsonl"), include_str!("../interp/contrast.jsonl"))?,
+            Some(path) => contrast::read(path)?,
+            None => contrast::own(),
         };
         let layers = layers((1, last))?;
-        let places: Vec<ResidualPlace> = layers.clone().map(ResidualPlace::AfterBlock).collect();
-        let texts: Vec<&str> = pairs.iter().flat_map(|p| [p.toxic.as_str(), p.benign.as_str()]).collect();
+        let method = match self.text.method {
+            MethodArgument::Mean => ContrastMethod::Mean,
+            MethodArgument::Pca => ContrastMethod::PrincipalComponent,
+        };
+        let options = self.engine.session_options();
         let opened = self.engine.open(&self.model)?;
-        let recorded = mean_residual_streams(&opened, &self.engine, &texts, &places, 512, interrupt)?;
-        let refuse = |error: directions::DirectionError| Error::setting("--contrast", error.to_string());
-        let mut directions = BTreeMap::new();
-        for (at, layer) in layers.enumerate() {
-            let side = |side: usize| -> Vec<Vec<f32>> {
-                recorded.iter().skip(side).step_by(2).map(|places| places[at].clone()).collect()
-            };
-            let (toxic, benign) = (side(0), side(1));
-            let mean = directions::mean_difference(&toxic, &benign).map_err(refuse)?;
-            let direction = match self.text.method {
-                MethodArgument::Mean => mean,
-                MethodArgument::Pca => {
-                    let first = directions::principal_component(&toxic, &benign).map_err(refuse)?;
-                    // So that coefficient 1 is the mean distance of the two kinds of text, as with the mean.
-                    let along = mean.iter().zip(&first.direction).map(|(&m, &d)| f64::from(m) * f64::from(d));
-                    let along = along.sum::<f64>() as f32;
-                    first.direction.iter().map(|d| d * along).collect()
-                }
-            };
-            directions.insert(layer, direction);
-        }
-        Ok(Some(directions))
+        let progress = &mut Shown::new();
+        contrast_directions(&opened, &options, &pairs, layers, method, progress, interrupt).map(Some)
     }
 
     fn compile(&self, model: &GgufFile, sources: &[(SteerFile, f32)], route: Route) -> Result<Compiled> {
@@ -328,23 +303,9 @@ impl SteerCommand {
         &self,
         fingerprint: &Fingerprint,
         sources: &[(SteerFile, f32)],
-        Compiled { steering, choices }: Compiled,
+        compiled: Compiled,
     ) -> Result<()> {
-        if let Some(edit) = steering.edits.first() {
-            return Err(Error::setting("-o/--output", format!(
-                    "a control vector cannot hold all of it, layer {} for one: {}",
-                    edit.layer,
-                    choices.join("; ")
-                )).with_hint(
-                    "write interventions (-o steer.json, for --steer), bake a model (--bake), or leave layer 0 out (--without-layer-0)"
-                        ));
-        }
-        let rows = steering.control_vector.unwrap_or(ControlVector { n_embd: 1, rows: Vec::new() });
-        let directions = rows.rows.chunks_exact(rows.n_embd).enumerate();
-        let directions: BTreeMap<usize, Vec<f32>> = directions
-            .filter(|(_, row)| row.iter().any(|&x| x != 0.0))
-            .map(|(i, row)| (i + 1, row.to_vec()))
-            .collect();
+        let directions = combined::as_control_vector(compiled)?;
         control_vector::write(&self.output, fingerprint, &directions, &self.provenance(sources))
     }
 
@@ -387,7 +348,6 @@ impl SteerCommand {
         fingerprint: &Fingerprint,
         sources: &[(SteerFile, f32)],
     ) -> Result<()> {
-        let refuse = |reason: String| Error::input(&self.output, None, reason);
         let range = self.steering.compile_options(Route::Cheapest).layer_range;
         let layers = match range {
             None => None,
@@ -396,82 +356,11 @@ impl SteerCommand {
                 Some((*layers.start() as u32, *layers.end() as u32))
             }
         };
-        let mut list = Vec::new();
-        for (source, coefficient) in sources {
-            match source {
-                SteerFile::Interventions(interventions) => {
-                    for intervention in &interventions.list {
-                        list.push(intervention.times(*coefficient).map_err(refuse)?);
-                    }
-                }
-                SteerFile::ControlVector(file) if file.path == self.output => {
-                    return Err(Error::setting("-o/--output", "directions go into a control vector").with_hint("write -o steer.gguf first, and combine it with --steer steer.gguf:COEF -o steer.json"));
-                }
-                SteerFile::ControlVector(file) => {
-                    let directions = Directions {
-                        path: self.path_from_output(&file.path)?,
-                        sha256: crate::gguf::file_sha256(&file.path, |_, _| {})?,
-                        file: file.clone(),
-                    };
-                    let target = Target::Directions(Box::new(directions));
-                    let operation = Operation::Offset(*coefficient);
-                    list.push(Intervention::new(target, operation, When::Both, layers, 1.0).map_err(refuse)?);
-                }
-            }
-        }
-        let path = self.output.clone();
-        Interventions { path, fingerprint: Some(fingerprint.clone()), list }.write(&self.output)
+        combined::as_interventions(sources, layers, fingerprint, &self.output)?.write(&self.output)
     }
 
-    /// A path as an intervention file names it: from its own folder where that is a plain way, else in full.
-    fn path_from_output(&self, path: &Path) -> Result<PathBuf> {
-        let full = path.canonicalize().map_err(Error::io("read", path))?;
-        let folder = self.output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let folder = folder.canonicalize().map_err(Error::io("read", folder))?;
-        Ok(full.strip_prefix(&folder).map_or(full.clone(), Path::to_path_buf))
-    }
-
-    fn write_baked(
-        &self,
-        model: &GgufFile,
-        sources: &[(SteerFile, f32)],
-        Steering { control_vector, edits, .. }: Steering,
-    ) -> Result<()> {
-        let mut vectors: BTreeMap<usize, Vec<f32>> = BTreeMap::new();
-        if let Some(ControlVector { n_embd, rows }) = control_vector {
-            let rows = rows.chunks_exact(n_embd).enumerate();
-            let rows = rows.filter(|(_, row)| row.iter().any(|&x| x != 0.0));
-            vectors.extend(rows.map(|(i, row)| (i + 1, row.to_vec())));
-        }
-        let mut offsets = Vec::new();
-        for edit in edits {
-            match edit {
-                Edit {
-                    layer,
-                    when: When::Both,
-                    coefficient,
-                    change: Change::Neuron { index, operation: Operation::Offset(x) },
-                } => offsets.push((Neuron { layer: layer as u32, index: index as u32 }, coefficient * x)),
-                other => {
-                    return Err(Error::setting(
-                        "--bake",
-                        format!(
-                            "only offsets on all tokens can be baked in; found {:?} in layer {}",
-                            other.change.operation(),
-                            other.layer
-                        ),
-                    )
-                    .with_hint("write interventions instead: -o steer.json, for --steer"));
-                }
-            }
-        }
-        for (layer, vector) in compile::layer_vectors(model, &offsets, &[])? {
-            let sum = vectors.entry(layer).or_insert_with(|| vec![0.0; vector.len()]);
-            sum.iter_mut().zip(&vector).for_each(|(sum, x)| *sum += x);
-        }
-        if vectors.is_empty() {
-            return Err(Error::setting("--bake", "nothing would change: every offset or coefficient is 0"));
-        }
+    fn write_baked(&self, model: &GgufFile, sources: &[(SteerFile, f32)], steering: Steering) -> Result<()> {
+        let vectors = combined::as_layer_vectors(model, steering)?;
         let provenance = [
             ("detox_gguf.version", crate::version().to_owned()),
             ("detox_gguf.baked", self.described(sources)),
@@ -517,28 +406,4 @@ impl SteerCommand {
             row("noise floor (0.001 more)", &floor),
         ))
     }
-}
-
-#[derive(Debug, Deserialize)]
-struct ContrastPair {
-    toxic: String,
-    benign: String,
-}
-
-fn read_contrast(path: &Path, text: &str) -> Result<Vec<ContrastPair>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let pairs = lines.map(|(i, line)| {
-        let pair: ContrastPair = serde_json::from_str(line).map_err(|e| {
-            Error::input(path, Some(i + 1), format!("expected an object with \"toxic\" and \"benign\": {e}"))
-        })?;
-        if [&pair.toxic, &pair.benign].iter().any(|text| text.trim().is_empty()) {
-            return Err(Error::input(path, Some(i + 1), "expected two texts, found an empty one"));
-        }
-        Ok(pair)
-    });
-    let pairs: Vec<ContrastPair> = pairs.collect::<Result<_>>()?;
-    if pairs.is_empty() {
-        return Err(Error::input(path, None, "expected at least one pair, found none"));
-    }
-    Ok(pairs)
 }

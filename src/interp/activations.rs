@@ -1,13 +1,19 @@
 //! Mean activations of neurons, language by language, before and after a change (the paper, Figure 3).
 
 use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 
 use rand_core::Rng;
+use serde::{Deserialize, Serialize};
 
-use crate::engine::sample;
+use crate::engine::schedule::Request;
+use crate::engine::{Model, Session, SessionOptions, activation, sample};
+use crate::error::Result;
+use crate::progress::Progress;
+use crate::steer::LocatedNeuron;
 
 /// A mean with its interval.
-#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     /// The mean.
     pub value: f64,
@@ -47,6 +53,48 @@ impl Interval {
     }
 }
 
+/// A prompt after which activations are measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ActivationPrompt<'a> {
+    /// The prompt's id, for messages.
+    pub id: &'a str,
+    /// Its text.
+    pub text: &'a str,
+}
+
+/// Mean activation of each neuron after each prompt, shape `[n_prompts][n_neurons]`.
+///
+/// The mean is over `n_predict` greedy tokens, as [`activation::record`] takes it.
+///
+/// # Errors
+/// Those of [`activation::record`].
+pub fn mean_activations(
+    model: &Model,
+    options: &SessionOptions,
+    prompts: &[ActivationPrompt<'_>],
+    neurons: &[LocatedNeuron],
+    n_predict: usize,
+    progress: &mut dyn Progress,
+    interrupt: &AtomicBool,
+) -> Result<Vec<Vec<f32>>> {
+    let request = |p: &ActivationPrompt<'_>| {
+        Ok(Request { id: p.id.to_owned(), tokens: model.tokenize_prompt(p.text)? })
+    };
+    let requests: Vec<Request> = prompts.iter().map(request).collect::<Result<_>>()?;
+    let longest = requests.iter().map(|r| r.tokens.len()).max().unwrap_or(0);
+    let mut session = Session::open_with_callback(model, options, longest + n_predict)?;
+    let places: Vec<(usize, usize)> =
+        neurons.iter().map(|n| (n.neuron.layer as usize, n.neuron.index as usize)).collect();
+    progress.start("prompts", requests.len() as u64, 0);
+    let mut n_done = 0;
+    let recorded = activation::record(&mut session, &requests, &places, n_predict, interrupt, |done| {
+        progress.advance((done - n_done) as u64);
+        n_done = done;
+    })?;
+    progress.finish();
+    Ok(recorded.into_iter().map(|r| r.mean).collect())
+}
+
 /// One prompt's mean activation over neurons and steps, for the model and, if there is one, the changed
 /// model.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,7 +108,7 @@ pub struct PromptActivation {
 }
 
 /// One language's row.
-#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LanguageActivation {
     /// The language's code.
     pub language: String,
@@ -72,6 +120,21 @@ pub struct LanguageActivation {
     pub b: Option<Interval>,
     /// Mean over prompts of the difference, b minus a, each prompt with itself.
     pub difference: Option<Interval>,
+}
+
+/// Mean activations by language, of one model or of two.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Activations {
+    /// The model.
+    pub a: String,
+    /// What it is compared with.
+    pub b: Option<String>,
+    /// Neurons averaged over.
+    pub n_neurons: usize,
+    /// Greedy tokens averaged over.
+    pub n_predict: usize,
+    /// Rows by language.
+    pub languages: Vec<LanguageActivation>,
 }
 
 /// Rows by language, in order of their codes.

@@ -116,6 +116,23 @@ pub fn principal_component(
     })
 }
 
+/// The first principal component, scaled to the part of the mean difference that lies along it, shape `[n_embd]`.
+///
+/// Its coefficients then mean the same as with [`mean_difference`]: 1 is the mean distance between the two sides.
+///
+/// # Errors
+/// [`DirectionError`].
+pub fn scaled_principal_component(
+    toxic: &[Vec<f32>],
+    benign: &[Vec<f32>],
+) -> Result<Vec<f32>, DirectionError> {
+    let mean = mean_difference(toxic, benign)?;
+    let first = principal_component(toxic, benign)?;
+    let along = mean.iter().zip(&first.direction).map(|(&m, &d)| f64::from(m) * f64::from(d));
+    let along = along.sum::<f64>() as f32;
+    Ok(first.direction.iter().map(|d| d * along).collect())
+}
+
 /// The length of the vectors, if all have one and are finite.
 fn check(toxic: &[Vec<f32>], benign: &[Vec<f32>]) -> Result<usize, DirectionError> {
     let (Some(first), false) = (toxic.first(), benign.is_empty()) else {

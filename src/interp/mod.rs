@@ -1,25 +1,32 @@
-//! Finds what to change in a model, and what a change did inside it.
+//! Finds what to change in a model, and measures what a change did inside it.
 //!
 //! ```text
-//! labelled text ─► residual streams ─► probe ─► locate ─► neurons ─► activations
-//!                        │                        └─► vocabulary (what they say)
-//! aligned text ──────────┴─► retrieval
+//! labelled texts ─► residual streams ─► probe ─► locate ─► neurons ─► activations
+//! text pairs ───────────┤                          └─► vocabulary (the tokens they promote)
+//! aligned sentences ────┤
+//!                       ├─► contrast: directions
+//!                       └─► retrieval
 //! ```
 //!
-//! - [`probe`] trains a linear probe on residual streams: the direction of toxicity.
-//! - [`directions`] computes directions from residual streams.
+//! - [`residual_streams`] averages the residual stream over the tokens of each text.
+//! - [`probe`] trains a linear probe on them: the direction of toxicity.
 //! - [`locate`] ranks every FFN value vector by its cosine with the probe vector.
 //! - [`vocabulary`] projects vectors of the residual stream to tokens.
-//! - [`activations`] sums up how active neurons are, language by language.
-//! - [`retrieval`] tells how alike a model represents translations.
+//! - [`activations`] measures how active neurons are, language by language.
+//! - [`contrast`] computes directions from pairs of texts, by the functions of [`directions`].
+//! - [`retrieval`] measures how similar a model's representations of translations are.
 
 #[cfg(feature = "engine")]
 pub mod activations;
+#[cfg(feature = "engine")]
+pub mod contrast;
 #[cfg(feature = "engine")]
 pub mod directions;
 #[cfg(feature = "engine")]
 pub mod locate;
 pub mod probe;
+#[cfg(feature = "engine")]
+pub mod residual_streams;
 #[cfg(feature = "engine")]
 pub mod retrieval;
 #[cfg(feature = "engine")]

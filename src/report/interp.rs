@@ -1,28 +1,13 @@
 //! Activations and retrieval as terminal tables, CSV and HTML pages.
 
 use maud::html;
-use serde::{Deserialize, Serialize};
 
-use crate::interp::activations::{Interval, LanguageActivation};
+use crate::interp::activations::{Activations, Interval, LanguageActivation};
 use crate::interp::retrieval::{Correlation, Retrieval};
 use crate::report::grid::{Grid, Row};
 use crate::report::line_plot::{Series, line_plot};
 use crate::report::{csv, format, html as page, terminal};
-
-/// What `activations` found.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Activations {
-    /// The model.
-    pub a: String,
-    /// What it is compared with.
-    pub b: Option<String>,
-    /// Neurons averaged over.
-    pub n_neurons: usize,
-    /// Greedy tokens averaged over.
-    pub n_predict: usize,
-    /// Rows by language.
-    pub languages: Vec<LanguageActivation>,
-}
+use crate::study::retrieval::{LanguageRetrieval, NamedCorrelation, RetrievalReport};
 
 fn interval(interval: Option<Interval>) -> String {
     match interval {
@@ -129,47 +114,6 @@ impl Activations {
         };
         page::page("Neuron activations", &body)
     }
-}
-
-/// What `retrieval` found.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct RetrievalReport {
-    /// The model.
-    pub model: String,
-    /// The language that all others are paired with.
-    pub pivot: String,
-    /// Sentences of each language.
-    pub n_sentences: usize,
-    /// Places in the model, in order.
-    pub places: Vec<String>,
-    /// By language, each with its numbers at each place.
-    pub languages: Vec<LanguageRetrieval>,
-    /// With the fall of expected maximum toxicity between two runs, where they were given.
-    pub correlations: Vec<NamedCorrelation>,
-}
-
-/// One language against the pivot.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct LanguageRetrieval {
-    /// The language's code.
-    pub language: String,
-    /// At each place; forward is from the pivot to this language.
-    pub places: Vec<Retrieval>,
-    /// Mean over places and both directions.
-    pub mean_accuracy: f64,
-    /// Mean over places.
-    pub mean_cosine: f64,
-    /// Share by which expected maximum toxicity fell, where two runs were given.
-    pub toxicity_fall: Option<f64>,
-}
-
-/// A correlation over languages with the fall of toxicity.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct NamedCorrelation {
-    /// Which number: top-1 accuracy or mean cosine.
-    pub of: String,
-    /// Its correlation; `None` with fewer than three languages, or without variance.
-    pub correlation: Option<Correlation>,
 }
 
 impl RetrievalReport {

@@ -19,6 +19,7 @@ pub mod interp;
 pub mod json;
 pub mod line_plot;
 pub mod markdown;
+pub mod neurons;
 pub mod pairs;
 pub mod plot;
 pub mod sweep;

@@ -21,6 +21,7 @@
 //! - [`fingerprint`] tells whether a file was made for the model at hand.
 //! - [`value_vector`] gives what a neuron writes: its column of `ffn_down`.
 //! - [`compile`] finds the cheapest exact way, and says which it took.
+//! - `combined` makes one file of several.
 //! - [`bake`] puts the edit into a model's own tensors.
 //!
 //! Layers count from 0 everywhere. `direction.N` of a control vector is added after block N, as
@@ -29,6 +30,8 @@
 pub mod argument;
 pub mod bake;
 mod choice;
+#[cfg(feature = "engine")]
+pub mod combined;
 pub mod compile;
 pub mod control_vector;
 pub mod fingerprint;

@@ -91,6 +91,12 @@ impl Probe {
         sigmoid(self.weight.iter().zip(residual_stream).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum())
     }
 
+    /// The probe vector scaled to length 1, shape `[n_embd]`: the direction of toxicity.
+    pub fn unit_direction(&self) -> Vec<f32> {
+        let norm = self.weight.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>().sqrt();
+        self.weight.iter().map(|&w| (f64::from(w) / norm) as f32).collect()
+    }
+
     /// Writes it; the file appears when it is whole.
     ///
     /// # Errors

@@ -5,6 +5,8 @@
 
 mod file;
 #[cfg(feature = "engine")]
+mod fit;
+#[cfg(feature = "engine")]
 mod labelled;
 #[cfg(feature = "engine")]
 mod train;
@@ -12,6 +14,8 @@ mod train;
 pub(crate) use file::sigmoid;
 pub use file::{Probe, ProbePlace};
 #[cfg(feature = "engine")]
+pub use fit::{Epoch, Fit, HeldOut, ProbeOptions, check, fit};
+#[cfg(feature = "engine")]
 pub use labelled::{Labelled, LabelledText, own, read};
 #[cfg(feature = "engine")]
-pub use train::{Epoch, Fit, HeldOut, ProbeOptions, check, fit};
+pub use train::{ProbeReading, train};

@@ -1,346 +1,66 @@
-//! Logistic regression, as the paper trains its probe: Adam on the binary cross-entropy, in small batches,
-//! with the best epoch by held-out loss kept.
+//! Trains a probe on a model's residual stream, from labelled texts to the probe vector.
 
-use serde::{Deserialize, Serialize};
+use std::sync::atomic::AtomicBool;
 
-use super::file::sigmoid;
-use crate::engine::random::shuffle;
-use crate::engine::sample;
-use crate::error::{Error, Result};
+use crate::engine::{Model, SessionOptions};
+use crate::error::Result;
+use crate::interp::residual_streams::mean_residual_streams;
+use crate::progress::Progress;
+use crate::steer::Fingerprint;
 
-/// How a probe is trained. The default is the paper's (Table 7).
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct ProbeOptions {
-    /// Adam's step. The paper's table has 1e-4; its script has 1e-6.
-    pub learning_rate: f64,
-    /// Passes over the texts.
-    pub n_epochs: usize,
-    /// Texts a step.
-    pub batch_size: usize,
-    /// Share of the texts that is held out, in (0, 1).
-    pub held_out: f64,
-    /// Of the split and the order of the texts.
-    pub seed: u64,
+use super::{Fit, Labelled, Probe, ProbeOptions, ProbePlace, fit};
+
+/// Where a probe reads, and how much of each text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProbeReading {
+    /// Where it reads the residual stream.
+    pub place: ProbePlace,
+    /// Tokens of a text that are read.
+    pub max_tokens: usize,
 }
 
-impl Default for ProbeOptions {
-    fn default() -> Self {
-        ProbeOptions { learning_rate: 1e-4, n_epochs: 20, batch_size: 10, held_out: 0.1, seed: 99 }
-    }
-}
-
-/// Mean losses of one pass, in nats.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Epoch {
-    /// Over the training texts, each before the step it was part of.
-    pub train_loss: f64,
-    /// Over the held-out texts, after the pass.
-    pub held_out_loss: f64,
-}
-
-/// What the probe does on texts that it was not trained on.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct HeldOut {
-    /// Texts.
-    pub n: usize,
-    /// Of these toxic.
-    pub n_toxic: usize,
-    /// Share judged rightly at probability 0.5.
-    pub accuracy: f64,
-    /// Accuracy of always answering with the more frequent label, for comparison.
-    pub majority_accuracy: f64,
-    /// Probability that a toxic text gets a higher score than a benign one; ties count half.
-    pub auc: f64,
-}
-
-/// A trained probe.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Fit {
-    /// The probe vector, shape `[n_embd]`.
-    pub weight: Vec<f32>,
-    /// The epoch whose weight is kept, from 1: the one with the least held-out loss.
-    pub best_epoch: usize,
-    /// Losses, `[n_epochs]`.
-    pub epochs: Vec<Epoch>,
-    /// Texts trained on.
-    pub n_train: usize,
-    /// The rest.
-    pub held_out: HeldOut,
-}
-
-// Adam's other constants, as PyTorch has them.
-const BETA_1: f64 = 0.9;
-const BETA_2: f64 = 0.999;
-const EPSILON: f64 = 1e-8;
-
-/// Adam (Kingma and Ba 2015, algorithm 1) on one vector.
-#[derive(Debug)]
-struct Adam {
-    learning_rate: f64,
-    /// `[n_embd]` each.
-    m: Vec<f64>,
-    v: Vec<f64>,
-    step: i32,
-}
-
-impl Adam {
-    fn new(n: usize, learning_rate: f64) -> Adam {
-        Adam { learning_rate, m: vec![0.0; n], v: vec![0.0; n], step: 0 }
-    }
-
-    fn step(&mut self, weight: &mut [f64], gradient: &[f64]) {
-        self.step += 1;
-        let (c1, c2) = (1.0 - BETA_1.powi(self.step), 1.0 - BETA_2.powi(self.step));
-        for (((w, g), m), v) in weight.iter_mut().zip(gradient).zip(&mut self.m).zip(&mut self.v) {
-            *m = BETA_1 * *m + (1.0 - BETA_1) * g;
-            *v = BETA_2 * *v + (1.0 - BETA_2) * g * g;
-            *w -= self.learning_rate * (*m / c1) / ((*v / c2).sqrt() + EPSILON);
-        }
-    }
-}
-
-/// Trains a probe on `features`, shape `[n][n_embd]`, with `is_toxic`, shape `[n]`.
+/// Reads every text, fits a probe to their mean residual streams, and returns both with the held-out results.
 ///
-/// The weight starts at zero, so that nothing but the texts decides its direction.
+/// `fingerprint` is the model's, for the probe's file; `source` names the texts there.
 ///
 /// # Errors
-/// [`Error::Setting`] for an option out of its range, or a split that leaves a side without one of the
-/// labels.
-///
-/// # Panics
-/// If there are not as many labels as features, or features differ in length.
-pub fn fit(features: &[Vec<f32>], is_toxic: &[bool], options: &ProbeOptions) -> Result<Fit> {
-    assert_eq!(features.len(), is_toxic.len(), "a label for each text");
-    let n_embd = features.first().map_or(0, Vec::len);
-    assert!(features.iter().all(|x| x.len() == n_embd), "features of one length");
-    check(is_toxic, options)?;
-    let (train, held_out) = split(is_toxic, options)?;
-    let mut random = sample::random_stream(options.seed, "probe order", 0);
-    let mut weight = vec![0f64; n_embd];
-    let mut adam = Adam::new(n_embd, options.learning_rate);
-    let mut epochs = Vec::with_capacity(options.n_epochs);
-    let mut best: Option<(f64, usize, Vec<f64>)> = None;
-    let mut order = train.clone();
-    for epoch in 1..=options.n_epochs {
-        shuffle(&mut order, &mut random);
-        let mut train_loss = 0.0;
-        for batch in order.chunks(options.batch_size) {
-            let mut gradient = vec![0f64; n_embd];
-            for &i in batch {
-                let z = dot(&weight, &features[i]);
-                train_loss += loss(z, is_toxic[i]);
-                // d loss / d z = sigmoid(z) - y
-                let scale = (sigmoid(z) - f64::from(u8::from(is_toxic[i]))) / batch.len() as f64;
-                gradient.iter_mut().zip(&features[i]).for_each(|(g, &x)| *g += scale * f64::from(x));
-            }
-            adam.step(&mut weight, &gradient);
-        }
-        let held_out_loss =
-            held_out.iter().map(|&i| loss(dot(&weight, &features[i]), is_toxic[i])).sum::<f64>();
-        let held_out_loss = held_out_loss / held_out.len() as f64;
-        epochs.push(Epoch { train_loss: train_loss / train.len() as f64, held_out_loss });
-        if best.as_ref().is_none_or(|(least, ..)| held_out_loss < *least) {
-            best = Some((held_out_loss, epoch, weight.clone()));
-        }
-    }
-    let (_, best_epoch, weight) = best.ok_or_else(|| {
-        Error::setting("--learning-rate", "the held-out loss is no number in any epoch: the probe diverged")
-    })?;
-    let scores: Vec<(f64, bool)> =
-        held_out.iter().map(|&i| (dot(&weight, &features[i]), is_toxic[i])).collect();
-    let n_toxic = scores.iter().filter(|(_, is_toxic)| *is_toxic).count();
-    let n = scores.len();
-    let n_right = scores.iter().filter(|&&(z, is_toxic)| (z > 0.0) == is_toxic).count();
-    Ok(Fit {
-        weight: weight.into_iter().map(|w| w as f32).collect(),
-        best_epoch,
-        epochs,
-        n_train: train.len(),
-        held_out: HeldOut {
-            n,
-            n_toxic,
-            accuracy: n_right as f64 / n as f64,
-            majority_accuracy: n_toxic.max(n - n_toxic) as f64 / n as f64,
-            auc: auc(scores),
-        },
-    })
-}
-
-/// Whether [`fit`] can train on texts with these labels: worth knowing before the features are computed.
-///
-/// # Errors
-/// As [`fit`], for options and split.
-pub fn check(is_toxic: &[bool], options: &ProbeOptions) -> Result<()> {
-    let refuse = |flag: &str, reason: String| Err(Error::setting(flag, reason));
-    if !(options.learning_rate > 0.0 && options.learning_rate.is_finite()) {
-        return refuse(
-            "--learning-rate",
-            format!("expected a number above 0, found {}", options.learning_rate),
-        );
-    }
-    if !(options.held_out > 0.0 && options.held_out < 1.0) {
-        return refuse("--held-out", format!("expected a share between 0 and 1, found {}", options.held_out));
-    }
-    for (flag, n) in [("--epochs", options.n_epochs), ("--train-batch", options.batch_size)] {
-        if n == 0 {
-            return refuse(flag, "expected a number from 1 up, found 0".into());
-        }
-    }
-    split(is_toxic, options).map(drop)
-}
-
-/// Indices to train on and to hold out, with the same share of toxic texts, in a seeded order.
-fn split(is_toxic: &[bool], options: &ProbeOptions) -> Result<(Vec<usize>, Vec<usize>)> {
-    let mut random = sample::random_stream(options.seed, "probe split", 0);
-    let (mut train, mut held_out) = (Vec::new(), Vec::new());
-    for label in [false, true] {
-        let mut of_label: Vec<usize> = (0..is_toxic.len()).filter(|&i| is_toxic[i] == label).collect();
-        shuffle(&mut of_label, &mut random);
-        let n_held_out = (of_label.len() as f64 * options.held_out).round() as usize;
-        if n_held_out == 0 || n_held_out == of_label.len() {
-            let name = if label { "toxic" } else { "benign" };
-            return Err(Error::setting(
-                "--held-out",
-                format!(
-                    "{} of {} {name} texts would be held out, and both sides need some",
-                    n_held_out,
-                    of_label.len()
-                ),
-            ));
-        }
-        train.extend(of_label.split_off(n_held_out));
-        held_out.extend(of_label);
-    }
-    Ok((train, held_out))
-}
-
-fn dot(weight: &[f64], x: &[f32]) -> f64 {
-    weight.iter().zip(x).map(|(w, &x)| w * f64::from(x)).sum()
-}
-
-/// Binary cross-entropy of `sigmoid(z)`, in nats, without overflow: `ln(1 + e^z) - y z`.
-fn loss(z: f64, is_toxic: bool) -> f64 {
-    let softplus = z.max(0.0) + (-z.abs()).exp().ln_1p();
-    if is_toxic { softplus - z } else { softplus }
-}
-
-/// Area under the receiver operating curve, from ranks (Mann and Whitney); ties share their mean rank.
-fn auc(mut scores: Vec<(f64, bool)>) -> f64 {
-    scores.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let n_toxic = scores.iter().filter(|(_, is_toxic)| *is_toxic).count();
-    let n_benign = scores.len() - n_toxic;
-    let mut rank_sum = 0.0;
-    let mut before = 0;
-    for group in scores.chunk_by(|a, b| a.0 == b.0) {
-        let mean_rank = before as f64 + (group.len() as f64 + 1.0) / 2.0;
-        rank_sum += mean_rank * group.iter().filter(|(_, is_toxic)| *is_toxic).count() as f64;
-        before += group.len();
-    }
-    (rank_sum - (n_toxic * (n_toxic + 1)) as f64 / 2.0) / (n_toxic * n_benign) as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Points on both sides of a plane through the origin, with some noise.
-    fn separable() -> (Vec<Vec<f32>>, Vec<bool>) {
-        let mut random = sample::random_stream(7, "test", 0);
-        let mut uniform = || {
-            use rand_core::Rng;
-            (random.next_u64() >> 11) as f32 / (1u64 << 53) as f32 - 0.5
-        };
-        (0..400)
-            .map(|i| {
-                let is_toxic = i % 4 == 0;
-                let side = if is_toxic { 1.0 } else { -1.0 };
-                (vec![side + uniform(), -0.5 * side + uniform(), uniform()], is_toxic)
-            })
-            .unzip()
-    }
-
-    #[test]
-    fn the_loss_has_the_gradient_that_the_training_steps_along() {
-        for (z, is_toxic) in [(0.3, true), (-2.0, false), (30.0, true), (-30.0, true)] {
-            let h = 1e-5;
-            let difference = (loss(z + h, is_toxic) - loss(z - h, is_toxic)) / (2.0 * h);
-            let gradient = sigmoid(z) - f64::from(u8::from(is_toxic));
-            assert!((difference - gradient).abs() < 1e-8, "{z} {is_toxic}");
-        }
-        assert_eq!(loss(0.0, true), std::f64::consts::LN_2);
-        assert!(loss(1000.0, false) == 1000.0 && loss(1000.0, true) == 0.0);
-    }
-
-    #[test]
-    fn the_first_step_of_adam_is_the_learning_rate_against_the_sign_of_the_gradient() {
-        // m / c1 = g and v / c2 = g^2 at step 1: the step is lr g / (|g| + epsilon).
-        let mut weight = [0.0, 1.0];
-        let mut adam = Adam::new(2, 0.1);
-        adam.step(&mut weight, &[4.0, -2.0]);
-        assert!((weight[0] + 0.1).abs() < 1e-8 && (weight[1] - 1.1).abs() < 1e-8, "{weight:?}");
-        // Step 2 with gradient 0: m = 0.9 * 0.4, v = 0.999 * 0.016; c1 = 0.19, c2 = 0.001999.
-        adam.step(&mut weight, &[0.0, 0.0]);
-        let expected = -0.1 - 0.1 * (0.36 / 0.19) / (0.999 * 0.016f64 / 0.001999).sqrt();
-        assert!((weight[0] - expected).abs() < 1e-8, "{} {expected}", weight[0]);
-    }
-
-    #[test]
-    fn what_can_be_separated_is_and_what_cannot_is_not() {
-        let (features, labels) = separable();
-        let options = ProbeOptions { learning_rate: 0.01, ..ProbeOptions::default() };
-        let found = fit(&features, &labels, &options).unwrap();
-        assert_eq!((found.held_out.accuracy, found.held_out.auc), (1.0, 1.0));
-        assert_eq!((found.held_out.n, found.held_out.n_toxic, found.n_train), (40, 10, 360));
-        assert_eq!(found.held_out.majority_accuracy, 0.75);
-        // The direction is that of the two centres, (1, -0.5, 0).
-        let [x, y, z] = found.weight[..] else { panic!("three numbers") };
-        assert!(x > 0.0 && y < 0.0 && z.abs() < 0.2 * x, "{:?}", found.weight);
-        let mut shuffled = labels;
-        shuffle(&mut shuffled, &mut sample::random_stream(1, "test", 1));
-        let found = fit(&features, &shuffled, &options).unwrap();
-        assert!((0.25..0.75).contains(&found.held_out.auc), "{:?}", found.held_out);
-    }
-
-    #[test]
-    fn the_same_seed_gives_the_same_probe_and_another_one_another() {
-        let (features, labels) = separable();
-        let options = ProbeOptions::default();
-        let first = fit(&features, &labels, &options).unwrap();
-        assert_eq!(first, fit(&features, &labels, &options).unwrap());
-        assert_ne!(
-            first.weight,
-            fit(&features, &labels, &ProbeOptions { seed: 1, ..options }).unwrap().weight
-        );
-        assert_eq!(first.epochs[first.best_epoch - 1].held_out_loss, {
-            first.epochs.iter().map(|e| e.held_out_loss).fold(f64::INFINITY, f64::min)
-        });
-    }
-
-    #[test]
-    fn auc_counts_pairs_and_ties_half() {
-        // Toxic 3, 2; benign 2, 1: of four pairs three are right and one is tied.
-        assert_eq!(auc(vec![(3.0, true), (2.0, true), (2.0, false), (1.0, false)]), 0.875);
-        assert_eq!(auc(vec![(0.0, true), (0.0, false)]), 0.5);
-        assert_eq!(auc(vec![(0.0, true), (1.0, false)]), 0.0);
-    }
-
-    #[test]
-    fn rejects_options_out_of_range_and_splits_without_a_label() {
-        let (features, labels) = separable();
-        let default = ProbeOptions::default();
-        for (options, flag) in [
-            (ProbeOptions { learning_rate: 0.0, ..default }, "--learning-rate"),
-            (ProbeOptions { learning_rate: f64::NAN, ..default }, "--learning-rate"),
-            (ProbeOptions { held_out: 1.0, ..default }, "--held-out"),
-            (ProbeOptions { held_out: 0.001, ..default }, "--held-out"),
-            (ProbeOptions { n_epochs: 0, ..default }, "--epochs"),
-            (ProbeOptions { batch_size: 0, ..default }, "--train-batch"),
-        ] {
-            for error in [check(&labels, &options).err(), fit(&features, &labels, &options).err()] {
-                let error = error.expect("both refuse it");
-                assert!(error.is_usage() && error.to_string().starts_with(flag), "{options:?}: {error}");
-            }
-        }
-        check(&labels, &default).unwrap();
-    }
+/// Those of [`mean_residual_streams`] and [`fit`].
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is one plain thing, and a struct of them would be no clearer"
+)]
+pub fn train(
+    model: &Model,
+    session_options: &SessionOptions,
+    fingerprint: Fingerprint,
+    labelled: &Labelled,
+    source: &str,
+    reading: ProbeReading,
+    options: &ProbeOptions,
+    progress: &mut dyn Progress,
+    interrupt: &AtomicBool,
+) -> Result<(Probe, Fit)> {
+    let is_toxic: Vec<bool> = labelled.texts.iter().map(|t| t.is_toxic).collect();
+    let texts: Vec<&str> = labelled.texts.iter().map(|t| t.text.as_str()).collect();
+    let places = [reading.place.residual_place()];
+    let streams = mean_residual_streams(
+        model,
+        session_options,
+        &texts,
+        &places,
+        reading.max_tokens,
+        progress,
+        interrupt,
+    )?;
+    let features: Vec<Vec<f32>> = streams.into_iter().map(|mut places| places.swap_remove(0)).collect();
+    let fit = fit(&features, &is_toxic, options)?;
+    let probe = Probe {
+        weight: fit.weight.clone(),
+        place: reading.place,
+        fingerprint: Some(fingerprint),
+        source: source.to_owned(),
+        accuracy: Some(fit.held_out.accuracy as f32),
+        auc: Some(fit.held_out.auc as f32),
+    };
+    Ok((probe, fit))
 }

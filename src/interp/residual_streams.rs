@@ -1,0 +1,63 @@
+//! Mean residual streams of texts: the features of probes, directions and retrieval.
+
+use std::sync::atomic::AtomicBool;
+
+use crate::engine::residual::{self, ResidualPlace};
+use crate::engine::{Model, Session, SessionOptions, Token};
+use crate::error::{Error, Result};
+use crate::progress::Progress;
+
+/// Parallel sequences unless the user sets `-np`. More are no faster: few texts fit into a batch.
+const PARALLEL_TEXTS: usize = 32;
+
+/// Reads `texts`, and averages the residual stream over each text's tokens at each of `places`.
+///
+/// Shape `[n_texts][n_places][n_embd]`. Only the first `max_tokens` tokens of a text are read; `progress` is
+/// told how many texts were cut.
+///
+/// # Errors
+/// [`Error::Setting`] if `max_tokens` is 0; those of [`residual::record`].
+pub fn mean_residual_streams(
+    model: &Model,
+    options: &SessionOptions,
+    texts: &[&str],
+    places: &[ResidualPlace],
+    max_tokens: usize,
+    progress: &mut dyn Progress,
+    interrupt: &AtomicBool,
+) -> Result<Vec<Vec<Vec<f32>>>> {
+    check_max_tokens(max_tokens)?;
+    let tokens = texts.iter().map(|text| {
+        let mut tokens = model.tokenize_prompt(text)?;
+        tokens.truncate(max_tokens);
+        Ok(tokens)
+    });
+    let tokens: Vec<Vec<Token>> = tokens.collect::<Result<_>>()?;
+    let n_truncated = tokens.iter().filter(|tokens| tokens.len() == max_tokens).count();
+    if n_truncated > 0 {
+        progress.say(&format!("{n_truncated} texts of {max_tokens} tokens or more were cut there"));
+    }
+    let longest = tokens.iter().map(Vec::len).max().unwrap_or(1);
+    let n_parallel = options.n_parallel.or(Some(PARALLEL_TEXTS));
+    let options = SessionOptions { n_parallel, ..options.clone() };
+    let mut session = Session::open_with_callback(model, &options, longest)?;
+    progress.start("texts", tokens.len() as u64, 0);
+    let mut n_done = 0;
+    let means = residual::record(&mut session, &tokens, places, interrupt, |done| {
+        progress.advance((done - n_done) as u64);
+        n_done = done;
+    })?;
+    progress.finish();
+    Ok(means)
+}
+
+/// Refuses `--max-tokens 0`, for callers that want to fail before they load a model.
+///
+/// # Errors
+/// [`Error::Setting`].
+pub fn check_max_tokens(max_tokens: usize) -> Result<()> {
+    if max_tokens == 0 {
+        return Err(Error::setting("--max-tokens", "expected a number from 1 up, found 0"));
+    }
+    Ok(())
+}

@@ -1,0 +1,193 @@
+//! Bilingual sentence retrieval through a model, and whether toxicity falls with it (the paper, section 5).
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use serde::{Deserialize, Serialize};
+
+use crate::engine::residual::ResidualPlace;
+use crate::engine::{Model, SessionOptions};
+use crate::error::{Error, Result};
+use crate::eval::compare::{self, Side};
+use crate::eval::metric;
+use crate::eval::result::find_difference;
+use crate::eval::run;
+use crate::interp::residual_streams::{check_max_tokens, mean_residual_streams};
+use crate::interp::retrieval::{Aligned, Correlation, Retrieval, pearson, retrieve};
+use crate::progress::Progress;
+
+/// How to measure retrieval.
+#[derive(Debug, Clone)]
+pub struct RetrievalOptions {
+    /// The language that all others are compared with.
+    pub pivot: String,
+    /// Use only the first sentences.
+    pub limit: Option<usize>,
+    /// Tokens of a sentence that are read.
+    pub max_tokens: usize,
+}
+
+impl RetrievalOptions {
+    /// Refuses options that no model can be measured with, before one is loaded.
+    ///
+    /// # Errors
+    /// [`Error::Setting`].
+    pub fn check(&self, aligned: &Aligned) -> Result<()> {
+        if !aligned.sentences.contains_key(&self.pivot) {
+            let found: Vec<&String> = aligned.sentences.keys().collect();
+            let reason = format!("expected one of {found:?}, found {:?}", self.pivot);
+            return Err(Error::setting("--pivot", reason));
+        }
+        check_max_tokens(self.max_tokens)?;
+        if let Some(n) = self.limit.filter(|&n| n < 2) {
+            return Err(Error::setting("--limit", format!("expected two sentences or more, found {n}")));
+        }
+        Ok(())
+    }
+}
+
+/// Retrieval between the pivot and every other language.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RetrievalReport {
+    /// The model's file name.
+    pub model: String,
+    /// The language that all others are compared with.
+    pub pivot: String,
+    /// Sentences of each language.
+    pub n_sentences: usize,
+    /// Places in the model, in order.
+    pub places: Vec<String>,
+    /// Numbers at each place, by language.
+    pub languages: Vec<LanguageRetrieval>,
+    /// Correlations with the fall of expected maximum toxicity between two runs, if runs were given.
+    pub correlations: Vec<NamedCorrelation>,
+}
+
+/// One language against the pivot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LanguageRetrieval {
+    /// The language's code.
+    pub language: String,
+    /// Numbers at each place; forward is from the pivot to this language.
+    pub places: Vec<Retrieval>,
+    /// Top-1 accuracy, mean over places and both directions.
+    pub mean_accuracy: f64,
+    /// Mean cosine, mean over places.
+    pub mean_cosine: f64,
+    /// Fraction by which expected maximum toxicity fell between two runs, if runs were given.
+    pub toxicity_fall: Option<f64>,
+}
+
+/// A correlation over languages with the fall of toxicity.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NamedCorrelation {
+    /// The number it is of: top-1 accuracy or mean cosine.
+    pub of: String,
+    /// The correlation; `None` with fewer than three languages, or without variance.
+    pub correlation: Option<Correlation>,
+}
+
+/// The fall of expected maximum toxicity in each language, as a fraction of the first run's.
+pub type ToxicityFalls = Vec<(String, f64)>;
+
+/// Measures retrieval at the embeddings, after each block but the last, and after the final norm.
+///
+/// These are Hugging Face's `hidden_states`, as the paper's code reads them. Correlations are computed over
+/// the languages that `falls` holds.
+///
+/// # Errors
+/// Those of [`RetrievalOptions::check`], [`mean_residual_streams`] and [`retrieve`].
+pub fn measure(
+    model: &Model,
+    session_options: &SessionOptions,
+    aligned: &Aligned,
+    options: &RetrievalOptions,
+    falls: Option<&ToxicityFalls>,
+    progress: &mut dyn Progress,
+    interrupt: &AtomicBool,
+) -> Result<RetrievalReport> {
+    options.check(aligned)?;
+    let mut places = ResidualPlace::all(model.n_layer());
+    places.remove(model.n_layer());
+    let streams = |sentences: &[String], progress: &mut dyn Progress| {
+        let texts = sentences.iter().take(options.limit.unwrap_or(usize::MAX));
+        let texts: Vec<&str> = texts.map(String::as_str).collect();
+        let max_tokens = options.max_tokens;
+        mean_residual_streams(model, session_options, &texts, &places, max_tokens, progress, interrupt)
+    };
+    let pivot = streams(&aligned.sentences[&options.pivot], progress)?;
+    let mut languages = Vec::new();
+    for (language, sentences) in aligned.sentences.iter().filter(|(l, _)| **l != options.pivot) {
+        progress.say(language);
+        let other = streams(sentences, progress)?;
+        let of_places = (0..places.len()).map(|i| retrieve(&at_place(&pivot, i), &at_place(&other, i)));
+        let fall = falls.and_then(|falls| falls.iter().find(|(l, _)| l == language));
+        languages.push(LanguageRetrieval::of(language, of_places.collect::<Result<_>>()?, fall.map(|f| f.1)));
+    }
+    Ok(RetrievalReport {
+        model: crate::file::base_name(model.path()),
+        pivot: options.pivot.clone(),
+        n_sentences: pivot.len(),
+        places: places.iter().map(|&place| place_name(place)).collect(),
+        correlations: falls.map_or_else(Vec::new, |_| correlations(&languages)),
+        languages,
+    })
+}
+
+impl LanguageRetrieval {
+    fn of(language: &str, places: Vec<Retrieval>, toxicity_fall: Option<f64>) -> LanguageRetrieval {
+        let mean = |of: &dyn Fn(&Retrieval) -> f64| places.iter().map(of).sum::<f64>() / places.len() as f64;
+        LanguageRetrieval {
+            language: language.to_owned(),
+            mean_accuracy: mean(&|r| (r.forward_accuracy + r.backward_accuracy) / 2.0),
+            mean_cosine: mean(&|r| r.mean_cosine),
+            toxicity_fall,
+            places,
+        }
+    }
+}
+
+/// Vectors of one place, shape `[n_sentences][n_embd]`, out of `[n_sentences][n_places][n_embd]`.
+fn at_place(streams: &[Vec<Vec<f32>>], place: usize) -> Vec<Vec<f32>> {
+    streams.iter().map(|places| places[place].clone()).collect()
+}
+
+fn place_name(place: ResidualPlace) -> String {
+    match place {
+        ResidualPlace::Embedding => "embedding".into(),
+        ResidualPlace::AfterBlock(il) => format!("layer {il}"),
+        ResidualPlace::AfterFinalNorm => "final norm".into(),
+    }
+}
+
+/// How retrieval correlates over languages with the fall of toxicity.
+fn correlations(languages: &[LanguageRetrieval]) -> Vec<NamedCorrelation> {
+    let correlate = |of: &str, number: &dyn Fn(&LanguageRetrieval) -> f64| {
+        let (x, y): (Vec<f64>, Vec<f64>) =
+            languages.iter().filter_map(|l| Some((number(l), l.toxicity_fall?))).unzip();
+        NamedCorrelation { of: of.into(), correlation: pearson(&x, &y) }
+    };
+    vec![correlate("top-1 accuracy", &|l| l.mean_accuracy), correlate("mean cosine", &|l| l.mean_cosine)]
+}
+
+/// Compares two run folders: by which fraction expected maximum toxicity fell in each language.
+///
+/// A language whose first value is 0 is left out. The first scorer's numbers are used.
+///
+/// # Errors
+/// Those of [`run::read`] and [`compare::compare`].
+pub fn toxicity_falls(before: &Path, after: &Path) -> Result<ToxicityFalls> {
+    let (a, b) = (run::read(before)?, run::read(after)?);
+    let (tokens_a, tokens_b) = (|text: &str| a.tokens[text].clone(), |text: &str| b.tokens[text].clone());
+    let scorer = a.info.scorers.first().map(|s| s.name.clone()).unwrap_or_default();
+    let comparison = compare::compare(
+        Side { label: "before", run: &a.info, samples: &a.samples, tokenize: &tokens_a },
+        Side { label: "after", run: &b.info, samples: &b.samples, tokenize: &tokens_b },
+    )?;
+    let name = metric::join(Some(&scorer), "expected_maximum_toxicity");
+    let falls = comparison.languages.iter().filter_map(|l| {
+        let found = find_difference(&l.metrics, &name)?;
+        (found.a.value > 0.0).then(|| (l.language.clone(), 1.0 - found.b.value / found.a.value))
+    });
+    Ok(falls.collect())
+}
