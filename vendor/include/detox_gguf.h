@@ -2,8 +2,8 @@
  * detox_gguf.h: steer a model inside a program that runs llama.cpp itself.
  *
  * The library contains no llama.cpp. The program links its own and passes the library the few functions it needs
- * (detox_host_table). Any build and backend works, and so does any revision whose graphs have the nodes that the library
- * knows; if they do not, detox_check reports it.
+ * (detox_host_table). Any build and backend works, and so does any revision whose graphs have the nodes that the
+ * library knows; if they do not, detox_check reports it.
  *
  *     detox_steer *steer;
  *     detox_steer_load("model.gguf", "steer.json", NULL, &steer);
@@ -18,8 +18,8 @@
  * - Strings are UTF-8, NUL-terminated, and copied. Returned strings belong to the library.
  * - Any function may be called from any thread at any time, even while llama_decode runs, except detox_batch and
  *   detox_check: call these between two decodes of their context. Changes take effect from the next micro-batch; one
- *   micro-batch is never steered with two settings. A control vector keeps the coefficient it was fetched with until the
- *   program sets it again.
+ *   micro-batch is never steered with two settings. A control vector keeps the coefficient it was fetched with until
+ *   the program sets it again.
  * - Structs begin with their size, so that they can grow: set it with sizeof, or use the *_INIT macros. Members that
  *   are missing from a program's older header count as zero.
  * - The functions in a host table are called only inside detox_eval_callback, in the thread of llama_decode. They must
@@ -92,8 +92,8 @@ DETOX_API uint32_t detox_abi_version(void);
 /* The library's version, such as "0.1.0 (0123456789ab)". */
 DETOX_API const char *detox_version(void);
 
-/* Why the last failed function of this thread failed, with a hint on a separate line if there is one; "" if none failed.
- * Valid until this thread calls the library again. */
+/* Why the last failed function of this thread failed, with a hint on a separate line if there is one; "" if none
+ * failed. Valid until this thread calls the library again. */
 DETOX_API const char *detox_last_error(void);
 
 /* ---------------------------------------------------------------------------------------------------------------- */
@@ -151,8 +151,8 @@ typedef struct detox_control_vector {
 #define DETOX_CONTROL_VECTOR_INIT { sizeof(detox_control_vector), 0, 0, 0, 0, false }
 
 /* Gets the control vector at the current coefficient. Fills `vector` and writes the floats, shape [n_layer - 1][n_embd]
- * with the row of layer 1 first, to `data`, which has room for `capacity` floats. Pass NULL as `data` to get only `len`.
- * A capacity below `len` is DETOX_INVALID_ARGUMENT. */
+ * with the row of layer 1 first, to `data`, which has room for `capacity` floats. Pass NULL as `data` to get only
+ * `len`. A capacity below `len` is DETOX_INVALID_ARGUMENT. */
 DETOX_API detox_status detox_steer_control_vector(detox_steer *steer, detox_control_vector *vector, float *data,
                                                   size_t capacity);
 
@@ -209,8 +209,8 @@ DETOX_API detox_status detox_steer_callback(detox_steer *steer, const detox_host
                                             const detox_callback_options *options, detox_callback **callback);
 
 /* Frees it; NULL is allowed. A context that still has it is no longer steered, and its `next` is not called after this
- * function returns. The function waits for a detox_eval_callback that is running in another thread, so that callback must
- * not need a lock that the caller holds. Refused inside `next` and the host table's functions. */
+ * function returns. The function waits for a detox_eval_callback that is running in another thread, so that callback
+ * must not need a lock that the caller holds. Refused inside `next` and the host table's functions. */
 DETOX_API detox_status detox_callback_free(detox_callback *callback);
 
 /* The function for llama_context_params.cb_eval, with a detox_callback as user data. */
@@ -218,8 +218,8 @@ DETOX_API bool detox_eval_callback(struct ggml_tensor *tensor, bool ask, void *u
 
 /* Checks that everything decoded since the last call was steered as it should be. Call it after each successful
  * llama_decode: a callback cannot stop a decode, so this is how faults are reported (DETOX_NOT_STEERED). After a fault
- * the logits are neither the steered ones nor the model's own, and nothing is steered until this function is called.
- * An announced batch that was not fully decoded is a fault, and is forgotten by this call. A context without the callback
+ * the logits are neither the steered ones nor the model's own, and nothing is steered until this function is called. An
+ * announced batch that was not fully decoded is a fault, and is forgotten by this call. A context without the callback
  * (cb_eval not set) is only noticed if a batch was announced; otherwise it looks like one that decoded nothing. */
 DETOX_API detox_status detox_check(detox_callback *callback);
 
@@ -232,9 +232,9 @@ DETOX_API detox_status detox_check(detox_callback *callback);
  *   with embeddings = true llama.cpp makes every token an output: pass 1 for each there.
  * - `generated`: whether the token was generated rather than part of the prompt. NULL: unknown.
  *
- * Do not announce a batch in which a token belongs to several sequences; its sequences must all be steered alike. A batch
- * of embeddings (llama_batch.embd) cannot be followed: detox_check reports it if its graph lacks the embedding's node.
- * If llama_decode refuses the batch before computing anything, announce the batch that you try instead. */
+ * Do not announce a batch in which a token belongs to several sequences; its sequences must all be steered alike. A
+ * batch of embeddings (llama_batch.embd) cannot be followed: detox_check reports it if its graph lacks the embedding's
+ * node. If llama_decode refuses the batch before computing anything, announce the batch that you try instead. */
 DETOX_API detox_status detox_batch(detox_callback *callback, size_t n_tokens, const int32_t *sequences,
                                    const int8_t *outputs, const int8_t *generated);
 
@@ -257,11 +257,11 @@ typedef struct detox_gate_options {
 
 #define DETOX_GATE_OPTIONS_INIT { sizeof(detox_gate_options), 0.5, 16, false }
 
-/* Sets a gate from a file of `detox-gguf probe`, replacing the present gate. `options` may be NULL.
+/* Sets a gate from a file that `detox-gguf probe` wrote, and replaces any earlier gate. `options` may be NULL.
  *
- * The probe reads every token at its layer, before that layer's edits. Its product with the residual stream is averaged:
- * a plain mean over the first `window` tokens of a sequence, after which each new token counts 1 / window. The sigmoid of
- * that mean is the probability that the text is toxic.
+ * The probe reads every token at its layer, before that layer's edits. Its product with the residual stream is
+ * averaged: a plain mean over the first `window` tokens of a sequence, after which each new token counts 1 / window.
+ * The sigmoid of that mean is the probability that the text is toxic.
  *
  * A micro-batch of a sequence is steered if the probability after the preceding tokens was at least the threshold. So a
  * prompt that fits into one micro-batch is never steered, and each generated token is judged by the text before it.
@@ -286,8 +286,8 @@ DETOX_API detox_status detox_gate_reset(detox_callback *callback, int32_t sequen
 /* ---------------------------------------------------------------------------------------------------------------- */
 /* Scoring                                                                                                          */
 
-/* Scores the toxicity of a text, in [0, 1], with the built-in scorer; its threshold is 0.5. `language` is one of ar cs de
- * en es fr hi id it ja ko nl pl pt ru sv zh, or NULL if unknown; any other is DETOX_UNSUPPORTED. */
+/* Scores the toxicity of a text, in [0, 1], with the built-in scorer; its threshold is 0.5. `language` is one of ar cs
+ * de en es fr hi id it ja ko nl pl pt ru sv zh, or NULL if unknown; any other is DETOX_UNSUPPORTED. */
 DETOX_API detox_status detox_score(const char *text, const char *language, double *toxicity);
 
 #ifdef __cplusplus
