@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Serves a steered model with a llama-server as it is: no patch, no plugin. Two ways:
+# Serves a steered model with an unmodified llama-server: no patch, no plugin. Two methods:
 #
 #     examples/llama-server.sh vector MODEL NEURONS OFFSET FOLDER [llama-server's own arguments]
 #     examples/llama-server.sh baked  MODEL NEURONS OFFSET FOLDER [llama-server's own arguments]
 #
-# `vector` writes a control vector to FOLDER and has the server add it: the model stays as it is, and the file is small.
+# `vector` writes a control vector to FOLDER, which the server adds: the model stays unchanged and the file is small.
 # Layer 0 is left out, since llama.cpp adds no control vector there. `baked` writes a copy of the model with the edit
-# inside, layer 0 too, for architectures whose graphs read a bias of ffn_down (llama, gpt2, bloom); nothing else is
-# needed then. NEURONS is a file of `detox-gguf locate`. A file that is there already is used again where it was made of
-# the same neurons and offset and of a model of this name and size, whose checksum is in its name, and is newer than that.
+# inside, including layer 0. It works for architectures whose graphs read a bias of ffn_down (llama, gpt2, bloom), and the
+# server needs no other file.
 #
-# LLAMA_SERVER and DETOX_GGUF name the programs where they are not in PATH.
+# NEURONS is a file written by `detox-gguf locate`. The output's name has a checksum of the neurons, the offset, and the
+# model's name and size. A file of that name is reused if it is newer than the model.
+#
+# Set LLAMA_SERVER and DETOX_GGUF if the programs are not in PATH.
 set -euo pipefail
 [ $# -ge 5 ] || { sed -n 's/^#  *\(examples.*\)/usage: \1/p' "$0" >&2; exit 2; }
 way=$1 model=$2 neurons=$3 offset=$4 folder=$5
@@ -19,7 +21,7 @@ server=${LLAMA_SERVER:-llama-server}
 detox=${DETOX_GGUF:-detox-gguf}
 make=("$detox" steer -m "$model" --neurons "$neurons" --offset "$offset")
 mkdir -p "$folder"
-# Of both ways, so that what changes is made anew.
+# Changes with the model's name and size, the offset and the neurons, so that no stale file is reused.
 key=$({ printf '%s\n' "$model" "$offset" && wc -c <"$model" && cat "$neurons"; } | cksum | cut -d' ' -f1)
 
 case "$way" in

@@ -1,5 +1,6 @@
-//! Prints the logits after the last token of some tokens, steered or not, as JSON: for comparing this program
-//! with others (`scripts/check_stock.py`).
+//! Prints the logits after the last of the given tokens as JSON, steered or not.
+//!
+//! `scripts/check_stock.py` uses it to compare this program with others.
 //!
 //! ```sh
 //! cargo run --release --example logits -- MODEL 1,60,70,80 [STEER_FILE COEFFICIENT | --lora ADAPTER]

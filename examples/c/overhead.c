@@ -1,6 +1,6 @@
 /*
- * What steering costs a program: decodes the same tokens with several contexts over one model, in turn and each time in
- * another order, and compares each context's time for a token with that of two unsteered contexts for the same token.
+ * Measures the cost of steering: decodes the same tokens with several contexts over one model, in turn and in a new order
+ * each time, and compares each context's time for a token with the time of two unsteered contexts for the same token.
  *
  *     overhead -m MODEL -t 1,60,70 --steer FILE [--tokens N] [--threads N] [--pool] [--cpu] [--force] [--only NAME]
  *
@@ -8,20 +8,25 @@
  *     --steer FILE      an intervention file or a control vector
  *     --tokens N        tokens decoded by each context (300), after 20 that are not counted
  *     --threads N       threads (1)
- *     --pool            one pool of threads for all contexts, as llama-server has one; otherwise llama.cpp starts threads
- *                       for every graph, and for both parts of one that the callback cuts
- *     --cpu             the process's time on the CPU in place of the clock's, for a machine that does other things too; with
- *                       one thread alone, since several wait for each other by spinning
- *     --only NAME       this context alone, without times: to count its instructions from outside
+ *     --pool            one thread pool for all contexts, as in llama-server; without it llama.cpp starts threads for
+ *                       every graph, and twice for a graph that the callback splits
+ *     --cpu             measure the process's CPU time instead of wall-clock time, for a machine that is also doing other
+ *                       work; with one thread only, since several threads wait for each other by spinning
+ *     --only NAME       run only this context, without times: to count its instructions from outside
  *
- * The contexts: `plain` and `plain_again`, the unsteered ones; `control_vector`, where the file can be one as a whole;
- * `callback_at_0`, with the callback at a coefficient of 0, which is asked about each node and wants none; `callback`, with
- * everything by the callback. Prints JSON: for each the median in microseconds a token, the median of its ratios to the
- * mean of `plain` and `plain_again`, with a 95% interval, and a hash of its last logits. The ratios of the unsteered ones
- * themselves show what two contexts differ by that do the same. The interval is from order statistics, which assumes no
- * distribution, but that tokens are independent; it shows the spread within this process, and not from one to another.
+ * The contexts:
+ * - `plain` and `plain_again`: unsteered;
+ * - `control_vector`: only if the whole file can be a control vector;
+ * - `callback_at_0`: the callback at a coefficient of 0, which is asked about each node and wants none;
+ * - `callback`: everything by the callback.
  *
- * Build it as steer.c, with -lggml-cpu besides, which has the pool of threads: it is needed with or without --pool.
+ * Prints JSON. For each context: the median time in microseconds per token; the median of its ratios to the mean of
+ * `plain` and `plain_again`, with a 95% interval; and a hash of its last logits. The ratios of the two unsteered contexts
+ * show how much two identical contexts differ. The interval is from order statistics: it assumes independent tokens but
+ * no distribution. It shows the spread within this process, not between processes.
+ *
+ * Build it like steer.c, with -lggml-cpu in addition: that library has the thread pool, and is needed with or without
+ * --pool.
  */
 #define _POSIX_C_SOURCE 200809L
 #define DETOX_WITH_GGML
@@ -83,7 +88,7 @@ static void parse(int argc, char **argv) {
         if (strcmp(flag, "--pool") == 0) { args.pool = true; continue; }
         if (strcmp(flag, "--cpu") == 0) { args.cpu = true; continue; }
         if (strcmp(flag, "--force") == 0) { args.force = true; continue; }
-        if (i + 1 == argc) stop("a flag is unknown, or lacks its value");
+        if (i + 1 == argc) stop("unknown flag, or a flag without its value");
         char *value = argv[++i];
         if (strcmp(flag, "-m") == 0) args.model = value;
         else if (strcmp(flag, "--steer") == 0) args.steer = value;
@@ -95,10 +100,10 @@ static void parse(int argc, char **argv) {
                 if (args.n_prompt == MOST_TOKENS) stop("-t: too many tokens");
                 args.tokens[args.n_prompt++] = number(flag, token, 0);
             }
-        } else stop("a flag is unknown");
+        } else stop("unknown flag");
     }
     if (args.model == NULL || args.n_prompt == 0 || args.steer == NULL) stop("expected -m MODEL, -t TOKEN,TOKEN,... and --steer FILE");
-    if (args.cpu && args.n_threads > 1) stop("--cpu is for one thread: several wait for each other by spinning, on the CPU");
+    if (args.cpu && args.n_threads > 1) stop("--cpu is for one thread: several threads wait for each other by spinning, which counts as CPU time");
 }
 
 static void quiet(enum ggml_log_level level, const char *text, void *user_data) {
@@ -106,7 +111,7 @@ static void quiet(enum ggml_log_level level, const char *text, void *user_data) 
     if (level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
 }
 
-/* Whether a context of this kind is wanted, and can be. */
+/* Opens a context of this kind. Returns false if it was not requested or is not possible. */
 static bool open_subject(subject *of, int kind, struct llama_model *model, struct ggml_threadpool *pool) {
     if (args.only != NULL && strcmp(args.only, NAMES[kind]) != 0) return false;
     detox_control_vector vector = DETOX_CONTROL_VECTOR_INIT;
@@ -121,7 +126,7 @@ static bool open_subject(subject *of, int kind, struct llama_model *model, struc
     }
     struct llama_context_params params = llama_context_default_params();
     params.n_ctx = (uint32_t) (256 * (1 + (args.n_prompt + N_WARM + args.n_tokens) / 256));
-    /* Any prompt in one decode. */
+    /* So that any prompt fits in one decode. */
     params.n_batch = params.n_ctx;
     params.n_threads = params.n_threads_batch = args.n_threads;
     if (kind == CALLBACK_AT_0 || kind == CALLBACK) {
@@ -131,7 +136,7 @@ static bool open_subject(subject *of, int kind, struct llama_model *model, struc
         params.cb_eval_user_data = of->callback;
     }
     of->context = llama_init_from_model(model, params);
-    if (of->context == NULL) stop("llama.cpp could not open a context");
+    if (of->context == NULL) stop("llama.cpp could not create a context");
     if (pool != NULL) llama_attach_threadpool(of->context, pool, pool);
     if (vector.len > 0) {
         float *data = malloc(vector.len * sizeof *data);
@@ -151,21 +156,21 @@ static double now_us(void) {
     return 1e6 * (double) now.tv_sec + 1e-3 * (double) now.tv_nsec;
 }
 
-/* The microseconds of a decode, with the check that belongs to it. */
+/* Decodes, including the call of detox_check, and returns the time in microseconds. */
 static double decode(subject *of, llama_token *tokens, int n) {
     struct llama_batch batch = llama_batch_get_one(tokens, n);
     double start = now_us();
     if (llama_decode(of->context, batch) != 0) stop("llama_decode failed");
     if (of->callback != NULL) must(detox_check(of->callback));
-    /* What a backend computes in its own time is done once there are logits. */
+    /* A backend may compute asynchronously: reading the logits waits for it. */
     if (llama_get_logits_ith(of->context, -1) == NULL) stop("no logits");
     double us = now_us() - start;
-    /* Ratios to it would be none. */
-    if (us <= 0.0) stop("a decode took no time by the clock: it is too coarse for this model");
+    /* No ratio to it could be computed. */
+    if (us <= 0.0) stop("a decode took 0 us: the clock is too coarse for this model");
     return us;
 }
 
-/* FNV-1a of the logits of its last decode. */
+/* FNV-1a hash of the last decode's logits. */
 static uint64_t hash_logits(const subject *of) {
     const unsigned char *bytes = (const unsigned char *) llama_get_logits_ith(of->context, -1);
     const struct llama_vocab *vocab = llama_model_get_vocab(llama_get_model(of->context));
@@ -180,9 +185,10 @@ static int by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Sorts them, and gives the median with its 95% interval: order statistics as far from the middle as a fair coin's heads in n
- * throws lie from n / 2 in at least 95 of 100 cases, taking the values as independent. Fewer than 6 values have no such
- * interval: it is the least and the greatest of them then, and less sure. */
+/* Sorts the values and returns the median with its 95% interval. The interval's ends are order statistics; their distance
+ * from the middle is that within which the heads of n fair coin tosses lie around n / 2 in at least 95% of cases. This
+ * assumes independent values. Fewer than 6 values have no such interval: it is then the smallest and the largest value,
+ * at a lower confidence. */
 static double median(double *values, int n, double *low, double *high) {
     qsort(values, (size_t) n, sizeof *values, by_value);
     int half = (int) ceil(0.98 * sqrt((double) n) + 0.5);
@@ -194,7 +200,7 @@ static double median(double *values, int n, double *low, double *high) {
 
 int main(int argc, char **argv) {
     parse(argc, argv);
-    if (detox_abi_version() != DETOX_ABI_VERSION) stop("the library is not for this program's header");
+    if (detox_abi_version() != DETOX_ABI_VERSION) stop("the library's version does not match this program's header");
     llama_log_set(quiet, NULL);
     llama_backend_init();
     struct llama_model *model = llama_model_load_from_file(args.model, llama_model_default_params());
@@ -203,7 +209,7 @@ int main(int argc, char **argv) {
     if (args.pool) {
         struct ggml_threadpool_params params = ggml_threadpool_params_default(args.n_threads);
         pool = ggml_threadpool_new(&params);
-        if (pool == NULL) stop("no pool of threads");
+        if (pool == NULL) stop("could not create a thread pool");
     }
 
     subject subjects[N_KINDS] = {0};
@@ -211,10 +217,10 @@ int main(int argc, char **argv) {
     for (int kind = 0; kind < N_KINDS; kind++) {
         if (open_subject(&subjects[kind], kind, model, pool)) open[n_open++] = kind;
     }
-    if (n_open == 0) stop("--only: no such context");
+    if (n_open == 0) stop("--only: expected a context that exists for this file, found none");
     for (int i = 0; i < n_open; i++) decode(&subjects[open[i]], args.tokens, args.n_prompt);
-    /* One after the other, so that what else the machine does falls on all alike; in an order drawn anew for each token,
-     * since what ran before leaves the caches as it likes. */
+    /* The contexts take turns, so that other load on the machine affects all of them equally. The order is shuffled for
+     * each token, because each context finds the caches as the one before left them. */
     uint32_t seed = 1;
     for (int token = -N_WARM; token < args.n_tokens; token++) {
         for (int i = n_open - 1; i > 0; i--) {
@@ -237,7 +243,7 @@ int main(int argc, char **argv) {
             if (subjects[kind].us == NULL) continue;
             memcpy(ratios, subjects[kind].us, (size_t) args.n_tokens * sizeof *ratios);
             printf(",\n\"%s\": {\"us\": %.1f", NAMES[kind], median(ratios, args.n_tokens, &low, &high));
-            /* To both unsteered ones: either alone may be off by itself, and would shift all that is compared with it. */
+            /* Relative to both unsteered contexts: a bias in either one alone would shift every ratio. */
             for (int i = 0; i < args.n_tokens; i++) {
                 ratios[i] = subjects[kind].us[i] / (0.5 * (subjects[PLAIN].us[i] + subjects[PLAIN_AGAIN].us[i]));
             }

@@ -1,26 +1,27 @@
 /*
- * Steers a model in a program of its own over llama.h, and prints what came of it as JSON. Tokens are given as numbers,
- * so that results can be compared with other programs'.
+ * Steers a model in a program over llama.h and prints the results as JSON. Tokens are passed as numbers, so that results
+ * can be compared with other programs.
  *
  *     steer -m MODEL -t 1,60,70 [--steer FILE] [options]
  *
  *     --steer FILE          an intervention file or a control vector
- *     --coefficient C       what the file's coefficients are multiplied by (1)
- *     --callback            everything by the callback, nothing as a control vector
+ *     --coefficient C       a factor for the file's coefficients (1)
+ *     --callback            use the callback for everything, and no control vector
  *     --force               allow a file made for another quantisation of the model
- *     --sequences N         the tokens in N sequences of one batch (1); prints the last logits of each
- *     --off S               leave sequence S out
+ *     --sequences N         decode the tokens in N sequences of one batch (1); prints the last logits of each
+ *     --off S               do not steer sequence S
  *     --unified             one KV stream for all sequences
  *     --ubatch N            tokens computed at once (512)
  *     --gate PROBE T        steer only while the probe's probability is at least T
- *     -n N                  continue N tokens greedily; prints them, with the gate's probability before each
- *     --apart               sequence S gets the tokens from number S on, and then those before: each another text. -n
- *                           then continues each by itself, and prints all sequences of one step, then of the next
- *     --as-prompt, --as-generated   say so of the tokens
- *     --count               chain a callback of this program's own, which counts the blocks that it sees
- *     --race N              decode N times while another thread changes the coefficient from 0 to C and back
+ *     -n N                  generate N more tokens greedily; prints them, with the gate's probability before each
+ *     --apart               give each sequence another text: sequence S gets the tokens from number S on, followed by
+ *                           those before it. -n then continues each sequence separately and prints, step by step, the
+ *                           tokens of all sequences
+ *     --as-prompt, --as-generated   announce the tokens as prompt or as generated
+ *     --count               chain a callback of this program, which counts the blocks it sees
+ *     --race N              decode N times while another thread switches the coefficient between 0 and C
  *
- * overhead.c, beside this one, measures what it costs. Build it with any llama.cpp:
+ * overhead.c in this folder measures the cost. Build it with any llama.cpp:
  *     cc -I <llama.cpp>/include -I <detox_gguf>/include steer.c -ldetox_gguf -lllama -lggml -lggml-base -lpthread -lm
  */
 #define DETOX_WITH_GGML
@@ -49,7 +50,7 @@ static void stop(const char *what) {
     exit(1);
 }
 
-/* Stops where the library refuses something. */
+/* Exits with the library's message if a call failed. */
 static void must(detox_status status) {
     if (status != DETOX_OK) {
         fprintf(stderr, "error (status %d): %s\n", (int) status, detox_last_error());
@@ -57,7 +58,7 @@ static void must(detox_status status) {
     }
 }
 
-/* A whole number from `least` on, that ends where the text does. */
+/* Parses a whole number of at least `least`; nothing may follow it. */
 static int number(const char *flag, const char *value, int least) {
     char *end;
     long found = strtol(value, &end, 10);
@@ -89,7 +90,7 @@ static void parse(int argc, char **argv) {
         if (strcmp(flag, "--count") == 0) { args.count = true; continue; }
         if (strcmp(flag, "--as-prompt") == 0) { args.generated = 0; continue; }
         if (strcmp(flag, "--as-generated") == 0) { args.generated = 1; continue; }
-        if (is_last) stop("a flag is unknown, or lacks its value");
+        if (is_last) stop("unknown flag, or a flag without its value");
         char *value = argv[++i];
         if (strcmp(flag, "-m") == 0) args.model = value;
         else if (strcmp(flag, "--steer") == 0) args.steer = value;
@@ -107,7 +108,7 @@ static void parse(int argc, char **argv) {
                 if (args.n_tokens == MOST_TOKENS) stop("-t: too many tokens");
                 args.tokens[args.n_tokens++] = number(flag, token, 0);
             }
-        } else stop("a flag is unknown");
+        } else stop("unknown flag");
     }
     if (args.model == NULL || args.n_tokens == 0) stop("expected -m MODEL and -t TOKEN,TOKEN,...");
 }
@@ -117,7 +118,7 @@ static void quiet(enum ggml_log_level level, const char *text, void *user_data) 
     if (level == GGML_LOG_LEVEL_ERROR) fputs(text, stderr);
 }
 
-/* A callback that this program has anyway, to show that both work: counts the blocks of each decode. */
+/* A callback of the program's own, to show that both work together: counts the blocks of each decode. */
 static bool count_blocks(struct ggml_tensor *tensor, bool ask, void *n_blocks) {
     bool is_block = strncmp(ggml_get_name(tensor), "l_out-", 6) == 0;
     if (!ask && is_block) ++*(int *) n_blocks;
@@ -133,7 +134,7 @@ static struct llama_context *open_context(struct llama_model *model, detox_callb
     params.n_ubatch = (uint32_t) args.n_ubatch;
     params.n_seq_max = (uint32_t) args.n_sequences;
     params.kv_unified = args.unified;
-    /* Exact: what is compared is steering, not rounding. */
+    /* Exact settings, so that comparisons show steering and not rounding. */
     params.n_threads = params.n_threads_batch = 1;
     params.type_k = params.type_v = GGML_TYPE_F32;
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
@@ -145,7 +146,7 @@ static struct llama_context *open_context(struct llama_model *model, detox_callb
         params.cb_eval_user_data = &n_blocks;
     }
     struct llama_context *context = llama_init_from_model(model, params);
-    if (context == NULL) stop("llama.cpp could not open a context");
+    if (context == NULL) stop("llama.cpp could not create a context");
     return context;
 }
 
@@ -161,8 +162,8 @@ static void set_control_vector(struct llama_context *context, detox_steer *steer
     free(data);
 }
 
-/* Decodes `n` tokens of every sequence from `position` on, with logits of the last of each. Where they are apart, sequence
- * S begins with token S of the `n`, or has token S of as many as there are sequences. */
+/* Decodes `n` tokens in every sequence, starting at `position`, with the logits of each sequence's last token. With
+ * --apart, sequence S starts at token S of the `n` and wraps around; if `n` is 1, `tokens` has one token per sequence. */
 static void decode(struct llama_context *context, detox_callback *callback, const llama_token *tokens, int n,
                    int position, bool is_announced, int generated) {
     int n_all = n * args.n_sequences;
@@ -211,7 +212,7 @@ static void *change_coefficient(void *steer) {
     return NULL;
 }
 
-/* Every decode of one micro-batch must be wholly steered, or not at all. */
+/* Checks that each micro-batch is steered entirely or not at all. */
 static void race(struct llama_context *context, detox_steer *steer, detox_callback *callback, int n_vocab) {
     float *expected[2];
     for (int i = 0; i < 2; i++) {
@@ -222,7 +223,7 @@ static void race(struct llama_context *context, detox_steer *steer, detox_callba
         memcpy(expected[i], logits_of(context, args.n_tokens, 0), (size_t) n_vocab * sizeof(float));
     }
     pthread_t thread;
-    if (pthread_create(&thread, NULL, change_coefficient, steer) != 0) stop("no thread");
+    if (pthread_create(&thread, NULL, change_coefficient, steer) != 0) stop("could not start a thread");
     int n[3] = {0, 0, 0};
     for (int i = 0; i < args.n_race; i++) {
         llama_memory_clear(llama_get_memory(context), true);
@@ -243,7 +244,7 @@ static void race(struct llama_context *context, detox_steer *steer, detox_callba
 
 int main(int argc, char **argv) {
     parse(argc, argv);
-    if (detox_abi_version() != DETOX_ABI_VERSION) stop("the library is not for this program's header");
+    if (detox_abi_version() != DETOX_ABI_VERSION) stop("the library's version does not match this program's header");
     llama_log_set(quiet, NULL);
     llama_backend_init();
 
@@ -277,7 +278,7 @@ int main(int argc, char **argv) {
     struct llama_context *context = open_context(model, callback);
     if (steer != NULL) set_control_vector(context, steer);
 
-    /* The simple case needs no announcement: all sequences alike, prompts and generated tokens alike. */
+    /* If all sequences, prompts and generated tokens are steered alike, no announcement is needed. */
     bool is_announced = args.off >= 0 || (args.probe != NULL && args.n_sequences > 1) || args.generated >= 0;
     if (args.n_race > 0) {
         race(context, steer, callback, n_vocab);
@@ -316,7 +317,7 @@ int main(int argc, char **argv) {
         printf("]}\n");
     }
 
-    /* In any order: a context whose callback was freed goes on unsteered. */
+    /* In any order: a context continues unsteered after its callback is freed. */
     llama_free(context);
     llama_model_free(model);
     must(detox_callback_free(callback));

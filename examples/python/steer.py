@@ -5,8 +5,8 @@
     scripts/build_plugin.sh
     python examples/python/steer.py target/plugin/lib/libdetox_gguf.so MODEL STEER_FILE 1,60,70 [COEFFICIENT]
 
-What a control vector can do is set as one; for the rest llama.cpp calls the plugin itself, without a line of Python:
-the table of functions that the plugin needs is made of ggml's own, but for the one that reads a tensor's shape.
+The part that a control vector can do is set as a control vector. For the rest, llama.cpp calls the plugin directly,
+without running Python: the plugin's table of functions holds ggml's own, except for the one that reads a tensor's shape.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ class Shape(ctypes.Structure):
 
 
 class Tensor(ctypes.Structure):
-    """The start of struct ggml_tensor, as llama-cpp-python's llama.cpp has it."""
+    """The first members of struct ggml_tensor in llama-cpp-python's llama.cpp."""
 
     _fields_ = [("type", c_int32), ("buffer", c_ptr), ("ne", ctypes.c_int64 * 4), ("nb", c_size_t * 4)]
 
@@ -34,7 +34,7 @@ SHAPE_FN = ctypes.CFUNCTYPE(None, c_ptr, ctypes.POINTER(Shape))
 
 
 class HostTable(ctypes.Structure):
-    """detox_host_table; one sequence needs no `op` and no `source`."""
+    """detox_host_table; a single sequence needs no `op` and no `source`."""
 
     _fields_ = [("size", c_size_t), ("name", c_ptr), ("shape", SHAPE_FN), ("get", c_ptr), ("set", c_ptr), ("op", c_ptr),
                 ("source", c_ptr)]
@@ -54,25 +54,26 @@ def shape_of(tensor, shape):
 
 
 def ggml_function(name: str) -> int:
-    """The address of a function of the ggml that llama-cpp-python has loaded."""
+    """The address of a function in llama-cpp-python's ggml."""
     folder = llama_cpp.llama_cpp._base_path
     for library in sorted(folder.glob("libggml*")) + sorted(folder.glob("libllama*")):
         try:
             return ctypes.cast(getattr(ctypes.CDLL(str(library)), name), c_ptr).value
         except (AttributeError, OSError):
             continue
-    raise SystemExit(f"error: llama-cpp-python in {folder} has no function {name}")
+    raise SystemExit(f"error: expected llama-cpp-python in {folder} to export {name}, found no such function")
 
 
 class Plugin:
-    """The few functions that this example needs; vendor/include/detox_gguf.h has them all."""
+    """The functions that this example needs; vendor/include/detox_gguf.h has all of them."""
 
     def __init__(self, path: str):
         self.library = ctypes.CDLL(path)
         self.library.detox_last_error.restype = ctypes.c_char_p
         self.library.detox_set_coefficient.argtypes = [c_ptr, ctypes.c_float]
         if self.library.detox_abi_version() != 1:
-            raise SystemExit("error: this program is for version 1 of the plugin's interface")
+            found = self.library.detox_abi_version()
+            raise SystemExit(f"error: expected version 1 of the plugin's interface, found {found}")
 
     def call(self, name: str, *arguments) -> None:
         if getattr(self.library, name)(*arguments) != 0:
@@ -103,7 +104,7 @@ def main() -> None:
     params.n_threads = params.n_threads_batch = 1
     params.type_k = params.type_v = 0  # F32, to compare with other programs
     params.flash_attn_type = 0  # disabled
-    # The same member, whatever type llama-cpp-python gives it.
+    # Versions of llama-cpp-python declare this member with different types.
     kind = dict(params._fields_)["cb_eval"]
     function = ctypes.cast(plugin.library.detox_eval_callback, c_ptr)
     params.cb_eval = ctypes.cast(function, kind) if kind is not c_ptr else function
@@ -112,7 +113,7 @@ def main() -> None:
     code = llama_cpp.llama_set_adapter_cvec(context, rows if vector.len else None, vector.len, vector.n_embd,
                                             vector.il_start, vector.il_end)
     assert code == 0, "llama.cpp refused the control vector"
-    array = (llama_cpp.llama_token * len(tokens))(*tokens)  # which the batch only points to
+    array = (llama_cpp.llama_token * len(tokens))(*tokens)  # must outlive the batch, which only points to it
     assert llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))) == 0
     plugin.call("detox_check", callback)
     n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
