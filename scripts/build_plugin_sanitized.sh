@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Compiles the plugin as a static library with the address sanitizer, rustc's checks of overflow and of what unsafe
-# functions require, and marks for clang's fuzzer, and prints its path. For tests: what links it needs clang's
-# -fsanitize=address, whose runtime it works with. The shared library that scripts/build_plugin.sh installs is of the same
-# sources, but not sanitized.
+# Builds the plugin as a static library for tests and prints its path. It is compiled with AddressSanitizer, with rustc's
+# overflow checks and debug assertions (which check the preconditions of unsafe functions), and with coverage counters
+# for clang's fuzzer. Link it with clang's -fsanitize=address, which brings the runtime. scripts/build_plugin.sh installs
+# a library from the same sources, without sanitizers.
 #
-# The flags are those of a nightly toolchain, which RUSTC_BOOTSTRAP lets any take. It acts on the build scripts of
-# dependencies too: one that asks whether the compiler is a nightly one may choose other code than in the build that is
-# installed. Rust's own library comes compiled, without the sanitizer: what it does is seen where it calls the system's
-# functions (memcpy, say) or is compiled into the plugin, as generic code is.
+# These flags need a nightly toolchain; RUSTC_BOOTSTRAP enables them on any. It also affects the build scripts of
+# dependencies: one that tests for a nightly compiler may choose different code than in the installed build. Rust's
+# standard library is precompiled without the sanitizer. Its errors are caught only if it calls a system function (such
+# as memcpy) or is compiled into the plugin, as generic code is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=${CARGO_TARGET_DIR:-$PWD/target}/plugin-sanitized
-# Named, so that the flags are not for build scripts and macros, which rustc itself runs.
+# With an explicit target, the flags do not apply to build scripts and procedural macros, which run inside the build.
 host=$(rustc -vV | sed -n 's/^host: //p')
 RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address -Cdebug-assertions -Coverflow-checks -Cforce-frame-pointers -Cdebuginfo=1 \
     -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests training on the emulated GPU: the operations, whole steps, memory that runs out, and that llama.cpp runs the result.
-# Where PyTorch is at hand, every operation is compared with it too.
+# Tests training on the emulated GPU: single operations, whole steps, running out of memory, and loading the result in
+# llama.cpp. If PyTorch is installed, every operation is also compared with PyTorch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/setup.sh
@@ -14,5 +14,5 @@ fi
 if python3 -c 'import torch, numpy' 2>/dev/null; then
     python3 scripts/gpu_check.py --emulation
 else
-    detox_say "no PyTorch: scripts/gpu_check.py is left out"
+    detox_say "no PyTorch: skipping scripts/gpu_check.py"
 fi
