@@ -1,1 +1,1 @@
-"""Checks and times vendor/cuda by itself: see scripts/gpu_check.py."""
+"""Checks and times vendor/cuda on its own. See scripts/gpu_check.py."""

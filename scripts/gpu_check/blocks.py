@@ -1,10 +1,10 @@
-"""Random blocks of ggml's types, and the numbers they stand for, by NumPy."""
+"""Random blocks of ggml's types, and their dequantisation in NumPy."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# ggml's number, numbers and bytes in a block, and where its F16 fields are.
+# For each type: ggml's number, numbers per block, bytes per block, and byte offsets of the block's F16 fields.
 TYPES = {
     "F32": (0, 1, 4, ()),
     "F16": (1, 1, 2, ()),
@@ -21,13 +21,13 @@ TYPES = {
 
 
 def random_blocks(name: str, n: int, random: np.random.Generator) -> np.ndarray:
-    """The bytes of n numbers, which are about as large as a model's weights."""
+    """The bytes of n random numbers, about as large as a model's weights."""
     _, length, n_bytes, scales = TYPES[name]
     if name == "F32":
         return random.standard_normal(n).astype(np.float32).view(np.uint8) if n else np.zeros(0, np.uint8)
     if name == "F16":
         values = random.standard_normal(n).astype(np.float16)
-        values[: n // 8] *= np.float16(1e-6)  # subnormal ones
+        values[: n // 8] *= np.float16(1e-6)  # make some subnormal
         return values.view(np.uint8)
     if name == "BF16":
         return (random.standard_normal(n).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
@@ -52,14 +52,14 @@ def fifth(bits: np.ndarray) -> np.ndarray:
 
 
 def k_scales(scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[blocks][8] of scales and minima, out of twelve bytes."""
+    """Unpacks twelve bytes per block into scales and minima, each [blocks][8]."""
     low, high, rest = (scales[:, i:i + 4].astype(np.int64) for i in (0, 4, 8))
     scale = np.concatenate([low & 63, (rest & 15) | (low >> 6) << 4], axis=1)
     minimum = np.concatenate([high & 63, (rest >> 4) | (high >> 6) << 4], axis=1)
     return scale, minimum
 
 
-def numbers_of(name: str, data: np.ndarray) -> np.ndarray:
+def dequantised(name: str, data: np.ndarray) -> np.ndarray:
     _, length, n_bytes, _ = TYPES[name]
     if name == "F32":
         return data.view(np.float32).astype(np.float64)

@@ -1,4 +1,4 @@
-"""Builds vendor/cuda into a shared library, and calls it by ctypes."""
+"""Builds vendor/cuda into a shared library and calls it through ctypes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Preference(c.Structure):
     _fields_ = [("loss", i32), ("beta", c.c_double), ("label_smoothing", c.c_double), ("n_pairs", i64)]
 
 
-# What a pair costs, as rows of an array.
+# The fields of detox_cuda_pair_cost, as columns of an array.
 PAIR_COST = ("policy_chosen", "policy_rejected", "loss", "dchosen", "drejected")
 
 
@@ -73,11 +73,10 @@ class Properties(c.Structure):
 
 
 P = pointer
-# What each function takes after the device.
+# The arguments of each function after the device.
 SIGNATURES = {
     "describe": [c.POINTER(Properties)],
     "memory": [c.POINTER(size), c.POINTER(size)],
-    "wait": [],
     "allocate": [size, c.POINTER(pointer)],
     "release": [P],
     "clear": [size, P],
@@ -85,7 +84,6 @@ SIGNATURES = {
     "read": [P, size, P],
     "rows_open": [c.POINTER(Batch), c.POINTER(pointer)],
     "round_blocks": [i32, P, i64, P],
-    "product": [c.POINTER(Matrix), P, i64, P],
     "products": [c.POINTER(Matrix), i64, P, i64, c.POINTER(pointer)],
     "product_back": [c.POINTER(Matrix), P, i64, P],
     "set_part": [size],
@@ -135,7 +133,7 @@ def find_nvcc() -> Path:
 
 
 def run_all(commands: list[list[str]]) -> None:
-    """At once, as many as there are cores."""
+    """Runs the commands in parallel, one per core."""
     waiting, running = list(commands), []
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
@@ -177,7 +175,7 @@ def build(folder: Path, emulation: bool, arch: str, sanitize: bool = False) -> P
 
 
 class Gpu:
-    """A device, and arrays on it that live as long as it does unless they are released, or their scope ends."""
+    """A device and its arrays. An array lives until it is released, its scope ends, or the device goes."""
 
     def __init__(self, library: Path):
         self.library = c.CDLL(str(library))
@@ -217,7 +215,7 @@ class Gpu:
 
     @contextlib.contextmanager
     def scope(self):
-        """Gives back at its end what was taken within it, after an error too, so that the next program has it."""
+        """Releases all memory allocated within the scope at its end, even after an error."""
         arrays, batches = set(self.arrays), set(self.batches)
         try:
             yield
@@ -239,16 +237,25 @@ class Gpu:
         return at
 
     def array(self, data) -> int:
-        """f32 numbers on the device, of anything that NumPy takes."""
+        """Copies an array-like to the device as f32."""
         return self.bytes(np.asarray(data, dtype=np.float32))
 
     def poison(self, *shape: int) -> int:
+        """An array filled with NaN, to detect outputs that were not written."""
         return self.array(np.full(shape, np.nan, dtype=np.float32))
 
     def read(self, at: int, *shape: int, dtype=np.float32) -> np.ndarray:
         out = np.empty(shape, dtype=dtype)
         self.call("read", at, out.nbytes, out.ctypes.data)
         return out
+
+    def wait(self) -> None:
+        """Waits for all operations, by reading nothing."""
+        self.call("read", None, 0, None)
+
+    def product(self, matrix: Matrix, x: int, n_rows: int, y: int) -> None:
+        """y[R][O] = x[R][I] W^T"""
+        self.call("products", c.byref(matrix), 1, x, n_rows, (c.c_void_p * 1)(y))
 
     def rows(self, batch: "Packed") -> int:
         rows = pointer()
@@ -262,7 +269,7 @@ class Gpu:
 
 
 class Packed:
-    """Pairs as the trainer packs them: each prompt once, then both answers without their last token."""
+    """Pairs packed as in the trainer: each prompt once, then both answers without their last token."""
 
     def __init__(self, pairs: list[tuple[list[int], list[int], list[int]]]):
         self.tokens, self.positions, self.segments = [], [], []
@@ -294,7 +301,7 @@ class Packed:
                      self.kept_segments, output_rows, output_tokens, answer_ends)
 
     def sees(self, window: int = 0) -> np.ndarray:
-        """[R][R], whether a row sees another."""
+        """The attention mask [R][R]: whether a row attends to another."""
         n = len(self.tokens)
         mask = np.zeros((n, n), dtype=bool)
         for first, end, prefix_first, prefix_end in self.segments:

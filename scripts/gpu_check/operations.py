@@ -1,6 +1,6 @@
-"""Every operation, forward and backward, against PyTorch in float64, on random inputs of many shapes.
+"""Compares every operation, forward and backward, with PyTorch in float64, on random inputs of many shapes.
 
-What is overwritten holds no numbers first, and what is added to holds 0.25.
+Buffers that an operation overwrites start as NaN. Buffers that it adds to start at 0.25.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import math
 import numpy as np
 import torch
 
-from .blocks import TYPES, numbers_of, random_blocks
+from .blocks import TYPES, dequantised, random_blocks
 from .library import (OUTPUT, PAIR_COST, POSITION, TOKEN, AdamwStep, AttentionKind, Gemm, Gpu, Matrix, NormKind, Packed,
                       Parameter, Preference, RmspropStep)
 
 HELD = 0.25
-# Of the largest number: sums of up to some thousand f32 numbers.
+# Tolerance relative to the largest number, for sums of up to some thousand f32 numbers.
 SUMS = 2e-5
-# Relative errors of an operand: bf16 keeps eight bits, TF32 eleven, and may cut off instead of rounding.
+# Relative errors of an operand. bf16 keeps eight bits; TF32 keeps eleven, but may truncate instead of rounding.
 BF16, TF32 = 2.0 ** -8, 2.0 ** -10
 
 PAIRS = {
@@ -30,7 +30,7 @@ PAIRS = {
 
 
 class Checker:
-    """Compares, and remembers the worst of each operation, in lengths of its bound."""
+    """Compares results and records each operation's largest error as a multiple of its bound."""
 
     def __init__(self):
         self.worst: dict[str, float] = {}
@@ -61,15 +61,15 @@ def check_products(gpu: Gpu, check: Checker, random: np.random.Generator) -> Non
         for n_out, n_in in ((1, length), (37, 3 * length if length > 1 else 45), (200, 512),
                             (600, 256)):
             data = random_blocks(name, n_out * n_in, random)
-            w = numbers_of(name, data).reshape(n_out, n_in)
+            w = dequantised(name, data).reshape(n_out, n_in)
             blocks = gpu.bytes(data)
             rounded = gpu.memory(2 * n_out * n_in)
             gpu.call("round_blocks", number, blocks, n_out * n_in, rounded)
-            # Of 256 rows, the fewest that there are.
+            # Use the smallest parts, of 256 rows, for matrices with more rows than that.
             gpu.call("set_part", 0 if n_out > 256 else 256 << 20)
             bits = gpu.read(rounded, n_out * n_in, dtype=np.uint16).astype(np.uint32) << 16
             found = bits.view(np.float32)
-            # Half a step of bf16, and the rounding to f32 before it.
+            # Half a step of bf16, plus the rounding to f32 before it.
             check.close("dequantise", found, w.reshape(-1), f"{name} [{n_out}][{n_in}]", np.abs(w.reshape(-1)) * BF16 * 1.01,
                         sums=1e-9)
             for n_rows in (1, 19):
@@ -78,7 +78,7 @@ def check_products(gpu: Gpu, check: Checker, random: np.random.Generator) -> Non
                 for matrix in (Matrix(number, n_in, n_out, blocks, None), Matrix(number, n_in, n_out, None, rounded)):
                     what = f"{name} [{n_out}][{n_in}], {n_rows} rows, {'blocks' if matrix.blocks else 'bf16'}"
                     on, y = gpu.array(x), gpu.poison(n_rows, n_out)
-                    gpu.call("product", c.byref(matrix), on, n_rows, y)
+                    gpu.product(matrix, on, n_rows, y)
                     check.close("product", gpu.read(y, n_rows, n_out), x @ w.T, what, bound)
                     ody, dx = gpu.array(dy), gpu.array(np.full((n_rows, n_in), HELD))
                     gpu.call("product_back", c.byref(matrix), ody, n_rows, dx)
@@ -109,14 +109,14 @@ def check_products(gpu: Gpu, check: Checker, random: np.random.Generator) -> Non
 
 
 def check_products_of_one_input(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
-    """As q, k and v, of which each may be of another type."""
+    """Matrices with a common input but different types, as q, k and v may be."""
     n_in, n_rows = 512, 19
     x = normal(random, n_rows, n_in)
     with gpu.scope():
         on, matrices, weights = gpu.array(x), [], []
         for name, n_out in (("Q4_K", 64), ("Q8_0", 33), ("BF16", 7)):
             data = random_blocks(name, n_out * n_in, random)
-            weights.append(numbers_of(name, data).reshape(n_out, n_in))
+            weights.append(dequantised(name, data).reshape(n_out, n_in))
             matrices.append(Matrix(TYPES[name][0], n_in, n_out, gpu.bytes(data), None))
         ys = [gpu.poison(n_rows, len(w)) for w in weights]
         gpu.call("products", (Matrix * len(ys))(*matrices), len(ys), on, n_rows, (c.c_void_p * len(ys))(*ys))
@@ -151,7 +151,7 @@ def check_norms(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
     for is_layer in (False, True):
         for n_rows, n_cols in ((1, 1), (5, 16), (9, 33), (300, 64), (3, 1024), (70, 1500), (2, 4096)):
             kind = NormKind(is_layer, 1e-5)
-            # A mean that is far from 0 beside the deviation, as in a residual stream.
+            # The mean is large compared with the deviation, as in a residual stream.
             x, weight, bias, dy = 2 + normal(random, n_rows, n_cols), normal(random, n_cols), normal(random, n_cols), normal(
                 random, n_rows, n_cols)
             tx, tw, tb = tensor(x, True), tensor(weight, True), tensor(bias, True)
@@ -168,7 +168,7 @@ def check_norms(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
             check.close("norm", gpu.read(plain, n_rows, n_cols), (y - tb).detach(), what)
             gradients = [gpu.array(np.full(s, HELD)) for s in ((n_rows, n_cols), n_cols, n_cols)]
             gpu.call("norm_back", c.byref(kind), on[0], on[1], on[3], n_rows, n_cols, *gradients)
-            # One column less its mean is nothing but rounding, over the root of epsilon.
+            # With one column, x - mean is only rounding error, divided by the root of epsilon.
             loose = 1e-3 if n_cols == 1 else 0.0
             for at, of, shape in zip(gradients, (tx, tw, tb), ((n_rows, n_cols), (n_cols,), (n_cols,))):
                 check.close("norm back", gpu.read(at, *shape), HELD + of.grad, what, loose)
@@ -205,7 +205,7 @@ def check_rope(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
 
 
 def attended(q, k, v, mask: torch.Tensor, distance: torch.Tensor, scale: float, slopes: torch.Tensor):
-    """[R][H][D] of q, k and v with as many heads, and the logarithms of sums."""
+    """Attention's output [R][H][D] and log-sum-exp [R][H], for q, k and v with the same number of heads."""
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale - slopes[:, None, None] * distance
     scores = scores.masked_fill(~mask, -math.inf)
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v), scores.logsumexp(-1).T
@@ -221,7 +221,7 @@ def check_attention(gpu: Gpu, check: Checker, random: np.random.Generator) -> No
         for n_head, n_head_kv, dim in shapes:
             for window, alibi in ((0, False), (3, False), (0, True), (2, True)):
                 slopes = (2.0 ** -(1 + np.arange(n_head) % 8)).astype(np.float32) if alibi else np.zeros(n_head, np.float32)
-                # Larger than one over the root, so that some rows look at few others.
+                # Larger than 1 / sqrt(dim), so that some rows attend to few others.
                 scale = 2.0 / math.sqrt(dim)
                 q, dout = normal(random, n_rows, n_head, dim), normal(random, n_rows, n_head, dim)
                 k, v = normal(random, n_rows, n_head_kv, dim), normal(random, n_rows, n_head_kv, dim)
@@ -329,7 +329,7 @@ def check_preference(gpu: Gpu, check: Checker, random: np.random.Generator) -> N
             by_token = (ratios / lengths)[:, 0] - (ratios / lengths)[:, 1]
             losses = (-(1 - smoothing) * functional.logsigmoid(h) - smoothing * functional.logsigmoid(-h),
                       (by_token - 1 / (2 * beta)) ** 2, torch.relu(1 - h))[number]
-            # A batch may be a part of a step: the mean is over twice its pairs.
+            # A batch may be only part of a step, so average over twice its number of pairs.
             (losses.sum() / (2 * n_pairs)).backward()
             kind = Preference(number, beta, smoothing, 2 * n_pairs)
             on, dlogps = gpu.array(logps), gpu.poison(n_outputs)
@@ -339,7 +339,7 @@ def check_preference(gpu: Gpu, check: Checker, random: np.random.Generator) -> N
             check.close("preference loss", costs[:, 2], losses.detach(), f"{what}, {name}", sums=1e-12)
             check.close("preference back", gpu.read(dlogps, n_outputs), policy.grad, f"{what}, {name}", sums=1e-7)
             gpu.release(on, dlogps)
-        # A policy that is its reference costs ln 2, to the bit.
+        # If policy and reference are equal, the loss is exactly ln 2.
         on, dlogps = gpu.array(np.full(n_outputs, -1.5)), gpu.memory(4 * n_outputs)
         references = -1.5 * lengths.numpy()
         gpu.call("preference_loss", c.byref(Preference(0, 0.1, 0.0, n_pairs)), rows, references.ctypes.data, on, dlogps,
@@ -350,17 +350,17 @@ def check_preference(gpu: Gpu, check: Checker, random: np.random.Generator) -> N
 
 
 def check_memory(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
-    """What a program takes is there again for the next one, even where the first failed."""
+    """Memory allocated within a scope is free again afterwards, even if the scope ended with an error."""
     before, taken, n_bytes = gpu.free_bytes(), 0, 64 << 20
     try:
         with gpu.scope():
             gpu.memory(n_bytes)
             gpu.rows(Packed(PAIRS["several"]))
             taken = before - gpu.free_bytes()
-            raise RuntimeError("as where memory runs out")
+            raise RuntimeError("as if the GPU were out of memory")
     except RuntimeError:
         pass
-    # Another program may take some of the card's at the same time.
+    # The tolerance allows for other programs that allocate at the same time.
     check.close("memory", np.array([taken, before - gpu.free_bytes()]) / n_bytes, [1.0, 0.0], "", 0.1)
 
 

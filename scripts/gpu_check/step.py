@@ -1,5 +1,7 @@
-"""A step of DPO on a model of the llama architecture: on the GPU by the extension's operations, in the order in which the
-trainer calls them (src/train/model/forward.rs, backward.rs), and in PyTorch by autograd."""
+"""A step of DPO on a model of the llama architecture, on the GPU and in PyTorch.
+
+The GPU runs vendor/cuda's operations in the order in which the trainer calls them. PyTorch uses autograd.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ class Shape:
         return self.alpha / self.rank
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Of a block, [n_out, n_in]."""
+        """The matrices of a block, as [n_out, n_in]."""
         n_key = self.n_head_kv * self.dim
         return {"q": (self.n_embd, self.n_embd), "k": (n_key, self.n_embd), "v": (n_key, self.n_embd),
                 "o": (self.n_embd, self.n_embd), "gate": (self.n_ff, self.n_embd), "up": (self.n_ff, self.n_embd),
@@ -50,7 +52,7 @@ class Shape:
 
 
 class Step:
-    """The model on the GPU. Buffers are addresses; `new` gives one that holds no numbers it was asked for."""
+    """The model on the GPU. Buffers are addresses; `new` returns an uninitialised one."""
 
     def __init__(self, gpu: Gpu, shape: Shape, embeddings: Matrix, output: Matrix, layers: list[dict], norms: list[int],
                  adapters: dict):
@@ -87,7 +89,7 @@ class Step:
     def linear(self, il, name, x, n_rows):
         matrix, (n_out, n_in), rank = self.layers[il][name], self.shape.matrices()[name], self.shape.rank
         y, reduced = self.new(n_rows * n_out), self.new(n_rows * rank)
-        self.gpu.call("product", c.byref(matrix), x, n_rows, y)
+        self.gpu.product(matrix, x, n_rows, y)
         if not self.with_adapter:
             return y, reduced
         a, b = self.adapters[il, name][:2]
@@ -152,17 +154,17 @@ class Step:
         call("norm_back", c.byref(NORM), cache["x"], self.norms[2 * il], dattn, n, shape.n_embd, dx, None, None)
 
     def logprobs(self, rows, x: int, first: int, count: int, gradient: bool, logps: int) -> int:
-        """Log-probabilities of outputs into their places; gives their logits, or with `gradient` the gradients of these."""
+        """Writes the outputs' log-probabilities to `logps`. Returns the logits, or their gradients if `gradient`."""
         shape, gpu = self.shape, self.gpu
         picked, logits = self.new(count * shape.n_embd), self.new(count * shape.n_vocab)
         gpu.call("gather", x, shape.n_embd, OUTPUT, first, count, rows, 1.0, picked)
         normed = self.norm(self.norms[-1], picked, count)
-        gpu.call("product", c.byref(self.output), normed, count, logits)
+        gpu.product(self.output, normed, count, logits)
         gpu.call("logprobs", rows, first, count, 1.0, shape.n_vocab, int(gradient), logits, logps + 4 * first)
         return logits
 
     def reference(self, packed: Packed) -> np.ndarray:
-        """Each answer's log-probability without the adapter, `[2 pairs]`; nothing is kept."""
+        """Each answer's log-probability without the adapter, `[2 pairs]`. Keeps no activations."""
         shape, gpu, self.kept, self.with_adapter = self.shape, self.gpu, [], False
         rows, n, n_outputs = gpu.rows(packed), len(packed.tokens), len(packed.output_rows)
         x = self.new(n * shape.n_embd)
@@ -183,7 +185,7 @@ class Step:
         return np.array([logps[a:b].sum(dtype=np.float64) for a, b in packed.answers])
 
     def gradient(self, packed: Packed, references: np.ndarray) -> tuple[float, np.ndarray]:
-        """Adds the gradient of the mean loss; gives the loss and each answer's log-probability, `[2 pairs]`."""
+        """Accumulates the gradient of the mean loss. Returns the loss and each answer's log-probability, `[2 pairs]`."""
         shape, gpu, self.kept = self.shape, self.gpu, []
         rows, n, n_outputs = gpu.rows(packed), len(packed.tokens), len(packed.output_rows)
         x = self.new(n * shape.n_embd)
@@ -217,7 +219,7 @@ class Step:
         return float(costs[:, 2].mean()), costs[:, :2].reshape(-1)
 
     def optimize(self, parameters, step: RmspropStep) -> float:
-        """A step against the gradients, which are forgotten; gives the sum of their squares."""
+        """Takes an optimizer step and clears the gradients. Returns the sum of their squares."""
         total = c.c_double()
         gradients = (c.c_void_p * len(parameters))(*(p.gradient for p in parameters))
         lengths = np.array([p.n for p in parameters], dtype=np.int64)
@@ -238,7 +240,7 @@ def f32_matrix(gpu: Gpu, w: np.ndarray) -> Matrix:
 
 
 def adapters_on(gpu: Gpu, shape: Shape, a_of, b_of) -> tuple[dict, object]:
-    """A, B and their gradients of every matrix, and what the optimizer sees of them."""
+    """A, B and their gradients for every matrix, and the parameter list for the optimizer."""
     adapters, parameters = {}, []
     for il in range(shape.n_layer):
         for name, (n_out, n_in) in shape.matrices().items():
@@ -251,7 +253,7 @@ def adapters_on(gpu: Gpu, shape: Shape, a_of, b_of) -> tuple[dict, object]:
 
 
 def torch_logps(shape: Shape, weights: dict, packed: Packed) -> torch.Tensor:
-    """Each output's log-probability, `[outputs]`, in the weights' own type, over the packed rows at once."""
+    """Each output's log-probability, `[outputs]`, computed in the weights' type on all packed rows at once."""
     positions = torch.tensor(packed.positions, dtype=torch.float64)
     mask, distance = torch.tensor(packed.sees()), positions[:, None] - positions[None, :]
     norm = lambda x, w: x / torch.sqrt((x ** 2).mean(-1, keepdim=True) + 1e-5) * w  # noqa: E731
@@ -298,7 +300,7 @@ def check_step(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
     margins = (expected - torch.tensor(references)).view(-1, 2)
     expected_loss = -torch.nn.functional.logsigmoid(BETA * (margins[:, 0] - margins[:, 1])).mean()
     expected_loss.backward()
-    # bf16 moves a logit by some thousandths of what it is a sum of; an answer has about ten.
+    # bf16 shifts a logit by some thousandths of the size of its summands, and an answer has about ten tokens.
     check.close("step: log-probabilities", answers, expected.detach(), "", 0.3, sums=0.0 + 1e-9)
     check.close("step: loss", np.array([loss]), [float(expected_loss)], "", 0.05)
     every = torch.cat([weights[key].grad.flatten() for key in weights if key[-1] in ("a", "b")]).norm()
@@ -308,7 +310,7 @@ def check_step(gpu: Gpu, check: Checker, random: np.random.Generator) -> None:
                 expected = weights[il, name, which].grad
                 found = torch.tensor(gpu.read(adapters[il, name][at], *size), dtype=torch.float64)
                 distance = float((found - expected).norm() / max(float(expected.norm()), 0.01 * float(every)))
-                # Of a gradient's length; each of the products that it goes through is off by up to 1/256 of its operands.
+                # Relative to the gradient's norm. Each product on the way has an error of up to 1/256 of its operands.
                 check.close("step: gradients", np.array([distance]), [0.0], f"{name}.{which} of block {il}", 0.08, sums=1e-9)
     squares = step.optimize(parameters, RmspropStep(1e-3, 0.99, 1e-8, 1.0))
     check.close("step: gradient norm", np.array([math.sqrt(squares)]), [float(every)], "", 0.04 * float(every))

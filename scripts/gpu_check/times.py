@@ -1,7 +1,7 @@
-"""Times a step of DPO on a model of Llama-3-8B's shape, beside the same step in PyTorch in bf16.
+"""Times a step of DPO on a model of Llama-3-8B's shape, and the same step in PyTorch in bf16.
 
-Both compute the reference in every step. PyTorch's side is what TRL makes of a batch: chosen and rejected texts each with
-their prompt, padded to one length. With transformers and peft installed their Llama is timed too.
+Both compute the reference in every step. PyTorch gets batches as TRL builds them: chosen and rejected texts, each with
+its prompt, padded to one length. If transformers and peft are installed, their Llama is timed too.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .step import BETA, Shape, Step, adapters_on, random_pairs
 
 LLAMA_3_8B = dict(n_embd=4096, n_head=32, n_head_kv=8, n_ff=14336, n_vocab=128256, rank=64)
 LAYERS = 32
-# Pairs, and tokens of prompt, chosen and rejected.
+# Number of pairs, and tokens of (prompt, chosen, rejected).
 BATCHES = ((4, (32, 48, 48)), (8, (64, 128, 128)))
 STEPS = 5
 
 
 def filled(gpu: Gpu, data: np.ndarray, n_bytes: int) -> int:
-    """`n_bytes` bytes that repeat `data`: random enough for times, and quickly there."""
+    """`n_bytes` bytes that repeat `data`: random enough for timing, and quick to write."""
     at = gpu.memory(n_bytes)
     for first in range(0, n_bytes, data.nbytes):
         n = min(data.nbytes, n_bytes - first)
@@ -37,7 +37,7 @@ def filled(gpu: Gpu, data: np.ndarray, n_bytes: int) -> int:
 def model(gpu: Gpu, shape: Shape, quantised: bool, random: np.random.Generator) -> tuple[Step, object]:
     name = "Q4_K" if quantised else "BF16"
     number, length, n_bytes, _ = TYPES[name]
-    # About as large as trained weights, so that no number overflows after some layers.
+    # About as large as trained weights, so that nothing overflows after several layers.
     if quantised:
         data = random_blocks(name, 256 * 4096, random)
     else:
@@ -59,7 +59,7 @@ def model(gpu: Gpu, shape: Shape, quantised: bool, random: np.random.Generator) 
 
 
 def our_times(gpu: Gpu, shape: Shape, quantised: bool, batches, n_steps: int = STEPS):
-    """Seconds of the reference, of the gradient, and of the optimizer, medians over steps, for one batch after the other."""
+    """Yields for each batch the median seconds of the reference, the gradient and the optimizer."""
     random = np.random.default_rng(3)
     step, parameters = model(gpu, shape, quantised, random)
     for n_pairs, lengths in batches:
@@ -69,7 +69,7 @@ def our_times(gpu: Gpu, shape: Shape, quantised: bool, batches, n_steps: int = S
             marks = [time.perf_counter()]
 
             def mark():
-                gpu.call("wait")
+                gpu.wait()
                 marks.append(time.perf_counter())
 
             references = step.reference(packed)
@@ -79,7 +79,7 @@ def our_times(gpu: Gpu, shape: Shape, quantised: bool, batches, n_steps: int = S
             squares = step.optimize(parameters, RmspropStep(1e-6, 0.99, 1e-8, 1.0))
             mark()
             if not (math.isfinite(loss) and math.isfinite(squares)):
-                raise RuntimeError(f"a step that is no number: loss {loss}, squares {squares}")
+                raise RuntimeError(f"a step is not finite: loss {loss}, sum of squared gradients {squares}")
             if i >= 2:
                 for part, first, last in zip(parts, marks, marks[1:]):
                     parts[part].append(last - first)
@@ -90,7 +90,7 @@ def our_times(gpu: Gpu, shape: Shape, quantised: bool, batches, n_steps: int = S
 
 
 class TorchModel(torch.nn.Module):
-    """The same model as PyTorch users write it: fused attention, LoRA as two more linear layers."""
+    """The same model as a PyTorch user would write it: fused attention, LoRA as two extra linear layers."""
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype):
         super().__init__()
@@ -141,7 +141,7 @@ class TorchModel(torch.nn.Module):
 
 
 def padded(packed: Packed, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each answer with its prompt, `[2 pairs][longest]`, and which tokens are predicted."""
+    """Each answer with its prompt, `[2 pairs][longest]`, and a mask of the predicted tokens."""
     texts, starts = [], []
     for first, end in packed.answers:
         row = packed.output_rows[first]
@@ -153,7 +153,7 @@ def padded(packed: Packed, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     for i, (text, start) in enumerate(zip(texts, starts)):
         tokens[i, :len(text)] = torch.tensor(text)
         counts[i, start:len(text)] = True
-    # Chosen ones first, as TRL has them.
+    # Chosen answers first, as in TRL.
     order = [*range(0, len(texts), 2), *range(1, len(texts), 2)]
     return tokens[order].to(device), counts[order].to(device)
 
@@ -192,7 +192,7 @@ def plain_model(shape: Shape):
 
 
 def peft_model(shape: Shape):
-    """transformers' Llama with peft's LoRA, or why there is none."""
+    """transformers' Llama with peft's LoRA, or None and the reason why it is unavailable."""
     try:
         from peft import LoraConfig, get_peft_model
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -221,7 +221,7 @@ def peft_model(shape: Shape):
 
 
 def matrix_rate() -> float:
-    """FLOP a second of PyTorch's bf16 product of 8192 by 8192 matrices: what the card reaches."""
+    """FLOP/s that the GPU reaches in PyTorch, with a bf16 product of 8192 by 8192 matrices."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
         a @ b
@@ -237,18 +237,18 @@ def matrix_rate() -> float:
 
 
 def products_of(shape: Shape, rows: int, outputs: int) -> float:
-    """FLOP of a step's products with frozen matrices: reference, forward, and backward to the inputs."""
+    """FLOP of a step's products with frozen matrices: reference, forward, and gradients of the inputs."""
     of_block = sum(n_out * n_in for n_out, n_in in shape.matrices().values())
     return 3 * 2 * (rows * shape.n_layer * of_block + outputs * shape.n_vocab * shape.n_embd)
 
 
 def report(gpu: Gpu, n_layer: int) -> None:
     if not torch.cuda.is_available():
-        print("no times: PyTorch has no GPU here")
+        print("no times: PyTorch finds no GPU")
         return
     shape = Shape(n_layer=n_layer, **LLAMA_3_8B)
     rate = matrix_rate()
-    print(f"\nLlama-3-8B's shape, {n_layer} of {LAYERS} layers, rank {shape.rank}; the card multiplies bf16 matrices at "
+    print(f"\nLlama-3-8B's shape, {n_layer} of {LAYERS} layers, rank {shape.rank}; the GPU multiplies bf16 matrices at "
           f"{rate / 1e12:.0f} TFLOP/s in PyTorch")
     print(f"{'program':<28}{'pairs':>6}{'tokens':>8}{'ms/step':>10}{'pairs/s':>9}{'rate':>7}  parts")
     packed_of = [random_pairs(np.random.default_rng(3), n, lengths, shape.n_vocab) for n, lengths in BATCHES]
@@ -258,7 +258,7 @@ def report(gpu: Gpu, n_layer: int) -> None:
         print(f"{program:<28}{n_pairs:>6}{rows:>8}{1e3 * seconds:>10.1f}{n_pairs / seconds:>9.2f}{share:>7.0%}  {parts}",
               flush=True)
 
-    # Each program has the card to itself, and where one runs out of its memory the next is timed all the same.
+    # Programs run one at a time. If one runs out of memory, the next is still timed.
     for quantised in (False, True):
         program, before = f"ours, {'quantised' if quantised else 'bf16'}", gpu.free_bytes()
         try:
@@ -267,7 +267,7 @@ def report(gpu: Gpu, n_layer: int) -> None:
                     parts = [(part, result[part]) for part in ("reference", "gradient", "optimizer")]
                     line(program, n_pairs, result["rows"], result["outputs"], sum(seconds for _, seconds in parts),
                          ", ".join(f"{part} {1e3 * seconds:.1f}" for part, seconds in parts))
-                print(f"  {(before - gpu.free_bytes()) / 2 ** 30:.1f} GiB taken")
+                print(f"  {(before - gpu.free_bytes()) / 2 ** 30:.1f} GiB used")
         except RuntimeError as error:
             print(f"{program}: {error}")
     for program, make in (("PyTorch bf16", plain_model), ("transformers + peft bf16", peft_model)):
@@ -277,13 +277,13 @@ def report(gpu: Gpu, n_layer: int) -> None:
 
 
 def torch_lines(program: str, make, shape: Shape, packed_of: list[Packed], line) -> None:
-    """A line for each batch; the model goes when this returns."""
+    """Prints a line for each batch. The model is freed on return."""
     try:
         model_of, why = make(shape)
     except torch.cuda.OutOfMemoryError as error:
         model_of, why = None, str(error).splitlines()[0]
     if model_of is None:
-        print(f"{program}: left out ({why})")
+        print(f"{program}: skipped ({why})")
         return
     for (n_pairs, _), packed in zip(BATCHES, packed_of):
         try:

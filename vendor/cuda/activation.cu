@@ -1,4 +1,4 @@
-// The FFN's non-linearities: SiLU, and GELU by tanh (arXiv 1606.08415).
+// The FFN's activation functions: SiLU, and GELU in its tanh approximation (arXiv 1606.08415).
 #include "device.cuh"
 
 namespace {
@@ -73,7 +73,7 @@ detox_cuda_status detox_cuda_activate_back(
     int64_t n, float* dgate, float* dup) {
     return on_device(device, [&] {
         check_activation(activation);
-        require((up == nullptr) == (dup == nullptr), "a gradient of what is gated, where something is");
+        require((up == nullptr) == (dup == nullptr), "both up and dup, or neither");
         if (n == 0) return;
         launch(
             activate_back_kernel, dim3(blocks_of(n, THREADS)), dim3(THREADS), 0, device->stream, (int)activation, gate,

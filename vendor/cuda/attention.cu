@@ -1,20 +1,20 @@
-// Attention over packed pairs, forward. Scores are made a tile at a time and forgotten, with running maxima and sums,
-// as in FlashAttention (arXiv 2205.14135): there is no matrix of rows by rows in memory.
+// Attention over packed pairs, forward. As in FlashAttention (arXiv 2205.14135), scores are computed one tile at a time
+// with running maxima and sums: the [R][R] score matrix never exists in memory.
 #include <type_traits>
 
 #include "attention.cuh"
 
 AttentionShape attention_shape(const detox_cuda_attention_kind* kind, const detox_cuda_rows* rows) {
-    require(kind != nullptr && rows != nullptr, "attention over rows");
+    require(kind != nullptr && rows != nullptr, "an attention kind and rows");
     require(
         kind->n_head > 0 && kind->n_head_kv > 0 && kind->n_head % kind->n_head_kv == 0 && kind->head_dim > 0,
         "heads that share key and value heads evenly");
-    require(kind->window >= 0, "a window of some positions, or 0");
+    require(kind->window >= 0, "a window from 0 up");
     if (kind->head_dim > DETOX_CUDA_MOST_HEAD_DIM || kind->n_head > DETOX_CUDA_MOST_HEADS)
         throw Failure(
-            DETOX_CUDA_UNSUPPORTED, "attention has kernels for up to " + std::to_string(DETOX_CUDA_MOST_HEADS) +
-                                        " heads of up to " + std::to_string(DETOX_CUDA_MOST_HEAD_DIM) +
-                                        " numbers, not " + std::to_string(kind->n_head) + " of " +
+            DETOX_CUDA_UNSUPPORTED, "attention: expected up to " + std::to_string(DETOX_CUDA_MOST_HEADS) +
+                                        " heads of size up to " + std::to_string(DETOX_CUDA_MOST_HEAD_DIM) +
+                                        ", found " + std::to_string(kind->n_head) + " heads of size " +
                                         std::to_string(kind->head_dim));
     AttentionShape shape{};
     shape.n_head = kind->n_head;
@@ -29,7 +29,7 @@ AttentionShape attention_shape(const detox_cuda_attention_kind* kind, const deto
 
 namespace {
 
-// A block is a tile of queries of one head.
+// One thread block computes one tile of queries of one head.
 template <int TILE, int COLS>
 __global__ void attention_kernel(
     AttentionShape shape, RowView rows, const QueryTile* tiles, const float* q, const float* k, const float* v,
@@ -41,8 +41,8 @@ __global__ void attention_kernel(
     float* v_tile = k_tile + TILE * stride;   // [TILE][stride]
     float* scores = v_tile + TILE * stride;   // [TILE][TILE + 1]
     float* most = scores + TILE * (TILE + 1); // [TILE], the largest score of each row so far
-    float* sums = most + TILE;                // [TILE], of the exponentials less it
-    float* rescale = sums + TILE;             // [TILE], what a larger maximum makes of what was summed before
+    float* sums = most + TILE;                // [TILE], sums of exp(score - most)
+    float* rescale = sums + TILE;             // [TILE], factor for earlier sums after the maximum has grown
     const QueryTile tile = tiles[blockIdx.x];
     const int head = blockIdx.y, kv_head = head / (shape.n_head / shape.n_head_kv);
     const int y = threadIdx.x / THREAD_COLS, x = threadIdx.x % THREAD_COLS;
@@ -62,7 +62,7 @@ __global__ void attention_kernel(
         const int part_end = part == 0 ? tile.prefix_end : tile.end;
         for (int first = part_first; first < part_end; first += TILE) {
             const int n = part_end - first < TILE ? part_end - first : TILE;
-            // The tiles before have been read by all.
+            // Wait until every thread has read the previous tiles.
             __syncthreads();
             load_tile<TILE>(k, first, n, shape.n_head_kv, kv_head, shape.dim, stride, k_tile);
             load_tile<TILE>(v, first, n, shape.n_head_kv, kv_head, shape.dim, stride, v_tile);
@@ -82,11 +82,11 @@ __global__ void attention_kernel(
                 float score = lane < TILE ? scores[row * (TILE + 1) + lane] : -INFINITY;
                 float before = most[row];
                 float now = fmaxf(before, warp_max(score));
-                // A row that has seen nothing yet has no maximum to subtract.
+                // If the row has seen no key yet, its maximum is -inf and cannot be subtracted.
                 float p = score == -INFINITY ? 0.0f : expf(score - now);
                 float sum = warp_sum(p);
                 if (lane < TILE) scores[row * (TILE + 1) + lane] = p;
-                // All lanes have read what lane 0 overwrites.
+                // Wait until all lanes have read the values that lane 0 overwrites.
                 __syncwarp();
                 if (lane == 0) {
                     float factor = before == -INFINITY ? 0.0f : expf(before - now);

@@ -1,7 +1,8 @@
-// What attention forward and backward share: tiles of rows in shared memory, and which row sees which.
+// Shared by attention's forward and backward: tiles of rows in shared memory, and the attention mask.
 //
-// A block has 128 threads as 16 rows of 8. A tile has `TILE` rows of D numbers; thread (y, x) computes rows y, y + 16,
-// … and columns x, x + 8, …: of scores TILE / 16 by TILE / 8, of heads TILE / 16 by `COLS`, which is D / 8 rounded up.
+// A thread block has 128 threads: 16 rows of 8. A tile has `TILE` rows of D numbers. Thread (y, x) computes rows y,
+// y + 16, … and columns x, x + 8, …. That is TILE / 16 by TILE / 8 scores, and TILE / 16 by `COLS` numbers of a head,
+// where `COLS` is D / 8 rounded up.
 #pragma once
 
 #include "device.cuh"
@@ -16,10 +17,10 @@ struct AttentionShape {
     int n_head, n_head_kv, dim;
     float scale;
     int window;
-    // They travel as an argument of a kernel.
+    // An array of fixed size, so that the struct can be passed as a kernel argument.
     float slopes[DETOX_CUDA_MOST_HEADS];
 
-    // Rows of a tile lie so many numbers apart: an odd number, so that threads reading a column meet no bank twice.
+    // Distance between rows of a tile, in numbers. Odd, so that threads reading a column have no bank conflicts.
     __host__ __device__ int stride() const { return dim | 1; }
 };
 
@@ -30,7 +31,7 @@ struct RowView {
     const int32_t* segment_first;
 };
 
-// Rows [first, first + n) of a head of x[R][n_heads][D] to tile[TILE][stride]; the rest is zero.
+// Copies rows [first, first + n) of one head of x[R][n_heads][D] to tile[TILE][stride]. Fills the other rows with zeros.
 template <int TILE>
 __device__ inline void
 load_tile(const float* x, int first, int n, int n_heads, int head, int dim, int stride, float* tile) {
@@ -40,7 +41,7 @@ load_tile(const float* x, int first, int n, int n_heads, int head, int dim, int 
     }
 }
 
-// sums[i][j] = row y + 16 i of a times row x + 8 j of b, both [TILE][stride].
+// sums[i][j] = dot product of row y + 16 i of a and row x + 8 j of b. a and b are [TILE][stride].
 template <int TILE>
 __device__ inline void multiply_tiles(
     const float* a, const float* b, int dim, int stride, float (&sums)[TILE / THREAD_ROWS][TILE / THREAD_COLS]) {
@@ -56,7 +57,7 @@ __device__ inline void multiply_tiles(
     }
 }
 
-// sums[i][j] += the sum over n rows of factors[y + 16 i][row] tile[row][x + 8 j], factors being [TILE][TILE + 1].
+// sums[i][j] += sum over n rows of factors[y + 16 i][row] tile[row][x + 8 j]. factors is [TILE][TILE + 1].
 template <int TILE, int COLS>
 __device__ inline void add_weighted(
     const float* factors, const float* tile, int n, int dim, int stride, float (&sums)[TILE / THREAD_ROWS][COLS]) {
@@ -72,7 +73,7 @@ __device__ inline void add_weighted(
     }
 }
 
-// Whether row `query` sees row `key`.
+// Whether row `query` attends to row `key`.
 __device__ inline bool sees(const AttentionShape& shape, const RowView& rows, int query, int key) {
     bool is_prefix = key >= rows.prefix_first[query] && key < rows.prefix_end[query];
     bool is_own = key >= rows.segment_first[query] && key <= query;
@@ -86,28 +87,28 @@ score_of(const AttentionShape& shape, const RowView& rows, int head, int query, 
     return product * shape.scale - shape.slopes[head] * distance;
 }
 
-// The arguments of a kernel, checked.
+// Checks the arguments and returns the kernel's parameters.
 AttentionShape attention_shape(const detox_cuda_attention_kind* kind, const detox_cuda_rows* rows);
 
 inline RowView row_view(const detox_cuda_rows& rows) {
     return {rows.positions, rows.prefix_first, rows.prefix_end, rows.segment_first};
 }
 
-// Kernels may have more shared memory than 48 KiB where they ask for it.
+// Requests shared memory for a kernel. Without a request, a kernel gets at most 48 KiB.
 template <typename... Parameters>
 void allow_shared(detox_cuda_device& device, void (*kernel)(Parameters...), size_t n_bytes) {
     if (n_bytes > device.properties.sharedMemPerBlockOptin)
         throw Failure(
             DETOX_CUDA_UNSUPPORTED, "attention needs " + std::to_string(n_bytes) +
-                                        " bytes of shared memory, and this GPU has " +
+                                        " bytes of shared memory; this GPU has " +
                                         std::to_string(device.properties.sharedMemPerBlockOptin));
     check(
         cudaFuncSetAttribute((const void*)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)n_bytes),
-        "asking for shared memory");
+        "requesting shared memory");
 }
 
-// Calls `work` with tiles and columns for heads of `dim` numbers: large heads have smaller tiles, so that four tiles
-// fit into the 99 KiB of shared memory that GPUs for desktops have.
+// Calls `work` with the tiles, tile size and `COLS` for heads of size `dim`. Large heads use smaller tiles, so that four
+// tiles fit into the 99 KiB of shared memory of desktop GPUs.
 template <typename Work>
 void with_tiles(const detox_cuda_rows& rows, int dim, Work work) {
     if (dim <= 64)

@@ -1,12 +1,12 @@
-// Attention over packed pairs, backward. Scores are made again, a tile at a time; with p the probabilities, dp = dout v
-// and D = dout out: ds = p (dp - D).
+// Attention over packed pairs, backward. Scores are recomputed one tile at a time. With p the probabilities, dp = dout v
+// and D = dout out, the gradient of the scores is ds = p (dp - D).
 #include <type_traits>
 
 #include "attention.cuh"
 
 namespace {
 
-// shifts[R][H] = D. A warp is a row's head.
+// shifts[R][H] = D, as defined above. One warp computes one head of one row.
 __global__ void shift_kernel(const float* out, const float* dout, int64_t n, int dim, float* shifts) {
     int64_t i = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (i >= n) return;
@@ -16,12 +16,12 @@ __global__ void shift_kernel(const float* out, const float* dout, int64_t n, int
     if (threadIdx.x == 0) shifts[i] = sum;
 }
 
-// What both kernels read.
+// Inputs of both kernels.
 struct BackOperands {
     const float *q, *k, *v, *lse, *dout, *shifts;
 };
 
-// p and ds of a query and a key, given q k and dout v.
+// p and ds of a query and a key, given their products q k and dout v.
 __device__ inline void slopes_of(
     const AttentionShape& shape, const RowView& rows, const BackOperands& of, int head, int query, int key,
     float product, float dp, float& p, float& ds) {
@@ -30,7 +30,7 @@ __device__ inline void slopes_of(
     ds = p * (dp - of.shifts[at]) * shape.scale;
 }
 
-// dq += ds k. A block is a tile of queries of one head.
+// dq += ds k. One thread block computes one tile of queries of one head.
 template <int TILE, int COLS>
 __global__ void
 query_gradient_kernel(AttentionShape shape, RowView rows, const QueryTile* tiles, BackOperands of, float* dq) {
@@ -56,7 +56,7 @@ query_gradient_kernel(AttentionShape shape, RowView rows, const QueryTile* tiles
         const int part_end = part == 0 ? tile.prefix_end : tile.end;
         for (int first = part_first; first < part_end; first += TILE) {
             const int n = part_end - first < TILE ? part_end - first : TILE;
-            // The tiles before have been read by all.
+            // Wait until every thread has read the previous tiles.
             __syncthreads();
             load_tile<TILE>(of.k, first, n, shape.n_head_kv, kv_head, shape.dim, stride, k_tile);
             load_tile<TILE>(of.v, first, n, shape.n_head_kv, kv_head, shape.dim, stride, v_tile);
@@ -88,8 +88,8 @@ query_gradient_kernel(AttentionShape shape, RowView rows, const QueryTile* tiles
     }
 }
 
-// dk += ds q, dv += p dout. A block is a tile of keys of one key and value head, with all query heads that it serves:
-// nothing else adds to its gradients, so the order of each sum is fixed.
+// dk += ds q, dv += p dout. One thread block computes one tile of keys of one key and value head, over all query heads
+// of the group. No other block adds to these gradients, so the order of each sum is fixed.
 template <int TILE, int COLS>
 __global__ void key_gradient_kernel(
     AttentionShape shape, RowView rows, const KeyTile* tiles, const RowRange* ranges, BackOperands of, float* dk,
@@ -117,7 +117,7 @@ __global__ void key_gradient_kernel(
             const RowRange range = ranges[r];
             for (int first = range.first; first < range.end; first += TILE) {
                 const int n = range.end - first < TILE ? range.end - first : TILE;
-                // The tiles before have been read by all.
+                // Wait until every thread has read the previous tiles.
                 __syncthreads();
                 load_tile<TILE>(of.q, first, n, shape.n_head, head, shape.dim, stride, q_tile);
                 load_tile<TILE>(of.dout, first, n, shape.n_head, head, shape.dim, stride, dout_tile);

@@ -1,11 +1,11 @@
-// Numbers out of the GGUF's blocks, eight at a time. The layouts are those of ggml's types of the same names.
+// Dequantises a GGUF's blocks, eight numbers at a time. The layouts are those of the ggml types with the same names.
 #pragma once
 
 #include <type_traits>
 
 #include "platform.cuh"
 
-// ggml's numbers of the types that there are kernels for.
+// ggml's numbers for the supported types.
 enum BlockType {
     TYPE_F32 = 0,
     TYPE_F16 = 1,
@@ -20,13 +20,13 @@ enum BlockType {
     TYPE_BF16 = 30,
 };
 
-// Numbers that one thread reads; every block is a whole number of them.
+// Numbers that one thread reads. Every block length is a multiple of it.
 constexpr int GROUP = 8;
 
 __device__ inline float f16_at(const uint8_t* bytes) { return float_of_f16((uint16_t)(bytes[0] | bytes[1] << 8)); }
 
-// Q4_K's and Q5_K's scale and minimum of part j, six bits each: the first four parts have theirs in the low bits of
-// bytes 0 to 7, the others in bytes 8 to 11 and the two high bits of the former.
+// Scale and minimum of part j in Q4_K and Q5_K, six bits each. The first four parts use the low bits of bytes 0 to 7. The
+// other four use bytes 8 to 11 and the two high bits of bytes 0 to 7.
 __device__ inline void scale_and_minimum(const uint8_t* scales, int j, int& scale, int& minimum) {
     if (j < 4) {
         scale = scales[j] & 63;
@@ -37,7 +37,7 @@ __device__ inline void scale_and_minimum(const uint8_t* scales, int j, int& scal
     }
 }
 
-// Of a type: numbers and bytes in a block, and `read`, which gives numbers `at` to `at + GROUP` of a block.
+// A block of a type: its numbers (`LEN`), its bytes (`BYTES`), and `read`, which dequantises numbers `at` to `at + GROUP`.
 template <int TYPE>
 struct Block;
 
@@ -59,8 +59,7 @@ struct Block<TYPE_BF16> {
     __device__ static float one(const uint8_t* bytes, int64_t i) { return float_of_bf16(((const uint16_t*)bytes)[i]); }
 };
 
-// In blocks of 32 with 4-bit codes, the first half of the numbers is in the low halves of 16 bytes, the second in the
-// high ones.
+// In blocks of 32 with 4-bit codes, the low halves of 16 bytes hold the first 16 numbers, the high halves the others.
 __device__ inline int low_or_high(const uint8_t* codes, int at, int i) {
     return at < 16 ? codes[at + i] & 15 : codes[at - 16 + i] >> 4;
 }
@@ -120,7 +119,7 @@ struct Block<TYPE_Q8_0> {
     }
 };
 
-// Eight parts of 32: d scale code - dmin minimum. Parts 2j and 2j + 1 are the low and high halves of bytes 32j on.
+// Eight parts of 32: d scale code - dmin minimum. Parts 2j and 2j + 1 are the low and high halves of the 32 bytes from 32j.
 template <>
 struct Block<TYPE_Q4_K> {
     static constexpr int LEN = 256, BYTES = 144;
@@ -134,7 +133,7 @@ struct Block<TYPE_Q4_K> {
     }
 };
 
-// The same with a fifth bit: of number l of part j, bit j of byte l.
+// As Q4_K, with a fifth bit: for number l of part j it is bit j of byte l.
 template <>
 struct Block<TYPE_Q5_K> {
     static constexpr int LEN = 256, BYTES = 176;
@@ -152,9 +151,9 @@ struct Block<TYPE_Q5_K> {
     }
 };
 
-// Sixteen parts of 16 with a scale each: d scale (code - 32). Of each half of 128 numbers, in quarters of 32: the low
-// four bits of quarters 0 and 2 are in bytes 0 to 31, those of 1 and 3 in bytes 32 to 63; the high two bits of all four
-// share a byte.
+// Sixteen parts of 16 with one scale each: d scale (code - 32). Each half of 128 numbers has four quarters of 32. The low
+// four bits of quarters 0 and 2 are in bytes 0 to 31, those of quarters 1 and 3 in bytes 32 to 63. The high two bits of
+// all four quarters share a byte.
 template <>
 struct Block<TYPE_Q6_K> {
     static constexpr int LEN = 256, BYTES = 210;
@@ -170,8 +169,8 @@ struct Block<TYPE_Q6_K> {
     }
 };
 
-// Numbers `at` to `at + n` of rows of blocks, n <= GROUP; where the type has blocks, `at` is a multiple of GROUP and n
-// is GROUP.
+// Reads numbers `at` to `at + n` of an array of blocks, n <= GROUP. For quantised types, `at` must be a multiple of GROUP
+// and n must be GROUP.
 template <int TYPE>
 __device__ inline void read_numbers(const uint8_t* blocks, int64_t at, int n, float* x) {
     if constexpr (Block<TYPE>::LEN == 1) {
@@ -181,7 +180,7 @@ __device__ inline void read_numbers(const uint8_t* blocks, int64_t at, int n, fl
     }
 }
 
-// Calls `work` with the type as a constant; false where there are no kernels for it.
+// Calls `work` with the type as a compile-time constant. Returns false if the type is not supported.
 template <typename Work>
 bool with_type(int32_t type, Work work) {
     switch (type) {

@@ -1,4 +1,4 @@
-// Numbers rounded to bf16: out of the GGUF's blocks, and out of f32.
+// Rounds numbers to bf16, from a GGUF's blocks or from f32.
 #include "dequantize.cuh"
 
 #include "blocks.cuh"
@@ -13,7 +13,7 @@ __global__ void round_blocks_kernel(const uint8_t* blocks, int64_t first, int64_
     float x[GROUP];
     read_numbers<TYPE>(blocks, first + at, n_here, x);
     if (n_here == GROUP) {
-        // Rounded numbers start at a multiple of 256 bytes, and a group has 16.
+        // A wide store is aligned: `rounded` starts at a multiple of 256 bytes, and a group has 16 bytes.
         uint4 packed;
         packed.x = bf16_of_float(x[0]) | (uint32_t)bf16_of_float(x[1]) << 16;
         packed.y = bf16_of_float(x[2]) | (uint32_t)bf16_of_float(x[3]) << 16;
@@ -36,7 +36,7 @@ void round_blocks(
             round_blocks_kernel<id()>, dim3(blocks_of(n, (int64_t)GROUP * THREADS)), dim3(THREADS), 0, device.stream,
             (const uint8_t*)blocks, first, n, rounded);
     });
-    require(known, "a type that there are kernels for");
+    require(known, "a supported type");
     check_launch("dequantising");
 }
 
@@ -46,9 +46,9 @@ void round_numbers(detox_cuda_device& device, const float* x, int64_t n, uint16_
 
 detox_cuda_status detox_cuda_block(int32_t type, int32_t* n_numbers, int32_t* n_bytes) {
     return guarded([&] {
-        require(n_numbers != nullptr && n_bytes != nullptr, "somewhere to write the numbers");
+        require(n_numbers != nullptr && n_bytes != nullptr, "an address for each number");
         bool known = with_type(type, [&](auto block, auto) { *n_numbers = block.LEN, *n_bytes = block.BYTES; });
-        if (!known) throw Failure(DETOX_CUDA_UNSUPPORTED, "there are no kernels for type " + std::to_string(type));
+        if (!known) throw Failure(DETOX_CUDA_UNSUPPORTED, "no kernel reads type " + std::to_string(type));
     });
 }
 

@@ -1,4 +1,4 @@
-// Devices, memory, and errors in words.
+// Devices, memory, and error messages.
 #include "device.cuh"
 
 #include <cstdio>
@@ -9,7 +9,7 @@ namespace {
 
 thread_local std::string last_error;
 
-// Tensor cores that take bf16 came with Ampere.
+// Ampere is the first architecture whose tensor cores support bf16.
 constexpr int LEAST_MAJOR = 8;
 
 detox_cuda_status status_of(cudaError_t error) {
@@ -29,15 +29,15 @@ detox_cuda_status status_of(cudaError_t error) {
     }
 }
 
-// The cure of an error of drivers that a newer one does not cure.
+// Advice for driver errors that a newer driver does not fix.
 const char* cure_of(cudaError_t error) {
     switch (error) {
     case cudaErrorStubLibrary:
-        return " (that is the toolkit's, in place of the driver's libcuda.so: take its folder off LD_LIBRARY_PATH)";
+        return " (the toolkit's stub was loaded instead of the driver's libcuda.so: take its folder off LD_LIBRARY_PATH)";
     case cudaErrorSystemNotReady: return " (start NVIDIA's services, such as nvidia-fabricmanager)";
-    case cudaErrorSystemDriverMismatch: return " (the driver was changed while it ran: start the machine again)";
+    case cudaErrorSystemDriverMismatch: return " (the driver was updated while it was running: restart the machine)";
     case cudaErrorCompatNotSupportedOnDevice:
-        return " (this GPU takes no libcuda.so of cuda-compat: take its folder off LD_LIBRARY_PATH)";
+        return " (this GPU does not support cuda-compat's libcuda.so: take its folder off LD_LIBRARY_PATH)";
     default: return "";
     }
 }
@@ -46,26 +46,26 @@ __global__ void nothing_kernel() {}
 
 std::string megabytes(size_t n_bytes) { return std::to_string(n_bytes >> 20) + " MiB"; }
 
-// Memory of the pool stays with this process between operations.
+// Opens the memory pool and lets this process keep released memory between operations.
 cudaMemPool_t keep_pool(int ordinal) {
     int has_pools = 0;
-    check(cudaDeviceGetAttribute(&has_pools, cudaDevAttrMemoryPoolsSupported, ordinal), "asking for memory pools");
-    if (!has_pools) throw Failure(DETOX_CUDA_UNSUPPORTED, "the driver of this GPU has no memory pools");
+    check(cudaDeviceGetAttribute(&has_pools, cudaDevAttrMemoryPoolsSupported, ordinal), "checking for memory pools");
+    if (!has_pools) throw Failure(DETOX_CUDA_UNSUPPORTED, "the driver does not support memory pools on this GPU");
     cudaMemPool_t pool;
-    check(cudaDeviceGetDefaultMemPool(&pool, ordinal), "asking for the memory pool");
+    check(cudaDeviceGetDefaultMemPool(&pool, ordinal), "opening the memory pool");
     uint64_t all = UINT64_MAX;
     check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &all), "setting up the memory pool");
     return pool;
 }
 
-// Gives back to the driver what the pool keeps for later.
+// Returns the pool's unused memory to the driver.
 void end_pool(cudaMemPool_t pool) noexcept {
     uint64_t none = 0;
     bool ended = cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &none) == cudaSuccess;
     if (cudaMemPoolTrimTo(pool, 0) != cudaSuccess || !ended) (void)cudaGetLastError();
 }
 
-// What the driver has left, and what the pool keeps for later.
+// Free memory: what the driver has left, plus the pool's unused memory.
 cudaError_t free_memory(const detox_cuda_device& device, size_t* n_free, size_t* n_total) {
     uint64_t reserved = 0, used = 0;
     cudaError_t error = cudaMemGetInfo(n_free, n_total);
@@ -89,7 +89,7 @@ detox_cuda_status keep_error(detox_cuda_status status, const char* message) noex
 
 void check(cudaError_t error, const char* what) {
     if (error == cudaSuccess) return;
-    // An error that does not stick is taken off, so that the next call is not blamed for it.
+    // Clear the error, unless it is sticky, so that the next call does not report it.
     cudaGetLastError();
     throw Failure(status_of(error), std::string(what) + ": " + cudaGetErrorString(error) + cure_of(error));
 }
@@ -99,20 +99,20 @@ void require(bool holds, const char* what) {
 }
 
 void* allocate(detox_cuda_device& device, size_t n_bytes) {
-    // Nothing still has an address of its own.
+    // An empty allocation still gets a unique address.
     if (n_bytes == 0) n_bytes = 1;
     void* memory = nullptr;
     cudaError_t error = cudaMallocAsync(&memory, n_bytes, device.stream);
     if (error == cudaErrorMemoryAllocation) {
         cudaGetLastError();
-        // The pool may keep pieces of other sizes: once more without them.
-        check(cudaStreamSynchronize(device.stream), "taking memory");
-        check(cudaMemPoolTrimTo(device.pool, 0), "taking memory");
+        // The pool may hold unused pieces of other sizes. Return them and try again.
+        check(cudaStreamSynchronize(device.stream), "allocating memory");
+        check(cudaMemPoolTrimTo(device.pool, 0), "allocating memory");
         error = cudaMallocAsync(&memory, n_bytes, device.stream);
     }
     if (error == cudaSuccess) return memory;
     cudaGetLastError();
-    if (error != cudaErrorMemoryAllocation) check(error, "taking memory");
+    if (error != cudaErrorMemoryAllocation) check(error, "allocating memory");
     size_t n_free = 0, n_total = 0;
     if (free_memory(device, &n_free, &n_total) != cudaSuccess) cudaGetLastError();
     throw Failure(
@@ -121,8 +121,8 @@ void* allocate(detox_cuda_device& device, size_t n_bytes) {
 }
 
 void release(detox_cuda_device& device, void* memory) noexcept {
-    // A failure here was a failure of an operation before. Where it sticks, the next call reports it; otherwise it is
-    // taken off, so that the next launch is not blamed for it.
+    // A failure here comes from an earlier operation. If it is sticky, the next call reports it. Otherwise clear it, so
+    // that the next launch does not report it.
     if (memory != nullptr && cudaFreeAsync(memory, device.stream) != cudaSuccess) (void)cudaGetLastError();
 }
 
@@ -130,7 +130,7 @@ const char* detox_cuda_last_error(void) { return last_error.c_str(); }
 
 detox_cuda_status detox_cuda_count(int32_t* n_devices) {
     return guarded([&] {
-        require(n_devices != nullptr, "somewhere to write the number");
+        require(n_devices != nullptr, "an address for the number");
         int n = 0;
         cudaError_t error = cudaGetDeviceCount(&n);
         if (error == cudaErrorNoDevice) {
@@ -145,26 +145,26 @@ detox_cuda_status detox_cuda_count(int32_t* n_devices) {
 
 detox_cuda_status detox_cuda_open(int32_t ordinal, detox_cuda_device** device) {
     return guarded([&] {
-        require(device != nullptr, "somewhere to write the device");
+        require(device != nullptr, "an address for the device");
         *device = nullptr;
         int n = 0;
         check(cudaGetDeviceCount(&n), "looking for GPUs");
         if (ordinal < 0 || ordinal >= n)
             throw Failure(
                 DETOX_CUDA_NO_DEVICE, "there is no GPU " + std::to_string(ordinal) +
-                                          ": they are counted from 0, and there are " + std::to_string(n));
+                                          ": GPUs are numbered from 0, and this machine has " + std::to_string(n));
         detox_cuda_device* made = new detox_cuda_device;
         try {
             made->ordinal = ordinal;
-            check(cudaGetDeviceProperties(&made->properties, ordinal), "asking for the GPU's properties");
+            check(cudaGetDeviceProperties(&made->properties, ordinal), "reading the GPU's properties");
             if (made->properties.major < LEAST_MAJOR)
                 throw Failure(
                     DETOX_CUDA_UNSUPPORTED, std::string(made->properties.name) + " has compute capability " +
                                                 std::to_string(made->properties.major) + "." +
-                                                std::to_string(made->properties.minor) + ", and 8.0 is the least");
-            check(cudaSetDevice(ordinal), "choosing the GPU");
+                                                std::to_string(made->properties.minor) + "; at least 8.0 is required");
+            check(cudaSetDevice(ordinal), "selecting the GPU");
             made->pool = keep_pool(ordinal);
-            check(cudaStreamCreate(&made->stream), "making a stream");
+            check(cudaStreamCreate(&made->stream), "creating a stream");
             // A build without kernels for this GPU fails here, before anything is loaded.
             launch(nothing_kernel, dim3(1), dim3(1), 0, made->stream);
             check_launch("trying a kernel");
@@ -191,39 +191,35 @@ void detox_cuda_close(detox_cuda_device* device) {
 
 detox_cuda_status detox_cuda_describe(detox_cuda_device* device, detox_cuda_properties* properties) {
     return on_device(device, [&] {
-        require(properties != nullptr, "somewhere to write the properties");
+        require(properties != nullptr, "an address for the properties");
         *properties = {};
         std::snprintf(properties->name, sizeof properties->name, "%s", device->properties.name);
         properties->major = device->properties.major;
         properties->minor = device->properties.minor;
         properties->n_multiprocessors = device->properties.multiProcessorCount;
-        check(cudaDriverGetVersion(&properties->driver_version), "asking for the driver's version");
-        check(cudaRuntimeGetVersion(&properties->runtime_version), "asking for the runtime's version");
+        check(cudaDriverGetVersion(&properties->driver_version), "reading the driver's version");
+        check(cudaRuntimeGetVersion(&properties->runtime_version), "reading the runtime's version");
     });
 }
 
 detox_cuda_status detox_cuda_memory(detox_cuda_device* device, size_t* n_free, size_t* n_total) {
     return on_device(device, [&] {
-        require(n_free != nullptr && n_total != nullptr, "somewhere to write the numbers");
-        check(free_memory(*device, n_free, n_total), "asking for free memory");
+        require(n_free != nullptr && n_total != nullptr, "an address for each number");
+        check(free_memory(*device, n_free, n_total), "reading the free memory");
     });
 }
 
 detox_cuda_status detox_cuda_trim(detox_cuda_device* device) {
     return on_device(device, [&] {
-        // What was released is the pool's once the stream has come to it.
-        check(cudaStreamSynchronize(device->stream), "giving memory back");
-        check(cudaMemPoolTrimTo(device->pool, 0), "giving memory back");
+        // Released memory reaches the pool only when the stream has executed the release.
+        check(cudaStreamSynchronize(device->stream), "releasing memory");
+        check(cudaMemPoolTrimTo(device->pool, 0), "releasing memory");
     });
-}
-
-detox_cuda_status detox_cuda_wait(detox_cuda_device* device) {
-    return on_device(device, [&] { check(cudaStreamSynchronize(device->stream), "waiting for the GPU"); });
 }
 
 detox_cuda_status detox_cuda_allocate(detox_cuda_device* device, size_t n_bytes, void** memory) {
     return on_device(device, [&] {
-        require(memory != nullptr, "somewhere to write the address");
+        require(memory != nullptr, "an address for the pointer");
         *memory = nullptr;
         *memory = allocate(*device, n_bytes);
     });
@@ -231,7 +227,7 @@ detox_cuda_status detox_cuda_allocate(detox_cuda_device* device, size_t n_bytes,
 
 detox_cuda_status detox_cuda_release(detox_cuda_device* device, void* memory) {
     return on_device(device, [&] {
-        if (memory != nullptr) check(cudaFreeAsync(memory, device->stream), "giving memory back");
+        if (memory != nullptr) check(cudaFreeAsync(memory, device->stream), "releasing memory");
     });
 }
 

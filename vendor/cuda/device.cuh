@@ -1,4 +1,4 @@
-// A GPU, its errors, and memory that is given back at the end of a scope.
+// A GPU, its errors, and memory that is released at the end of a scope.
 #pragma once
 
 #include <map>
@@ -11,42 +11,42 @@
 #include "ops.h"
 #include "platform.cuh"
 
-// What ends an operation; becomes a status at the boundary.
+// Thrown by a failing operation. Converted to a status at the C boundary.
 struct Failure : std::runtime_error {
     detox_cuda_status status;
     Failure(detox_cuda_status status, const std::string& message) : std::runtime_error(message), status(status) {}
 };
 
-// What multiplies matrices, with what it has learnt about shapes: cuBLASLt's, or the emulation's.
+// Multiplies matrices and caches a plan for each shape. Implemented with cuBLASLt, or by the emulation.
 struct Multiplier;
 
 struct detox_cuda_device {
     int ordinal = 0;
     cudaStream_t stream = nullptr;
-    // The process's: all its devices of this number share it.
+    // Owned by the process: all its devices with this ordinal share it.
     cudaMemPool_t pool = nullptr;
     Multiplier* multiplier = nullptr;
     cudaDeviceProp properties{};
-    // Bytes of a matrix in bf16 that are made at a time, where only its blocks are kept: large enough that the products
-    // over the parts run at full rate, small beside a model.
+    // If only a matrix's blocks are kept, products dequantise this many bytes of bf16 at a time: enough to run the
+    // products at full rate, little compared with a model.
     int64_t part_bytes = 256 << 20;
-    // One operation is asked for at a time: several kernels may share memory between them.
+    // Held during each operation, because its kernels may share scratch memory.
     std::mutex mutex;
 };
 
-// Throws where `error` is none but success: `what` was being done.
+// Throws unless `error` is success. `what` names the action for the message.
 void check(cudaError_t error, const char* what);
 
-// Throws INVALID unless `holds`: the caller has not kept to the contract.
+// Throws INVALID unless `holds`. `what` is the expectation that the caller violated.
 void require(bool holds, const char* what);
 
-// After a launch: whether it could be made.
+// Call after a launch. Throws if the launch failed.
 inline void check_launch(const char* what) { check(cudaGetLastError(), what); }
 
-// Keeps the words for `detox_cuda_last_error`, and gives the status.
+// Stores the message for `detox_cuda_last_error` and returns the status.
 detox_cuda_status keep_error(detox_cuda_status status, const char* message) noexcept;
 
-// Calls `work`; no exception leaves it.
+// Calls `work` and converts exceptions to a status.
 template <typename Work>
 detox_cuda_status guarded(Work work) noexcept {
     try {
@@ -55,7 +55,7 @@ detox_cuda_status guarded(Work work) noexcept {
     } catch (const Failure& failure) {
         return keep_error(failure.status, failure.what());
     } catch (const std::bad_alloc&) {
-        return keep_error(DETOX_CUDA_FAILED, "no memory on the host");
+        return keep_error(DETOX_CUDA_FAILED, "the host is out of memory");
     } catch (const std::exception& error) {
         return keep_error(DETOX_CUDA_FAILED, error.what());
     } catch (...) {
@@ -63,13 +63,13 @@ detox_cuda_status guarded(Work work) noexcept {
     }
 }
 
-// The same on a device, whose turn it is until the end.
+// As `guarded`, with the device selected and locked.
 template <typename Work>
 detox_cuda_status on_device(detox_cuda_device* device, Work work) noexcept {
     return guarded([&] {
         require(device != nullptr, "a device");
         std::lock_guard<std::mutex> turn(device->mutex);
-        check(cudaSetDevice(device->ordinal), "choosing the device");
+        check(cudaSetDevice(device->ordinal), "selecting the GPU");
         work();
     });
 }
@@ -77,7 +77,7 @@ detox_cuda_status on_device(detox_cuda_device* device, Work work) noexcept {
 void* allocate(detox_cuda_device& device, size_t n_bytes);
 void release(detox_cuda_device& device, void* memory) noexcept;
 
-// [n] for one operation: memory goes back to the stream's pool, where the next operation may have it.
+// Temporary memory [n] for one operation. Returned to the stream's pool, where the next operation may reuse it.
 template <typename T>
 class Scratch {
 public:
@@ -92,25 +92,25 @@ private:
     T* memory;
 };
 
-// Blocks of `size` for n, as a launch's first number.
+// Number of thread blocks of `size` that cover n.
 inline unsigned blocks_of(int64_t n, int64_t size) { return (unsigned)((n + size - 1) / size); }
 
-// Threads in a block of a kernel that takes one number a thread.
+// Threads per block in elementwise kernels.
 constexpr int THREADS = 256;
 
 Multiplier* multiplier_open();
 void multiplier_close(Multiplier* multiplier) noexcept;
 
-// How the operands of a product are rounded; sums are always in f32.
+// How the operands of a product are rounded. Sums are always in f32.
 enum class Operands {
-    // [..] of uint16_t
+    // Arrays of uint16_t.
     BF16,
-    // [..] of float, rounded to TF32 on the way
+    // Arrays of float, rounded to TF32 by the product.
     TF32,
 };
 
-// c[m][n] = beta c + alpha op(a) op(b), as in `detox_cuda_gemm`, with numbers from row to row of a, b and c as they
-// lie.
+// c[m][n] = beta c + alpha op(a) op(b), as in `detox_cuda_gemm`. The strides are the distances between rows of a, b and c
+// as stored, in numbers.
 struct Product {
     int64_t m, n, k;
     bool transpose_a, transpose_b;

@@ -53,7 +53,7 @@ detox_cuda_add_to_rows(detox_cuda_device* device, const float* bias, int64_t n_r
         int64_t n = n_rows * n_cols;
         if (n == 0) return;
         launch(add_to_rows_kernel, dim3(blocks_of(n, THREADS)), dim3(THREADS), 0, device->stream, bias, n, n_cols, y);
-        check_launch("adding a row to rows");
+        check_launch("adding a bias to rows");
     });
 }
 
@@ -80,7 +80,7 @@ detox_cuda_status detox_cuda_add_columns(
     detox_cuda_device* device, const float* src, int64_t src_cols, int64_t from, int64_t n_rows, float* dst,
     int64_t dst_cols, int64_t to, int64_t n) {
     return on_device(device, [&] {
-        require(from >= 0 && from + n <= src_cols && to >= 0 && to + n <= dst_cols, "columns of both buffers");
+        require(from >= 0 && from + n <= src_cols && to >= 0 && to + n <= dst_cols, "columns within both buffers");
         if (n_rows == 0 || n == 0) return;
         launch(
             add_columns_kernel, dim3(blocks_of(n_rows * n, THREADS)), dim3(THREADS), 0, device->stream, src, src_cols,

@@ -1,18 +1,18 @@
-// Log-probabilities of the tokens that are predicted.
+// Log-probabilities of the predicted tokens.
 #include "device.cuh"
 #include "reduce.cuh"
 #include "rows.cuh"
 
 namespace {
 
-// A largest number so far, and the sum of the exponentials of all of them less it (arXiv 1805.02867).
+// A running softmax: the maximum so far, and the sum of exp(x - maximum) (arXiv 1805.02867).
 struct Softmax {
     float most;
     float sum;
 };
 
 __device__ Softmax join(Softmax a, Softmax b) {
-    // Nothing yet: infinity less infinity is no number.
+    // An empty side has maximum -inf, and -inf - -inf would be NaN.
     if (a.sum == 0.0f) return b;
     if (b.sum == 0.0f) return a;
     float most = fmaxf(a.most, b.most);
@@ -27,7 +27,7 @@ __device__ Softmax join_warp(Softmax x) {
     return x;
 }
 
-// A block an output: one pass for the softmax, and one more for the gradient.
+// One thread block per output: one pass for the softmax, a second one for the gradient.
 __global__ void
 logprobs_kernel(const int32_t* tokens, float scale, int64_t n_vocab, int gradient, float* logits, float* logps) {
     SHARED_FLOATS(shared);
@@ -41,7 +41,7 @@ logprobs_kernel(const int32_t* tokens, float scale, int64_t n_vocab, int gradien
             softmax.sum = softmax.sum * expf(softmax.most - x) + 1.0f;
             softmax.most = x;
         } else if (x != -INFINITY) {
-            // What is no number comes here too, and makes the sum none.
+            // NaN also takes this branch and makes the sum NaN.
             softmax.sum += expf(x - softmax.most);
         }
     }
@@ -51,7 +51,7 @@ logprobs_kernel(const int32_t* tokens, float scale, int64_t n_vocab, int gradien
         shared[2 * warp] = softmax.most;
         shared[2 * warp + 1] = softmax.sum;
     }
-    // Also: every thread has read the token's own logit before it is overwritten.
+    // This also ensures that every thread has read the token's logit before it is overwritten.
     __syncthreads();
     softmax = {-INFINITY, 0.0f};
     if (lane < n_warps) softmax = {shared[2 * lane], shared[2 * lane + 1]};

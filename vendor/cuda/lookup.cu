@@ -1,4 +1,4 @@
-// Rows of tables, by token, position and output.
+// Table lookups by token, position and output.
 #include "blocks.cuh"
 #include "device.cuh"
 #include "rows.cuh"
@@ -25,7 +25,7 @@ __global__ void gather_kernel(
     y[i] = scale * table[index[first + i / n_cols] * n_cols + i % n_cols];
 }
 
-// The first row of those with one index adds up all of them, in their order.
+// Among the rows with the same index, the first adds up all of them, in order.
 __global__ void
 scatter_add_kernel(const float* dy, int64_t n_cols, Chain chain, int64_t first, int64_t n, float scale, float* dtable) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -55,7 +55,7 @@ detox_cuda_status detox_cuda_embed(
     detox_cuda_device* device, const detox_cuda_matrix* w, const detox_cuda_rows* rows, float scale, float* y) {
     return on_device(device, [&] {
         require(w != nullptr && rows != nullptr && w->n_in > 0, "a matrix with rows");
-        require(w->blocks != nullptr, "a matrix whose blocks were kept");
+        require(w->blocks != nullptr, "a matrix with its blocks");
         if (rows->n_rows == 0) return;
         int64_t n = rows->n_rows * ((w->n_in + GROUP - 1) / GROUP);
         bool known = with_type(w->type, [&](auto, auto id) {
@@ -63,7 +63,7 @@ detox_cuda_status detox_cuda_embed(
                 embed_kernel<id()>, dim3(blocks_of(n, THREADS)), dim3(THREADS), 0, device->stream,
                 (const uint8_t*)w->blocks, w->n_in, rows->tokens.index, rows->n_rows, scale, y);
         });
-        require(known, "a type that there are kernels for");
+        require(known, "a supported type");
         check_launch("reading embeddings");
     });
 }

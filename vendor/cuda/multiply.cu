@@ -1,11 +1,11 @@
-// Products by cuBLASLt. The emulation has emulation/multiply.cpp in its place.
+// Products with cuBLASLt. The emulation uses emulation/multiply.cpp instead.
 #include <cublasLt.h>
 
 #include "device.cuh"
 
 namespace {
 
-// What cuBLASLt may use beside the operands; 32 MiB is NVIDIA's advice for Hopper, and more than others need.
+// cuBLASLt's workspace. NVIDIA recommends 32 MiB for Hopper; other GPUs need less.
 constexpr size_t WORKSPACE_BYTES = 32 << 20;
 
 void check_blas(cublasStatus_t status, const char* what) {
@@ -15,10 +15,10 @@ void check_blas(cublasStatus_t status, const char* what) {
                                : status == CUBLAS_STATUS_ARCH_MISMATCH ? DETOX_CUDA_UNSUPPORTED
                                : status == CUBLAS_STATUS_INVALID_VALUE ? DETOX_CUDA_INVALID
                                                                        : DETOX_CUDA_FAILED;
-    throw Failure(mapped, std::string(what) + ": cuBLASLt says " + cublasLtGetStatusName(status));
+    throw Failure(mapped, std::string(what) + ": cuBLASLt returned " + cublasLtGetStatusName(status));
 }
 
-// How one product is computed, owned.
+// How one product is computed. Owns its descriptors.
 struct Plan {
     cublasLtMatmulDesc_t operation = nullptr;
     cublasLtMatrixLayout_t left = nullptr, right = nullptr, result = nullptr;
@@ -36,25 +36,25 @@ struct Plan {
     }
 };
 
-// What an algorithm is chosen by, owned.
+// Criteria for choosing an algorithm. Owns its descriptor.
 struct Preference {
     cublasLtMatmulPreference_t raw = nullptr;
 
-    Preference() { check_blas(cublasLtMatmulPreferenceCreate(&raw), "choosing a product"); }
+    Preference() { check_blas(cublasLtMatmulPreferenceCreate(&raw), "choosing an algorithm"); }
     Preference(const Preference&) = delete;
     Preference& operator=(const Preference&) = delete;
     ~Preference() { cublasLtMatmulPreferenceDestroy(raw); }
 
     template <typename T>
     void set(cublasLtMatmulPreferenceAttributes_t attribute, T value) {
-        check_blas(cublasLtMatmulPreferenceSetAttribute(raw, attribute, &value, sizeof value), "choosing a product");
+        check_blas(cublasLtMatmulPreferenceSetAttribute(raw, attribute, &value, sizeof value), "choosing an algorithm");
     }
 };
 
 using Shape = std::tuple<
     int, int64_t, int64_t, int64_t, bool, bool, bool, int64_t, int64_t, int64_t, unsigned, unsigned, unsigned>;
 
-// Plans that are kept: batches have as many rows as their pairs, so shapes of a long run are without number.
+// Limit of cached plans. The number of rows varies from batch to batch, so a long run has too many shapes to keep all.
 constexpr size_t MOST_PLANS = 4096;
 
 // The largest power of two up to 256 that divides an address.
@@ -68,7 +68,7 @@ unsigned alignment_of(const void* address) {
 
 struct Multiplier {
     cublasLtHandle_t handle = nullptr;
-    // Choosing an algorithm takes tens of microseconds: once a shape.
+    // Choosing an algorithm takes tens of microseconds, so it is done once per shape.
     std::map<Shape, Plan> plans;
 };
 
@@ -94,13 +94,13 @@ namespace {
 std::string in_words(Operands operands, const Product& p) {
     auto matrix = [](int64_t n_rows, int64_t n_cols, bool is_transposed, int64_t stride) {
         return "[" + std::to_string(n_rows) + "][" + std::to_string(n_cols) + "]" +
-               (is_transposed ? " transposed" : "") + " by rows of " + std::to_string(stride);
+               (is_transposed ? " transposed" : "") + " with stride " + std::to_string(stride);
     };
     return "a product of " + matrix(p.m, p.k, p.transpose_a, p.a_stride) + " and " +
            matrix(p.k, p.n, p.transpose_b, p.b_stride) + " in " + (operands == Operands::BF16 ? "bf16" : "TF32");
 }
 
-// cuBLASLt counts columns first: its result is c^T = op(b)^T op(a)^T, so b is its left operand.
+// cuBLASLt is column-major. It computes c^T = op(b)^T op(a)^T, so b is its left operand.
 void make_plan(
     Multiplier& multiplier, Plan& plan, Operands operands, const Product& p, unsigned a_alignment, unsigned b_alignment,
     unsigned c_alignment) {
@@ -115,7 +115,7 @@ void make_plan(
     check_blas(
         cublasLtMatmulDescSetAttribute(plan.operation, CUBLASLT_MATMUL_DESC_TRANSB, &of_right, sizeof of_right),
         "describing a product");
-    // A matrix with rows [k][n] is one with columns of n numbers.
+    // A row-major [k][n] matrix is a column-major matrix with columns of n numbers.
     uint64_t left_rows = p.transpose_b ? p.k : p.n, left_cols = p.transpose_b ? p.n : p.k;
     uint64_t right_rows = p.transpose_a ? p.m : p.k, right_cols = p.transpose_a ? p.k : p.m;
     check_blas(cublasLtMatrixLayoutCreate(&plan.left, type, left_rows, left_cols, p.b_stride), "describing b");
@@ -128,8 +128,8 @@ void make_plan(
     preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, (uint32_t)a_alignment);
     preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, (uint32_t)c_alignment);
     preference.set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, (uint32_t)c_alignment);
-    // Sums over parts go through the workspace and are added up in a step of their own. Those in place are said to keep
-    // an order too, by counters; that is not needed, and not relied on.
+    // Only allow split sums that go through the workspace and are added in a separate step, in a fixed order. In-place
+    // reductions are documented to keep an order too, by counters; we neither need nor rely on that.
     const uint32_t in_workspace = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE | CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
     cublasLtMatmulHeuristicResult_t found{};
     bool is_found = false;
@@ -139,7 +139,7 @@ void make_plan(
         cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
             multiplier.handle, plan.operation, plan.left, plan.right, plan.result, plan.result, preference.raw, 1,
             &found, &n_found);
-        if (status != CUBLAS_STATUS_NOT_SUPPORTED) check_blas(status, "choosing a product");
+        if (status != CUBLAS_STATUS_NOT_SUPPORTED) check_blas(status, "choosing an algorithm");
         is_found = status == CUBLAS_STATUS_SUCCESS && n_found > 0 && found.state == CUBLAS_STATUS_SUCCESS;
         if (is_found) break;
     }

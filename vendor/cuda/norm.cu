@@ -5,7 +5,7 @@
 
 namespace {
 
-// Short rows, heads say, are a warp each, eight to a block; others a block each.
+// Short rows, such as heads, use one warp each, eight to a thread block. Longer rows use one block each.
 constexpr int SHORT = 1024;
 
 struct Geometry {
@@ -18,7 +18,7 @@ Geometry geometry(int64_t n_rows, int64_t n_cols) {
     return {dim3((unsigned)n_rows), dim3(THREADS), WARP * sizeof(float)};
 }
 
-// The mean that is taken away, and what is multiplied with instead of dividing.
+// The mean to subtract (0 for RMSNorm), and the factor to multiply by: one over the deviation or root mean square.
 __device__ void
 statistics(detox_cuda_norm_kind kind, const float* x, int64_t n_cols, float* shared, float& mean, float& inverse) {
     mean = 0.0f;
@@ -38,7 +38,7 @@ __global__ void norm_kernel(
     float* y) {
     SHARED_FLOATS(shared);
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    // Whole warps, or whole blocks.
+    // Only whole warps or whole blocks return here.
     if (row >= n_rows) return;
     x += row * n_cols;
     y += row * n_cols;
@@ -50,8 +50,8 @@ __global__ void norm_kernel(
     }
 }
 
-// With n = (x - mean) r and g = dy weight, r being one over the deviation: dx = r (g - mean(g) - n mean(g n)), without
-// the middle term where no mean is taken away. Keeps mean and r of each row, [R][2], where they are wanted.
+// With r one over the deviation, n = (x - mean) r and g = dy weight: dx = r (g - mean(g) - n mean(g n)). RMSNorm has no
+// mean(g) term. Stores mean and r of each row in kept[R][2], unless it is null.
 __global__ void norm_back_kernel(
     detox_cuda_norm_kind kind, const float* x, const float* weight, const float* dy, int64_t n_rows, int64_t n_cols,
     float* dx, float* kept) {
@@ -79,7 +79,7 @@ __global__ void norm_back_kernel(
     }
 }
 
-// What a row adds to the gradient of a weight.
+// A row's contribution to the gradient of a weight.
 struct OfWeight {
     const float* x;
     const float* dy;
@@ -97,7 +97,7 @@ detox_cuda_status detox_cuda_norm(
     detox_cuda_device* device, const detox_cuda_norm_kind* kind, const float* x, const float* weight, const float* bias,
     int64_t n_rows, int64_t n_cols, float* y) {
     return on_device(device, [&] {
-        require(kind != nullptr && n_cols > 0 && n_rows >= 0, "a norm of some columns");
+        require(kind != nullptr && n_cols > 0 && n_rows >= 0, "a norm kind and at least one column");
         if (n_rows == 0) return;
         Geometry g = geometry(n_rows, n_cols);
         launch(norm_kernel, g.grid, g.block, g.shared_bytes, device->stream, *kind, x, weight, bias, n_rows, n_cols, y);
@@ -109,7 +109,7 @@ detox_cuda_status detox_cuda_norm_back(
     detox_cuda_device* device, const detox_cuda_norm_kind* kind, const float* x, const float* weight, const float* dy,
     int64_t n_rows, int64_t n_cols, float* dx, float* dweight, float* dbias) {
     return on_device(device, [&] {
-        require(kind != nullptr && n_cols > 0 && n_rows >= 0, "a norm of some columns");
+        require(kind != nullptr && n_cols > 0 && n_rows >= 0, "a norm kind and at least one column");
         if (n_rows == 0) return;
         Geometry g = geometry(n_rows, n_cols);
         Scratch<float> kept(*device, dweight != nullptr ? (size_t)(2 * n_rows) : 0);

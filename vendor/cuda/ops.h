@@ -1,12 +1,13 @@
-// What the trainer asks of an NVIDIA GPU, as a C interface: one function an operation of the trait `Device` in
-// src/train/device/mod.rs, whose documentation is the contract. Narrow on purpose: this program is the only caller.
+// The trainer's operations on NVIDIA GPUs, as a C interface. There is one function for each operation of the trait
+// `Device` in the trainer; the trait's documentation is the contract. Narrow on purpose: this program is the only
+// caller.
 //
-// Letters of shapes, slowest axis first: R rows of a batch (one a token), C columns, I and O a matrix's inputs and
-// outputs, H heads, K key and value heads, D a head's size, V the vocabulary, T tensors.
+// Shapes are written slowest axis first, with these letters: R rows of a batch (one per token), C columns, I and O a
+// matrix's inputs and outputs, H heads, K key and value heads, D head size, V vocabulary size, T tensors.
 //
-// Pointers are to the GPU's memory, from `detox_cuda_allocate`, unless the comment says "host". Numbers are f32, dense.
-// Gradients are added to what a buffer holds; everything else overwrites. Operations of one device are carried out in
-// the order they were called in; only those that give numbers to the host wait for them. Any thread may call.
+// Pointers point to GPU memory from `detox_cuda_allocate`, unless the comment says "host". Buffers are dense f32.
+// Gradients are added to the buffer; all other results overwrite it. Operations on one device run in call order. Only
+// functions that return numbers to the host wait for them to finish. Any thread may call any function.
 #pragma once
 
 #include <stddef.h>
@@ -16,23 +17,23 @@
 extern "C" {
 #endif
 
-// Limits of the kernels: heads of a block, numbers of a head, and pairs of a head's numbers that are rotated.
+// Limits of the kernels: heads per block, head size, and rotated pairs per head.
 #define DETOX_CUDA_MOST_HEADS 256
 #define DETOX_CUDA_MOST_HEAD_DIM 256
 #define DETOX_CUDA_MOST_ROPE_PAIRS 256
 
-// What came of a call. `detox_cuda_last_error` has the words.
+// Result of a call. `detox_cuda_last_error` returns the message.
 typedef enum {
     DETOX_CUDA_OK = 0,
-    // The GPU's memory does not suffice; nothing was computed.
+    // The GPU is out of memory. Nothing was computed.
     DETOX_CUDA_OUT_OF_MEMORY = 1,
-    // There is no GPU, or none of that number, or another process holds it alone.
+    // No GPU, no GPU of that number, or a GPU in exclusive use by another process.
     DETOX_CUDA_NO_DEVICE = 2,
-    // The driver is missing, or too old for this build.
+    // The driver is missing or too old for this build.
     DETOX_CUDA_DRIVER = 3,
-    // This GPU, or this shape, is one that the program has nothing for, however it is built.
+    // The program supports no GPU of this kind, or no such shape, however it is built.
     DETOX_CUDA_UNSUPPORTED = 4,
-    // An argument is out of its range: a fault of the caller.
+    // An argument is out of range: a bug in the caller.
     DETOX_CUDA_INVALID = 5,
     // A kernel or the driver failed.
     DETOX_CUDA_FAILED = 6,
@@ -45,13 +46,13 @@ typedef struct detox_cuda_device detox_cuda_device;
 // A batch's tokens, positions, segments and outputs on the GPU.
 typedef struct detox_cuda_rows detox_cuda_rows;
 
-// The words of this thread's last status other than OK; valid until its next call.
+// The message of this thread's last failure. Valid until the thread's next call.
 const char* detox_cuda_last_error(void);
 
 // Devices.
 
 typedef struct {
-    // As the driver calls it, ends with 0.
+    // The driver's name for the GPU, null-terminated.
     char name[256];
     // Compute capability.
     int32_t major;
@@ -66,31 +67,29 @@ detox_cuda_status detox_cuda_count(int32_t* n_devices);
 detox_cuda_status detox_cuda_open(int32_t ordinal, detox_cuda_device** device);
 void detox_cuda_close(detox_cuda_device* device);
 detox_cuda_status detox_cuda_describe(detox_cuda_device* device, detox_cuda_properties* properties);
-// Bytes that a process could still have, and bytes in all.
+// Free bytes, including released memory kept for reuse, and total bytes.
 detox_cuda_status detox_cuda_memory(detox_cuda_device* device, size_t* n_free, size_t* n_total);
-// Gives back to the driver what is kept of released memory for later.
+// Returns released memory, which is kept for reuse, to the driver.
 detox_cuda_status detox_cuda_trim(detox_cuda_device* device);
-// Waits for all that was asked for.
-detox_cuda_status detox_cuda_wait(detox_cuda_device* device);
 
 // Memory.
 
-// Not initialised. Aligned to 256 bytes.
+// Allocates uninitialised memory, aligned to 256 bytes.
 detox_cuda_status detox_cuda_allocate(detox_cuda_device* device, size_t n_bytes, void** memory);
 detox_cuda_status detox_cuda_release(detox_cuda_device* device, void* memory);
 detox_cuda_status detox_cuda_clear(detox_cuda_device* device, size_t n_bytes, void* memory);
-// From host [n_bytes]; the host's memory is free when the call returns.
+// Copies from host [n_bytes]. The host's memory may be reused when the call returns.
 detox_cuda_status detox_cuda_write(detox_cuda_device* device, const void* host, size_t n_bytes, void* memory);
-// To host [n_bytes].
+// Waits for all operations, then copies to host [n_bytes].
 detox_cuda_status detox_cuda_read(detox_cuda_device* device, const void* memory, size_t n_bytes, void* host);
 
 // Batches.
 
 typedef struct {
-    // Rows [first, end), each of which sees those of them before it and itself.
+    // Rows [first, end). Each row attends to itself and to the segment's earlier rows.
     int32_t first;
     int32_t end;
-    // Rows before it that all of them see.
+    // Earlier rows that every row of the segment attends to as well: its prefix.
     int32_t prefix_first;
     int32_t prefix_end;
 } detox_cuda_segment;
@@ -102,17 +101,17 @@ typedef struct {
     int64_t n_answers;
     const int32_t* tokens;              // host [R]
     const int32_t* positions;           // host [R]
-    const detox_cuda_segment* segments; // host [n_segments], together all rows once
+    const detox_cuda_segment* segments; // host [n_segments]; every row is in exactly one
     const int32_t* output_rows;         // host [n_outputs]
     const int32_t* output_tokens;       // host [n_outputs]
-    const int32_t* answer_ends;         // host [n_answers], outputs up to the end of each answer; all, if any
+    const int32_t* answer_ends;         // host [n_answers], end of each answer's outputs; covers all outputs, or empty
 } detox_cuda_batch;
 
 detox_cuda_status
 detox_cuda_rows_open(detox_cuda_device* device, const detox_cuda_batch* batch, detox_cuda_rows** rows);
 void detox_cuda_rows_close(detox_cuda_rows* rows);
 
-// Which row of a table a row of a batch looks at.
+// How a batch's rows index a table.
 typedef enum {
     DETOX_CUDA_TOKEN = 0,
     DETOX_CUDA_POSITION = 1,
@@ -123,25 +122,23 @@ typedef enum {
 // Frozen matrices.
 
 typedef struct {
-    // ggml's number of the type.
+    // ggml's number for the type.
     int32_t type;
     int64_t n_in;
     int64_t n_out;
-    // The file's blocks, row after row, [O][I]; null where only the copy is kept.
+    // The file's blocks, row after row, [O][I]. Null if only the rounded copy is kept.
     const void* blocks;
-    // The numbers rounded to bf16, [O][I]; null where each product makes them again.
+    // The weights rounded to bf16, [O][I]. Null if each product dequantises the blocks again.
     const uint16_t* rounded;
 } detox_cuda_matrix;
 
-// Whether there is a kernel that reads blocks of this type, and how many numbers and bytes are in one.
+// Numbers and bytes per block of a type. UNSUPPORTED if no kernel reads the type.
 detox_cuda_status detox_cuda_block(int32_t type, int32_t* n_numbers, int32_t* n_bytes);
-// rounded[n] = the numbers of blocks [n], n a whole number of blocks.
+// rounded[n] = the dequantised numbers of blocks [n], rounded to bf16. n is a whole number of blocks.
 detox_cuda_status
 detox_cuda_round_blocks(detox_cuda_device* device, int32_t type, const void* blocks, int64_t n, uint16_t* rounded);
-// y[R][O] = x[R][I] W^T; both operands rounded to bf16, sums in f32.
-detox_cuda_status
-detox_cuda_product(detox_cuda_device* device, const detox_cuda_matrix* w, const float* x, int64_t n_rows, float* y);
-// ys[i][R][O] = x[R][I] W^T for n matrices that read one input: x is rounded once. ws and ys: host [n].
+// ys[i][R][O] = x[R][I] W_i^T for n matrices that read the same input, which is rounded only once. Operands are rounded
+// to bf16, sums are in f32. ws and ys: host [n].
 detox_cuda_status detox_cuda_products(
     detox_cuda_device* device, const detox_cuda_matrix* ws, int64_t n, const float* x, int64_t n_rows,
     float* const* ys);
@@ -149,19 +146,19 @@ detox_cuda_status detox_cuda_products(
 detox_cuda_status detox_cuda_product_back(
     detox_cuda_device* device, const detox_cuda_matrix* w, const float* dy, int64_t n_rows, float* dx);
 
-// For tests: bytes of rounded numbers that a product of blocks makes at a time, rounded down to a multiple of 256 rows,
-// but not below 256 rows. 256 MiB at first.
+// For tests: how many bytes of bf16 weights a product dequantises at a time. Rounded down to a multiple of 256 rows, at
+// least 256 rows. Default: 256 MiB.
 detox_cuda_status detox_cuda_set_part(detox_cuda_device* device, size_t n_bytes);
 
 typedef struct {
     int64_t m;
     int64_t n;
     int64_t k;
-    // A is [k][m], not [m][k]; B is [n][k], not [k][n].
+    // If set, A is [k][m] instead of [m][k], and B is [n][k] instead of [k][n].
     int32_t transpose_a;
     int32_t transpose_b;
     float alpha;
-    // At 0 what C held is not read.
+    // If 0, C is not read.
     float beta;
 } detox_cuda_gemm;
 
@@ -171,14 +168,14 @@ detox_cuda_multiply(detox_cuda_device* device, const detox_cuda_gemm* gemm, cons
 
 // Rows of tables.
 
-// y[R][I] = scale W[token of the row]; W must have its blocks.
+// y[R][I] = scale W[token of the row]. W must have its blocks.
 detox_cuda_status detox_cuda_embed(
     detox_cuda_device* device, const detox_cuda_matrix* w, const detox_cuda_rows* rows, float scale, float* y);
 // y[n][C] = scale table[index of the row][C]
 detox_cuda_status detox_cuda_gather(
     detox_cuda_device* device, const float* table, int64_t n_cols, detox_cuda_index index, int64_t first, int64_t n,
     const detox_cuda_rows* rows, float scale, float* y);
-// dtable[index of the row][C] += scale dy[n][C], rows in their order.
+// dtable[index of the row][C] += scale dy[n][C]. Rows are added in order.
 detox_cuda_status detox_cuda_scatter_add(
     detox_cuda_device* device, const float* dy, int64_t n_cols, detox_cuda_index index, int64_t first, int64_t n,
     const detox_cuda_rows* rows, float scale, float* dtable);
@@ -186,7 +183,8 @@ detox_cuda_status detox_cuda_scatter_add(
 // Norms.
 
 typedef struct {
-    // The mean is taken away, and the deviation divided by; else the root of the mean square.
+    // LayerNorm (subtract the mean, divide by the standard deviation) if nonzero, else RMSNorm (divide by the root mean
+    // square).
     int32_t is_layer;
     float epsilon;
 } detox_cuda_norm_kind;
@@ -195,14 +193,14 @@ typedef struct {
 detox_cuda_status detox_cuda_norm(
     detox_cuda_device* device, const detox_cuda_norm_kind* kind, const float* x, const float* weight, const float* bias,
     int64_t n_rows, int64_t n_cols, float* y);
-// dx[R][C] += …; dweight[C] and dbias[C] += … where they are not null.
+// dx[R][C] += …. dweight[C] and dbias[C] += … if they are not null.
 detox_cuda_status detox_cuda_norm_back(
     detox_cuda_device* device, const detox_cuda_norm_kind* kind, const float* x, const float* weight, const float* dy,
     int64_t n_rows, int64_t n_cols, float* dx, float* dweight, float* dbias);
 
 // Rotary position embedding.
 
-// Rotates each head of x[R][heads][D] by its row's position; back, by the opposite angle. A pair is (2i, 2i + 1), or
+// Rotates each head of x[R][heads][D] by its row's position, with `back` by the opposite angle. A pair is (2i, 2i + 1),
 // with `halves` (i, i + n_pairs). frequencies: host [n_pairs].
 detox_cuda_status detox_cuda_rope(
     detox_cuda_device* device, const detox_cuda_rows* rows, const float* frequencies, int32_t n_pairs, int32_t halves,
@@ -216,13 +214,13 @@ typedef struct {
     int32_t head_dim;
     // Multiplies the scores.
     float scale;
-    // A row sees positions that are less than so many before its own; 0 for all.
+    // A row attends to positions less than `window` before its own. 0: no limit.
     int32_t window;
-    // ALiBi's slope of each head: host [H], or null for none.
+    // ALiBi slope of each head: host [H], or null for no ALiBi.
     const float* slopes;
 } detox_cuda_attention_kind;
 
-// out[R][H][D] from q[R][H][D], k[R][K][D], v[R][K][D]; lse[R][H].
+// out[R][H][D] from q[R][H][D], k[R][K][D], v[R][K][D]. lse[R][H] = log of the sum of the exponentiated scores.
 detox_cuda_status detox_cuda_attention(
     detox_cuda_device* device, const detox_cuda_attention_kind* kind, const detox_cuda_rows* rows, const float* q,
     const float* k, const float* v, float* out, float* lse);
@@ -236,15 +234,15 @@ detox_cuda_status detox_cuda_attention_back(
 
 typedef enum {
     DETOX_CUDA_SILU = 0,
-    // By tanh.
+    // The tanh approximation.
     DETOX_CUDA_GELU = 1,
 } detox_cuda_activation;
 
-// y[n] = f(gate[n]) up[n], or f(gate) where up is null.
+// y[n] = f(gate[n]) up[n], or f(gate[n]) if up is null.
 detox_cuda_status detox_cuda_activate(
     detox_cuda_device* device, detox_cuda_activation activation, const float* gate, const float* up, int64_t n,
     float* y);
-// dgate[n] += …, dup[n] += …; up and dup are null together.
+// dgate[n] += …, dup[n] += …. up and dup are either both null or both not null.
 detox_cuda_status detox_cuda_activate_back(
     detox_cuda_device* device, detox_cuda_activation activation, const float* gate, const float* up, const float* dy,
     int64_t n, float* dgate, float* dup);
@@ -271,8 +269,8 @@ detox_cuda_status detox_cuda_add_columns(
 
 // Log-probabilities.
 
-// logps[n] of outputs [first, first + n) under logits[n][V] * scale; with `gradient`, logits become
-// scale (onehot - softmax).
+// logps[n] = log-probabilities of outputs [first, first + n) under logits[n][V] * scale. With `gradient`, overwrites
+// logits with scale (onehot - softmax).
 detox_cuda_status detox_cuda_logprobs(
     detox_cuda_device* device, const detox_cuda_rows* rows, int64_t first, int64_t n, float scale, int64_t n_vocab,
     int32_t gradient, float* logits, float* logps);
@@ -288,9 +286,9 @@ typedef enum {
 typedef struct {
     detox_cuda_loss loss;
     double beta;
-    // Of the sigmoid.
+    // For the sigmoid loss.
     double label_smoothing;
-    // The loss is the mean over so many pairs, of which the batch may be a part.
+    // Pairs that the loss is averaged over. The batch may hold only some of them.
     int64_t n_pairs;
 } detox_cuda_preference;
 
@@ -298,25 +296,25 @@ typedef struct {
     // Sums of the answers' log-probabilities.
     double policy_chosen;
     double policy_rejected;
-    // Of this pair alone, and its derivatives with respect to the two sums.
+    // The loss of this pair alone, and its derivatives with respect to the two sums.
     double loss;
     double dchosen;
     double drejected;
 } detox_cuda_pair_cost;
 
-// dlogps[n_outputs] = the derivatives of the mean loss; costs: host [pairs]. logps[n_outputs]; references: host
-// [pairs][2], chosen before rejected.
+// dlogps[n_outputs] = derivatives of the mean loss with respect to logps[n_outputs]. references: host [pairs][2], chosen
+// before rejected. costs: host [pairs].
 detox_cuda_status detox_cuda_preference_loss(
     detox_cuda_device* device, const detox_cuda_preference* preference, const detox_cuda_rows* rows,
     const double* references, const float* logps, float* dlogps, detox_cuda_pair_cost* costs);
 
 // Optimizers.
 
-// A trained tensor: all have n numbers.
+// A trained tensor. Each array has n numbers.
 typedef struct {
     int64_t n;
     const float* gradient;
-    // RMSprop has none.
+    // Unused by RMSprop.
     float* mean;
     float* mean_square;
     float* value;
@@ -336,15 +334,15 @@ typedef struct {
     float epsilon;
     float weight_decay;
     float gradient_scale;
-    // 1 - beta1^step, and the root of 1 - beta2^step.
+    // correction1 = 1 - beta1^step, correction2 = sqrt(1 - beta2^step).
     float correction1;
     float correction2;
 } detox_cuda_adamw_step;
 
-// sum: host, the squares of x[T][n[t]]; x and n: host [T].
+// sum: host, the sum of the squares of all x[T][n[t]]. x and n: host [T].
 detox_cuda_status detox_cuda_square_sum(
     detox_cuda_device* device, const float* const* x, const int64_t* n, int64_t n_tensors, double* sum);
-// parameters: host [T]
+// parameters: host [T].
 detox_cuda_status detox_cuda_rmsprop(
     detox_cuda_device* device, const detox_cuda_rmsprop_step* step, const detox_cuda_parameter* parameters,
     int64_t n_tensors);

@@ -1,4 +1,4 @@
-// Norms of gradients and steps of the optimizers, many tensors at a launch.
+// Gradient norms and optimizer steps. One launch handles many tensors.
 #include <vector>
 
 #include "device.cuh"
@@ -6,10 +6,10 @@
 
 namespace {
 
-// Tensors that travel as one argument of a kernel, which may have 4 KiB.
+// Tensors per launch. They are passed as one kernel argument, which is limited to 4 KiB.
 constexpr int TENSORS = 64;
 
-// Most blocks that share the numbers of a tensor.
+// Limit of thread blocks per tensor.
 constexpr int64_t MOST_BLOCKS = 64;
 
 int blocks_for(int64_t most_numbers) {
@@ -26,7 +26,7 @@ struct VectorList {
     int64_t n[TENSORS];
 };
 
-// sums[T][blocks], in f64: gradients of millions of numbers.
+// sums[T][blocks]. In f64, because gradients have millions of numbers.
 __global__ void square_sum_kernel(VectorList list, double* sums) {
     const float* x = list.x[blockIdx.y];
     int64_t n = list.n[blockIdx.y];
@@ -71,7 +71,7 @@ __global__ void adamw_kernel(detox_cuda_adamw_step step, ParameterList list) {
     }
 }
 
-// Calls `step` with lists of at most TENSORS, and the grid for each.
+// Calls `step` with lists of at most TENSORS parameters and the grid for each list.
 template <typename Step>
 void for_lists(const detox_cuda_parameter* parameters, int64_t n_tensors, Step step) {
     require(n_tensors >= 0 && (n_tensors == 0 || parameters != nullptr), "parameters");
@@ -92,7 +92,7 @@ void for_lists(const detox_cuda_parameter* parameters, int64_t n_tensors, Step s
 detox_cuda_status detox_cuda_square_sum(
     detox_cuda_device* device, const float* const* x, const int64_t* n, int64_t n_tensors, double* sum) {
     return on_device(device, [&] {
-        require(n_tensors >= 0 && sum != nullptr, "somewhere to write the sum");
+        require(n_tensors >= 0 && sum != nullptr, "an address for the sum");
         *sum = 0.0;
         if (n_tensors == 0) return;
         int64_t most = 0;

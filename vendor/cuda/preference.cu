@@ -1,7 +1,7 @@
-// Losses on preference pairs, and which way they pull (src/train/recipe/dpo.rs has the equations and their papers).
+// Losses on preference pairs and their gradients. The CPU's implementation cites the equations and papers.
 //
-// A pair is a handful of numbers, so that all of it is in f64: the same sums in the same order as on the CPU, but for
-// their last bits, since nvcc contracts a product and a sum into one operation that rounds once.
+// A pair is only a few numbers, so everything is in f64. The sums have the same order as on the CPU; the last bits can
+// differ, because nvcc fuses a product and a sum into one operation that rounds once.
 #include "device.cuh"
 #include "reduce.cuh"
 #include "rows.cuh"
@@ -12,9 +12,9 @@ constexpr double LN_2 = 0.69314718055994530942;
 
 __device__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
-// Without overflow for large negative x.
+// log(sigmoid(x)), without overflow for large negative x.
 __device__ double log_sigmoid(double x) {
-    // A policy that is its reference costs ln 2 to the bit; a GPU's logarithm may be off by its last one.
+    // If policy and reference are equal, the loss must be exactly ln 2. A GPU's logarithm may be off in the last bit.
     if (x == 0.0) return -LN_2;
     return fmin(x, 0.0) - log1p(exp(-fabs(x)));
 }
@@ -46,7 +46,7 @@ __device__ Slope loss_of(const detox_cuda_preference& preference, double h) {
     }
 }
 
-// A block a pair, of one warp. references[pairs][2], chosen before rejected.
+// One thread block of one warp per pair. references[pairs][2], chosen before rejected.
 __global__ void preference_kernel(
     detox_cuda_preference preference, const int32_t* answer_ends, const double* references, const float* logps,
     float* dlogps, detox_cuda_pair_cost* costs) {
@@ -88,7 +88,7 @@ detox_cuda_status detox_cuda_preference_loss(
         require(
             preference->loss == DETOX_CUDA_SIGMOID || preference->loss == DETOX_CUDA_IPO ||
                 preference->loss == DETOX_CUDA_HINGE,
-            "a loss that there is");
+            "a known loss");
         require(rows != nullptr && rows->n_answers % 2 == 0, "pairs of answers");
         size_t n = (size_t)rows->n_answers / 2;
         if (n == 0) return;
@@ -97,7 +97,7 @@ detox_cuda_status detox_cuda_preference_loss(
         check(
             cudaMemcpyAsync(
                 (double*)of_references, references, 2 * n * sizeof(double), cudaMemcpyHostToDevice, device->stream),
-            "taking references to the GPU");
+            "writing references to the GPU");
         launch(
             preference_kernel, dim3((unsigned)n), dim3(WARP), 4 * sizeof(double), device->stream, *preference,
             rows->answer_ends, (const double*)of_references, logps, dlogps, (detox_cuda_pair_cost*)there);
@@ -107,7 +107,7 @@ detox_cuda_status detox_cuda_preference_loss(
                 costs, (detox_cuda_pair_cost*)there, n * sizeof(detox_cuda_pair_cost), cudaMemcpyDeviceToHost,
                 device->stream),
             "reading losses of pairs");
-        // Also: the host's references may go when this returns.
+        // This also ensures that the host's references may be freed when this function returns.
         check(cudaStreamSynchronize(device->stream), "reading losses of pairs");
     });
 }

@@ -1,14 +1,14 @@
-// Products with frozen matrices, both ways, and products of dense ones.
+// Products with frozen matrices, forward and backward, and products of dense matrices.
 #include "blocks.cuh"
 #include "dequantize.cuh"
 #include "device.cuh"
 
 namespace {
 
-// Rows of a part are a multiple of this, so that every part's columns of y and dy are as well aligned as the first's.
+// Parts have a multiple of this many rows, so that each part's columns of y and dy are as well aligned as the first's.
 constexpr int64_t PART_ROWS = 256;
 
-// Calls `work` with rounded rows [first, first + n) of W, part after part.
+// Calls `work` with rounded rows [first, first + n) of W, one part at a time.
 template <typename Work>
 void for_parts(detox_cuda_device& device, const detox_cuda_matrix& w, Work work) {
     if (w.rounded != nullptr) {
@@ -35,24 +35,19 @@ void check_matrix(const detox_cuda_matrix* w) {
 
 detox_cuda_status detox_cuda_set_part(detox_cuda_device* device, size_t n_bytes) {
     return on_device(device, [&] {
-        require(n_bytes <= INT64_MAX, "a size of parts");
+        require(n_bytes <= INT64_MAX, "a part size below 2^63");
         device->part_bytes = (int64_t)n_bytes;
     });
-}
-
-detox_cuda_status
-detox_cuda_product(detox_cuda_device* device, const detox_cuda_matrix* w, const float* x, int64_t n_rows, float* y) {
-    return detox_cuda_products(device, w, 1, x, n_rows, &y);
 }
 
 detox_cuda_status detox_cuda_products(
     detox_cuda_device* device, const detox_cuda_matrix* ws, int64_t n, const float* x, int64_t n_rows,
     float* const* ys) {
     return on_device(device, [&] {
-        require(n >= 0 && (n == 0 || ys != nullptr), "a place for each product");
+        require(n >= 0 && (n == 0 || ys != nullptr), "an output for each product");
         for (int64_t i = 0; i < n; i++) {
             check_matrix(ws == nullptr ? nullptr : ws + i);
-            require(ws[i].n_in == ws[0].n_in, "matrices that read one input");
+            require(ws[i].n_in == ws[0].n_in, "matrices of the same input size");
         }
         if (n == 0 || n_rows == 0) return;
         int64_t n_in = ws[0].n_in;

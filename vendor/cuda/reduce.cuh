@@ -1,4 +1,4 @@
-// Sums and maxima over threads, in an order that does not depend on which thread is faster.
+// Sums and maxima over threads, in an order that does not depend on thread timing.
 #pragma once
 
 #include "platform.cuh"
@@ -6,7 +6,7 @@
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// The sum over the warp, in every lane.
+// The sum over the warp. Every lane gets it.
 template <typename T>
 __device__ inline T warp_sum(T x) {
     for (int offset = WARP / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(ALL_LANES, x, offset);
@@ -18,13 +18,13 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
-// The sum over the threads of one y, in each of them. Either a y is one warp, or the block has one y and `shared` is
-// [WARP]; then all its threads must call.
+// The sum over the threads with the same threadIdx.y. Each of them gets it. Either these threads are one warp, or the
+// block has only one y, all its threads call this function, and `shared` is [WARP].
 __device__ inline float row_sum(float x, float* shared) {
     x = warp_sum(x);
     if (blockDim.x == WARP) return x;
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    // What was summed before has been read by all.
+    // Wait until all threads have read the previous sum.
     __syncthreads();
     if (lane == 0) shared[warp] = x;
     __syncthreads();

@@ -4,12 +4,12 @@
 
 namespace {
 
-// They travel as an argument of the kernel.
+// Passed by value, as a kernel argument.
 struct Frequencies {
     float of_pair[DETOX_CUDA_MOST_ROPE_PAIRS];
 };
 
-// A thread is a pair of a row, with all its heads: the angle's sine is made once.
+// One thread rotates one pair in all heads of a row, so that the angle's sine and cosine are computed once.
 __global__ void rope_kernel(
     Frequencies frequencies, const int32_t* positions, int64_t n_rows, int n_pairs, int halves, int back,
     int64_t n_heads, int64_t head_dim, float* x) {
@@ -38,8 +38,8 @@ detox_cuda_status detox_cuda_rope(
         require(rows != nullptr && n_pairs >= 0 && 2 * (int64_t)n_pairs <= head_dim, "pairs that fit into a head");
         if (n_pairs > DETOX_CUDA_MOST_ROPE_PAIRS)
             throw Failure(
-                DETOX_CUDA_UNSUPPORTED, "a head of more than " + std::to_string(2 * DETOX_CUDA_MOST_ROPE_PAIRS) +
-                                            " rotated numbers has no kernel");
+                DETOX_CUDA_UNSUPPORTED, "rope: expected up to " + std::to_string(2 * DETOX_CUDA_MOST_ROPE_PAIRS) +
+                                            " rotated numbers a head, found " + std::to_string(2 * n_pairs));
         if (rows->n_rows == 0 || n_pairs == 0) return;
         Frequencies all{};
         for (int i = 0; i < n_pairs; i++) all.of_pair[i] = frequencies[i];

@@ -1,4 +1,4 @@
-// Takes a batch to the GPU.
+// Copies a batch to the GPU.
 #include "rows.cuh"
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace {
 
-// Whole numbers that go to the GPU together, and where each array of them begins.
+// Integer arrays that are copied to the GPU together. `add` returns the offset of an array.
 struct Upload {
     std::vector<int32_t> all;
 
@@ -17,10 +17,10 @@ struct Upload {
         return at;
     }
     size_t add(const std::vector<int32_t>& values) { return add(values.data(), values.size()); }
-    // Structs of whole numbers alone.
+    // For structs that consist only of int32_t fields.
     template <typename T>
     size_t add_structs(const std::vector<T>& values) {
-        static_assert(sizeof(T) % sizeof(int32_t) == 0, "a struct of whole numbers");
+        static_assert(sizeof(T) % sizeof(int32_t) == 0, "a struct of int32_t fields");
         return add((const int32_t*)values.data(), values.size() * (sizeof(T) / sizeof(int32_t)));
     }
 };
@@ -92,7 +92,7 @@ void check_batch(const detox_cuda_batch& batch) {
         require(
             0 <= segment.prefix_first && segment.prefix_first <= segment.prefix_end &&
                 (segment.prefix_first == segment.prefix_end || segment.prefix_end <= segment.first),
-            "prefixes that lie before their segments");
+            "prefixes before their segments");
         for (int32_t row = segment.first; row < segment.end; row++) {
             require(!has_segment[row], "each row in one segment");
             has_segment[row] = true;
@@ -103,16 +103,16 @@ void check_batch(const detox_cuda_batch& batch) {
         require(batch.tokens[row] >= 0 && batch.positions[row] >= 0, "tokens and positions from 0 up");
     }
     for (int64_t i = 0; i < batch.n_outputs; i++) {
-        require(0 <= batch.output_rows[i] && batch.output_rows[i] < batch.n_rows, "outputs of rows");
+        require(0 <= batch.output_rows[i] && batch.output_rows[i] < batch.n_rows, "outputs at rows of the batch");
         require(batch.output_tokens[i] >= 0, "tokens from 0 up");
     }
     require(batch.n_answers >= 0 && batch.n_answers <= batch.n_outputs, "a number of answers");
     int32_t end = 0;
     for (int64_t i = 0; i < batch.n_answers; i++) {
-        require(batch.answer_ends[i] > end && batch.answer_ends[i] <= batch.n_outputs, "answers one after the other");
+        require(batch.answer_ends[i] > end && batch.answer_ends[i] <= batch.n_outputs, "answers in order, none empty");
         end = batch.answer_ends[i];
     }
-    // The loss gives a derivative to each output of an answer: an output of none would be left with what memory held.
+    // The loss writes a derivative for each output of an answer. An output outside all answers would stay uninitialised.
     require(batch.n_answers == 0 || end == batch.n_outputs, "answers that have all outputs");
 }
 
@@ -155,9 +155,9 @@ detox_cuda_rows_open(detox_cuda_device* device, const detox_cuda_batch* batch, d
             if (n_bytes > 0) {
                 check(
                     cudaMemcpyAsync(made->memory, upload.all.data(), n_bytes, cudaMemcpyHostToDevice, device->stream),
-                    "taking a batch to the GPU");
-                // The host's copy goes with this function.
-                check(cudaStreamSynchronize(device->stream), "taking a batch to the GPU");
+                    "writing a batch to the GPU");
+                // Wait, because the host's copy is freed when this function returns.
+                check(cudaStreamSynchronize(device->stream), "writing a batch to the GPU");
             }
         } catch (...) {
             release(*device, made->memory);

@@ -1,14 +1,14 @@
-// A batch on the GPU, with what its kernels need to share out the work.
+// A batch on the GPU, with the tables that its kernels use to divide the work.
 #pragma once
 
 #include "device.cuh"
 
-// Query rows [first, end) of one segment, and the rows that the last of them sees.
+// Query rows [first, end) of one segment, and the rows that the last of them attends to.
 struct QueryTile {
     int32_t first, end, prefix_first, prefix_end, segment_first;
 };
 
-// Rows [first, end) of one segment as keys; ranges [ranges_first, ranges_end) of the rows that may see one of them.
+// Key rows [first, end) of one segment. Ranges [ranges_first, ranges_end) hold all rows that may attend to one of them.
 struct KeyTile {
     int32_t first, end, ranges_first, ranges_end;
 };
@@ -17,7 +17,7 @@ struct RowRange {
     int32_t first, end;
 };
 
-// Attention's work in tiles of at most so many rows.
+// Attention's work, divided into tiles of a maximum number of rows.
 struct Tiles {
     const QueryTile* queries = nullptr; // [n_queries]
     const KeyTile* keys = nullptr;      // [n_keys]
@@ -25,21 +25,21 @@ struct Tiles {
     int32_t n_queries = 0, n_keys = 0;
 };
 
-// Of each row, or output, the nearest other one before and after it that has the same index; -1 for none.
+// For each row or output: its table index, and the nearest row before and after it with the same index (-1 if none).
 struct Chain {
     const int32_t* index = nullptr;
     const int32_t* previous = nullptr;
     const int32_t* next = nullptr;
 };
 
-// Rows in the larger and the smaller tiles.
+// Maximum rows of the larger and the smaller tiles.
 constexpr int LARGE_TILE = 32;
 constexpr int SMALL_TILE = 16;
 
 struct detox_cuda_rows {
     detox_cuda_device* device = nullptr;
     int64_t n_rows = 0, n_outputs = 0, n_answers = 0;
-    // All of the below.
+    // Owns all the arrays below.
     int32_t* memory = nullptr;
     const int32_t* positions = nullptr;     // [R]
     const int32_t* prefix_first = nullptr;  // [R], of the row's segment

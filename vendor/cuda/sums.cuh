@@ -1,9 +1,9 @@
-// Sums over the rows of a batch, one a column: in parts of rows, and then over the parts, both in order.
+// Column sums over the rows of a batch. Sums parts of the rows first, then the parts, both in a fixed order.
 #pragma once
 
 #include "device.cuh"
 
-// Rows in a part.
+// Rows per part.
 constexpr int64_t PART_ROWS = 64;
 
 // x[R][C] itself.
@@ -13,7 +13,7 @@ struct Plain {
     __device__ float operator()(int64_t row, int64_t col) const { return x[row * n_cols + col]; }
 };
 
-// parts[n_parts][C] = sums of of(row, col) over the rows of a part
+// parts[n_parts][C] = sum of of(row, col) over the rows of each part.
 template <typename Of>
 __global__ void sum_parts_kernel(Of of, int64_t n_rows, int64_t n_cols, float* parts) {
     int64_t col = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -25,7 +25,7 @@ __global__ void sum_parts_kernel(Of of, int64_t n_rows, int64_t n_cols, float* p
     parts[(int64_t)blockIdx.y * n_cols + col] = sum;
 }
 
-// sums[C] += parts[n_parts][C]
+// sums[C] += sum of parts[n_parts][C].
 static __global__ void add_parts_kernel(const float* parts, int64_t n_parts, int64_t n_cols, float* sums) {
     int64_t col = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (col >= n_cols) return;
@@ -34,11 +34,11 @@ static __global__ void add_parts_kernel(const float* parts, int64_t n_parts, int
     sums[col] += sum;
 }
 
-// sums[C] += the sum over the rows of of(row, col)
+// sums[C] += sum over the rows of of(row, col).
 template <typename Of>
 void sum_over_rows(detox_cuda_device& device, Of of, int64_t n_rows, int64_t n_cols, float* sums) {
     int64_t n_parts = (n_rows + PART_ROWS - 1) / PART_ROWS;
-    // A grid has at most so many blocks along y.
+    // A grid has at most 65535 blocks along y.
     require(n_parts <= 65535, "at most 4 million rows");
     Scratch<float> parts(device, (size_t)(n_parts * n_cols));
     launch(

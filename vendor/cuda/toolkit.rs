@@ -1,4 +1,4 @@
-//! Where a CUDA toolkit has its headers and libraries, for `build.rs`; `tests/cuda/toolkit.rs` tests it on made-up folders.
+//! Finds a CUDA toolkit's headers and libraries, for `build.rs`. `tests/cuda/toolkit.rs` tests it on made-up folders.
 //!
 //! ```text
 //! NVIDIA's own                 /usr/local/cuda      include  lib64  targets/<machine>/{include,lib}
@@ -9,7 +9,7 @@
 
 use std::path::{Path, PathBuf};
 
-/// NVIDIA's names of the machines that `target`, an architecture as Rust calls it, may be; "sbsa" is a server's aarch64.
+/// NVIDIA's machine names for `target`, a Rust architecture. "sbsa" means aarch64 servers.
 fn machines(target: &str) -> &'static [&'static str] {
     match target {
         "x86_64" => &["x86_64-linux"],
@@ -18,28 +18,30 @@ fn machines(target: &str) -> &'static [&'static str] {
     }
 }
 
-/// Folders in which the toolkit of `nvcc`, which lies in a folder `bin`, may have the rest of itself.
+/// Possible root folders of the toolkit with this `nvcc`, which is in a folder `bin`.
 fn roots(nvcc: &Path) -> Vec<PathBuf> {
     let Some(root) = nvcc.parent().and_then(Path::parent) else { return Vec::new() };
     let mut roots = vec![root.to_path_buf()];
-    // Debian's nvcc is a script in /usr/bin, or a link to one that lies among the libraries.
+    // Debian's nvcc is a script in /usr/bin, or a link to a script in the library folder.
     if root.file_name().is_some_and(|name| name == "nvidia-cuda-toolkit") {
         roots.extend(root.parent().and_then(Path::parent).map(Path::to_path_buf));
     }
     roots
 }
 
-/// Folders with headers.
+/// The toolkit's header folders.
 pub fn include_folders(nvcc: &Path, target: &str) -> Vec<PathBuf> {
-    let of = |root: PathBuf| {
-        let of_machines = machines(target).iter().map(|machine| format!("targets/{machine}/include"));
-        let all: Vec<String> = ["include".to_owned()].into_iter().chain(of_machines).collect();
-        all.into_iter().map(move |name| root.join(name))
+    let candidates = |root: PathBuf| {
+        let by_machine = machines(target).iter().map(|machine| format!("targets/{machine}/include"));
+        let names: Vec<String> = ["include".to_owned()].into_iter().chain(by_machine).collect();
+        names.into_iter().map(move |name| root.join(name))
     };
-    roots(nvcc).into_iter().flat_map(of).filter(|folder| folder.join("cuda_runtime.h").is_file()).collect()
+    roots(nvcc).into_iter().flat_map(candidates).filter(|folder| folder.join("cuda_runtime.h").is_file()).collect()
 }
 
-/// Folders with libraries, and the name of cuBLASLt's, if it is there: packages of PyPI have it without the one for linking.
+/// The toolkit's library folders, and the file name of cuBLASLt if found.
+///
+/// The name can have a version: PyPI's packages lack the unversioned link `libcublasLt.so`.
 pub fn libraries(nvcc: &Path, target: &str) -> (Vec<PathBuf>, Option<String>) {
     let mut names = vec!["lib64".to_owned(), "lib".to_owned(), format!("lib/{target}-linux-gnu")];
     names.extend(machines(target).iter().map(|machine| format!("targets/{machine}/lib")));
@@ -50,7 +52,7 @@ pub fn libraries(nvcc: &Path, target: &str) -> (Vec<PathBuf>, Option<String>) {
             entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
         found.retain(|name| name.starts_with("libcublasLt.so") || name == "libcudart_static.a");
         if found.is_empty() {
-            // Such as /usr/lib: the linker looks there without being told, and the program too.
+            // Skip folders such as /usr/lib, which linker and loader search by default.
             continue;
         }
         found.sort();

@@ -1,4 +1,4 @@
-// What tests may set of the emulated GPU.
+// Controls of the emulated GPU, for tests.
 #pragma once
 
 #include <stddef.h>
@@ -8,20 +8,20 @@
 extern "C" {
 #endif
 
-// How many bytes of memory it has from now on, what is taken included.
+// Sets the total size of the memory in bytes, including memory in use.
 void detox_cuda_emulation_set_memory(size_t n_bytes);
-// Bytes that are taken.
+// Bytes in use.
 size_t detox_cuda_emulation_taken(void);
-// The largest number of bytes that were taken at once since the last call.
+// Peak bytes in use since the last call.
 size_t detox_cuda_emulation_peak(void);
-// Kernels, products and clearings of memory that were launched since the last call.
+// Number of kernels, products and memory clears launched since the last call.
 size_t detox_cuda_emulation_launched(void);
-// Threads and blocks from the last to the first, instead of from the first: a result that depends on it is a race.
+// Runs threads and blocks from last to first instead of first to last. If a result changes, there is a race.
 void detox_cuda_emulation_set_reverse(int32_t reverse);
-// What the next call that looks for GPUs says instead: one of the runtime's numbers for errors; 0 for nothing.
+// Makes the next call that looks for GPUs fail with this CUDA runtime error. 0: no failure.
 void detox_cuda_emulation_set_error(int32_t error);
-// What the next launch of a kernel says instead; where it `stays`, everything after it too, until the next call of
-// this.
+// Makes the next kernel launch fail with this error. If `stays`, everything after it fails too, until the next call of
+// this function.
 void detox_cuda_emulation_set_launch_error(int32_t error, int32_t stays);
 
 #ifdef __cplusplus

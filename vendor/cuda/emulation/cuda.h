@@ -1,8 +1,8 @@
-// CUDA's execution model on a CPU, as far as the kernels here use it: for tests, where there is no GPU.
+// Emulates CUDA's execution model on a CPU, for tests without a GPU. Covers only the features that the kernels use.
 //
-// A block's threads are fibers of one thread, so that a barrier, or an exchange within a warp, is a switch to the next
-// fiber. Blocks run one after the other. Memory of the "GPU" is the host's, filled with bytes that are no number when
-// it is taken, and its amount can be limited. README.md says what this shows and what it cannot show.
+// The threads of a block are fibers of one host thread, so a barrier or an exchange within a warp switches to the next
+// fiber. Blocks run one after the other. The "GPU's" memory is host memory. It is filled with NaN when allocated, and its
+// size can be limited. README.md explains what such tests can and cannot show.
 #pragma once
 
 #include <cmath>
@@ -24,16 +24,16 @@ struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
 
-// Of the fiber that runs.
+// The indices of the running fiber.
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
 // The block's shared memory.
 float* shared_memory();
-// Gives way until all threads of the block have come here.
+// Yields until all threads of the block have reached this call.
 void wait_for_block();
-// Gives way until all lanes of the warp have come here, each with eight bytes; gives those of lane `lane ^ mask`.
+// Yields until all lanes of the warp have called this, each with eight bytes. Returns the bytes of lane `lane ^ mask`.
 uint64_t exchange(uint64_t bytes, int mask);
 // Runs `thread` once for each thread of the grid.
 void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);

@@ -1,4 +1,4 @@
-// Threads of a block as fibers.
+// Runs the threads of a block as fibers.
 #include <sys/mman.h>
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -28,7 +28,7 @@ constexpr size_t STACK_BYTES = 256 << 10;
 constexpr unsigned LANES = 32;
 
 #if defined(__x86_64__)
-// Keeps what a function must keep on this stack, and goes on where `to` was left.
+// Saves the callee-saved registers on this stack and the stack pointer in `from`, then resumes the stack `to`.
 extern "C" void detox_switch_stack(void** from, void* to);
 asm(R"(
 .text
@@ -67,7 +67,7 @@ struct Fiber {
     State state = State::DONE;
     dim3 index;
     unsigned linear = 0;
-    // Exchanges so far: every second one uses the other slots, so that no lane overwrites what another has not read.
+    // Exchanges so far. They alternate between two sets of slots, so that no lane overwrites a value before it is read.
     unsigned n_exchanges = 0;
 };
 
@@ -75,7 +75,7 @@ struct Warp {
     uint64_t slots[2][LANES];
 };
 
-// What runs; under one lock, since a kernel's variables are this one thread's.
+// State of the running kernel. One lock protects it, because `threadIdx` and the like are global variables.
 std::mutex turn;
 std::vector<Fiber> fibers;
 std::vector<Warp> warps;
@@ -93,11 +93,11 @@ size_t scheduler_size = 0;
 #endif
 
 [[noreturn]] void stop(const char* what) {
-    std::fprintf(stderr, "the emulated GPU found a fault of a kernel: %s\n", what);
+    std::fprintf(stderr, "the emulated GPU found a bug in a kernel: %s\n", what);
     std::abort();
 }
 
-// From a fiber to the scheduler.
+// Switches from a fiber to the scheduler. `for_good`: the fiber is done.
 void leave(Fiber& fiber, bool for_good) {
 #ifdef WITH_ADDRESS_SANITIZER
     void* fake = nullptr;
@@ -129,11 +129,11 @@ void enter() {
 void prepare(Fiber& fiber) {
     if (fiber.stack == nullptr) {
         void* stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (stack == MAP_FAILED) stop("no memory for its stacks");
+        if (stack == MAP_FAILED) stop("out of memory for its stacks");
         fiber.stack = (char*)stack;
     }
 #if defined(__x86_64__)
-    // As after a call: six registers, the address to return to, and above it a multiple of 16.
+    // The stack as after a call: six registers, then the return address; the address above it is a multiple of 16.
     void** top = (void**)(fiber.stack + STACK_BYTES - 64);
     top[6] = (void*)&enter;
     top[7] = nullptr;
@@ -150,7 +150,7 @@ void prepare(Fiber& fiber) {
     fiber.state = State::RUNS;
 }
 
-// From the scheduler to a fiber, and back when it waits or is done.
+// Switches from the scheduler to a fiber. Returns when the fiber waits or is done.
 void resume(Fiber& fiber) {
     running = &fiber;
     threadIdx = fiber.index;
@@ -169,8 +169,8 @@ void resume(Fiber& fiber) {
     running = nullptr;
 }
 
-// Lets those go on whose whole warp, or block, has come to where they wait.
-bool release_those_that_waited(unsigned n) {
+// Lets fibers continue if their whole warp or block has reached the point where they wait. Returns whether any can.
+bool release_waiting(unsigned n) {
     bool any = false;
     for (unsigned first = 0; first < n; first += LANES) {
         unsigned end = first + LANES < n ? first + LANES : n, n_waiting = 0;
@@ -179,7 +179,7 @@ bool release_those_that_waited(unsigned n) {
         if (n_waiting < end - first) {
             bool others_wait_elsewhere = true;
             for (unsigned i = first; i < end; i++) others_wait_elsewhere &= fibers[i].state != State::RUNS;
-            if (others_wait_elsewhere) stop("lanes of one warp take part in an exchange, and others do not");
+            if (others_wait_elsewhere) stop("only some lanes of a warp take part in an exchange");
             continue;
         }
         for (unsigned i = first; i < end; i++) fibers[i].state = State::RUNS;
@@ -206,10 +206,10 @@ void run_block(unsigned n, bool reverse) {
             Fiber& fiber = fibers[reverse ? n - 1 - i : i];
             if (fiber.state == State::RUNS) resume(fiber);
         }
-        if (release_those_that_waited(n)) continue;
+        if (release_waiting(n)) continue;
         for (unsigned i = 0; i < n; i++)
             if (fibers[i].state != State::DONE)
-                stop("threads wait at a barrier that others of the block never come to");
+                stop("threads wait at a barrier that other threads of the block never reach");
         return;
     }
 }
@@ -229,7 +229,7 @@ uint64_t exchange(uint64_t bytes, int mask) {
     Fiber& fiber = *running;
     Warp& warp = warps[fiber.linear / LANES];
     unsigned lane = fiber.linear % LANES, other = lane ^ (unsigned)mask, phase = fiber.n_exchanges++ % 2;
-    if (other >= LANES) stop("an exchange with a lane that is not there");
+    if (other >= LANES) stop("an exchange with a lane that does not exist");
     warp.slots[phase][lane] = bytes;
     fiber.state = State::WAITS_FOR_WARP;
     leave(fiber, false);
@@ -254,7 +254,7 @@ void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
     for (uint64_t i = 0; i < n_blocks; i++) {
         uint64_t at = reverse ? n_blocks - 1 - i : i;
         blockIdx = dim3((unsigned)(at % grid.x), (unsigned)(at / grid.x % grid.y), (unsigned)(at / grid.x / grid.y));
-        // Of the heap, so that reading beyond it is found, and no number until it is written.
+        // On the heap, so that AddressSanitizer finds reads beyond its end. Filled with NaN until it is written.
         std::unique_ptr<char[]> memory(new char[shared_bytes + 1]);
         std::memset(memory.get(), 0xff, shared_bytes);
         shared = (float*)memory.get();

@@ -1,4 +1,4 @@
-// Products by plain loops, in place of cuBLASLt's: operands rounded as there, sums in f32.
+// Products by plain loops, instead of cuBLASLt. Operands are rounded as there, sums are in f32.
 #include <algorithm>
 #include <vector>
 
@@ -13,7 +13,7 @@ void multiplier_close(Multiplier* multiplier) noexcept { delete multiplier; }
 
 namespace {
 
-// To 10 bits of fraction, ties to even; what is no number stays none.
+// Rounds to 10 bits of fraction, ties to even. NaN stays NaN.
 float tf32_of_float(float number) {
     uint32_t bits = bits_of_float(number);
     if ((bits & 0x7f800000u) == 0x7f800000u) return number;

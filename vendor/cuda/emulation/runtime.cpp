@@ -1,4 +1,4 @@
-// The emulated GPU: its memory and its errors.
+// The emulated CUDA runtime: memory and errors.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -11,15 +11,15 @@
 
 namespace {
 
-// Without asking, a kernel has so much shared memory; a GPU for desktops gives at most the other.
+// Shared memory of a kernel: the default limit, and the limit on request of a desktop GPU.
 constexpr size_t SHARED_BYTES = 48 << 10;
 constexpr size_t MOST_SHARED_BYTES = 99 << 10;
 
 std::mutex memory_turn;
 std::map<void*, size_t> taken;
 size_t n_taken = 0, n_peak = 0, n_total = (size_t)4 << 30;
-// Pieces that the pool keeps after they were given back, as their sizes: only one of the same size is taken again, so
-// that memory falls into pieces as badly as it can.
+// Sizes of the released pieces that the pool keeps. A piece is only reused for an allocation of exactly its size, which
+// is the worst case of fragmentation.
 std::multiset<size_t> kept;
 size_t n_kept = 0;
 
@@ -34,7 +34,7 @@ std::map<const void*, size_t> shared_bytes_of;
 thread_local cudaError_t last_error = cudaSuccess;
 std::atomic<int> next_error{0};
 std::atomic<int> next_launch_error{0};
-// Of a context that is dead.
+// The sticky error of a dead context.
 std::atomic<int> lasting_error{0};
 std::atomic<bool> launch_error_stays{false};
 std::atomic<bool> reverse{false};
@@ -45,11 +45,11 @@ cudaError_t failed(cudaError_t error) {
     return error;
 }
 
-// Nothing works any more once a context is dead.
+// Fails if the context is dead: after a sticky error nothing works any more.
 #define IF_ALIVE                                                                                                       \
     if (int error = lasting_error.load(); error != 0) return failed((cudaError_t)error)
 
-// Whether [at, at + n) lies within memory that was taken.
+// Whether [at, at + n) lies within allocated memory.
 bool is_taken(const void* at, size_t n) {
     std::lock_guard<std::mutex> lock(memory_turn);
     auto place = taken.upper_bound((void*)at);
@@ -192,7 +192,7 @@ cudaError_t cudaMemPoolTrimTo(cudaMemPool_t, size_t) {
 }
 
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-    // An address that is not null, and that nobody looks behind.
+    // Any address that is not null. It is never read.
     static char somewhere;
     *stream = (cudaStream_t)&somewhere;
     return cudaSuccess;
@@ -215,7 +215,7 @@ cudaError_t cudaMallocAsync(void** memory, size_t n_bytes, cudaStream_t) {
     }
     if (n_bytes > n_total || n_taken + n_kept > n_total - n_bytes) return failed(cudaErrorMemoryAllocation);
     void* made = nullptr;
-    // Not rounded up, so that reading beyond it is found.
+    // Not rounded up, so that AddressSanitizer finds reads beyond the end.
     if (posix_memalign(&made, 256, n_bytes) != 0) return failed(cudaErrorMemoryAllocation);
     std::memset(made, 0xff, n_bytes);
     taken[made] = n_bytes;

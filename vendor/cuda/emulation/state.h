@@ -1,18 +1,18 @@
-// What the emulated runtime and its fibers tell each other.
+// Interface between the emulated runtime and the fibers.
 #pragma once
 
 #include "cuda.h"
 
 namespace emulation {
 
-// What `cudaGetLastError` is to give.
+// Sets the error that `cudaGetLastError` returns.
 void fail(cudaError_t error);
-// Bytes of shared memory that a kernel may be launched with.
+// Bytes of shared memory that a kernel may use.
 size_t allowed_shared_bytes(const void* kernel);
 bool runs_in_reverse();
-// Counts what is launched: a kernel, a product, or memory that is cleared.
+// Counts a launch: a kernel, a product, or a memory clear.
 void count_launch();
-// The error that was made up for a launch, or success.
+// The injected error of a launch, or success.
 cudaError_t launch_error();
 
 } // namespace emulation
