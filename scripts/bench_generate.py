@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Compares `detox-gguf bench generate` with llama.cpp's own `llama-batched-bench -pps`, in turns.
+"""Compares `detox-gguf bench generate` with llama.cpp's own `llama-batched-bench -pps`.
 
     scripts/bench_generate.py --batched-bench BIN --model FILE [--sequences 100] [--rounds 5]
 
-Both decode the same number of sequences after one shared prompt of 16 tokens, 20 tokens each, on the same
-threads. Ours chooses every token by top-p sampling, theirs feeds random ones. A machine's speed drifts, so
-the two run in turns, and what counts is the ratio of the medians. docs/speed.md says how to build both.
+Both decode 20 tokens for the same number of sequences, after one shared prompt of 16 tokens, on the same
+threads. Ours picks every token by top-p sampling; llama-batched-bench feeds random tokens. A machine's speed
+drifts, so the two programs alternate, and the result is the ratio of the medians. docs/speed.md explains how
+to build both.
 """
 
 import argparse
@@ -27,7 +28,7 @@ def ours(arguments: argparse.Namespace) -> dict:
     return json.loads(output)["rows"][0]
 
 
-def theirs(arguments: argparse.Namespace) -> float:
+def batched_bench(arguments: argparse.Namespace) -> float:
     cells = 256 * (arguments.sequences + 1)
     command = [arguments.batched_bench, "-m", arguments.model, "-c", str(cells), "-b", "2048", "-ub", "512",
                "-npp", str(N_PROMPT), "-ntg", str(N_PREDICT), "-npl", str(arguments.sequences), "-pps",
@@ -54,8 +55,8 @@ def main() -> None:
         generated.append(row["generate_tokens_per_second"])
         decoded.append(row["decode_tokens_per_second"])
         sampling.append(row["sample_share"])
-        reference.append(theirs(arguments))
-        print(f"round {i + 1}: ours {generated[-1]:.1f} tokens/s, theirs {reference[-1]:.1f}", flush=True)
+        reference.append(batched_bench(arguments))
+        print(f"round {i + 1}: ours {generated[-1]:.1f} tokens/s, llama-batched-bench {reference[-1]:.1f}", flush=True)
     ratio = statistics.median(generated) / statistics.median(reference)
     print(json.dumps({
         "model": Path(arguments.model).name,

@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""Compares `detox-gguf train` with TRL and PEFT (scripts/trl_baseline.py), in turns.
+"""Compares `detox-gguf train` with TRL and PEFT (scripts/trl_baseline.py).
 
     pip install -r scripts/requirements-train.txt
     scripts/bench_train.py --model SmolLM2-135M-Instruct.Q4_1.gguf [--random-1b] [--rounds 3] [--json bench.json]
 
-Every program trains a LoRA adapter of the same rank on the same pairs, batch and threads: ours from the GGUF, TRL from
-the same weights dequantised, in float32 and in bfloat16. A machine's speed drifts, so they run in turns, and what
-counts is the ratio of the medians over all rounds. The first two steps of each run are not counted. Memory is the
-largest resident set of the training process.
+All programs train a LoRA adapter of the same rank with the same pairs, batch size and threads. Ours trains from the
+GGUF; TRL trains from the same weights dequantised, in float32 and in bfloat16. A machine's speed drifts, so the programs
+alternate, and the result is the ratio of the medians over all rounds. The first two steps of each run are not counted.
+Memory is the peak resident set size of the training process.
 
-TRL computes the reference's log-probabilities in every step, ours in the first epoch alone, so ours are measured in
-both; "recipe" is a run of five epochs (1 / (0.2 / first + 0.8 / later)), the paper's. Give more --steps than an epoch
-has: 64 pairs make 16 of 4.
+TRL computes the reference's log-probabilities in every step, ours only in the first epoch. So ours is measured in the
+first epoch and in later ones. "recipe" is the paper's run of five epochs (1 / (0.2 / first + 0.8 / later)). Use more
+--steps than an epoch has: 64 pairs with batch size 4 make 16 steps.
 
-Without --pairs, the pairs are 64 made-up ones: prompts of about 20 tokens, answers of about 15, of different lengths.
---random-1b measures a model of Llama-3.2-1B's shape too, with random weights in Q4_K_M's types (make_random_model.py):
-what it learns means nothing, what it costs does. TRL needs about 10 GB of memory for it.
+Without --pairs, 64 made-up pairs are used, with prompts of about 20 tokens and answers of about 15, of varying lengths.
+--random-1b also measures a model of Llama-3.2-1B's shape with random weights in Q4_K_M's types (make_random_model.py).
+It learns nothing useful, but its cost is realistic. TRL needs about 10 GB of memory for it.
 """
 
 import argparse
@@ -57,7 +57,7 @@ PRODUCTS = ["exact", "fast"]
 
 
 def ours(args: argparse.Namespace, products: str, model: Path, pairs: Path, folder: Path) -> dict:
-    """One run of our trainer. Everything that is known of its command line and of its run folder is in here."""
+    """Runs our trainer once. The only function that knows its command line and its run folder."""
     command = [args.program, "train", "-m", model, "--pairs", pairs, "--method", "lora", "--max-steps", args.steps,
                "--learning-rate", 1e-5, "--batch-size", args.batch_size, "--rank", args.rank, "-t", args.threads,
                "--held-out", 0, "--products", products, "-o", folder, *args.ours_arguments]
@@ -70,7 +70,7 @@ def ours(args: argparse.Namespace, products: str, model: Path, pairs: Path, fold
             "peak_rss_bytes": report["peak_rss_bytes"]}
 
 
-def theirs(args: argparse.Namespace, dtype: str, hf_folder: Path, pairs: Path) -> dict:
+def trl(args: argparse.Namespace, dtype: str, hf_folder: Path, pairs: Path) -> dict:
     output = run([args.python, SCRIPTS / "trl_baseline.py", "train", hf_folder, "--pairs", pairs, "--dtype", dtype,
                   "--steps", args.trl_steps, "--batch-size", args.batch_size, "--rank", args.rank,
                   "--threads", args.threads], args)
@@ -79,7 +79,7 @@ def theirs(args: argparse.Namespace, dtype: str, hf_folder: Path, pairs: Path) -
 
 
 def run(command: list, args: argparse.Namespace) -> str:
-    """Standard output; what a program says on standard error is shown if it fails."""
+    """Runs a command and returns its standard output. Shows its standard error only if it fails."""
     command = [str(part) for part in command]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(args.threads)})
     if done.returncode != 0:
@@ -88,12 +88,12 @@ def run(command: list, args: argparse.Namespace) -> str:
 
 
 def measure(args: argparse.Namespace, name: str, model: Path, pairs: Path, folder: Path) -> list[dict]:
-    """The rows of one model."""
+    """Measures one model. Returns the rows of the result table."""
     hf_folder = folder / f"{name}-hf"
     if not (hf_folder / "config.json").exists():
         print(f"{name}: dequantising for TRL", file=sys.stderr)
         run([args.python, SCRIPTS / "trl_baseline.py", "convert", model, hf_folder], args)
-    programs = {f"TRL {dtype}": lambda _i, dtype=dtype: theirs(args, dtype, hf_folder, pairs) for dtype in args.dtypes}
+    programs = {f"TRL {dtype}": lambda _i, dtype=dtype: trl(args, dtype, hf_folder, pairs) for dtype in args.dtypes}
     if not args.without_ours:
         runs_in = folder / f"{name}-run-{os.getpid()}"
         own = {f"detox-gguf {products}": lambda i, products=products:
@@ -131,19 +131,19 @@ def median_of(results: list[dict], key: str) -> float:
 
 
 def rate(args: argparse.Namespace, results: list[dict]) -> float:
-    """Pairs a second over the recipe's epochs."""
+    """Pairs per second over the recipe's epochs."""
     first = median_of(results, "seconds")
     later = median_of(results, "later_seconds") if results[0].get("later_seconds") else first
     return args.batch_size * N_EPOCHS / (first + (N_EPOCHS - 1) * later)
 
 
 def rates(args: argparse.Namespace, results: list[dict]) -> list[float]:
-    """Pairs a second of each run."""
+    """Pairs per second of each run."""
     return [rate(args, [result]) for result in results]
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown. The ratios are ours to TRL's: speed should be high, memory low."""
+    """Formats the rows as Markdown. Ratios are ours to TRL's: high is good for speed, low is good for memory."""
     ratios = [key for row in rows for key in row if " / " in key]
     ratios = list(dict.fromkeys(ratios))
     lines = ["| " + " | ".join(["model", "program", "first epoch, pairs/s", "recipe, pairs/s (rounds)", "peak memory", *ratios]) + " |",
@@ -161,22 +161,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a GGUF that transformers can dequantise")
     parser.add_argument("--pairs", type=Path, help="JSONL of prompt, chosen, rejected (default: made up)")
-    parser.add_argument("--random-1b", action="store_true", help="a random model of Llama-3.2-1B's shape too")
+    parser.add_argument("--random-1b", action="store_true", help="also measure a random model of Llama-3.2-1B's shape")
     parser.add_argument("--program", type=Path, default=PROGRAM)
-    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="the Python that has TRL (default: this one)")
+    parser.add_argument("--python", type=Path, default=Path(sys.executable), help="a Python with TRL (default: this one)")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=24, help="of ours")
-    parser.add_argument("--trl-steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=24, help="steps of our trainer")
+    parser.add_argument("--trl-steps", type=int, default=10, help="steps of TRL")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--folder", type=Path, help="for the dequantised models and the runs; kept (default: temporary)")
-    parser.add_argument("--json", type=Path, help="write the rows there too")
-    parser.add_argument("--without-ours", action="store_true", help="TRL alone")
-    parser.add_argument("--ours-arguments", nargs=argparse.REMAINDER, default=[], help="the rest goes to our trainer")
+    parser.add_argument("--folder", type=Path, help="keep the dequantised models and the runs here (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--without-ours", action="store_true", help="measure only TRL")
+    parser.add_argument("--ours-arguments", nargs=argparse.REMAINDER, default=[], help="pass all further arguments to our trainer")
     args = parser.parse_args()
-    # Not resolved: a virtual environment's Python is a link, and is known by where it lies.
+    # Do not resolve links: a virtual environment's Python is a link, and finds its packages by its own path.
     args.program, args.python = args.program.absolute(), args.python.absolute()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Check that stock llama.cpp gives the same logits as this program under a control vector that it wrote, with a model
-that it baked, and with an adapter that it trained.
+"""Check that stock llama.cpp and this program compute the same logits with this program's exports.
+
+The exports are a control vector, a model with baked-in steering, and a trained LoRA adapter.
 
     pip install llama-cpp-python==0.3.36 gguf==0.17.1 numpy
     cargo build --release --bins --example logits
     python scripts/check_stock.py [--target target/release]
 
-On the tiny models in gguf/tiny, which are F32: the largest difference of a logit must be below 1e-3.
+Uses the tiny models in gguf/tiny, which are F32. The largest difference of any logit must be below 1e-3.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def ours(target: Path, model: Path, *steer: str) -> np.ndarray:
 
 
 def stock(model: Path, control_vector: Path | None, n_layer: int, n_embd: int, lora: Path | None = None) -> np.ndarray:
-    """Logits after the last token, by llama.cpp's C API alone."""
+    """Logits after the last token, computed only with llama.cpp's C API."""
     llama_cpp.llama_backend_init()
     loaded = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
     params = llama_cpp.llama_context_default_params()
@@ -84,7 +85,7 @@ def main() -> int:
             if name in ("llama", "gpt2", "bloom"):
                 subprocess.run([*make, baked, "--bake"], check=True, stderr=subprocess.DEVNULL)
                 rows.append(("baked model", rows[0][1], stock(baked, None, n_layer, n_embd)))
-            # Enough steps, at a high rate, that the adapter changes something.
+            # Enough steps at a high learning rate that the adapter has a visible effect.
             run = Path(folder) / f"{name}-dpo"
             subprocess.run([program, "train", "-m", model, "-o", run, "--rank", "4", "--max-steps", "20", "--warmup-steps", "0",
                             "--learning-rate", "1e-2", "--held-out", "0", "-t", "1"],

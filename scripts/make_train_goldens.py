@@ -1,40 +1,40 @@
 #!/usr/bin/env python3
-"""Make the golden numbers of preference tuning that our trainer must reproduce, from PyTorch, PEFT and TRL.
+"""Make the golden numbers of preference tuning that our trainer must reproduce, with PyTorch, PEFT and TRL.
 
     pip install -r scripts/requirements-train.txt
     python scripts/make_train_goldens.py            # write tests/golden/train_*.json and train_*.gguf
-    python scripts/make_train_goldens.py --check    # make them again elsewhere and compare
+    python scripts/make_train_goldens.py --check    # make them again in a temporary folder and compare
 
-Data flow, for each tiny model of make_tiny_models.py that can be trained:
+Data flow, for each trainable tiny model of make_tiny_models.py:
 
     seed --numpy--> weights, compared with gguf/tiny/{name}.gguf
                       |
                       +-- float64 autograd: residual streams, log-probs, losses, gradients --+
                       |                                                                      |
-                      +-- ten steps of TRL's DPOTrainer with PEFT, the same again by hand ---+
+                      +-- ten steps of TRL's DPOTrainer with PEFT, then the same by hand ----+
                                                                                              |
         numbers and token ids in tests/golden/train_{name}.json, tensors in tests/golden/train_{name}.gguf
 
-Tensors are F32 and in the order of the model's own GGUF (`general.architecture` is "golden"). With {base} for the
-name of a tensor of the model, {il} for a block from 0, and shapes slowest axis first:
+Tensors are F32, in the order of the model's own GGUF (`general.architecture` is "golden"). {base} is the name of a
+tensor of the model, {il} is a block counted from 0. Shapes are written slowest axis first:
 
-    hidden/chosen/{il}, hidden/rejected/{il}  [n_tokens, n_embd]  what block il leaves in the residual stream, for
+    hidden/chosen/{il}, hidden/rejected/{il}  [n_tokens, n_embd]  the residual stream after block il, for
                                               prompt + answer of pair 0 in the base model
-    logits/chosen, logits/rejected            [n_answer, n_vocab]  the rows about the answer's tokens
+    logits/chosen, logits/rejected            [n_answer, n_vocab]  the rows that predict the answer's tokens
     {base}.lora_a, {base}.lora_b              [rank, n_in], [n_out, rank]; for token_embd.weight [n_vocab, rank],
                                               [n_embd, rank]: token t's row gains alpha / rank * B a[t]
     grad/{base}.lora_a, .lora_b               gradients of the sigmoid loss, adapters on every matrix of every block
-    grad_embd/{base}.lora_a, .lora_b          the same with those on token_embd and output too (llama)
-    full/{base}                               gradient by each weight of the base, reference moved by the offsets;
-                                              a tied embedding's holds both uses (not for a quantised file)
-    dir/{il}                                  [n_embd]  gradient by a vector added to what block il returns, at every
-                                              token, at zero; reference moved by the same offsets
-    trl_init/{base}.lora_a                    where TRL's run begins; B is zero
+    grad_embd/{base}.lora_a, .lora_b          the same with adapters on token_embd and output as well (llama)
+    full/{base}                               gradient by each weight of the base, reference shifted by the offsets; a
+                                              tied embedding's gradient sums both uses (not for a quantised file)
+    dir/{il}                                  [n_embd]  gradient by a vector added to block il's output at every
+                                              token, at zero; reference shifted by the same offsets
+    trl_init/{base}.lora_a                    start of TRL's run; B is zero
     trl_final/{base}.lora_a, .lora_b          after its ten steps
 
-Nothing here has seen our trainer or llama.cpp. The numbers are computed in float64 and stored as float32, TRL's in
-its own float32; `float32_differs_by` and `trl.float64.differs_by` in the JSON say what float32 costs, and so which
-tolerance a test may ask for.
+Neither our trainer nor llama.cpp is used here. The numbers are computed in float64 and stored as float32; TRL's are
+computed in its own float32. `float32_differs_by` and `trl.float64.differs_by` in the JSON hold the error of float32,
+and thus the tolerance that a test needs.
 """
 
 import argparse
@@ -44,7 +44,7 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing is downloaded here
+os.environ["HF_HUB_OFFLINE"] = "1"  # before importing transformers: download nothing
 
 import gguf
 import numpy as np
@@ -55,7 +55,8 @@ from tiny_models import architectures, golden, gguf_order, tokenizer, train_gold
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3", "llama-q8_0"]
-# Of a tensor's values, relative to its largest, on another CPU: float64 rounded to float32 and TRL's float32.
+# Allowed difference of a tensor on another CPU, relative to its largest value: for float64 rounded to float32, and for
+# TRL's float32.
 TENSOR_TOLERANCE = 1e-6
 TRL_TOLERANCE = 1e-2
 
@@ -74,7 +75,7 @@ def make_all(root: Path, models: Path) -> list[Path]:
             continue
         base = gguf_order.base_tensors(arch, tok, models / f"{arch.name}.gguf")
         content, tensors = train_golden.make(arch, tok, base)
-        if arch.quantization is None:  # TRL trains no quantised file
+        if arch.quantization is None:  # TRL cannot train a quantised file
             content["trl"], trl_tensors = trl_golden.make(arch, tok, base)
             tensors |= trl_tensors
         path = golden_dir / f"train_{arch.name}.gguf"
@@ -102,7 +103,7 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def generator() -> dict[str, str]:
-    """What made a golden file."""
+    """The script and package versions that made a golden file."""
     packages = {package: version(package) for package in ("trl", "peft", "accelerate")}
     return golden.generator() | {"script": "scripts/make_train_goldens.py"} | packages
 
@@ -130,7 +131,7 @@ def check(root: Path) -> int:
 
 
 def tensor_difference(old: Path, new: Path) -> float:
-    """The largest, as a share of what is allowed; infinite if names or shapes differ."""
+    """The largest difference as a fraction of its tolerance. Infinite if names or shapes differ."""
     a, b = ({t.name: t.data for t in gguf.GGUFReader(path).tensors} for path in (old, new))
     if list(a) != list(b) or any(a[name].shape != b[name].shape for name in a):
         return float("inf")
@@ -143,7 +144,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=ROOT,
                         help="folder that holds gguf/ and tests/ (default: the repository)")
     parser.add_argument("--check", action="store_true",
-                        help="write nothing; compare a fresh run with the files below --root")
+                        help="write nothing and compare a fresh run with the files below --root")
     args = parser.parse_args()
     if args.check:
         differing = check(args.root)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""DPO with a LoRA adapter by TRL and PEFT on the CPU: the program that our trainer is measured against.
+"""Runs DPO with a LoRA adapter in TRL and PEFT on the CPU, as the baseline for our trainer's speed.
 
     pip install -r scripts/requirements-train.txt
     scripts/trl_baseline.py convert MODEL.gguf FOLDER
     scripts/trl_baseline.py train FOLDER --pairs pairs.jsonl [--dtype bfloat16] [--steps 10]
 
-transformers trains no GGUF, so `convert` writes the dequantised weights as a Hugging Face folder first. `train` prints
-one line of JSON: seconds of each step, pairs a second, the largest resident memory of its process, and the losses.
-The settings are the paper's (rank 64, alpha 16, RMSprop, batch 4, beta 0.1) without its warm-up, which costs no time.
-TRL computes the reference's log-probs in every step, as it does unless told otherwise.
+transformers cannot train a GGUF, so `convert` first writes the dequantised weights as a Hugging Face folder. `train`
+prints one line of JSON: seconds of each step, pairs per second, peak resident memory of the process, and the losses.
+The settings are the paper's (rank 64, alpha 16, RMSprop, batch size 4, beta 0.1), without warm-up, which does not
+affect speed. TRL computes the reference's log-probs in every step, as by default.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-N_WARMUP = 2  # steps whose time is not counted
+N_WARMUP = 2  # first steps, whose time is not counted
 
 
 def convert(path: Path, folder: Path) -> None:
-    """Dequantise a GGUF into a plain float32 model, with its tokenizer."""
+    """Dequantise a GGUF into a float32 model with its tokenizer."""
     import gguf
     import numpy as np
     import torch
@@ -36,7 +36,7 @@ def convert(path: Path, folder: Path) -> None:
 
     names = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     loaded = AutoModelForCausalLM.from_pretrained(**names, dtype=torch.float32)
-    # `loaded` remembers that it was quantised, and refuses to be trained; another model of its config does not.
+    # `loaded` remembers that it was quantised and refuses to train. A new model with the same config does not.
     config = loaded.config.__class__(**{key: value for key, value in loaded.config.to_dict().items()
                                         if key not in ("quantization_config", "dtype", "torch_dtype")})
     with torch.device("meta"):
@@ -48,10 +48,10 @@ def convert(path: Path, folder: Path) -> None:
         if tensor.name == "token_embd.weight":
             values = gguf.dequantize(tensor.data[:64], tensor.tensor_type)
             found = plain.get_input_embeddings().weight[:64].detach().numpy()
-            assert np.array_equal(values, found), f"{path}: transformers has read other weights than the file holds"
+            assert np.array_equal(values, found), f"{path}: transformers read weights that differ from the file's"
     plain.save_pretrained(folder)
     tok = AutoTokenizer.from_pretrained(**names)
-    # transformers 4.57.1 takes other tokens for these than the file names, and TRL ends every answer with eos.
+    # Set these tokens explicitly: transformers 4.57.1 ignores the file's choice, and TRL ends every answer with eos.
     for kind, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if field := reader.get_field(f"tokenizer.ggml.{key}_token_id"):
             setattr(tok, f"{kind}_token", tok.convert_ids_to_tokens(int(field.contents())))
@@ -59,7 +59,7 @@ def convert(path: Path, folder: Path) -> None:
 
 
 def train(args: argparse.Namespace) -> dict:
-    """Train and discard; what counts is how long it took."""
+    """Train, discard the result, and return the times."""
     import torch
     import transformers
     from datasets import Dataset, disable_progress_bars
@@ -73,7 +73,7 @@ def train(args: argparse.Namespace) -> dict:
     transformers.set_seed(args.seed)
 
     class Clock(TrainerCallback):
-        """From a step's first forward pass to its update, by the wall and by the processor."""
+        """Wall time and CPU time of each step, from its first forward pass to its update."""
 
         def __init__(self):
             self.seconds, self.cpu_seconds = [], []
@@ -110,8 +110,8 @@ def train(args: argparse.Namespace) -> dict:
         "pairs_per_second": args.batch_size / step_seconds,
         "median_step_seconds": step_seconds,
         "step_seconds": [round(seconds, 4) for seconds in clock.seconds],
-        # With one thread this is what a step costs on a machine that others use too; threads that wait for one
-        # another count their waiting.
+        # With one thread, CPU time is a fair measure even on a busy machine. With several threads it includes the time
+        # that they spin while waiting for each other.
         "median_step_cpu_seconds": statistics.median(clock.cpu_seconds[N_WARMUP:]),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
@@ -124,7 +124,7 @@ def main() -> None:
     converting = commands.add_parser("convert", help="write a GGUF's weights as a Hugging Face folder")
     converting.add_argument("gguf", type=Path)
     converting.add_argument("folder", type=Path)
-    training = commands.add_parser("train", help="train and print the time it took")
+    training = commands.add_parser("train", help="train and print the times")
     training.add_argument("folder", type=Path)
     training.add_argument("--pairs", required=True)
     training.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Measure the lexical scorer on text that its models did not see.
+"""Measure the lexical scorer on text that its models have not seen.
 
     evaluate.py --rtp-lx DIR --parallel DIR [--cache DIR]
 
-`train.py` leaves the held-out log odds in the cache: each rated prompt scored by a model that was
-trained on the other four fifths, and each benign source by a model that never saw the source. The
-tables read them. The last but one is made by one more model, the last list by the finished weights.
+`train.py` stores held-out log odds in the cache. Each rated prompt is scored by a model trained on the
+other four fifths, and each benign source by a model trained without that source. The tables use these
+odds, with two exceptions: the last table trains one more model, and the final list uses the finished
+weights.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from features import LANGUAGES
 
 
 def auc(toxic: np.ndarray, benign: np.ndarray) -> float:
-    """Chance that a toxic text scores higher than a benign one; ties count half."""
+    """Probability that a toxic text scores higher than a benign one. Ties count half."""
     if not len(toxic) or not len(benign):
         return float("nan")
     order = np.sort(benign)
@@ -35,7 +36,7 @@ def table(title: str, heads: list[str], rows: list[list]) -> None:
         print(f"| {name} | " + " | ".join("–" if np.isnan(v) else f"{v:.3f}" for v in values) + " |")
 
 
-# Benign text whose form or language is unlike the training's; a fair share of it must stay low.
+# Benign text whose form or language differs from the training data. Most of it should score low.
 UNUSUAL = {
     "turkish": "Yarın sabah erkenden çarşıya gidip ekmek alacağız ve sonra kahvaltı edeceğiz",
     "greek": "Το πρωί πήγαμε στην αγορά και αγοράσαμε φρέσκα λαχανικά και ψωμί",
@@ -52,8 +53,8 @@ UNUSUAL = {
 
 
 def same_sources(data: train.Set, calibration: np.ndarray) -> None:
-    """One more model, from four fifths of every source, scores the last fifth: the nearest there is
-    to the finished weights on new text of kinds that they know."""
+    """Trains a model on four fifths of every source and scores the remaining fifth. This is the best
+    estimate of how the finished weights do on new text from known sources."""
     language, source, _, fold, rating = data.arrays()
     draw = np.random.default_rng(train.SEED).random(len(source)) < 0.2
     tested = ((source == "rtp") & (fold == 0)) | (np.isin(source, sum(train.ROUNDS, [])) & draw)
@@ -86,7 +87,7 @@ def main() -> None:
     language, source, _, _, rating = data.arrays()
     stored = np.load(arguments.cache / "held_out.npz")
     odds = stored["odds"]
-    assert len(odds) == len(source), "train.py was run on other inputs"
+    assert len(odds) == len(source), "the cache does not match the inputs; run train.py on them first"
     score = 1 / (1 + np.exp(-odds))
     sources = [name for names in train.ROUNDS for name in names]
     rated = source == "rtp"

@@ -1,23 +1,23 @@
 """Normalisation, n-gram hashing and scoring of the lexical scorer.
 
-`src/score/lexical.rs` implements the same definitions; `tests/golden/lexical.json` holds both
-to one another. Change one and you must change the other, and train again.
+The Rust scorer (`lexical.rs`) implements the same definitions, and `tests/golden/lexical.json` keeps
+the two in agreement. If you change one, change the other and train again.
 
 Normalisation
-    1. Text with a character of `COMPOSED` (combining marks, jamo, presentation and width forms,
-       mathematical letters) is brought to NFKC; other text is taken as it is.
-    2. Each character becomes nothing (format characters, Arabic and Hebrew points, the nukta), a
-       separator (punctuation, symbols, all that is in no range of `WORD`), or a letter: lower case,
-       digits folded to "0", spelling variants of Arabic, Persian and Russian letters folded,
-       katakana written as hiragana.
-    3. A run of `*`, `@`, `$` between two letters belongs to the word (`*`, `a`, `s`).
-    4. A letter three times or more in a row is written once.
-    Punctuation and case leave no trace, so neither can be a shortcut.
+    1. Text that contains a character of `COMPOSED` (combining marks, jamo, presentation and width
+       forms, mathematical letters) is converted to NFKC. Other text is left as it is.
+    2. Each character is removed (format characters, Arabic and Hebrew points, the nukta), becomes a
+       separator (punctuation, symbols, everything outside the ranges of `WORD`), or becomes a letter:
+       lower case, digits folded to "0", spelling variants of Arabic, Persian and Russian letters
+       folded, katakana converted to hiragana.
+    3. A run of `*`, `@`, `$` between two letters belongs to the word (as `*`, `a`, `s`).
+    4. A letter repeated three or more times in a row is kept once.
+    Punctuation and case are removed entirely, so the model cannot use them as shortcuts.
 
-Features of a text: each word is `0 letters 0`, where 0 marks both ends.
-    * every n-gram of 3 to `LONGEST` codes inside it; from U+1100 on (Hangul, kana, Han) also those
-      of 1 and 2 codes;
-    * the whole word (its first 24 letters), when it is longer than an n-gram;
+Features of a text. Each word is written as `0 letters 0`, where 0 marks both ends.
+    * every n-gram of 3 to `LONGEST` codes in the word; from U+1100 on (Hangul, kana, Han) also
+      n-grams of 1 and 2 codes;
+    * the whole word (its first 24 letters), if it is longer than the longest n-gram;
     * each pair of neighbouring words.
 """
 
@@ -32,13 +32,13 @@ import numpy as np
 LANGUAGES = "ar cs de en es fr hi id it ja ko nl pl pt ru sv zh".split()
 
 LONGEST = 6  # codes of the longest n-gram
-WORD_CAP = 24  # letters of a word that its hash takes in
-BUCKET = 16  # columns of a bucket; a character from U+1100 on is two wide
-SPAN = 3  # buckets of a window
+WORD_CAP = 24  # letters of a word that its hash includes
+BUCKET = 16  # columns per bucket; characters from U+1100 on take two columns
+SPAN = 3  # buckets per window
 MULTIPLIER = 0x9E3779B1
 SEED = 0x811C9DC5
 PAIR_SEED = 0x7F4A7C15
-DENSE = 0x1100  # scripts whose single characters carry meaning start here
+DENSE = 0x1100  # from here on, single characters carry meaning
 
 COMPOSED = re.compile(
     "[\u0300-\u036f\u1100-\u11ff\u3099\u309a\uf900-\ufefe\uff00-\uffef\U0001d400-\U0001d7ff]"
@@ -60,8 +60,8 @@ REMOVED = [
     (0x202A, 0x202E), (0x2060, 0x2064), (0x3099, 0x309A), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF),
 ]
 # fmt: on
-# Letters that writers use for one another: alef and yeh forms, Persian code points, Cyrillic yo,
-# dotless i, Devanagari letters with a nukta, and katakana, which becomes hiragana.
+# Letters that writers use interchangeably: alef and yeh forms, Persian code points, Cyrillic yo,
+# dotless i, Devanagari letters with a nukta. Katakana becomes hiragana.
 FOLDED = dict(zip("أإآٱىیکۃةەہۀёı", "اااايیكهههههеi", strict=True))
 FOLDED["ی"] = "ي"
 FOLDED |= {chr(0x958 + place): base for place, base in enumerate("कखगजडढफय")}
@@ -95,7 +95,7 @@ def normalise(text: str) -> str:
         text = unicodedata.normalize("NFKC", text)
     text = text.translate(TABLE)
     if "*" in text or "@" in text or "$" in text:
-        # The asterisk survives in a private code, the two others become letters.
+        # Within words, the asterisk is kept (as \x01 for now); the other two become letters.
         text = _MASKED.sub(lambda m: m[0].translate(_UNMASKED).replace("*", "\x01"), text)
         text = _LONE.sub(" ", text).replace("\x01", "*")
     return " ".join(_REPEATED.sub(r"\1", text).split())
@@ -107,7 +107,7 @@ def _mix(hashes: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 class Features:
-    """Hashed features of many texts at once: parallel arrays of text number, hash and bucket."""
+    """Hashed features of many texts, as parallel arrays: text number, hash and bucket."""
 
     def __init__(self, texts: list[str], normalised: bool = False) -> None:
         lines = texts if normalised else [normalise(text) for text in texts]
@@ -138,12 +138,12 @@ class Features:
             live, hashes, last = live[same], hashes[same], last[same]
             first = codes[live]
             closing = last == 0
-            # Beyond the longest n-gram only whole words go on.
+            # Beyond the longest n-gram, keep only whole words.
             if length > LONGEST:
                 whole = first == 0
                 live, hashes, last, closing = live[whole], hashes[whole], last[whole], closing[whole]
                 if length == WORD_CAP + 2:
-                    # Longer words are cut: their hash ends as if the word did.
+                    # Longer words are cut: hash them as if they ended here.
                     last, closing = np.zeros_like(last), np.ones_like(closing)
                 hashes = _mix(hashes, last)
                 found.append((live[closing], hashes[closing]))
@@ -175,12 +175,12 @@ class Features:
 
 
 def slots(hashes: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Slot and fingerprint of each hash in a table of 2^bits entries."""
+    """Table slot and fingerprint of each hash, for a table of 2^bits entries."""
     return hashes >> np.uint32(32 - bits), (hashes & np.uint32(0xFF)).astype(np.uint8)
 
 
 def windows(features: Features) -> np.ndarray:
-    """How many windows each text has, at least one."""
+    """Number of windows of each text, at least one."""
     last = np.zeros(features.texts, dtype=np.int64)
     np.maximum.at(last, features.text, features.bucket)
     return np.maximum(last - SPAN + 1, 0) + 1
@@ -191,10 +191,10 @@ def scores(
 ) -> np.ndarray:
     """Toxicity of each text: the logistic function of its highest window.
 
-    The highest of many windows is higher by chance alone; `crowding` times the logarithm of their
-    number is taken off for it.
+    The maximum over many windows is higher by chance, so `crowding` times the logarithm of their
+    number is subtracted.
 
-    `table` is (bits, fingerprints, weights); a window is `SPAN` neighbouring buckets, its value
+    `table` is (bits, fingerprints, weights). A window is `SPAN` neighbouring buckets; its value is
     sum / sqrt(count + damping).
     """
     bits, fingerprints, weights = table
@@ -208,7 +208,7 @@ def scores(
     sums = sum(total[:, shift : shift + places] for shift in range(SPAN))
     counts = sum(count[:, shift : shift + places] for shift in range(SPAN))
     value = sums / np.sqrt(counts + damping)
-    # A text shorter than a window is one window; a longer one has only whole windows.
+    # A text shorter than a window has one window. Longer texts have only full windows.
     number = windows(features)
     allowed = np.arange(places)[None, :] < number[:, None]
     value = np.where(allowed, value, -np.inf).max(axis=1)

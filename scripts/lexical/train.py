@@ -3,8 +3,8 @@
 
     train.py --rtp-lx DIR --parallel DIR [--cache DIR] [--out FILE]
 
-The weight file depends on nothing but the inputs: seeds are fixed and the optimiser is
-deterministic. `manifest.json`, written beside the cache, lists every input with its SHA-256.
+The weight file depends only on the inputs: seeds are fixed and the optimiser is deterministic.
+`inputs.json`, written beside this script, lists every input with its SHA-256.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# The order of a sum over threads is not fixed, and the weights must be the same in every run. The
-# numeric libraries read these when they are imported.
+# Use one thread, because sums over threads have no fixed order and every run must give the same
+# weights. The numeric libraries read these variables on import.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import numpy as np
@@ -30,31 +30,31 @@ from features import LANGUAGES, Features, normalise, scores, slots, windows
 HERE = Path(__file__).parent
 SEED = 2406_16235
 BITS = 19  # the table has 2^BITS entries of two bytes
-DAMPING = 15.0  # added to the feature count, so that a fragment cannot score high by chance
+DAMPING = 15.0  # added to the feature count, so that a short fragment cannot score high by chance
 PENALTY = 200.0
 STEPS = 80  # of the optimiser
-# How much is taken off of what the highest of many windows gains by chance; to take off all of it
-# costs accuracy against short benign text.
+# Fraction of the chance gain of many windows that is subtracted. Subtracting all of it would cost
+# accuracy against short benign text.
 CROWDING = 0.5
 MAGIC = b"DTXLEX01"
 VERSION = "1"
 
-# Share of the benign weight of a language that each source gets; sources that lack the language
-# leave their share to the others.
+# Each source's share of a language's benign weight. If a source lacks the language, its share goes
+# to the others.
 SHARES = {
     "rtp": 0.14, "own": 0.15, "talk": 0.10, "web": 0.18, "chat": 0.06, "words": 0.16, "emoji": 0.05,
     "fantasy": 0.06, "desktop": 0.04, "school": 0.04, "astronomy": 0.02, "udhr": 0.02,
 }  # fmt: skip
-PRIOR = 4.0  # benign weight for one of toxic weight in the calibration
-HINT_LIMIT = 0.5  # most that a language hint may shift the log odds
-WRITTEN = ("own", "talk")  # the project's own lines
-LIMIT = 1000  # lines of one source and language
+PRIOR = 4.0  # ratio of benign to toxic weight in the calibration
+HINT_LIMIT = 0.5  # maximum shift of the log odds by a language hint
+WRITTEN = ("own", "talk")  # lines written for this project
+LIMIT = 1000  # maximum lines per source and language
 TOXIC_SHARES = {"rtp": 0.68, "parallel": 0.12, "embedded": 0.08, "mild": 0.07, "lexicon": 0.05}
 
 
 @dataclass
 class Set:
-    """Labelled lines; `source` tells where a line comes from, `fold` keeps related rows together."""
+    """Labelled lines. `source` is the origin of a line; rows with the same `fold` stay together."""
 
     text: list[str] = field(default_factory=list)
     language: list[str] = field(default_factory=list)
@@ -83,7 +83,7 @@ def lines(path: Path) -> list[str]:
 
 
 def soft_label(rating: float) -> float:
-    """Human means run from 1 (benign) to 5; the middle of the scale is graded, not cut."""
+    """Maps a mean human rating (1 is benign, 5 is toxic) to a label, graded in the middle of the scale."""
     return float(np.clip((rating - 1.2) / 1.8, 0.0, 1.0))
 
 
@@ -102,14 +102,14 @@ def crop(text: str, length: int, rng: np.random.Generator) -> str:
         spaces = list(range(max(1, len(text) - length // 2)))
     start = 0 if rng.random() < 0.4 else int(rng.choice(spaces))
     piece = text[start : start + length]
-    # Three cuts of four fall between words, as a prompt's; the rest inside one, as a model's.
+    # Cut three out of four between words, as in prompts, and the rest inside a word, as in a model's output.
     if " " in piece and start + length < len(text) and rng.random() < 0.75:
         piece = piece.rsplit(" ", 1)[0]
     return piece
 
 
 def load(rtp: Path, parallel: Path | None, cache: Path) -> Set:
-    """All lines, with benign ones cropped to the lengths of the toxic ones of their language."""
+    """Loads all lines. Crops benign lines to the lengths of the toxic lines in their language."""
     data = Set()
     for number, language in enumerate(LANGUAGES):
         rng = np.random.default_rng([SEED, number])
@@ -148,7 +148,7 @@ def load(rtp: Path, parallel: Path | None, cache: Path) -> Set:
                     text += " " + found[order[(position + 1) % len(order)]]
                 if source not in WRITTEN or rng.random() < 0.3:
                     text = crop(text, length, rng)
-                # Fetched lines with a word of the lexicon are not benign for certain.
+                # Drop downloaded lines that contain a word of the lexicon: they may not be benign.
                 spaced = f" {normalise(text)} "
                 if source not in WRITTEN and any(word in spaced for word in dirty):
                     continue
@@ -162,7 +162,7 @@ def load(rtp: Path, parallel: Path | None, cache: Path) -> Set:
 
 
 def embed(data: Set, chosen: np.ndarray) -> Set:
-    """Clearly toxic lines of `chosen` inside benign text: the phrase must be found all the same."""
+    """Clearly toxic lines of `chosen` inside benign text, so that the model learns to find the phrase."""
     extra = Set()
     language, source, label, fold, rating = data.arrays()
     for number, code in enumerate(LANGUAGES):
@@ -183,7 +183,7 @@ def embed(data: Set, chosen: np.ndarray) -> Set:
 
 
 def weigh(language, source, label) -> np.ndarray:
-    """Equal weight for both classes in every language, shared out among sources."""
+    """Gives both classes equal weight in every language, divided among the sources."""
     weight = np.zeros(len(label))
     for code in LANGUAGES:
         here = language == code
@@ -237,7 +237,7 @@ class Model:
 
 
 def fit(data: Set, penalty: float = PENALTY, verbose: bool = False) -> Model:
-    """Logistic regression on damped counts, then the strongest n-grams into the table."""
+    """Fits a logistic regression on damped counts and packs the strongest n-grams into the table."""
     language, source, label, _, _ = data.arrays()
     features = Features(data.text)
     vocabulary, column = np.unique(features.hash, return_inverse=True)
@@ -269,11 +269,12 @@ def fit(data: Set, penalty: float = PENALTY, verbose: bool = False) -> Model:
 
 
 def pack(vocabulary: np.ndarray, w: np.ndarray, bias: float) -> Model:
-    """Of the n-grams that share a slot, the strongest is kept; the step is the 99.99th percentile."""
+    """Quantises the weights into the table. If n-grams share a slot, the strongest is kept. The largest
+    quantised weight, 127, is the 99.99th percentile."""
     step = np.quantile(np.abs(w), 0.9999) / 127
     quantised = np.clip(np.rint(w / step), -127, 127)
     slot, fingerprint = slots(vocabulary, BITS)
-    order = np.lexsort((vocabulary, np.abs(w)))  # the strongest last, so that it is what remains
+    order = np.lexsort((vocabulary, np.abs(w)))  # strongest last, so that it overwrites the others
     fingerprints = np.zeros(1 << BITS, dtype=np.uint8)
     weights = np.zeros(1 << BITS, dtype=np.int8)
     fingerprints[slot[order]] = fingerprint[order]
@@ -298,13 +299,13 @@ def train(data: Set, chosen: np.ndarray, **options) -> Model:
     return fit(joined(subset(data, chosen), embed(data, chosen)), **options)
 
 
-# Each round keeps one fifth of the rated prompts and whole benign sources from the training.
+# Each round holds out one fifth of the rated prompts and these whole benign sources.
 ROUNDS = [["web"], ["own"], ["chat", "udhr"], ["fantasy", "talk"], ["desktop", "school", "astronomy"]]
 
 
 def held_out(data: Set, verbose: bool = True) -> np.ndarray:
     """Log odds of every rated prompt and of the benign sources of `ROUNDS`, from models that saw
-    neither the prompt nor the source. Translations of rated prompts are left out throughout."""
+    neither the prompt nor the source. Translations of rated prompts are never used."""
     _, source, _, fold, _ = data.arrays()
     odds = np.full(len(source), np.nan)
     for number, sources in enumerate(ROUNDS):
@@ -317,11 +318,11 @@ def held_out(data: Set, verbose: bool = True) -> np.ndarray:
 
 
 def calibrate(data: Set, odds: np.ndarray) -> tuple[float, float, float, np.ndarray, np.ndarray]:
-    """Slope, offset and crowding, an offset for each language, and the odds calibrated with them.
+    """Returns slope, offset and crowding, an offset for each language, and the calibrated odds.
 
-    Slope and the first offset are Platt's, with the classes of each language weighted `PRIOR`
-    to one: the scorer's texts are mostly benign. A language's own offset brings its
-    share of benign text at or over one half to the average, as far as it can be told.
+    Slope and offset come from Platt scaling, with the benign class of each language weighted
+    `PRIOR` to one, because most texts to score are benign. A language's own offset moves the upper
+    tail of its benign text to the average of all languages.
     """
     language, source, _, _, rating = data.arrays()
     known = np.isfinite(odds)
@@ -337,8 +338,8 @@ def calibrate(data: Set, odds: np.ndarray) -> tuple[float, float, float, np.ndar
     used = np.flatnonzero(known)
     z, target, weight = odds[used], toxic[used].astype(float), weight[used]
     crowd = np.log(windows(Features([data.text[i] for i in used])))
-    # What each doubling of the windows adds by chance is a matter of benign text alone: fitted
-    # on both classes, it would make length a mark of the class.
+    # Fit the chance gain per number of windows on benign text only. Fitted on both classes, it would
+    # make length predict the class.
     covariance, variance = 0.0, 0.0
     for code in LANGUAGES:
         here = benign[used] & (language[used] == code)
@@ -376,7 +377,7 @@ GOLDEN = [
 
 
 def golden(model: Model) -> str:
-    """Texts and their scores for the tests of the scorer; mild ones only."""
+    """Texts and scores for the scorer's tests. Uses only benign and mildly toxic texts."""
     texts = list(GOLDEN)
     for language in LANGUAGES:
         benign, mild = (lines(HERE / kind / f"{language}.txt") for kind in ("benign", "mild"))

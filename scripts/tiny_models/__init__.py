@@ -1,1 +1,1 @@
-"""The parts of scripts/make_tiny_models.py, one noun a file."""
+"""The parts of scripts/make_tiny_models.py, one noun per file."""

@@ -1,7 +1,7 @@
-"""The architectures: for each its Hugging Face model, its GGUF tensors and its GGUF metadata.
+"""The architectures: each with its Hugging Face model, its GGUF tensors and its GGUF metadata.
 
-Sizes differ between the architectures (n_ff, n_head_kv, n_layer), so that code which mixes two of them
-up, or takes a size from another model, fails. All are multiples of 32, the block of Q8_0 and Q4_0.
+Sizes (n_ff, n_head_kv, n_layer) differ between architectures, so that code fails if it mixes two of them
+up or uses another model's size. All are multiples of 32, the block length of Q8_0 and Q4_0.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ import torch
 import transformers as hf
 
 N_CTX = 256
-# Found by trying seeds from 1 upwards: greedy decoding of the golden prompts is clear of ties (golden.py checks
-# that) and gives more than one token over and over.
+# Found by trying seeds from 1 upwards. With these, greedy decoding of the golden prompts has no near ties (golden.py
+# checks this) and does not just repeat one token.
 SEEDS = {"llama": 34, "command-r": 6, "gpt2": 46, "bloom": 63, "gemma3": 23, "qwen2": 1, "qwen3": 2, "bert": 1,
          "plamo2": 1}
 Tensors = dict[str, np.ndarray]
@@ -22,35 +22,35 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is needed to make one tiny model."""
+    """Everything needed to make one tiny model."""
 
-    name: str  # file name without its ending
+    name: str  # file name without its extension
     arch: str  # general.architecture
     config: hf.PretrainedConfig
     model_class: type
-    # Module of the transformer's blocks, and of the down projection inside one block.
+    # Module names of the list of blocks, and of the down projection inside a block.
     blocks: str
     down: str
     tensors: Callable[[torch.nn.Module], Tensors]  # GGUF name -> F32 values, slowest axis first
-    metadata: dict[str, int | float | bool | str | list[int]]  # keys without the "{arch}." before them
+    metadata: dict[str, int | float | bool | str | list[int]]  # keys without the prefix "{arch}."
     add_bos: bool
     # How the weights are drawn, see weights.py.
     seed: int
-    embd_std: float  # of one value of an embedding
-    residual_gain: float = 1.0  # of the matrices that write to the residual stream
+    embd_std: float  # standard deviation of the embeddings' values
+    residual_gain: float = 1.0  # gain of the matrices that write to the residual stream
     output_norm_gain: float = 3.5  # sets the spread of the logits
     norm_offset: float = 0.0
     transposed_matrices: bool = False
     quantization: gguf.GGMLQuantizationType | None = None
     has_goldens: bool = True
     tokenizer_metadata: dict[str, int] = field(default_factory=dict)
-    # Matrices of each block that get an adapter, see lora.py: module in the block -> GGUF name. Empty: no adapter.
+    # Matrices of each block that get an adapter (see lora.py): module in the block -> GGUF name. Empty: no adapter.
     lora: dict[str, str] = field(default_factory=dict)
 
     def build(self, n_vocab: int) -> torch.nn.Module:
-        """The model with transformers' own initial weights, which weights.fill() overwrites."""
+        """The model with transformers' initial weights, which weights.fill() overwrites."""
         self.config.vocab_size = n_vocab
-        # Eager attention is plain matrix products; the fused kernels sum in another order.
+        # Eager attention uses plain matrix products. Fused kernels sum in another order.
         self.config._attn_implementation = "eager"
         return self.model_class(self.config).eval()
 
@@ -62,23 +62,23 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 def _interleave_rope(w: torch.Tensor, n_head: int) -> torch.Tensor:
     """Reorder the rows of a q or k matrix for a rope on neighbouring pairs.
 
-    transformers rotates element i of a head with element i + n/2; llama.cpp's `llama` graph rotates 2i
-    with 2i + 1. So the two halves of each head become the even and the odd rows.
+    transformers rotates element i of a head with element i + n/2. llama.cpp's `llama` graph rotates 2i
+    with 2i + 1. So the two halves of each head become its even and odd rows.
     """
     n_out, n_in = w.shape
     return w.view(n_head, 2, n_out // n_head // 2, n_in).transpose(1, 2).reshape(n_out, n_in)
 
 
 def _split_heads_qkv(w: torch.Tensor, n_head: int) -> torch.Tensor:
-    """[n_head, (q, k, v), n_embd_head, ...] as BLOOM keeps it -> [(q, k, v), n_head, n_embd_head, ...]."""
+    """Reorder BLOOM's [n_head, (q, k, v), n_embd_head, ...] to [(q, k, v), n_head, n_embd_head, ...]."""
     return w.view(n_head, 3, w.shape[0] // n_head // 3, *w.shape[1:]).transpose(0, 1).reshape(w.shape)
 
 
 def _rename(model: torch.nn.Module, outer: dict[str, str], block: str, inner: dict[str, str],
             change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, w: w) -> Tensors:
-    """GGUF tensors of `model` by tables of module names; `change` maps (GGUF name, value) to the value written.
+    """GGUF tensors of `model`, named by tables of module names. `change` maps (GGUF name, value) to the value to write.
 
-    Every parameter must be named by a table: a forgotten one would be a silent difference.
+    A parameter that no table names raises a KeyError, so that none is silently left out.
     """
     names = dict(outer)
     n_layer = len(model.get_submodule(block))
@@ -89,11 +89,11 @@ def _rename(model: torch.nn.Module, outer: dict[str, str], block: str, inner: di
         module, _, kind = name.rpartition(".")  # kind is "weight" or "bias"
         gguf_name = f"{names[module]}.{kind}"
         result[gguf_name] = _array(change(gguf_name, param))
-    # One order for the file, whatever the order of the modules.
+    # Sort, so that the file does not depend on the order of the modules.
     return dict(sorted(result.items()))
 
 
-# Gated FFN and separate q, k, v: llama, command-r, qwen2 and gemma3 name these alike.
+# Names shared by llama, command-r, qwen2 and gemma3: gated FFN, and separate q, k, v.
 GATED = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -155,11 +155,11 @@ def _llama(name: str, quantization: gguf.GGMLQuantizationType | None = None) -> 
 
 
 LLAMA = _llama("llama")
-# The same random values, so that the two files differ by quantisation alone.
+# The same random values as LLAMA, so that the two files differ only in quantisation.
 LLAMA_Q8_0 = _llama("llama-q8_0", gguf.GGMLQuantizationType.Q8_0)
 
-# Attention and FFN both read the one norm of the block, and both are added to the residual stream.
-# transformers rotates neighbouring pairs for this model, as llama.cpp does: nothing to reorder.
+# A parallel block: attention and FFN both read the block's one norm, and both are added to the residual stream.
+# Both transformers and llama.cpp rotate neighbouring pairs for this model, so nothing is reordered.
 COMMAND_R = Architecture(
     name="command-r",
     arch="command-r",
@@ -201,7 +201,7 @@ def _gpt2_tensors(model) -> Tensors:
         "ln_1": "attn_norm",
         "ln_2": "ffn_norm",
     }
-    # Only the blocks' matrices are Conv1D, [n_in, n_out]; the embeddings are the right way round.
+    # Only the blocks' matrices are Conv1D, [n_in, n_out], and must be transposed. The embeddings need no transpose.
     return _rename(model, outer, "transformer.h", inner,
                    lambda name, w: w.T if w.ndim == 2 and name.startswith("blk.") else w)
 
@@ -251,7 +251,7 @@ def _bloom_tensors(model) -> Tensors:
                    lambda name, w: _split_heads_qkv(w, n_head) if ".attn_qkv." in name else w)
 
 
-# BLOOM has ALiBi and no other positions; its FFN is always 4 * n_embd wide.
+# BLOOM encodes positions only by ALiBi. Its FFN is always 4 * n_embd wide.
 BLOOM = Architecture(
     name="bloom",
     arch="bloom",
@@ -284,12 +284,12 @@ def _gemma3_tensors(model) -> Tensors:
         "pre_feedforward_layernorm": "ffn_norm",
         "post_feedforward_layernorm": "post_ffw_norm",
     }
-    # llama.cpp multiplies by the stored gain itself.
+    # Gemma multiplies by 1 + w; llama.cpp multiplies by the stored gain, so store 1 + w.
     return _rename(model, GATED_OUTER, "model.layers", inner, lambda name, w: w + 1 if "norm" in name else w)
 
 
 # Heads are wider than n_embd / n_head, there is one KV head, and a norm follows both the attention and the FFN.
-# The window is shorter than the golden prompts, so that the two kinds of layers really differ.
+# The sliding window is shorter than the golden prompts, so that local and global layers really differ.
 GEMMA3 = Architecture(
     name="gemma3",
     arch="gemma3",
@@ -329,7 +329,7 @@ GEMMA3 = Architecture(
     seed=SEEDS["gemma3"],
 )
 
-# q, k and v have biases; the rope rotates halves in both programs, so nothing is reordered.
+# q, k and v have biases. The rope rotates halves in both programs, so nothing is reordered.
 QWEN2 = Architecture(
     name="qwen2",
     arch="qwen2",
@@ -358,7 +358,7 @@ QWEN2 = Architecture(
 )
 
 
-# As qwen2, with norms on q and k in place of biases, and heads that are wider than n_embd / n_head.
+# As qwen2, but with norms on q and k instead of biases, and with heads wider than n_embd / n_head.
 QWEN3 = Architecture(
     name="qwen3",
     arch="qwen3",
@@ -410,7 +410,7 @@ def _bert_tensors(model) -> Tensors:
     return _rename(model, outer, "encoder.layer", inner)
 
 
-# An encoder, for the test that a model which is not a decoder is refused. It has no goldens.
+# An encoder, for the test that models other than decoders are refused. It has no goldens.
 BERT = Architecture(
     name="bert",
     arch="bert",
@@ -439,7 +439,7 @@ BERT = Architecture(
 
 
 class Weights(torch.nn.Module):
-    """Parameters under their GGUF names, without a forward pass: for an architecture that transformers lacks."""
+    """Parameters under their GGUF names, without a forward pass. For an architecture that transformers lacks."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
@@ -454,7 +454,7 @@ class Weights(torch.nn.Module):
 
 
 def _plamo2_shapes(n_vocab: int) -> dict[str, tuple[int, ...]]:
-    """What `src/models/plamo2.cpp` of llama.cpp reads; some names have no ".weight"."""
+    """The tensors that llama.cpp's `src/models/plamo2.cpp` reads. Some names have no ".weight"."""
     n_embd, n_ff, d_inner, d_conv, d_state, n_ssm_head = 64, 96, 64, 4, 16, 4
     n_head, n_head_kv, n_embd_head = 4, 2, 16
     n_dt = 64  # llama.cpp's own max(64, n_embd / 16)
@@ -469,7 +469,7 @@ def _plamo2_shapes(n_vocab: int) -> dict[str, tuple[int, ...]]:
             "post_attention_norm": (n_embd,),
             "ffn_norm.weight": (n_embd,),
             "post_ffw_norm": (n_embd,),
-            "ffn_up.weight": (2 * n_ff, n_embd),  # gate and up in one
+            "ffn_up.weight": (2 * n_ff, n_embd),  # gate and up in one matrix
             "ffn_down.weight": (n_embd, n_ff),
         }.items()}
     shapes |= {f"blk.0.{name}": shape for name, shape in {
@@ -495,15 +495,15 @@ def _plamo2_shapes(n_vocab: int) -> dict[str, tuple[int, ...]]:
 
 
 def _plamo2_tensors(model) -> Tensors:
-    # A state must decay: the factor of each step is exp(dt * A), so A is negative.
+    # A must be negative, so that the state decays: its factor per step is exp(dt * A).
     return dict(sorted((name, _array(-param.exp() if name.endswith(".ssm_a") else param))
                        for name, param in model.named_parameters()))
 
 
-# Its graph has no place for a control vector (no `build_cvec`), so llama.cpp ignores one without a word: for the test
-# that this program says so. Of the decoders only plamo2 and hy-v4 are such; hunyuan-dense.cpp has no `build_cvec`
-# either, but it runs the graph of hunyuan-vl.cpp, which has. A Mamba block, then one with attention: without the
-# first llama.cpp ends the process at the first token. No goldens, since transformers lacks the architecture.
+# Its graph does not apply control vectors (no `build_cvec`), so llama.cpp silently ignores them. For the test that this
+# program reports that. The only such decoders are plamo2 and hy-v4. (hunyuan-dense.cpp has no `build_cvec` either, but
+# uses the graph of hunyuan-vl.cpp, which has.) The model has a Mamba block, then a block with attention: without a Mamba
+# block llama.cpp aborts at the first token. No goldens, because transformers lacks the architecture.
 PLAMO2 = Architecture(
     name="plamo2",
     arch="plamo2",

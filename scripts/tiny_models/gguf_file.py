@@ -1,4 +1,4 @@
-"""Writing one model as GGUF."""
+"""Writes a model as GGUF."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def write(path: Path, arch, model: torch.nn.Module, tok: Tokenizer) -> None:
         assert value.dtype == np.float32, f"{name} is {value.dtype}"
         if quantized and value.ndim == 2:
             blocks = gguf.quantize(value, arch.quantization)
-            # The goldens were made from dequantised weights; quantising those again must lose nothing.
+            # The goldens use the dequantised weights. Quantising those again must lose nothing.
             assert np.array_equal(gguf.dequantize(blocks, arch.quantization), value), name
             writer.add_tensor(name, blocks, raw_dtype=arch.quantization)
         else:
@@ -40,9 +40,9 @@ def write(path: Path, arch, model: torch.nn.Module, tok: Tokenizer) -> None:
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: int | float | bool | str | list[int]) -> None:
-    """One key with the type llama.cpp reads: u32, f32, bool, string or array of i32."""
+    """Adds a key with the type that llama.cpp reads: u32, f32, bool, string or array of i32."""
     match value:
-        case bool():  # before int: a bool is one in Python
+        case bool():  # before int, because in Python a bool is an int
             writer.add_bool(key, value)
         case int():
             writer.add_uint32(key, value)
@@ -67,7 +67,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, arch, tok: Tokenizer) -> None:
     writer.add_eos_token_id(tok.token_to_id(tokenizer.EOS))
     writer.add_unk_token_id(tok.token_to_id(tokenizer.UNK))
     writer.add_pad_token_id(tok.token_to_id(tokenizer.PAD))
-    # Written in either case: without the key llama.cpp decides by the kind of tokenizer.
+    # Always written. Without the key, the default in llama.cpp depends on the kind of tokenizer.
     writer.add_add_bos_token(arch.add_bos)
     for key, value in arch.tokenizer_metadata.items():
         _add(writer, f"tokenizer.ggml.{key}", value)

@@ -1,8 +1,8 @@
-"""A Hugging Face model as a function of its GGUF tensors, differentiable, in float32 or in real float64.
+"""A Hugging Face model as a differentiable function of its GGUF tensors, in float32 or in true float64.
 
-Gradients are wanted in the order of the file: llama.cpp's rows of q and k are interleaved for its rope, BLOOM's
-qkv is split by heads, GPT-2's matrices are transposed. So the tensors of the file are the leaves here, and the
-parameters of the model are read out of them by the inverse of the very mapping that wrote the file.
+The gradients must have the file's order: in the file, llama's rows of q and k are interleaved for llama.cpp's rope,
+BLOOM's qkv is split by heads, and GPT-2's matrices are transposed. So the file's tensors are the leaves, and the
+model's parameters are derived from them by the inverse of the mapping that wrote the file.
 """
 
 import copy
@@ -26,9 +26,9 @@ _FLOAT32 = torch.float32
 def precision(dtype: torch.dtype) -> Iterator[None]:
     """Compute in `dtype` throughout.
 
-    transformers names float32 in its norms, its rope and its softmax, so that a model in float64 would still round
-    there. For float64 those names are made to mean float64, and an operation that returns float32 all the same is an
-    error.
+    transformers hard-codes float32 in its norms, rope and softmax, so a float64 model would still round there. In
+    float64 mode the name torch.float32 is therefore patched to mean float64, and any operation that still returns
+    float32 raises an error.
     """
     if dtype == _FLOAT32:
         yield
@@ -58,7 +58,7 @@ class _NoFloat32(TorchDispatchMode):
 
 
 class GgufModel:
-    """One tiny model; make it and call it inside `precision(dtype)`."""
+    """One tiny model. Create it and call it inside `precision(dtype)`."""
 
     def __init__(self, arch, tok: Tokenizer, base: dict[str, np.ndarray], dtype: torch.dtype):
         self.arch, self.dtype = arch, dtype
@@ -72,8 +72,8 @@ class GgufModel:
 
     def forward(self, tensors: Tensors, tokens: list[int], directions: list[torch.Tensor] | None = None,
                 record: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits [n_tokens, n_vocab]. A direction of each block is added to what it returns, at every token; what it
-        returns is appended to `record`, [n_tokens, n_embd]."""
+        """Logits [n_tokens, n_vocab]. Adds `directions[il]` to block il's output at every token, and appends the
+        result, [n_tokens, n_embd], to `record`."""
         handles = []
         for il, block in enumerate(self.model.get_submodule(self.arch.blocks)):
             def change(_module, _args, out, il=il):
@@ -97,7 +97,7 @@ class GgufModel:
                 for name, (hf_name, shape, inverse, offset) in self._places.items()}
 
     def rows(self, name: str) -> np.ndarray:
-        """For each row of a matrix in the file, the output of the Hugging Face module that it is."""
+        """For each row of a matrix in the file, the index of the Hugging Face module's output."""
         hf_name, shape, inverse, _ = self._places[name]
         index = np.argsort(inverse.numpy(), kind="stable").reshape(self.base[name].shape)
         return index[:, 0] % shape[1] if self.arch.transposed_matrices else index[:, 0] // shape[1]
@@ -108,8 +108,8 @@ class GgufModel:
 
 
 def _places(arch, model: torch.nn.Module) -> dict[str, tuple[str, torch.Size, torch.Tensor, torch.Tensor]]:
-    """By GGUF name: the parameter, its shape, where in the GGUF tensor each of its values is, and what the file
-    adds to them (gemma3's norms hold 1 + w). Found by sending numbered values through the mapping."""
+    """By GGUF name: the parameter, its shape, the position of each of its values in the GGUF tensor, and the offset
+    added in the file (gemma3's norms hold 1 + w). Found by sending numbered values through the mapping."""
     numbered = copy.deepcopy(model).double()
     starts, n = {}, 0
     with torch.no_grad():
@@ -134,12 +134,12 @@ def _places(arch, model: torch.nn.Module) -> dict[str, tuple[str, torch.Size, to
 
 
 def base_tensors(arch, tok: Tokenizer, path: Path) -> dict[str, np.ndarray]:
-    """The weights drawn from the seed, dequantised and in GGUF order; they must be those of the file at `path`."""
+    """The seeded weights, dequantised and in GGUF order. Checks that they equal those of the file at `path`."""
     model = arch.build(tok.get_vocab_size())
     weights.fill(model, arch)
     tensors = arch.tensors(model)
     in_file = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
-    assert set(in_file) == set(tensors), f"{path}: other tensors than the seed gives"
+    assert set(in_file) == set(tensors), f"{path}: the tensor names differ from the seeded model's"
     for name, value in tensors.items():
-        assert np.array_equal(in_file[name].reshape(value.shape), value), f"{path}: {name} is not what the seed gives"
+        assert np.array_equal(in_file[name].reshape(value.shape), value), f"{path}: {name} differs from the seeded weights"
     return tensors

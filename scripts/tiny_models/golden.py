@@ -1,4 +1,4 @@
-"""Golden numbers: what PyTorch computes from the same weights, in F32 on the CPU."""
+"""Golden numbers, computed by PyTorch from the same weights, in F32 on the CPU."""
 
 import json
 import platform
@@ -12,23 +12,23 @@ from tokenizers import Tokenizer
 from . import interventions, lora, tokenizer
 
 PROMPTS = ["The cat sleeps", "Das Wetter ist", "猫在家"]
-# (prompt, continuation): a model scores the continuation's tokens after the prompt's.
+# (prompt, continuation): the model scores the continuation's tokens given the prompt.
 CONTINUATIONS = [
     ("The cat sleeps", " in the house."),
     ("Il gatto dorme", " nella casa."),
     ("오늘", " 날씨가"),
 ]
-# Of 3, 8 and 13 tokens without <s>, so that two that share a batch end at different steps.
+# 3, 8 and 13 tokens without <s>, so that texts in the same batch end at different steps.
 SENTENCES = ["Kočka", "The cat sleeps", "Kami suka minum teh di"]
 N_GREEDY = 8
-# Greedy decoding is only a test if rounding cannot change it: at every step the best token must lead the second
-# by this much. That is ten times what an F16 KV cache moves a logit. Products with Q8_0 weights round the
-# activations to 8 bits and move logits by 0.2, so there a test should look at `greedy_leads` and stop at a small one.
+# Greedy decoding is only a useful test if rounding cannot change it: at every step the best token must lead the second
+# by this much. That is ten times the error of an F16 KV cache. Products with Q8_0 weights round the activations to 8
+# bits and change logits by 0.2, so there a test should check `greedy_leads` and stop at a small one.
 MIN_GREEDY_LEAD = 0.1
-# Largest difference that the order of summation makes in any number of a golden file.
+# Largest difference in a golden file due to the order of summation.
 CPU_TOLERANCE = 1e-4
 
-# Text that tokenizers have got wrong: white space, marks, digits, joined emoji, contractions, control tokens as text.
+# Texts that are error-prone for tokenizers: white space, marks, digits, joined emoji, contractions, control tokens.
 TOKENIZER_CASES = [
     "",
     " ",
@@ -73,8 +73,8 @@ def model_goldens(arch, model: torch.nn.Module, tok: Tokenizer) -> tuple[dict, d
         tokens = tokenizer.encode(tok, text, arch.add_bos)
         greedy, leads = _greedy(model, tokens)
         where = f"{arch.name}, {text!r}"
-        assert min(leads) >= MIN_GREEDY_LEAD, f"{where}: greedy decoding hangs on {min(leads):.3f}; take another seed"
-        assert tok.token_to_id(tokenizer.EOS) not in greedy, f"{where}: ends early; take another seed"
+        assert min(leads) >= MIN_GREEDY_LEAD, f"{where}: greedy lead of only {min(leads):.3f}; use another seed"
+        assert tok.token_to_id(tokenizer.EOS) not in greedy, f"{where}: ends early; use another seed"
         prompts.append({
             "text": text,
             "tokens": tokens,
@@ -85,11 +85,11 @@ def model_goldens(arch, model: torch.nn.Module, tok: Tokenizer) -> tuple[dict, d
 
     continuations = []
     for text, continuation in CONTINUATIONS:
-        # Tokenised apart and joined, as a program must that keeps the prompt in its cache.
+        # Tokenised separately and joined, as in a program that keeps the prompt in its cache.
         tokens = tokenizer.encode(tok, text, arch.add_bos)
         continuation_tokens = tokenizer.encode(tok, continuation, add_bos=False)
         logits = torch.from_numpy(_logits(model, tokens + continuation_tokens)).double()
-        # Row i of the logits is about token i + 1.
+        # Row i of the logits predicts token i + 1.
         rows = torch.log_softmax(logits[len(tokens) - 1 : -1], dim=-1)
         logps = [row[token].item() for row, token in zip(rows, continuation_tokens)]
         continuations.append({
@@ -104,7 +104,7 @@ def model_goldens(arch, model: torch.nn.Module, tok: Tokenizer) -> tuple[dict, d
     logits_golden = head | sizes | {"prompts": prompts, "continuations": continuations}
     activations_golden = head | sizes | {
         "prompt": {"text": prompts[0]["text"], "tokens": prompts[0]["tokens"]},
-        # [n_layer][n_tokens][n_embd]: what each block leaves in the residual stream.
+        # [n_layer][n_tokens][n_embd]: the residual stream after each block.
         "residual_stream": significant(residual_stream, 7),
         # [n_layer][n_tokens][n_ff]: the input of each block's down projection.
         "neuron_activations": significant(neuron_activations, 7),
@@ -123,7 +123,7 @@ def intervention_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
         logits = interventions.logits(arch, model, tokens, edits)
         effect = float(np.abs(logits - plain).max())
         assert effect >= interventions.MIN_EFFECT, f"{arch.name}, {name}: moves no logit by more than {effect:.3f}"
-        # The last tokens alone: they have seen the edits of all before them.
+        # Only the last tokens: they depend on the edits at all earlier ones.
         last = significant(logits[-interventions.N_ROWS :], 6)
         found.append({"name": name, "edits": edits, "largest_effect": effect, "last_logits": last})
     texts = [tokenizer.encode(tok, text, arch.add_bos) for text in interventions.TEXTS]
@@ -148,18 +148,18 @@ def intervention_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
 
 
 def sentence_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
-    """Mean residual streams of texts, and mean activations of neurons while the model goes on greedily."""
+    """Mean residual streams of texts, and mean activations of neurons during greedy decoding."""
     n_layer, n_ff = arch.metadata["block_count"], arch.metadata["feed_forward_length"]
-    # The first and the last of a layer, and of every layer.
+    # Includes the first and the last neuron of a layer, and neurons of several layers.
     neurons = [[0, 0], [0, n_ff - 1], [0, 31], [n_layer // 2, 64], [n_layer - 1, 1], [n_layer - 1, n_ff - 2]]
     texts = [{"text": text, "tokens": tokenizer.encode(tok, text, arch.add_bos)} for text in SENTENCES]
     activations = []
     for text in texts:
-        # End of text is a token like any other here.
+        # Decoding does not stop at the end-of-text token.
         greedy, leads, mean = interventions.greedy_activations(arch, model, text["tokens"], neurons)
         where = f"{arch.name}, {text['text']!r}"
-        assert min(leads) >= MIN_GREEDY_LEAD, f"{where}: greedy decoding hangs on {min(leads):.3f}; take another text"
-        # At the last token of the prompt and at the first four of the greedy ones.
+        assert min(leads) >= MIN_GREEDY_LEAD, f"{where}: greedy lead of only {min(leads):.3f}; use another text"
+        # Means over the last token of the prompt and the first four greedy tokens.
         activations.append(text | {
             "greedy": greedy,
             "greedy_leads": significant(np.array(leads), 7),
@@ -171,9 +171,9 @@ def sentence_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
         "model": f"gguf/tiny/{arch.name}.gguf",
         "architecture": arch.arch,
         "texts": texts,
-        # [n_texts][n_layer + 1][n_embd], over all tokens, <s> too. No architecture differs here: place 0 is what the
-        # first block gets (gemma3's scaled embeddings, bloom's after their norm, gpt2's with positions added), the
-        # last is after the final norm, and the last block's own output is not among them.
+        # [n_texts][n_layer + 1][n_embd], means over all tokens including <s>. The same for every architecture: entry 0
+        # is the first block's input (gemma3's scaled embeddings, bloom's after their norm, gpt2's with positions
+        # added), the last entry is after the final norm, and the last block's own output is not included.
         "residual_stream_mean": [
             significant(interventions.sentence_vectors(model, text["tokens"]), 7) for text in texts],
         "neurons": neurons,
@@ -182,7 +182,7 @@ def sentence_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
 
 
 def lora_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
-    """Logits with the adapter of lora.py in the weights, alone and together with an intervention."""
+    """Logits with the adapter of lora.py in the weights, with and without an intervention."""
     last, n_ff = arch.metadata["block_count"] - 1, arch.metadata["feed_forward_length"]
     text = PROMPTS[0]
     tokens = tokenizer.encode(tok, text, arch.add_bos)
@@ -194,7 +194,7 @@ def lora_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
             adapted = _logits(model, tokens)
             logits = interventions.logits(arch, model, tokens, edits)
         effect = float(np.abs(logits - plain).max())
-        # The adapter must show, and the edits beside it.
+        # Both the adapter and the edits must have a visible effect.
         for part in [effect] + [float(np.abs(logits - adapted).max())] * bool(edits):
             assert part >= interventions.MIN_EFFECT, f"{arch.name}, {name}: moves no logit by more than {part:.3f}"
         cases.append({
@@ -204,7 +204,7 @@ def lora_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
             "largest_effect": effect,
             "logits": significant(logits, 7),
         })
-    assert np.array_equal(plain, _logits(model, tokens)), f"{arch.name}: the adapter has left something behind"
+    assert np.array_equal(plain, _logits(model, tokens)), f"{arch.name}: removing the adapter did not restore the weights"
     return {
         "generator": generator(),
         "seed": arch.seed,
@@ -219,19 +219,19 @@ def lora_golden(arch, model: torch.nn.Module, tok: Tokenizer) -> dict:
 
 
 def tokenizer_golden(tok: Tokenizer) -> dict:
-    """Token ids, without <s>, of every sentence of the corpus and of texts that are easy to get wrong."""
+    """Token ids, without <s>, of every sentence of the corpus and of the error-prone texts."""
     texts = [sentence for sentences in tokenizer.CORPUS.values() for sentence in sentences] + TOKENIZER_CASES
     return {
         "generator": generator(),
         "tokenizer": "gguf/tiny/tokenizer.json",
         "control_tokens": {token: tok.token_to_id(token) for token in tokenizer.CONTROL_TOKENS},
-        # Control tokens in the text are recognised, as llama_tokenize does with parse_special.
+        # Control tokens in the text are recognised, as in llama_tokenize with parse_special.
         "cases": [{"text": text, "tokens": tokenizer.encode(tok, text, add_bos=False)} for text in texts],
     }
 
 
 def summary(arch, golden: dict) -> str:
-    """One line on a model, to see that its logits are worth comparing."""
+    """A one-line summary, to check that a model's logits are worth comparing."""
     logits = np.array([row for prompt in golden["prompts"] for row in prompt["logits"]])
     return (
         f"{arch.name:10s} logits std {logits.std():.2f}, range {logits.min():.1f} to {logits.max():.1f}; "
@@ -242,7 +242,7 @@ def summary(arch, golden: dict) -> str:
 
 
 def generator() -> dict[str, str]:
-    """What made a golden file. Without patch level and build tags, which change no number."""
+    """The script and versions that made a golden file. Omits patch levels and build tags, which affect no number."""
     python = ".".join(platform.python_version_tuple()[:2])
     packages = ["torch", "transformers", "gguf", "tokenizers", "numpy"]
     return {"script": "scripts/make_tiny_models.py", "python": python} | {p: version(p).split("+")[0] for p in packages}
@@ -250,14 +250,14 @@ def generator() -> dict[str, str]:
 
 @torch.no_grad()
 def _logits(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
-    """[n_tokens, n_vocab]"""
+    """Logits [n_tokens, n_vocab]."""
     return model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
 
 
 def _greedy(model: torch.nn.Module, tokens: list[int]) -> tuple[list[int], list[float]]:
-    """The next N_GREEDY most probable tokens, and by how much each leads the second best.
+    """Decodes N_GREEDY tokens greedily. Returns them and each token's lead over the second best.
 
-    Without a KV cache: slower, and nothing of the cache's can be wrong.
+    Uses no KV cache: slower, but free of cache bugs.
     """
     tokens, n_prompt, leads = list(tokens), len(tokens), []
     for _ in range(N_GREEDY):
@@ -274,7 +274,7 @@ def _activations(arch, model: torch.nn.Module, tokens: list[int]) -> tuple[np.nd
     residual_stream, neuron_activations = [], []
     handles = []
     for block in model.get_submodule(arch.blocks):
-        # Some blocks return the residual stream alone, some the first of a tuple.
+        # Some blocks return the residual stream, others a tuple that starts with it.
         handles.append(block.register_forward_hook(
             lambda _module, _args, out: residual_stream.append((out[0] if isinstance(out, tuple) else out)[0].clone())))
         handles.append(block.get_submodule(arch.down).register_forward_pre_hook(
@@ -286,21 +286,21 @@ def _activations(arch, model: torch.nn.Module, tokens: list[int]) -> tuple[np.nd
 
 
 def _shortest(values: np.ndarray):
-    """Nested lists of the shortest decimals that read back as the same F32."""
+    """Nested lists of the shortest decimals that parse to the same F32."""
     if values.ndim > 1:
         return [_shortest(row) for row in values]
     return [float(str(value)) for value in values.astype(np.float32)]
 
 
 def significant(values: np.ndarray, digits: int):
-    """Nested lists, rounded to that many significant digits."""
+    """Nested lists, rounded to `digits` significant digits."""
     if values.ndim > 1:
         return [significant(row, digits) for row in values]
     return [float(f"{value:.{digits}g}") for value in values]
 
 
 def largest_difference(old: Path, new: Path) -> float:
-    """Between the numbers of two golden files; infinite if they differ in anything but fractions."""
+    """The largest difference between numbers of two golden files. Infinite if anything but a float differs."""
     return _difference(json.loads(old.read_text(encoding="utf-8")), json.loads(new.read_text(encoding="utf-8")))
 
 
@@ -315,7 +315,7 @@ def _difference(a, b) -> float:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """JSON with each list of numbers on one line, so that a difference shows as few lines."""
+    """Writes JSON with each list of numbers on one line, so that diffs stay short."""
     path.write_text(_format(content, "") + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
-"""Golden numbers of interventions: what PyTorch computes when forward hooks change the same places.
+"""Golden numbers of interventions, computed in PyTorch with forward hooks.
 
-The hooks know nothing of the Rust program: a neuron is an element of the down projection's input, a
-direction is added to what a block returns. Every edit is made at every token.
+The hooks are independent of the Rust program: a neuron is an element of the down projection's input, and a
+direction is added to a block's output. Every edit applies to every token.
 """
 
 import numpy as np
@@ -9,14 +9,14 @@ import torch
 
 TEXTS = ["The cat sleeps", "Das Wetter ist", "猫在家"]
 N_STEPS = 5
-# Rows of logits kept of each case.
+# Rows of logits kept for each case.
 N_ROWS = 4
-# An intervention that moves no logit by this much tests nothing.
+# Every intervention must move some logit by at least this much. A smaller effect would test nothing.
 MIN_EFFECT = 0.5
 
 
 def edited(values: torch.Tensor, operation: dict) -> torch.Tensor:
-    """What becomes of numbers, whatever they are."""
+    """Applies an operation to any numbers: activations or components along a direction."""
     (name, argument), = operation.items()
     match name:
         case "offset":
@@ -39,7 +39,7 @@ def along(layer: int, vector: list[float], coefficient: float = 1.0, **operation
 
 
 def cases(n_layer: int, n_ff: int, n_embd: int) -> dict[str, list[dict]]:
-    """Edits by name; neurons and directions are spread over the model by fixed arithmetic."""
+    """Edits by name. Neurons and directions are chosen all over the model by fixed arithmetic."""
     last = n_layer - 1
     random = np.random.Generator(np.random.PCG64(7))
     directions = [[round(float(x), 3) for x in random.standard_normal(n_embd)] for _ in range(3)]
@@ -55,7 +55,7 @@ def cases(n_layer: int, n_ff: int, n_embd: int) -> dict[str, list[dict]]:
         "direction_offset": [along(last, directions[0], offset=-1.0)],
         "direction_offset_layer_0": [along(0, directions[1], 0.5, offset=2.0)],
         "project": [along(0, directions[0], assign=0.0), along(last, directions[2], assign=0.0)],
-        # The order matters: an offset is clamped and then scaled, a component clamped and then moved.
+        # The order matters: offset, then clamp, then scale the neuron; clamp the component, then offset.
         "mixed": [
             neuron(last, 11, offset=5.0),
             neuron(last, 11, clamp={"min": -1.0, "max": 2.0}),
@@ -69,7 +69,7 @@ def cases(n_layer: int, n_ff: int, n_embd: int) -> dict[str, list[dict]]:
 
 @torch.no_grad()
 def logits(arch, model: torch.nn.Module, tokens: list[int], edits: list[dict]) -> np.ndarray:
-    """[n_tokens, n_vocab], with hooks for the edits."""
+    """Logits [n_tokens, n_vocab], with hooks that apply the edits."""
     handles = []
     for il, block in enumerate(model.get_submodule(arch.blocks)):
         of_neurons = [e for e in edits if e["layer"] == il and "neuron" in e]
@@ -89,7 +89,7 @@ def logits(arch, model: torch.nn.Module, tokens: list[int], edits: list[dict]) -
 
 
 def change_neurons(activations: torch.Tensor, edits: list[dict]) -> torch.Tensor:
-    """[..., n_ff]"""
+    """Applies edits to neuron activations [..., n_ff]."""
     activations = activations.clone()
     for edit in edits:
         a = activations[..., edit["neuron"]]
@@ -98,7 +98,7 @@ def change_neurons(activations: torch.Tensor, edits: list[dict]) -> torch.Tensor
 
 
 def change_output(stream: torch.Tensor, edits: list[dict]) -> torch.Tensor:
-    """[..., n_embd]"""
+    """Applies edits to the residual stream [..., n_embd]."""
     for edit in edits:
         vector = torch.tensor(edit["direction"])
         if "offset" in edit["operation"]:
@@ -113,16 +113,16 @@ def change_output(stream: torch.Tensor, edits: list[dict]) -> torch.Tensor:
 
 @torch.no_grad()
 def sentence_vectors(model: torch.nn.Module, tokens: list[int]) -> np.ndarray:
-    """[n_layer + 1, n_embd]: means over tokens of the embeddings as the first block gets them, of the residual
-    stream after each block but the last, and of that after the final norm."""
+    """Means over tokens [n_layer + 1, n_embd]: of the first block's input, of the residual stream after each block
+    except the last, and of the output of the final norm."""
     states = model(torch.tensor([tokens]), use_cache=False, output_hidden_states=True).hidden_states
     return torch.stack([state[0].mean(dim=0) for state in states]).float().numpy()
 
 
 @torch.no_grad()
 def greedy_activations(arch, model: torch.nn.Module, tokens: list[int], neurons: list[list[int]]):
-    """Greedy tokens, by how much each leads, and the mean activation of each neuron at the last position of each
-    of N_STEPS steps."""
+    """Decodes N_STEPS tokens greedily. Returns the tokens, each token's lead over the second best, and each neuron's
+    mean activation at the last position of each step."""
     tokens, n_prompt, leads, sums = list(tokens), len(tokens), [], np.zeros(len(neurons))
     for _ in range(N_STEPS):
         seen = {}

@@ -1,4 +1,4 @@
-"""LoRA adapters: low-rank changes of a few matrices, as GGUF and in the PyTorch model."""
+"""LoRA adapters on a few matrices, as GGUF and in the PyTorch model."""
 
 import zlib
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 RANK = 4
-# A matrix W becomes W + scale * ALPHA / RANK * B A. Twice the rank, so that leaving the factor out shows.
+# A matrix W becomes W + scale * ALPHA / RANK * B A. ALPHA is twice the rank, so that a test notices a missing factor.
 ALPHA = 8.0
-# With A of unit gain this makes the change about as large as the matrix at scale 1.
+# With unit gain of A, the change at scale 1 is about as large as the matrix itself.
 B_STD = 0.2
 
 
 def factors(arch, model: torch.nn.Module) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By the name of the base tensor: A [rank, n_in] and B [n_out, rank], drawn like weights.fill() does."""
+    """A [rank, n_in] and B [n_out, rank] by base tensor name, drawn as in weights.fill()."""
     result = {}
     for name, param in _matrices(arch, model).items():
         n_out, n_in = reversed(param.shape) if arch.transposed_matrices else param.shape
@@ -49,7 +49,7 @@ def write(path: Path, arch, model: torch.nn.Module) -> None:
 
 @contextmanager
 def applied(arch, model: torch.nn.Module, scale: float) -> Iterator[None]:
-    """The model with the adapter in its weights; afterwards they are what they were, to the bit."""
+    """Adds the adapter to the model's weights within a `with` block. Restores them exactly afterwards."""
     matrices = _matrices(arch, model)
     before = {name: param.detach().clone() for name, param in matrices.items()}
     with torch.no_grad():
@@ -66,7 +66,7 @@ def applied(arch, model: torch.nn.Module, scale: float) -> Iterator[None]:
 
 
 def _matrices(arch, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """GGUF name -> parameter. None of these matrices is reordered on its way into the file."""
+    """GGUF name -> parameter. None of these matrices is reordered in the file."""
     return {
         f"blk.{il}.{name}.weight": block.get_submodule(module).weight
         for il, block in enumerate(model.get_submodule(arch.blocks))

@@ -1,4 +1,4 @@
-"""DPO's numbers from log-probs: losses as TRL 0.25.1 defines them, and rewards."""
+"""DPO losses and rewards from log-probs. The losses are defined as in TRL 0.25.1."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ FORMULAS = {
 
 def losses(policy: tuple[torch.Tensor, torch.Tensor], reference: tuple[torch.Tensor, torch.Tensor], beta: float,
            lengths: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each [n_pairs], from (chosen, rejected) log-probs, each [n_pairs]."""
+    """Losses by name, each [n_pairs], from (chosen, rejected) log-probs, each [n_pairs]."""
     h = (policy[0] - policy[1]) - (reference[0] - reference[1])
     h_mean = (policy[0] - reference[0]) / lengths[0] - (policy[1] - reference[1]) / lengths[1]
     return {
@@ -31,5 +31,5 @@ def losses(policy: tuple[torch.Tensor, torch.Tensor], reference: tuple[torch.Ten
 
 def rewards(policy: tuple[torch.Tensor, torch.Tensor], reference: tuple[torch.Tensor, torch.Tensor],
             beta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of chosen and rejected."""
+    """Rewards of the chosen and the rejected answers, each [n_pairs]."""
     return beta * (policy[0] - reference[0]), beta * (policy[1] - reference[1])

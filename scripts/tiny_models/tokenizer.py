@@ -3,13 +3,13 @@
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 # 4 control tokens + 256 bytes + 124 merges. A multiple of 32, so that every matrix of the models can be
-# quantised; small, so that golden logits stay readable.
+# quantised, and small, so that golden logits stay readable.
 N_VOCAB = 384
 
 UNK, BOS, EOS, PAD = "<unk>", "<s>", "</s>", "<pad>"
 CONTROL_TOKENS = [UNK, BOS, EOS, PAD]  # their ids are 0, 1, 2, 3
 
-# Sentences written for this file. Words repeat on purpose: a merge needs a pair that occurs twice.
+# Sentences written for this file. Words repeat on purpose, because a merge needs a pair that occurs twice.
 CORPUS = {
     "ar": ["الطقس جميل اليوم في المدينة.", "القطة تنام في البيت.", "نحب الشاي في الصباح."],
     "cs": ["Dnes je ve městě hezké počasí.", "Kočka spí doma.", "Ráno máme rádi čaj."],
@@ -35,9 +35,9 @@ CORPUS = {
 
 
 def train() -> Tokenizer:
-    """The tokenizer that every tiny model shares. Its post-processor adds <s> when asked for special tokens."""
+    """The tokenizer that all tiny models share. Its post-processor adds <s> if special tokens are requested."""
     tok = Tokenizer(models.BPE())
-    # ByteLevel splits by GPT-2's regular expression; llama.cpp calls the same one "gpt-2".
+    # ByteLevel splits by GPT-2's regular expression, which llama.cpp calls "gpt-2".
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -57,10 +57,10 @@ def train() -> Tokenizer:
 
 
 def to_json(tok: Tokenizer) -> str:
-    """The Hugging Face form, `tokenizer.json`."""
+    """The tokenizer in Hugging Face's format, `tokenizer.json`."""
     return tok.to_str(pretty=True) + "\n"
 
 
 def encode(tok: Tokenizer, text: str, add_bos: bool) -> list[int]:
-    """Token ids of `text`, with <s> before them if `add_bos`."""
+    """Token ids of `text`, preceded by <s> if `add_bos`."""
     return tok.encode(text, add_special_tokens=add_bos).ids

@@ -1,8 +1,8 @@
-"""Golden numbers of preference tuning: one DPO step's numbers and gradients, by PyTorch's autograd in float64.
+"""Golden numbers of one DPO step: losses and gradients, by PyTorch's autograd in float64.
 
-Each answer is its own forward pass over prompt + answer: no padding, no packing, no cache, no shared prompt, so
-that nothing clever of the program under test can be wrong here too. Everything is computed in float32 as well;
-the difference says which tolerance the order of summation and the roundings of float32 ask for.
+Each answer is a separate forward pass over prompt + answer. Padding, packing, caching and shared prompts are avoided,
+so that an error in such an optimisation of the tested program cannot also occur here. Everything is computed in
+float32 too; the difference is the tolerance needed for float32's rounding and order of summation.
 """
 
 import zlib
@@ -17,26 +17,26 @@ from .gguf_order import GgufModel, Tensors
 BETA = 0.1
 RANK = 4
 ALPHA = 8.0
-# With alpha / rank = 2 and A of unit gain, a change of a tenth to a fifth of the matrix's own size.
+# With alpha / rank = 2 and unit gain of A, the adapter changes a matrix by a tenth to a fifth of its size.
 B_STD = 0.05
 # (prompt, chosen, rejected, answers end with </s>)
 PAIRS = [
     ("The cat sleeps", " in the house.", " on the warm roof, and we like the tea in the morning.", True),
-    # Cut to a prompt of one token: <s> where the model wants it. The answers begin with the same tokens.
+    # The prompt is cut to one token, which is <s> if the model expects it. The answers begin with the same tokens.
     ("Das", " Wetter ist heute schön.", " Wetter ist vandaag mooi in de stad.", False),
     # The chosen answer is cut to one token.
     ("Il gatto dorme", " nella", " casa, e il tè è buono", False),
     ("오늘 도시의 날씨가 좋습니다. Сегодня", " в городе хорошая погода.", " 猫在家里睡觉。", True),
 ]
-# For `full` and `vector`: the reference's log-probs are the base's own plus these, as if it had moved away.
+# For `full` and `vector`: offsets added to the base's log-probs to get the reference's, so that the two differ.
 CHOSEN_OFFSETS = [-1.5, 0.7, 2.0, -0.25]
 REJECTED_OFFSETS = [1.0, -2.0, 0.5, 4.0]
-# Central difference along a random direction against the gradient along it: both in float64.
+# Tolerance of the gradient along a random direction against the central difference, both in float64.
 MAX_FINITE_DIFFERENCE = 1e-6
 
 
 def pairs(arch, tok: Tokenizer) -> list[dict]:
-    """The texts of PAIRS as token ids; prompt and answers are tokenised apart and joined."""
+    """The texts of PAIRS as token ids. Prompt and answers are tokenised separately and joined."""
     result = []
     for i, (prompt, chosen, rejected, ends) in enumerate(PAIRS):
         end = [tok.token_to_id(tokenizer.EOS)] * ends
@@ -60,11 +60,11 @@ def linears(base: dict[str, np.ndarray]) -> list[str]:
 
 
 def adapter(arch, base: dict[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
-    """`{name}.lora_a` and `{name}.lora_b`, random and not zero, as the adapter GGUF holds them (slowest axis first)."""
+    """`{name}.lora_a` and `{name}.lora_b`: random, not zero, shaped as in the adapter GGUF (slowest axis first)."""
     result = {}
     for name in names:
         n_out, n_in = base[name].shape
-        if name == "token_embd.weight":  # a row of A is a token's: its embedding gains B a[t]
+        if name == "token_embd.weight":  # row t of A belongs to token t, whose embedding gains B a[t]
             shapes = {"lora_a": ((n_out, RANK), 1.0), "lora_b": ((n_in, RANK), 0.1 * arch.embd_std)}
         else:
             shapes = {"lora_a": ((RANK, n_in), n_in**-0.5), "lora_b": ((n_out, RANK), B_STD)}
@@ -89,14 +89,14 @@ def logps(model: GgufModel, tensors: Tensors, some_pairs: list[dict],
     """Summed log-probs of the chosen and of the rejected answers, each [n_pairs]."""
     def of(prompt: list[int], answer: list[int]) -> torch.Tensor:
         logits = model.forward(tensors, prompt + answer, directions)
-        # Row i of the logits is about token i + 1.
+        # Row i of the logits predicts token i + 1.
         rows = torch.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
         return rows.gather(1, torch.tensor(answer)[:, None]).sum()
     return tuple(torch.stack([of(pair["prompt"], pair[side]) for pair in some_pairs]) for side in ("chosen", "rejected"))
 
 
 def lengths(some_pairs: list[dict], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens of the answers, each [n_pairs]."""
+    """Token counts of the chosen and the rejected answers, each [n_pairs]."""
     return tuple(torch.tensor([len(pair[side]) for pair in some_pairs], dtype=dtype) for side in ("chosen", "rejected"))
 
 
@@ -192,8 +192,8 @@ class Run:
             "margins": chosen - rejected,
             "losses": by_pair,
             "loss": {name: value.mean() for name, value in by_pair.items()},
-            # Of the mean loss, by the log-prob of each chosen answer; by the rejected ones it is minus this, for
-            # every loss but ipo_mean.
+            # Derivatives of the mean loss by the log-prob of each chosen answer. Those by the rejected answers are the
+            # negatives, except for ipo_mean.
             "slopes": {},
         }
         for name in by_pair:
@@ -207,7 +207,7 @@ class Run:
 
 
 def _check_slope(group: str, leaves: Tensors, gradients: Tensors, loss) -> None:
-    """The gradient along a random direction is the loss's central difference along it."""
+    """Checks the gradient along a random direction against the loss's central difference."""
     random = np.random.default_rng(0)
     directions = {name: torch.from_numpy(random.standard_normal(tuple(leaf.shape))) * (leaf.std(correction=0) + 0.01)
                   for name, leaf in leaves.items()}
@@ -221,7 +221,7 @@ def _check_slope(group: str, leaves: Tensors, gradients: Tensors, loss) -> None:
 
 
 def make(arch, tok: Tokenizer, base: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
-    """The golden's scalars and its tensors, from float64, with what float32 differs by."""
+    """The golden's scalars and tensors in float64, and the differences of float32."""
     runs = {}
     for dtype in (torch.float64, torch.float32):
         with gguf_order.precision(dtype):
@@ -251,8 +251,8 @@ def make(arch, tok: Tokenizer, base: dict[str, np.ndarray]) -> tuple[dict, dict[
 
 
 def _differences(exact: Run, rounded: Run) -> dict:
-    """By quantity, the largest: of log-probs absolute, of losses over 1 relative, of a tensor relative to its largest
-    value."""
+    """The largest difference of each quantity: absolute for log-probs, relative for losses above 1, and relative to the
+    largest value for tensors."""
     result = {"logps": float(max((a - b).abs().max() for a, b in zip(exact.base_logps, rounded.base_logps)))}
     for group, scalars in exact.scalars.items():
         pairs_of = lambda key: (scalars[key], rounded.scalars[group][key])
@@ -270,7 +270,7 @@ def _differences(exact: Run, rounded: Run) -> dict:
 
 
 def _numbers(value):
-    """Torch numbers as JSON's, to 12 digits of float64."""
+    """Converts torch numbers for JSON, with 12 significant digits."""
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
     return golden.significant(np.atleast_1d(value.numpy()), 12) if value.ndim else float(f"{value.item():.12g}")

@@ -1,18 +1,18 @@
-"""Ten steps of TRL's own DPOTrainer with PEFT on a tiny model, and the same steps over again in float64.
+"""Ten steps of TRL's own DPOTrainer with PEFT on a tiny model, and the same steps again in float64.
 
-TRL runs as a user would run it, in float32, with padding; what it trained on is taken from the batches it made. The
-second run knows nothing of TRL: it takes the token ids, the first adapter and the settings, and follows the recipe
-by hand on the GGUF's tensors. That both arrive at the same numbers says that the recipe below is what TRL does, and
-their difference is what a third program may differ by.
+TRL runs as a user would run it, in float32 with padding. The token ids are taken from the batches it makes. The second
+run does not use TRL: it takes the token ids, the initial adapter and the settings, and follows the recipe by hand on
+the GGUF's tensors. If both give the same numbers, the recipe below is what TRL does; their difference is the
+tolerance for a third program.
 
-What TRL 0.25.1 does with it:
-- Prompt and answers are tokenised apart, without <s> (here the text of a prompt begins with <s> where the model wants
-  it), and </s> is appended to each answer.
-- The loss is the mean over the pairs of a batch of -log sigmoid(beta h), h from log-probs summed over an answer.
-- The gradient norm that it logs is that of all adapter tensors together, before clipping; clipping multiplies by
-  max_grad_norm / (norm + 1e-6) where that is under 1.
+What TRL 0.25.1 does:
+- It tokenises prompt and answers separately, without <s>, and appends </s> to each answer. (Here the text of a prompt
+  begins with <s> if the model expects it.)
+- The loss is the mean over the pairs of a batch of -log sigmoid(beta h), with h from log-probs summed over an answer.
+- The logged gradient norm covers all adapter tensors together, before clipping. Clipping multiplies by
+  max_grad_norm / (norm + 1e-6) if that is below 1.
 - RMSprop is torch's: v = 0.99 v + 0.01 g^2 from v = 0, then w -= learning_rate * g / (sqrt(v) + 1e-8). No momentum.
-- Warm-up: step i of 0, 1, … trains at learning_rate * min(1, i / warmup_steps), so the first step changes nothing.
+- Warm-up: step i (from 0) trains at learning_rate * min(1, i / warmup_steps), so the first step changes nothing.
 """
 
 import tempfile
@@ -27,16 +27,17 @@ from .gguf_order import GgufModel
 STEPS, BATCH = 10, 2
 LEARNING_RATE, WARMUP_STEPS = 1e-3, 3
 RMSPROP = {"alpha": 0.99, "eps": 1e-8}
-# By model; where none is named, the paper's 10. These clip some steps and not others: RMSprop forgives a factor that
-# all steps share.
+# By model; the default is the paper's 10. These values clip only some of the steps, because RMSprop would cancel a
+# factor that all steps share.
 MAX_GRAD_NORM = {"gemma3": 4.0, "bloom": 3.0}
-# Answers of the first are chosen and of the second rejected, so that there is something to learn in ten steps.
+# Answers in the first group of languages are chosen, in the second rejected: a difference that ten steps can learn.
 CHOSEN_LANGUAGES = ["en", "de", "es", "fr", "id", "it", "nl"]
 REJECTED_LANGUAGES = ["pl", "cs", "ru"]
 
 
 def texts(arch) -> list[dict]:
-    """Two words of a sentence; the rest of it is chosen, that of a sentence in another language rejected."""
+    """Pairs of texts. The prompt is the first two words of a sentence, chosen is its rest, and rejected is the rest of
+    a sentence in another language."""
     bos = tokenizer.BOS if arch.add_bos else ""
     rows = []
     for i, language in enumerate(CHOSEN_LANGUAGES):
@@ -54,7 +55,7 @@ def _halves(sentence: str) -> tuple[str, str]:
 
 def make(arch, tok: Tokenizer, base: dict[str, np.ndarray]) -> tuple[dict, dict[str, np.ndarray]]:
     """The golden's `trl` group and its tensors `trl_init/…` (A; B is zero) and `trl_final/…`."""
-    model = GgufModel(arch, tok, base, torch.float32)  # for the names and orders alone
+    model = GgufModel(arch, tok, base, torch.float32)  # only for names and orders
     max_grad_norm = MAX_GRAD_NORM.get(arch.name, 10.0)
     start = {name: value for name, value in train_golden.adapter(arch, base, train_golden.linears(base)).items()
              if name.endswith(".lora_a")}
@@ -75,7 +76,7 @@ def make(arch, tok: Tokenizer, base: dict[str, np.ndarray]) -> tuple[dict, dict[
         "beta": train_golden.BETA,
         "rank": train_golden.RANK,
         "alpha": train_golden.ALPHA,
-        # By the run in float64: the largest difference of any step or tensor, absolute.
+        # From the run in float64, with the largest absolute difference of any step or tensor.
         "float64": {"losses": [step["loss"] for step in exact_steps],
                     "grad_norms": [step["grad_norm"] for step in exact_steps],
                     "differs_by": _differences(steps, final, exact_steps, exact_final)},
@@ -86,8 +87,8 @@ def make(arch, tok: Tokenizer, base: dict[str, np.ndarray]) -> tuple[dict, dict[
 
 def _trl(arch, tok: Tokenizer, model: GgufModel, start: dict[str, np.ndarray],
          max_grad_norm: float) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """Each step's batch and numbers, and the last adapter in GGUF order."""
-    # Imported here: it takes long, and the other goldens do without.
+    """Runs TRL. Returns each step's batch and numbers, and the final adapter in GGUF order."""
+    # Imported here, because the import is slow and the other goldens do not need it.
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
     from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
@@ -97,7 +98,7 @@ def _trl(arch, tok: Tokenizer, model: GgufModel, start: dict[str, np.ndarray],
     steps = []
 
     class Recorded(DPOTrainer):
-        """Takes notes of what the trainer hands on, and changes none of it."""
+        """Records the trainer's intermediate values without changing them."""
 
         def dpo_loss(self, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *args, **kwargs):
             steps[-1] |= {
@@ -119,7 +120,7 @@ def _trl(arch, tok: Tokenizer, model: GgufModel, start: dict[str, np.ndarray],
             return loss, metrics
 
     class LearningRate(TrainerCallback):
-        """The rate of the step itself; the trainer's log is made where the scheduler may have moved on."""
+        """Records the learning rate that a step uses. The trainer's log may already show the next one."""
 
         def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
             steps[-1]["learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -141,7 +142,7 @@ def _trl(arch, tok: Tokenizer, model: GgufModel, start: dict[str, np.ndarray],
             target_modules=sorted({model.module(name).rpartition(".")[2] for name in train_golden.linears(model.base)}))
         trainer = Recorded(model=hf_model, args=args, train_dataset=Dataset.from_list(texts(arch)),
                            processing_class=fast, peft_config=lora, callbacks=[LearningRate()])
-        trainer.remove_callback(PrinterCallback)  # its log is kept in `trainer.state` too
+        trainer.remove_callback(PrinterCallback)  # the log is also in `trainer.state`
         adapters = {name: trainer.model.get_submodule(f"base_model.model.{model.module(name)}")
                     for name in train_golden.linears(model.base)}
         n_trained = sum(param.requires_grad for param in trainer.model.parameters())
@@ -158,7 +159,7 @@ def _trl(arch, tok: Tokenizer, model: GgufModel, start: dict[str, np.ndarray],
     final = {}
     for name, module in adapters.items():
         final[f"{name}.lora_a"] = module.lora_A["default"].weight.detach().numpy()
-        # A row of B is an output, and outputs have the file's order; no input of these matrices is reordered.
+        # Rows of B are outputs: put them into the file's order. No input of these matrices is reordered.
         final[f"{name}.lora_b"] = module.lora_B["default"].weight.detach().numpy()[model.rows(name)]
     return steps, final
 
@@ -195,8 +196,8 @@ def _differences(steps, final, exact_steps, exact_final) -> dict[str, float]:
     result = {key: max(abs(a[key] - b[key]) for a, b in zip(steps, exact_steps))
               for key in ("loss", "grad_norm", "learning_rate")}
     by_tensor = [np.abs(final[name] - exact_final[name]) for name in final]
-    # RMSprop divides each gradient by its own size, so that one that is all rounding moves as far as any other:
-    # a few elements may differ by much more than most.
+    # RMSprop divides each gradient by its own size, so an element whose gradient is only rounding error moves as far as
+    # any other. A few elements may therefore differ by much more than most.
     result["final_largest"] = float(max(values.max() for values in by_tensor))
     result["final_mean"] = float(np.concatenate([values.flatten() for values in by_tensor]).mean())
     return {name: float(f"{value:.2g}") for name, value in result.items()}

@@ -1,4 +1,4 @@
-"""Seeded weights: every value of a model is drawn from (seed of the architecture, parameter name)."""
+"""Seeded weights: every value depends only on the architecture's seed and the parameter's name."""
 
 import zlib
 
@@ -17,9 +17,9 @@ RESIDUAL_WRITERS = tuple(f"{module}.weight" for module in (
 def fill(model: torch.nn.Module, arch) -> None:
     """Overwrite every parameter of `model`.
 
-    One stream for each parameter: a layer added or a name changed leaves the other values alone.
-    numpy draws them and not torch, because torch's normal generator gives other bits under another
-    vector instruction set, and the GGUF files are to be the same everywhere.
+    Each parameter has its own random stream, so adding a layer or renaming one does not change the others.
+    The numbers come from numpy, because torch's normal generator gives different bits with different
+    vector instruction sets, and the GGUF files must be the same everywhere.
     """
     # named_parameters() lists a tied embedding once, under its embedding's name.
     for name, param in model.named_parameters():
@@ -27,7 +27,7 @@ def fill(model: torch.nn.Module, arch) -> None:
         value = rng.standard_normal(tuple(param.shape), dtype=np.float32)
         value = (value * np.float32(_std(arch, name, param)) + np.float32(_mean(arch, name, param))).astype(np.float32)
         if arch.quantization is not None and value.ndim == 2:
-            # The goldens of a quantised model are those of the values its file holds.
+            # A quantised model's goldens are computed from the dequantised values of its file.
             value = gguf.dequantize(gguf.quantize(value, arch.quantization), arch.quantization)
         with torch.no_grad():
             param.copy_(torch.from_numpy(value))
@@ -44,11 +44,11 @@ def _mean(arch, name: str, param: torch.Tensor) -> float:
 
 def _std(arch, name: str, param: torch.Tensor) -> float:
     if param.ndim == 1:
-        return 0.1  # norm gains and biases, spread so that exchanging two of them shows
+        return 0.1  # norm gains and biases, spread so that a test notices if two of them are swapped
     if any(part in name for part in EMBEDDINGS):
         return arch.embd_std
     # GPT-2's Conv1D keeps [n_in, n_out]; Linear keeps [n_out, n_in].
     n_in = param.shape[0 if arch.transposed_matrices else 1]
-    # Unit variance in, variance gain^2 out: activations of ordinary size, which F16 holds well.
+    # Unit variance in, variance gain^2 out: this keeps activations at a size that F16 represents well.
     gain = arch.residual_gain if name.endswith(RESIDUAL_WRITERS) else 1.0
     return gain / n_in**0.5
