@@ -1,5 +1,7 @@
-//! Records the git revision for `--version` and `run.json`; with the feature `cuda`, compiles `vendor/cuda` with nvcc and
-//! makes its bindings, and with `cuda-emulation` the same for a CPU.
+//! Records the git revision for `--version` and `run.json`, and builds `vendor/cuda`.
+//!
+//! The feature `cuda` compiles `vendor/cuda` with nvcc and generates its bindings. The feature `cuda-emulation` does the
+//! same for a CPU.
 
 use std::path::Path;
 use std::process::Command;
@@ -10,7 +12,7 @@ mod toolkit;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    // Every commit and checkout writes a line there; a source archive has none.
+    // Every commit and checkout appends to this file. A source archive does not have it.
     let log = Path::new(".git/logs/HEAD");
     if log.exists() {
         println!("cargo:rerun-if-changed={}", log.display());
@@ -31,7 +33,7 @@ fn git(arguments: &[&str]) -> Option<String> {
     (output.status.success() && !text.trim().is_empty()).then(|| text.trim().to_owned())
 }
 
-/// The extension for training on NVIDIA GPUs.
+/// Builds the extension for training on NVIDIA GPUs.
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 mod cuda {
     use std::path::{Path, PathBuf};
@@ -40,15 +42,15 @@ mod cuda {
 
     const FOLDER: &str = "vendor/cuda";
 
-    /// cuBLASLt's products, in place of which the emulation has its own.
-    const BY_CUBLAS: &str = "multiply.cu";
+    /// The products with cuBLASLt. The emulation uses its own implementation instead.
+    const CUBLAS_SOURCE: &str = "multiply.cu";
 
     pub fn build() {
         println!("cargo:rerun-if-changed={FOLDER}");
         let emulates = cfg!(feature = "cuda-emulation");
         assert!(
             !(emulates && cfg!(feature = "cuda")),
-            "the features cuda and cuda-emulation exclude each other: the latter is for tests without a GPU"
+            "the features cuda and cuda-emulation exclude each other: cuda-emulation is for tests without a GPU"
         );
         bindings(emulates);
         if emulates { emulation() } else { nvidia() }
@@ -72,7 +74,7 @@ mod cuda {
         bindings.write_to_file(out_dir().join("cuda_ops.rs")).expect("OUT_DIR can be written");
     }
 
-    /// The files of `folder` that end with `extension`, in the order of their names.
+    /// The files in `folder` with this extension, sorted by name.
     fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
         let entries =
             std::fs::read_dir(folder).unwrap_or_else(|error| panic!("cannot read {folder}: {error}"));
@@ -83,9 +85,9 @@ mod cuda {
         files
     }
 
-    /// The same sources as C++, with CUDA's execution model on a CPU. Without sums in other orders or widths than written.
+    /// Compiles the same sources as C++ for the emulated GPU. FMA contraction is off, so that sums round as written.
     fn emulation() {
-        let kernels = files(FOLDER, "cu").into_iter().filter(|path| !path.ends_with(BY_CUBLAS));
+        let kernels = files(FOLDER, "cu").into_iter().filter(|path| !path.ends_with(CUBLAS_SOURCE));
         let mut build = cc::Build::new();
         build.cpp(true).std("c++17").opt_level(2).define("DETOX_CUDA_EMULATION", None);
         build.flag("-x").flag("c++").flag("-ffp-contract=off").flag_if_supported("-Wno-unused-parameter");
@@ -102,18 +104,18 @@ mod cuda {
             println!("cargo:rerun-if-env-changed={name}");
         }
         let Some(nvcc) = find_nvcc() else {
-            println!("cargo:warning=the feature cuda needs NVIDIA's compiler nvcc, and there is none");
+            println!("cargo:warning=the feature cuda needs NVIDIA's compiler nvcc, which was not found");
             eprintln!(
-                "error: the feature cuda needs NVIDIA's compiler nvcc, and there is none in $CUDA_HOME, $CUDA_PATH, on \
-                 PATH, in /usr/local/cuda or in Python's site-packages\n\
+                "error: the feature cuda needs NVIDIA's compiler nvcc; it was not found in $CUDA_HOME, $CUDA_PATH, PATH, \
+                 /usr/local/cuda or Python's site-packages\n\
                  hint: install the CUDA toolkit, or without root: pip install nvidia-cuda-nvcc nvidia-cuda-crt \
                  nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cublas\n\
-                 hint: or build without --features cuda: training then runs on the CPU"
+                 hint: or build without --features cuda; training then runs on the CPU"
             );
             std::process::exit(1);
         };
         let target = std::env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets it for build scripts");
-        // SAFETY: this program has one thread so far; cc reads the variable, and knows no other way.
+        // SAFETY: this build script has only one thread so far. cc offers no way but this variable to choose nvcc.
         unsafe { std::env::set_var("NVCC", &nvcc) };
         let mut build = cc::Build::new();
         build.cuda(true).cudart("static").std("c++17").opt_level(3).warnings(false);
@@ -129,7 +131,7 @@ mod cuda {
         }
     }
 
-    /// Tells the linker where the libraries are, and the program too; gives the name of cuBLASLt's.
+    /// Passes the library folders to the linker, as search paths and as rpath. Returns the name of the cuBLASLt library.
     fn link_folders(nvcc: &Path, target: &str) -> String {
         let (folders, cublas) = toolkit::libraries(nvcc, target);
         for folder in &folders {
@@ -138,7 +140,7 @@ mod cuda {
         }
         cublas.unwrap_or_else(|| {
             eprintln!(
-                "error: the toolkit of {} has no libcublasLt.so\nhint: install cuBLAS (of PyPI: nvidia-cublas, of Debian: \
+                "error: the toolkit of {} has no libcublasLt.so\nhint: install cuBLAS (PyPI: nvidia-cublas, Debian: \
                  libcublaslt12)",
                 nvcc.display()
             );
@@ -146,8 +148,8 @@ mod cuda {
         })
     }
 
-    /// For `DETOX_CUDA_ARCH`, such as `89` or `80,90`: code for each, and for the last of them what later GPUs compile
-    /// for themselves.
+    /// nvcc's flags for `DETOX_CUDA_ARCH`, such as `89` or `80,90`: machine code for each architecture, and PTX for the
+    /// last, which newer GPUs compile at run time.
     fn architectures() -> Vec<String> {
         let asked = std::env::var("DETOX_CUDA_ARCH").unwrap_or_default();
         let asked = if asked.is_empty() { "80,86,89,90".to_owned() } else { asked };
@@ -155,8 +157,8 @@ mod cuda {
         let is_number = |arch: &&str| !arch.is_empty() && arch.bytes().all(|b| b.is_ascii_digit());
         if !all.iter().all(|arch| is_number(arch) && arch.parse::<u32>().is_ok_and(|n| n >= 80)) {
             eprintln!(
-                "error: DETOX_CUDA_ARCH: expected compute capabilities without their points, from 80 up, such as 89 or \
-                 80,90; found {asked:?}"
+                "error: DETOX_CUDA_ARCH: expected compute capabilities without the dot, from 80 up, such as 89 or 80,90; \
+                 found {asked:?}"
             );
             std::process::exit(1);
         }
@@ -175,11 +177,11 @@ mod cuda {
         folders.extend(std::env::var_os("PATH").iter().flat_map(std::env::split_paths));
         folders.push("/usr/local/cuda/bin".into());
         let found = folders.into_iter().map(|folder| folder.join("nvcc")).find(|nvcc| nvcc.is_file());
-        found.map(|nvcc| nvcc.canonicalize().unwrap_or(nvcc)).or_else(nvcc_of_python)
+        found.map(|nvcc| nvcc.canonicalize().unwrap_or(nvcc)).or_else(python_nvcc)
     }
 
-    /// That of NVIDIA's packages, in the site-packages of the Python that is found first.
-    fn nvcc_of_python() -> Option<PathBuf> {
+    /// Finds the nvcc of NVIDIA's PyPI packages, in the site-packages of the default Python.
+    fn python_nvcc() -> Option<PathBuf> {
         const LIST: &str = "import sys, site\nprint('\\n'.join(sys.path + site.getsitepackages() + [site.getusersitepackages()]))";
         let output = std::process::Command::new("python3").args(["-c", LIST]).output().ok()?;
         let text = String::from_utf8(output.stdout).ok()?;

@@ -1,7 +1,11 @@
 /*
- * Asks the callback, at a coefficient of 0, about each node of a graph such as llama.cpp's, again and again, and prints how
- * long it took for one at best, in nanoseconds: ask MODEL STEER ROUNDS. Instructions are counted from outside, with
- * `valgrind --tool=cachegrind --cache-sim=no`, as the difference between two numbers of rounds.
+ * Measures the callback's overhead when steering is off (coefficient 0):
+ *
+ *     ask MODEL STEER ROUNDS
+ *
+ * Asks the callback about every node of a graph like llama.cpp's, ROUNDS times, and prints the best time per node in
+ * nanoseconds. To count instructions, run it under `valgrind --tool=cachegrind --cache-sim=no` with two numbers of rounds
+ * and take the difference.
  */
 #define _POSIX_C_SOURCE 200809L
 #include "fake_host.h"

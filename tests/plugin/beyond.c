@@ -1,4 +1,4 @@
-/* Where told to, says that an array is longer than it is: with a sanitizer in the library, it ends there with a report. */
+/* With a third argument, passes a length beyond the end of an array. A sanitized library must then abort with a report. */
 #include "fake_host.h"
 
 #include <stdio.h>

@@ -1,4 +1,4 @@
-/* A host without llama.cpp: tensors of its own, whose graph the tests make up. */
+/* A fake host without llama.cpp. It has its own tensors; the tests make up the graphs. */
 #ifndef FAKE_HOST_H
 #define FAKE_HOST_H
 
@@ -28,7 +28,7 @@ static void fake_shape(const struct ggml_tensor *tensor, detox_shape *shape) {
     memcpy(shape->nb, tensor->nb, sizeof shape->nb);
 }
 
-/* As ggml, which ends the process where a range does not lie in the tensor. */
+/* Aborts if the range exceeds the tensor, as ggml does. */
 static void fake_get(const struct ggml_tensor *tensor, void *data, size_t offset, size_t n_bytes) {
     if (offset + n_bytes > tensor->n_bytes) abort();
     memcpy(data, (const char *) tensor->data + offset, n_bytes);
@@ -50,7 +50,7 @@ static inline detox_host_table fake_table(void) {
     return table;
 }
 
-/* A matrix of F32 over `data`, which has room for it. */
+/* An F32 matrix stored in `data`, which must be large enough. */
 static inline struct ggml_tensor fake_matrix(const char *name, float *data, int64_t width, int64_t n_rows) {
     struct ggml_tensor tensor;
     memset(&tensor, 0, sizeof tensor);
@@ -68,7 +68,7 @@ static inline struct ggml_tensor fake_matrix(const char *name, float *data, int6
     return tensor;
 }
 
-/* What llama.cpp does with a node: asks, computes, and shows it. */
+/* Handles a node as llama.cpp does: ask, compute, show the result. */
 static inline bool fake_compute(detox_callback *callback, struct ggml_tensor *tensor) {
     if (!detox_eval_callback(tensor, true, callback)) return true;
     return detox_eval_callback(tensor, false, callback);

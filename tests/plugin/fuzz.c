@@ -1,9 +1,9 @@
 /*
- * Calls the plugin's functions in an order, with numbers, handles and tensors that the fuzzer chooses. What may not
- * happen is a crash, or a finding of the address sanitizer; what a function answers is its own affair, but that it is a
- * status and leaves a message.
+ * Fuzzes the plugin. The fuzzer chooses the order of calls, the numbers, the handles and the tensors. No call may crash or
+ * trigger AddressSanitizer. A function may return any status, but a failure must leave a message.
  *
- * Paths of a model and of files to steer it by are in DETOX_FUZZ_FILES, with ':' between: MODEL:STEER:STEER:PROBE:NOTHING.
+ * DETOX_FUZZ_FILES holds the paths of a model and of files to steer it with, separated by ':':
+ * MODEL:STEER:STEER:PROBE:NOTHING.
  */
 #include "fake_host.h"
 
@@ -55,11 +55,11 @@ static void find_files(void) {
 
 static const char *next_file(void) {
     uint8_t byte = next_byte();
-    /* Mostly one that fits; NULL is files[N_FILES]. */
+    /* files[N_FILES] is NULL. */
     return files[byte % (N_FILES + 1)];
 }
 
-/* Handles that live, were freed, are of another kind, or never were. */
+/* Handles that are live, freed, of the wrong kind, or invalid. */
 static void *handles[N_HANDLES];
 
 static void *next_handle(void) {
@@ -98,7 +98,8 @@ static void compute_node(void *callback) {
     if (choice >= 250) node.type = (int32_t) next_number(4);
     if (choice >= 240 && choice < 250) node.nb[choice % 4] = (size_t) next_number(8);
     if (choice >= 230 && choice < 240) node.ne[choice % 4] = (int64_t) next_number(8);
-    /* A shape must not promise more than there is: that cannot be seen. */
+    /* The plugin cannot detect a shape that exceeds the tensor's data. Give such a tensor no data and no F32 type, so that
+     * the plugin does not read it. */
     if (choice >= 230) node.n_bytes = 0;
     if (choice >= 230 && node.type == FAKE_F32) {
         node.type = 1;
@@ -212,7 +213,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     find_files();
     input = data;
     n_input = size;
-    /* One of each to begin with: else most inputs have none to work with. */
+    /* Start with one handle of each kind. Otherwise most inputs would have no valid handle. */
     detox_steer *steer = NULL;
     detox_callback *callback = NULL;
     detox_steer_options options = DETOX_STEER_OPTIONS_INIT;

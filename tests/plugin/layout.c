@@ -1,5 +1,5 @@
-/* The layout of the header's structs on 64-bit systems: the numbers that src/plugin/c/mod.rs tests in Rust. A change of
- * any of them is a change of the interface. */
+/* Checks the layout of the header's structs on 64-bit systems. The Rust side tests the same numbers. Changing any of them
+ * changes the ABI. */
 #include "detox_gguf.h"
 
 #define SAME(type, member, at) _Static_assert(offsetof(type, member) == (at), #type "." #member)

@@ -1,5 +1,5 @@
 /*
- * Uses every function of the plugin wrongly in every way that can be seen, and rightly in between.
+ * Calls every function of the plugin with every detectable misuse, and correctly in between.
  *
  *     misuse MODEL STEER CONTROL_VECTOR PROBE NOT_A_FILE
  *
@@ -30,7 +30,7 @@ enum { WIDTH = 96, N_EMBD = 64, N_LAYER = 3, N_ROWS = 2 };
 
 static float values[WIDTH * 8];
 
-/* A graph of the tiny llama: rows of ones everywhere. Returns a neuron of layer 0 in the last row. */
+/* Computes a graph like the tiny llama's with all values 1. Returns neuron 5 of layer 0 in the last row. */
 static float compute_graph(detox_callback *callback, bool has_neurons) {
     float neuron = 0.0f;
     for (int i = 0; i < WIDTH * 8; i++) values[i] = 1.0f;
@@ -93,7 +93,7 @@ static void use_steer(const char *model, const char *file, const char *vector_fi
     vector.size = sizeof vector;
     EXPECT(detox_steer_control_vector(steer, &vector, NULL, 0) == DETOX_OK && vector.len == 0);
 
-    /* What a control vector does is for all sequences. */
+    /* A control vector steers all sequences. It cannot be switched off for one of them. */
     detox_callback *callback = NULL;
     detox_host_table table = fake_table();
     EXPECT(detox_set_coefficient(steer, 1.0f) == DETOX_OK);
@@ -137,7 +137,7 @@ static void use_callback(const char *model, const char *file, const char *probe)
     EXPECT(detox_steer_callback(steer, &table, &context, &callback) == DETOX_INVALID_ARGUMENT);
     EXPECT(callback == NULL);
 
-    /* One sequence, nothing announced. The steer may be freed first. */
+    /* One sequence, no announced batches. The steer may be freed before the callback. */
     EXPECT(detox_steer_callback(steer, &table, NULL, &callback) == DETOX_OK);
     EXPECT(compute_graph(callback, true) == 4.0f);
     EXPECT(detox_check(callback) == DETOX_OK);
@@ -153,14 +153,14 @@ static void use_callback(const char *model, const char *file, const char *probe)
     EXPECT(compute_graph(callback, true) == 4.0f);
     EXPECT(detox_check(callback) == DETOX_OK);
 
-    /* A graph without the node: told once, and then all is well again. */
+    /* A graph without the steered node: reported once, then everything works again. */
     compute_graph(callback, false);
     EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
     EXPECT(strstr(detox_last_error(), " edits were made") != NULL);
     EXPECT(detox_check(callback) == DETOX_OK);
     EXPECT(compute_graph(callback, true) == 4.0f);
     EXPECT(detox_check(callback) == DETOX_OK);
-    /* A graph of other names, and none at all. */
+    /* A graph with unknown names, and no graph at all. */
     struct ggml_tensor renamed = fake_matrix("renamed", values, WIDTH, N_ROWS);
     fake_compute(callback, &renamed);
     EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
@@ -170,18 +170,18 @@ static void use_callback(const char *model, const char *file, const char *probe)
     EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
     EXPECT(strstr(detox_last_error(), "is cb_eval set?") != NULL);
     EXPECT(detox_check(callback) == DETOX_OK);
-    /* A decode that nobody checked before the next batch was announced. */
+    /* A decode that was not checked before the next batch was announced. */
     compute_graph(callback, false);
     EXPECT(detox_batch(callback, N_ROWS, NULL, NULL, NULL) == DETOX_OK);
     EXPECT(compute_graph(callback, true) == 1.0f);
     EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
     EXPECT(strstr(detox_last_error(), " edits were made") != NULL);
-    /* A batch that llama_decode refused, and a smaller one in its place. */
+    /* A batch that llama_decode refused, followed by a smaller one. */
     EXPECT(detox_batch(callback, N_ROWS + 1, NULL, NULL, NULL) == DETOX_OK);
     EXPECT(detox_batch(callback, N_ROWS, NULL, NULL, NULL) == DETOX_OK);
     EXPECT(compute_graph(callback, true) == 4.0f);
     EXPECT(detox_check(callback) == DETOX_OK);
-    /* Extents that nothing has. */
+    /* Absurd extents. */
     struct ggml_tensor endless = fake_matrix("embd", values, N_EMBD, 1000000000000);
     fake_compute(callback, &endless);
     EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
@@ -191,13 +191,13 @@ static void use_callback(const char *model, const char *file, const char *probe)
     EXPECT(fake_compute(callback, &wide));
     EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
     EXPECT(strstr(detox_last_error(), "no room") != NULL);
-    /* A graph whose beginning is not seen. */
+    /* A graph without its first node. */
     struct ggml_tensor early = fake_matrix("ffn_swiglu-0", values, WIDTH, N_ROWS);
     EXPECT(detox_batch(callback, N_ROWS, NULL, NULL, NULL) == DETOX_OK);
     fake_compute(callback, &early);
     EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
     EXPECT(strstr(detox_last_error(), "before a micro-batch") != NULL);
-    /* A node of another form. */
+    /* Nodes of the wrong width, type and number of rows. */
     struct ggml_tensor embedding = fake_matrix("embd", values, N_EMBD, N_ROWS);
     struct ggml_tensor narrow = fake_matrix("ffn_swiglu-0", values, 3, N_ROWS);
     fake_compute(callback, &embedding);
@@ -261,7 +261,7 @@ static void use_callback(const char *model, const char *file, const char *probe)
     EXPECT(compute_graph(callback, true) == 4.0f);
     EXPECT(detox_check(callback) == DETOX_OK);
 
-    /* A gate that is set, and one that is removed, within a decode: from the next micro-batch on. */
+    /* Setting or removing a gate during a decode takes effect from the next micro-batch. */
     for (int i = 0; i < 2; i++) {
         struct ggml_tensor neurons = fake_matrix("ffn_swiglu-0", values, WIDTH, N_ROWS);
         struct ggml_tensor output = fake_matrix("l_out-1", values, N_EMBD, N_ROWS);
@@ -275,7 +275,7 @@ static void use_callback(const char *model, const char *file, const char *probe)
     EXPECT(compute_graph(callback, true) == 4.0f);
     EXPECT(detox_check(callback) == DETOX_OK);
 
-    /* Freed, and of another kind. llama.cpp goes on without it. */
+    /* Freed handles, and handles of the wrong kind. llama.cpp continues unsteered. */
     EXPECT(detox_steer_free((detox_steer *) callback) == DETOX_INVALID_HANDLE);
     EXPECT(detox_callback_free(callback) == DETOX_OK);
     EXPECT(detox_callback_free(callback) == DETOX_INVALID_HANDLE);
@@ -292,7 +292,7 @@ static void use_callback(const char *model, const char *file, const char *probe)
 
 static int n_next;
 
-/* A callback of the program's own that wants nothing. */
+/* A callback of the program's own that requests no node. */
 static bool never(struct ggml_tensor *tensor, bool ask, void *user_data) {
     (void) tensor;
     (void) user_data;
@@ -338,7 +338,7 @@ static void *evaluate(void *callback) {
     return NULL;
 }
 
-/* Sequences that differ, in contexts that tell them apart and in ones that cannot. */
+/* Steers sequences differently, in contexts that can tell sequences apart and in contexts that cannot. */
 static void use_sequences(const char *model, const char *file) {
     detox_steer *steer = NULL;
     detox_callback *callback = NULL;
@@ -354,13 +354,13 @@ static void use_sequences(const char *model, const char *file) {
     EXPECT(compute_graph(callback, true) == 4.0f);
     EXPECT(detox_set_sequence(callback, 0, false) == DETOX_OK);
     EXPECT(detox_batch(callback, N_ROWS, sequences, NULL, NULL) == DETOX_OK);
-    /* The last row is sequence 0's. */
+    /* The last row belongs to sequence 0. */
     EXPECT(compute_graph(callback, true) == 1.0f);
     EXPECT(detox_check(callback) == DETOX_OK);
     compute_graph(callback, true);
     EXPECT(detox_check(callback) == DETOX_NOT_STEERED);
     EXPECT(strstr(detox_last_error(), "nobody announced the batch") != NULL);
-    /* A batch of which the last token does not come: it is not taken for one of the next. */
+    /* An announced batch whose last token is never decoded. It must not count for the next batch. */
     int32_t longer[N_ROWS + 1] = {1, 0, 1};
     EXPECT(detox_batch(callback, N_ROWS + 1, longer, NULL, NULL) == DETOX_OK);
     compute_graph(callback, true);
@@ -371,7 +371,7 @@ static void use_sequences(const char *model, const char *file) {
     EXPECT(detox_check(callback) == DETOX_OK);
     EXPECT(detox_callback_free(callback) == DETOX_OK);
 
-    /* The table's functions run under a lock: what needs it is refused there, and so is what would wait for them. */
+    /* The table's functions run under a lock. Calls from there that need the lock, or would wait for it, are refused. */
     struct ggml_tensor row = fake_matrix("embd", values, N_EMBD, N_ROWS);
     table.shape = shape_and_more;
     EXPECT(detox_steer_callback(steer, &table, &context, &callback) == DETOX_OK);
@@ -382,7 +382,7 @@ static void use_sequences(const char *model, const char *file) {
     EXPECT(detox_set_sequence(callback, 0, true) == DETOX_OK);
     EXPECT(detox_callback_free(callback) == DETOX_OK);
     table.shape = fake_shape;
-    /* The program's own callback runs outside of it, and may not free what it is called for. */
+    /* The program's own callback runs outside the lock. It may not free the callback that called it. */
     context.next = free_and_more;
     EXPECT(detox_steer_callback(steer, &table, &context, &callback) == DETOX_OK);
     reentered = callback;
@@ -390,7 +390,7 @@ static void use_sequences(const char *model, const char *file) {
     fake_compute(callback, &row);
     EXPECT(n_refused == 1);
     EXPECT(detox_callback_free(callback) == DETOX_OK);
-    /* Freed while another thread is in that callback: it is waited for. */
+    /* Freeing waits while another thread is in that callback. */
     pthread_t thread;
     context.next = slowly;
     context.next_user_data = &is_in_use;
@@ -403,7 +403,7 @@ static void use_sequences(const char *model, const char *file) {
     context.next = NULL;
     context.next_user_data = NULL;
 
-    /* A size within a member of the table or of the options: that member is taken as not there. */
+    /* A size that ends within a member of the table or of the options: that member counts as absent. */
     for (size_t size = offsetof(detox_host_table, op); size < sizeof table; size++) {
         table.size = size;
         context.size = sizeof context;
@@ -425,7 +425,7 @@ static void use_sequences(const char *model, const char *file) {
     context.size = sizeof context;
     context.next = NULL;
 
-    /* With a stream each, and without the functions that tell them apart. */
+    /* One stream per sequence, but without the functions needed to tell them apart. */
     table.size = offsetof(detox_host_table, op);
     context.kv_unified = false;
     EXPECT(detox_steer_callback(steer, &table, &context, &callback) == DETOX_OK);

@@ -36,7 +36,11 @@ pub fn include_folders(nvcc: &Path, target: &str) -> Vec<PathBuf> {
         let names: Vec<String> = ["include".to_owned()].into_iter().chain(by_machine).collect();
         names.into_iter().map(move |name| root.join(name))
     };
-    roots(nvcc).into_iter().flat_map(candidates).filter(|folder| folder.join("cuda_runtime.h").is_file()).collect()
+    roots(nvcc)
+        .into_iter()
+        .flat_map(candidates)
+        .filter(|folder| folder.join("cuda_runtime.h").is_file())
+        .collect()
 }
 
 /// The toolkit's library folders, and the file name of cuBLASLt if found.
