@@ -78,7 +78,7 @@ mod cuda {
     fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
         let entries =
             std::fs::read_dir(folder).unwrap_or_else(|error| panic!("cannot read {folder}: {error}"));
-        let paths = entries.map(|entry| entry.expect("a folder that can be read").path());
+        let paths = entries.map(|entry| entry.expect("the folder is readable").path());
         let mut files: Vec<PathBuf> =
             paths.filter(|path| path.extension().is_some_and(|e| e == extension)).collect();
         files.sort();
@@ -114,7 +114,7 @@ mod cuda {
             );
             std::process::exit(1);
         };
-        let target = std::env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets it for build scripts");
+        let target = std::env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets CARGO_CFG_TARGET_ARCH");
         // SAFETY: this build script has only one thread so far. cc offers no way but this variable to choose nvcc.
         unsafe { std::env::set_var("NVCC", &nvcc) };
         let mut build = cc::Build::new();
@@ -151,20 +151,20 @@ mod cuda {
     /// nvcc's flags for `DETOX_CUDA_ARCH`, such as `89` or `80,90`: machine code for each architecture, and PTX for the
     /// last, which newer GPUs compile at run time.
     fn architectures() -> Vec<String> {
-        let asked = std::env::var("DETOX_CUDA_ARCH").unwrap_or_default();
-        let asked = if asked.is_empty() { "80,86,89,90".to_owned() } else { asked };
-        let all: Vec<&str> = asked.split(',').map(str::trim).collect();
+        let setting = std::env::var("DETOX_CUDA_ARCH").unwrap_or_default();
+        let setting = if setting.is_empty() { "80,86,89,90".to_owned() } else { setting };
+        let all: Vec<&str> = setting.split(',').map(str::trim).collect();
         let is_number = |arch: &&str| !arch.is_empty() && arch.bytes().all(|b| b.is_ascii_digit());
         if !all.iter().all(|arch| is_number(arch) && arch.parse::<u32>().is_ok_and(|n| n >= 80)) {
             eprintln!(
                 "error: DETOX_CUDA_ARCH: expected compute capabilities without the dot, from 80 up, such as 89 or 80,90; \
-                 found {asked:?}"
+                 found {setting:?}"
             );
             std::process::exit(1);
         }
         let mut flags: Vec<String> =
             all.iter().map(|arch| format!("-gencode=arch=compute_{arch},code=sm_{arch}")).collect();
-        let last = all.last().expect("split gives at least one");
+        let last = all.last().expect("split returns at least one item");
         flags.push(format!("-gencode=arch=compute_{last},code=compute_{last}"));
         flags
     }

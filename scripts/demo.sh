@@ -6,8 +6,14 @@ cd "$(dirname "$0")/.."
 . scripts/setup.sh
 
 detox_say "building for this CPU (the first build takes several minutes: it includes llama.cpp)"
+# Download the model while the program compiles.
+fetched=$(mktemp)
+trap 'rm -f "$fetched"' EXIT
+python3 scripts/fetch_model.py smollm2-135m-instruct-q4_1 >"$fetched" &
+download=$!
 cargo build --release --quiet --bin detox-gguf
-model=$(python3 scripts/fetch_model.py smollm2-135m-instruct-q4_1)
+wait "$download"
+model=$(cat "$fetched")
 
 output="${1:-target/demo/$(date +%Y%m%d-%H%M%S)}"
 # Eight prompts a language and four continuations each (instead of 16 and 25), to stay within two minutes on two cores.

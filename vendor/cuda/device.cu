@@ -47,7 +47,7 @@ __global__ void nothing_kernel() {}
 std::string megabytes(size_t n_bytes) { return std::to_string(n_bytes >> 20) + " MiB"; }
 
 // Opens the memory pool and lets this process keep released memory between operations.
-cudaMemPool_t keep_pool(int ordinal) {
+cudaMemPool_t open_pool(int ordinal) {
     int has_pools = 0;
     check(cudaDeviceGetAttribute(&has_pools, cudaDevAttrMemoryPoolsSupported, ordinal), "checking for memory pools");
     if (!has_pools) throw Failure(DETOX_CUDA_UNSUPPORTED, "the driver does not support memory pools on this GPU");
@@ -59,10 +59,10 @@ cudaMemPool_t keep_pool(int ordinal) {
 }
 
 // Returns the pool's unused memory to the driver.
-void end_pool(cudaMemPool_t pool) noexcept {
-    uint64_t none = 0;
-    bool ended = cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &none) == cudaSuccess;
-    if (cudaMemPoolTrimTo(pool, 0) != cudaSuccess || !ended) (void)cudaGetLastError();
+void close_pool(cudaMemPool_t pool) noexcept {
+    uint64_t zero = 0;
+    bool is_reset = cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &zero) == cudaSuccess;
+    if (cudaMemPoolTrimTo(pool, 0) != cudaSuccess || !is_reset) (void)cudaGetLastError();
 }
 
 // Free memory: what the driver has left, plus the pool's unused memory.
@@ -163,7 +163,7 @@ detox_cuda_status detox_cuda_open(int32_t ordinal, detox_cuda_device** device) {
                                                 std::to_string(made->properties.major) + "." +
                                                 std::to_string(made->properties.minor) + "; at least 8.0 is required");
             check(cudaSetDevice(ordinal), "selecting the GPU");
-            made->pool = keep_pool(ordinal);
+            made->pool = open_pool(ordinal);
             check(cudaStreamCreate(&made->stream), "creating a stream");
             // A build without kernels for this GPU fails here, before anything is loaded.
             launch(nothing_kernel, dim3(1), dim3(1), 0, made->stream);
@@ -183,7 +183,7 @@ void detox_cuda_close(detox_cuda_device* device) {
     if (device == nullptr) return;
     (void)cudaSetDevice(device->ordinal);
     (void)cudaStreamSynchronize(device->stream);
-    end_pool(device->pool);
+    close_pool(device->pool);
     multiplier_close(device->multiplier);
     (void)cudaStreamDestroy(device->stream);
     delete device;
