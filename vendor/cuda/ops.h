@@ -27,11 +27,11 @@ typedef enum {
     DETOX_CUDA_OK = 0,
     // The GPU is out of memory. Nothing was computed.
     DETOX_CUDA_OUT_OF_MEMORY = 1,
-    // No GPU, no GPU of that number, or a GPU in exclusive use by another process.
+    // No GPU, no GPU with that number, or another process uses it exclusively.
     DETOX_CUDA_NO_DEVICE = 2,
     // The driver is missing or too old for this build.
     DETOX_CUDA_DRIVER = 3,
-    // The program supports no GPU of this kind, or no such shape, however it is built.
+    // The program does not support this GPU or this shape, however it is built.
     DETOX_CUDA_UNSUPPORTED = 4,
     // An argument is out of range: a bug in the caller.
     DETOX_CUDA_INVALID = 5,
