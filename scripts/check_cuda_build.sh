@@ -62,11 +62,11 @@ if [ ! -e /dev/nvidiactl ]; then
     output=$(mktemp -d)
     trap 'rm -rf "$output"' EXIT
     if "$program" train -m gguf/tiny/llama.gguf --device cuda -o "$output/run" >"$output/log" 2>&1; then
-        detox_stop "train --device cuda succeeded without a GPU" "see src/train/cuda"
+        detox_stop "train --device cuda succeeded without a GPU" "see src/train/device/cuda"
     fi
     cat "$output/log" >&2
     if ! grep -q '^error: cuda:0: ' "$output/log" || ! grep -q -- '--device cpu' "$output/log" || [ -e "$output/run" ]; then
-        detox_stop "the message above is not the expected one for a machine without a GPU" "see src/train/cuda/handle.rs"
+        detox_stop "the message above is not the expected one for a machine without a GPU" "see src/train/device/cuda/handle.rs"
     fi
 fi
 # Lint the code that only this feature compiles.
