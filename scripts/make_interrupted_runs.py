@@ -52,7 +52,7 @@ def make_eval(binary):
 def make_sweep(binary):
     """The baseline is finished, the first setting interrupted, the rest not started."""
     folder = OUTPUT / "sweep"
-    neurons = FORMATS / "neurons.json"
+    neurons = FORMATS / "input" / "neurons.json"
     run(binary, "sweep", *SAMPLING, "--neurons", neurons, "--offsets", "-1,-2", "-m", MODEL, "-o", folder)
     for path in folder.iterdir():
         if path.name not in ("baseline", "chosen_-1"):

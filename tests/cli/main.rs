@@ -5,6 +5,7 @@ mod compare;
 mod directions;
 mod eval;
 mod export;
+mod formats;
 mod pairs;
 mod real_model;
 mod resume;
