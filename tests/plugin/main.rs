@@ -2,9 +2,12 @@
 //! their own. Needs a system with ELF libraries and a C compiler, as `scripts/build_plugin.sh` does.
 #![cfg(target_os = "linux")]
 
+mod abi;
 mod build;
 mod example;
 mod gate;
+#[path = "../support/golden.rs"]
+mod golden;
 mod header;
 mod library;
 mod misuse;

@@ -90,6 +90,8 @@ pub enum Form {
     Object(&'static [(&'static str, Form)]),
     /// One of several.
     Either(&'static [Form]),
+    /// A value of this form; a null instead of it stands as it is, so that a golden tells the two apart.
+    UnlessNull(&'static Form),
 }
 
 impl Form {
@@ -111,6 +113,7 @@ impl Form {
                     && forms.iter().zip(fields).all(|((a, form), (b, node))| a == b && form.fits(node))
             }
             (Form::Either(forms), node) => forms.iter().any(|form| form.fits(node)),
+            (Form::UnlessNull(form), node) => form.fits(node),
             _ => false,
         }
     }
@@ -135,6 +138,7 @@ impl Display for Form {
                 write!(f, "{{{}}}", fields.join(", "))
             }
             Form::Either(forms) => f.write_str(&joined(forms, " or ")),
+            Form::UnlessNull(form) => form.fmt(f),
         }
     }
 }
@@ -179,9 +183,10 @@ fn render(node: &Node, path: &str, depth: usize, rules: Rules<'_>) -> String {
     let is_at = |end: &str| path == end || path.strip_suffix(end).is_some_and(|start| start.ends_with('/'));
     let rule = rules.iter().find(|(end, _)| is_at(end));
     if let Some((_, form)) = rule {
-        return match form.fits(node) {
-            true => format!("<{form}>"),
-            false => format!("<{form}, found {}>", literal(node)),
+        return match (form, node) {
+            (Form::UnlessNull(_), Node::Null) => literal(node),
+            _ if form.fits(node) => format!("<{form}>"),
+            _ => format!("<{form}, found {}>", literal(node)),
         };
     }
     let indent = "  ".repeat(depth + 1);

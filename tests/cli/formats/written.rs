@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use detox_gguf::gguf::GgufFile;
+
 use super::exact::eval_given;
 use super::form::{Form, Rules, form_of_csv, form_of_json, form_of_lines};
 use super::golden::assert_golden;
@@ -37,7 +39,8 @@ const SCORES: Rules<'_> = &[
 /// `report.json` of `eval`, and the metrics of a sweep.
 const REPORT: Rules<'_> = &[
     ("tool_version", Form::Text),
-    ("estimate", Form::Either(&[ESTIMATE, Form::Null])),
+    // These runs lack one only for `language_kept`.
+    ("estimate", Form::UnlessNull(&ESTIMATE)),
     ("metrics/n", Form::Integer),
     ("metrics/missing", Form::Integer),
     ("mean/n", Form::Integer),
@@ -67,6 +70,16 @@ fn form_of_run(folder: &Path) -> String {
     add(&mut form, "generations.jsonl", &form_of_lines(&file("generations.jsonl"), GENERATIONS));
     add(&mut form, "scores.jsonl", &form_of_lines(&file("scores.jsonl"), SCORES));
     form
+}
+
+/// The form of a GGUF file: keys and types of its metadata, and names, types and shapes of its tensors.
+fn form_of_gguf(path: &Path) -> String {
+    let file = GgufFile::open(path).unwrap();
+    let metadata = file.metadata().iter().map(|(key, value)| format!("{key}: {:?}\n", value.value_type()));
+    let tensors = file.tensors().iter();
+    let tensors =
+        tensors.map(|tensor| format!("{} {} {:?}\n", tensor.name(), tensor.tensor_type(), tensor.shape()));
+    metadata.chain(tensors).collect()
 }
 
 /// A folder with the inputs, and an intervention in `steer.json`.
@@ -140,7 +153,14 @@ fn sweep_writes_this_form() {
     let folder = inputs_and_intervention();
     let model = model("llama.gguf");
     let neurons = ["sweep", "-m", &model, "--neurons", "neurons.json", "--offsets", "-0.5", "-o", "neurons"];
-    let files = ["sweep", "-m", &model, "--steer", "steer.json", "--coefficients", "0.5", "-o", "files"];
+    // An offset above layer 0 is a control vector, which has random directions as its control.
+    std::fs::write(folder.path().join("upper.json"), "[[1, 5], [2, 7]]").unwrap();
+    run_in(
+        folder.path(),
+        &["steer", "-m", &model, "--neurons", "upper.json", "--offset", "0.5", "-o", "upper.steer.json"],
+    );
+    let files =
+        ["sweep", "-m", &model, "--steer", "upper.steer.json", "--coefficients", "0.5", "-o", "files"];
     let difference = [
         ("differences/a", ESTIMATE),
         ("differences/b", ESTIMATE),
@@ -244,7 +264,8 @@ fn train_writes_this_form() {
     let means = [means(""), means("eval_")].concat();
     let mut metrics: Vec<(&str, Form)> = means.iter().map(|(name, form)| (name.as_str(), *form)).collect();
     metrics.extend([("grad_norm", Form::Float), ("step_seconds", Form::Float)]);
-    let references = [("chosen", Form::Float), ("rejected", Form::Float)];
+    let references =
+        |pair: Rules<'static>| [pair, &[("chosen", Form::Float), ("rejected", Form::Float)]].concat();
     let report = [
         ("outcome/best", Form::Tuple(&[Form::Integer, Form::Float])),
         ("seconds", Form::Float),
@@ -288,6 +309,8 @@ fn train_writes_this_form() {
         ];
         run_in(folder.path(), &arguments);
         let run = folder.path().join(method);
+        // `full` scores all pairs before it starts: too many to list.
+        let pair: Rules<'_> = if method == "full" { &[("pair", Form::Text)] } else { &[] };
         let mut form = String::new();
         add(
             &mut form,
@@ -295,8 +318,17 @@ fn train_writes_this_form() {
             &form_of_json(&read(&run.join("run.json")), &[("detox_gguf", Form::Text)]),
         );
         add(&mut form, "metrics.jsonl", &form_of_lines(&read(&run.join("metrics.jsonl")), &metrics));
-        add(&mut form, "reference.jsonl", &form_of_lines(&read(&run.join("reference.jsonl")), &references));
+        add(
+            &mut form,
+            "reference.jsonl",
+            &form_of_lines(&read(&run.join("reference.jsonl")), &references(pair)),
+        );
         add(&mut form, "report.json", &form_of_json(&read(&run.join("report.json")), &report));
+        for name in ["adapter.gguf", "steer.gguf", "best.gguf", "checkpoint.gguf"] {
+            if run.join(name).exists() {
+                add(&mut form, name, &form_of_gguf(&run.join(name)));
+            }
+        }
         assert_golden(&format!("train_{method}.txt"), &form);
     }
 }
@@ -424,5 +456,6 @@ fn steer_and_locate_write_this_form() {
     let mut form = String::new();
     add(&mut form, "steer.json", &form_of_json(&read(&folder.path().join("steer.json")), &[]));
     add(&mut form, "neurons.json", &form_of_json(&read(&folder.path().join("neurons_found.json")), &rules));
+    add(&mut form, "probe.gguf", &form_of_gguf(&folder.path().join("probe.gguf")));
     assert_golden("steer_and_locate.txt", &form);
 }
