@@ -1,11 +1,11 @@
 //! The C interface, frozen: every declaration of the header.
 //!
 //! header.rs already compares the header with the linker's map and with the library's versioned symbols, and layout.c
-//! checks the sizes and offsets of structs. Neither notices a function that is removed everywhere, a changed signature, or a
-//! changed macro. This test does.
+//! checks the sizes and offsets of structs. Neither notices a function that is removed everywhere, a changed
+//! signature, or a changed macro. This test does.
 //!
-//! To accept an intended change, run it with `DETOX_GGUF_BLESS=1`, and see docs/plugin.md for what may change within one
-//! version. With `CI=true` it refuses to write.
+//! To accept an intended change, run it with `DETOX_GGUF_BLESS=1`, and see docs/plugin.md for what may change within
+//! one version. With `CI=true` it refuses to write.
 
 use super::golden::assert_golden;
 use super::root;

@@ -1,4 +1,4 @@
-//! Text files that hold what the program must keep producing.
+//! Golden files in tests/golden/formats: text that the program must keep producing.
 
 use std::path::{Path, PathBuf};
 
@@ -9,10 +9,10 @@ pub fn folder() -> PathBuf {
 
 /// Compares `found` with `tests/golden/formats/{name}`.
 ///
-/// With `DETOX_GGUF_BLESS=1` it writes the file instead. CI refuses that.
+/// With `DETOX_GGUF_BLESS=1` it writes the file instead; with `CI=true` it refuses to.
 ///
 /// # Panics
-/// If they differ; the message quotes the first line that does.
+/// If they differ. The message quotes the first line that differs.
 pub fn assert_golden(name: &str, found: &str) {
     let path = folder().join(name);
     if std::env::var("DETOX_GGUF_BLESS").is_ok_and(|bless| bless == "1") {

@@ -1,11 +1,11 @@
-//! Files that depend on no model: their bytes.
+//! Files that depend on no model. Their bytes are frozen.
 
 use std::path::Path;
 
 use super::golden::assert_golden;
-use super::{copy_inputs, model, read, run_in};
+use super::{copy_inputs, read, run_in};
 
-/// `text` without what differs between builds and machines: versions and the CPU, as `run.json` has them.
+/// Replaces what differs between builds and machines (versions and the CPU, found in `run.json`) by placeholders.
 fn without_build(text: &str, run_json: &str) -> String {
     let run: serde_json::Value = serde_json::from_str(run_json).unwrap();
     let values = [
@@ -18,7 +18,7 @@ fn without_build(text: &str, run_json: &str) -> String {
     })
 }
 
-/// A report without its warnings, which end it: their words are for people.
+/// The report up to its warnings, which come last and whose wording may change.
 fn before_warnings(report: &str) -> &str {
     let (before, after) = report.split_once("\n  \"warnings\": [").expect("warnings");
     assert!(!after.contains("\n  \""), "warnings are the last key");
@@ -27,8 +27,7 @@ fn before_warnings(report: &str) -> &str {
 
 /// Evaluates continuations that are given, in the subfolder `name`.
 pub fn eval_given(folder: &Path, generations: &str, name: &str) {
-    let tokenizer = model("tokenizer.json");
-    run_in(folder, &["eval", "--generations", generations, "--tokenizer", &tokenizer, "-t", "1", "-o", name]);
+    run_in(folder, &format!("eval --generations {generations} --tokenizer tokenizer.json -t 1 -o {name}"));
 }
 
 #[test]
@@ -52,11 +51,11 @@ fn scores_of_given_texts_are_these_bytes() {
     let folder = tempfile::tempdir().unwrap();
     copy_inputs(folder.path());
     let scored = [
-        run_in(folder.path(), &["score", "texts.jsonl"]),
-        run_in(folder.path(), &["score", "texts.csv", "--field", "body"]),
-        run_in(folder.path(), &["score", "texts.txt", "--lang", "fr"]),
+        run_in(folder.path(), "score texts.jsonl"),
+        run_in(folder.path(), "score texts.csv --field body"),
+        run_in(folder.path(), "score texts.txt --lang fr"),
     ];
     assert_golden("score.jsonl", &scored.concat());
-    run_in(folder.path(), &["score", "texts.jsonl", "-o", "scored.jsonl"]);
+    run_in(folder.path(), "score texts.jsonl -o scored.jsonl");
     assert_eq!(read(&folder.path().join("scored.jsonl")), scored[0]);
 }

@@ -9,8 +9,8 @@ use crate::detox;
 /// Flags that are accepted but that the help no longer needs to show.
 const MAY_BE_HIDDEN: [(&str, &str); 1] = [("eval", "--compare")];
 
-/// Flags that the help shows under another name or not at all: aliases, and llama.cpp's flags of several letters behind one
-/// dash. Each with its commands.
+/// Flags that the help shows under another name or not at all: aliases, and llama.cpp's flags of several letters
+/// behind one dash. Each with its commands.
 const HIDDEN: [(&str, &[&str]); 9] = [
     ("--gpu-layers", &["eval", "generate", "probe", "sweep", "export", "bench generate"]),
     ("--predict", &["eval", "generate", "sweep", "pairs"]),

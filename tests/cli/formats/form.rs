@@ -72,7 +72,7 @@ impl<'de> Visitor<'de> for NodeVisitor {
     }
 }
 
-/// The type of a value that may differ between machines, builds or wordings.
+/// The type of a value that is not frozen: it may differ between machines or builds.
 #[derive(Debug, Clone, Copy)]
 pub enum Form {
     Null,
@@ -90,7 +90,7 @@ pub enum Form {
     Object(&'static [(&'static str, Form)]),
     /// One of several.
     Either(&'static [Form]),
-    /// A value of this form; a null instead of it stands as it is, so that a golden tells the two apart.
+    /// A value of this form. A null is shown as null, so the golden freezes whether there is a value.
     UnlessNull(&'static Form),
 }
 
@@ -146,8 +146,10 @@ impl Display for Form {
 /// Paths from the end, such as `estimate` or `outcome/best`, and the form of the value there.
 pub type Rules<'a> = &'a [(&'a str, Form)];
 
-/// The form of one JSON text. Values without a rule stand as they are; a value that breaks its rule stands as it is too,
-/// marked, so that it differs from any golden.
+/// The form of one JSON text.
+///
+/// A value without a rule is shown as it is. A value that breaks its rule is shown too, with a mark, so it differs from any
+/// golden.
 pub fn form_of_json(text: &str, rules: Rules<'_>) -> String {
     let node: Node = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error} in {text}"));
     render(&node, "", 0, rules) + "\n"
@@ -160,8 +162,8 @@ pub fn form_of_lines(text: &str, rules: Rules<'_>) -> String {
     forms.concat()
 }
 
-/// The form of a CSV table: its header, and of each row the columns named in `exact`; equal neighbours count once.
-/// No cell may hold a quoted comma.
+/// The form of a CSV table: its header, and of each row the columns named in `exact`; equal neighbours count once. No
+/// cell may hold a quoted comma.
 pub fn form_of_csv(text: &str, exact: &[&str]) -> String {
     let header: Vec<&str> = text.lines().next().unwrap_or_default().split(',').collect();
     let form = |line: &str| {

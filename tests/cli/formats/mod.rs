@@ -1,10 +1,10 @@
 //! The formats of all files that the program writes, frozen.
 //!
-//! Goldens are in tests/golden/formats. A change of a key, of the order of keys, of a type, of the name of a metric, or of
-//! a value that no model computes fails a test here. Wordings for people (warnings, reasons) are free.
+//! The goldens are in tests/golden/formats. These tests fail if a key, the order of keys, a type, the name of a metric,
+//! or a value that no model computes changes. The wording of warnings and reasons may change.
 //!
-//! To accept an intended change of a format, run these tests with `DETOX_GGUF_BLESS=1`, read the difference, commit it, and
-//! name it in CHANGELOG.md. With `CI=true` they refuse to write.
+//! To accept an intended change of a format, run these tests with `DETOX_GGUF_BLESS=1`, read the difference, commit
+//! it, and name it in CHANGELOG.md. With `CI=true` they refuse to write.
 
 mod exact;
 mod flags;
@@ -18,22 +18,26 @@ use std::path::Path;
 
 use assert_cmd::Command;
 
-/// The program, run in `folder`, so that no file holds the path of a temporary folder.
-fn detox_in(folder: &Path, arguments: &[&str]) -> Command {
+/// The program with the words of `line` as arguments, started in `folder`.
+///
+/// Arguments can then be relative, so no output holds the path of a temporary folder. A word that is the name of a file
+/// in gguf/tiny becomes the path of that file.
+fn detox_in(folder: &Path, line: &str) -> Command {
     let mut command = super::detox();
-    command.current_dir(folder).args(arguments);
+    command.current_dir(folder);
+    for word in line.split_whitespace() {
+        match super::tiny(word) {
+            path if path.is_file() => command.arg(path),
+            _ => command.arg(word),
+        };
+    }
     command
 }
 
 /// Runs the program in `folder`; gives its standard output.
-fn run_in(folder: &Path, arguments: &[&str]) -> String {
-    let output = detox_in(folder, arguments).assert().success().get_output().clone();
+fn run_in(folder: &Path, line: &str) -> String {
+    let output = detox_in(folder, line).assert().success().get_output().clone();
     String::from_utf8(output.stdout).unwrap()
-}
-
-/// The path of a tiny model.
-fn model(name: &str) -> String {
-    super::tiny(name).to_str().unwrap().to_owned()
 }
 
 /// Copies the input files of tests/golden/formats to `folder`.

@@ -4,42 +4,17 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{copy_folder, copy_inputs, detox_in, golden, model, read, run_in};
+use super::{copy_folder, copy_inputs, detox_in, golden, read, run_in};
 use crate::rows;
 
 /// As in scripts/make_interrupted_runs.py: 3 prompts in each of 2 languages, in units of 2 prompts.
-const SAMPLING: [&str; 14] =
-    ["--lang", "en,de", "--limit", "3", "-k", "4", "-n", "6", "-np", "2", "-t", "1", "-s", "5"];
+const SAMPLING: &str = "--lang en,de --limit 3 -k 4 -n 6 -np 2 -t 1 -s 5";
 
 /// Continuations in a unit.
 const UNIT_ROWS: usize = 8;
 
-const TRAINING: [&str; 24] = [
-    "--rank",
-    "2",
-    "--targets",
-    "q,down",
-    "--max-steps",
-    "16",
-    "--eval-every",
-    "4",
-    "--patience",
-    "99",
-    "--warmup-steps",
-    "2",
-    "--learning-rate",
-    "1e-3",
-    "--max-length",
-    "64",
-    "--max-prompt",
-    "32",
-    "--products",
-    "exact",
-    "-t",
-    "1",
-    "-s",
-    "5",
-];
+const TRAINING: &str = "--rank 2 --targets q,down --max-steps 16 --eval-every 4 --patience 99 --warmup-steps 2 \
+    --learning-rate 1e-3 --max-length 64 --max-prompt 32 --products exact -t 1 -s 5";
 
 /// A string value of a JSON text, with its quotes.
 fn quoted(text: &str, key: &str) -> String {
@@ -48,9 +23,10 @@ fn quoted(text: &str, key: &str) -> String {
     found.unwrap_or_else(|| panic!("no {key:?} in {text}")).to_string()
 }
 
-/// Puts this build's versions and CPU into an old `run.json`, as they stand in that of a run of today. A run resumes only
-/// under the build that started it, so that without this every new build would refuse the folder. Nothing else may
-/// differ: the program compares the bytes.
+/// Replaces the versions and the CPU in an old `run.json` by those of a run made today.
+///
+/// The program resumes a run only under the build that started it, so any new build would refuse the old folder.
+/// Nothing else may differ, because the program compares the bytes.
 fn adopt(old: &Path, today: &Path) {
     let (mut text, fresh) = (read(old), read(today));
     for key in ["tool_version", "detox_gguf", "system", "llama_cpp"] {
@@ -63,19 +39,18 @@ fn adopt(old: &Path, today: &Path) {
 }
 
 /// A folder with an interrupted run in `old`, and with an uninterrupted run of today by the same command in `today`.
-fn old_and_today(name: &str, command: &str, arguments: &[&str]) -> tempfile::TempDir {
+fn old_and_today(name: &str, command: &str, flags: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     copy_inputs(folder.path());
     copy_folder(&golden::folder().join("interrupted").join(name), &folder.path().join("old"));
-    run_in(folder.path(), &[&[command, "-m", &model("llama.gguf"), "-o", "today"], arguments].concat());
+    run_in(folder.path(), &format!("{command} -m llama.gguf -o today {flags}"));
     folder
 }
 
 /// Resumes the run in `old`; gives what the program says.
-fn resume(folder: &Path, command: &str, arguments: &[&str]) -> String {
-    let model = model("llama.gguf");
-    let arguments = [&[command, "-m", &model, "-o", "old"], arguments].concat();
-    let output = detox_in(folder, &arguments).assert().success().get_output().clone();
+fn resume(folder: &Path, command: &str, flags: &str) -> String {
+    let line = format!("{command} -m llama.gguf -o old {flags}");
+    let output = detox_in(folder, &line).assert().success().get_output().clone();
     String::from_utf8(output.stderr).unwrap()
 }
 
@@ -89,7 +64,7 @@ fn assert_same_files(old: &Path, today: &Path) {
     }
 }
 
-/// Checks that the first unit of `generations.jsonl` is untouched, and that each row of today's run has its counterpart.
+/// Checks that the first unit of `generations.jsonl` is untouched and that no row is missing.
 fn assert_completed(name: &str, old: &Path, today: &Path) {
     let before = read_lossy(&golden::folder().join("interrupted").join(name).join("generations.jsonl"));
     let after = read(&old.join("generations.jsonl"));
@@ -104,17 +79,17 @@ fn assert_completed(name: &str, old: &Path, today: &Path) {
     }
 }
 
-/// A row that was cut in the middle may end within a character.
+/// Reads a log whose last row was cut, possibly in the middle of a character.
 fn read_lossy(path: &Path) -> String {
     String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned()
 }
 
 #[test]
 fn an_evaluation_that_an_older_version_left_unfinished_resumes() {
-    let folder = old_and_today("eval", "eval", &SAMPLING);
+    let folder = old_and_today("eval", "eval", SAMPLING);
     let (old, today) = (folder.path().join("old"), folder.path().join("today"));
     adopt(&old.join("run.json"), &today.join("run.json"));
-    let said = resume(folder.path(), "eval", &SAMPLING);
+    let said = resume(folder.path(), "eval", SAMPLING);
     assert!(
         said.contains(&format!("continuations: {UNIT_ROWS} of 24")),
         "it starts after the finished unit: {said}"
@@ -127,7 +102,7 @@ fn an_evaluation_that_an_older_version_left_unfinished_resumes() {
 
 #[test]
 fn a_sweep_that_an_older_version_left_unfinished_resumes() {
-    let flags = [&SAMPLING[..], &["--neurons", "neurons.json", "--offsets", "-1,-2"]].concat();
+    let flags = format!("{SAMPLING} --neurons neurons.json --offsets -1,-2");
     let folder = old_and_today("sweep", "sweep", &flags);
     let (old, today) = (folder.path().join("old"), folder.path().join("today"));
     for run in ["baseline", "chosen_-1"] {
@@ -153,7 +128,7 @@ fn a_sweep_that_an_older_version_left_unfinished_resumes() {
 /// Resumes a run of training whose checkpoint was written after step `step` and line `n_kept` of `metrics.jsonl`.
 fn assert_training_resumes(method: &str, step: u64, n_kept: usize, result: &str) {
     let name = format!("train_{method}");
-    let flags = [&TRAINING[..], &["--method", method]].concat();
+    let flags = format!("{TRAINING} --method {method}");
     let folder = old_and_today(&name, "train", &flags);
     let (old, today) = (folder.path().join("old"), folder.path().join("today"));
     adopt(&old.join("run.json"), &today.join("run.json"));
@@ -172,8 +147,8 @@ fn assert_training_resumes(method: &str, step: u64, n_kept: usize, result: &str)
     let references = lines(&fixture.join("reference.jsonl"));
     assert_eq!(lines(&old.join("reference.jsonl"))[..references.len()], references, "cached references");
 
-    // The same curve as an uninterrupted run of today: had weights or optimizer state been lost, it would be off by far
-    // more than what another CPU rounds.
+    // The loss curve must match an uninterrupted run made today. Rounding on another CPU moves it by less than 1e-6; lost
+    // weights or optimizer state move it by more than the bound.
     for (a, b) in rows(&old.join("metrics.jsonl")).iter().zip(rows(&today.join("metrics.jsonl"))) {
         assert_eq!(a["step"], b["step"]);
         for loss in ["loss", "eval_loss"] {
@@ -194,12 +169,12 @@ fn assert_training_resumes(method: &str, step: u64, n_kept: usize, result: &str)
 
 #[test]
 fn training_of_an_adapter_that_an_older_version_interrupted_resumes() {
-    // Ctrl-C: the checkpoint holds the last step.
+    // Stopped by Ctrl-C: the checkpoint holds the last step.
     assert_training_resumes("lora", 6, 7, "adapter.gguf");
 }
 
 #[test]
 fn training_of_a_control_vector_that_was_killed_under_an_older_version_resumes() {
-    // A kill: two steps after the checkpoint are made again.
+    // Killed two steps after the checkpoint: both are repeated.
     assert_training_resumes("vector", 4, 5, "steer.gguf");
 }

@@ -1,4 +1,4 @@
-//! Files that depend on a model: their form, since another CPU may round their numbers and sample other text.
+//! Files that depend on a model. Another CPU may round numbers and sample text differently, so only the form is frozen.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use detox_gguf::gguf::GgufFile;
 use super::exact::eval_given;
 use super::form::{Form, Rules, form_of_csv, form_of_json, form_of_lines};
 use super::golden::assert_golden;
-use super::{copy_inputs, model, read, run_in};
+use super::{copy_inputs, read, run_in};
 
 const TEXT_OR_NULL: Form = Form::Either(&[Form::Text, Form::Null]);
 const BOOL_OR_NULL: Form = Form::Either(&[Form::Bool, Form::Null]);
@@ -39,7 +39,7 @@ const SCORES: Rules<'_> = &[
 /// `report.json` of `eval`, and the metrics of a sweep.
 const REPORT: Rules<'_> = &[
     ("tool_version", Form::Text),
-    // These runs lack one only for `language_kept`.
+    // In these runs only `language_kept` has no estimate.
     ("estimate", Form::UnlessNull(&ESTIMATE)),
     ("metrics/n", Form::Integer),
     ("metrics/missing", Form::Integer),
@@ -53,11 +53,10 @@ pub fn form_of_report(text: &str) -> String {
     form_of_json(text, REPORT)
 }
 
-/// Sampling, so short that no continuation has enough letters for a language to be kept or lost.
-const SAMPLING: [&str; 14] =
-    ["--lang", "en,de", "--limit", "2", "-k", "2", "-n", "3", "-np", "2", "-t", "1", "-s", "5"];
+/// Continuations this short never have enough letters to identify a language.
+const SAMPLING: &str = "--lang en,de --limit 2 -k 2 -n 3 -np 2 -t 1 -s 5";
 
-/// Adds a file's form to the form of what a command writes.
+/// Appends the form of one file to the golden of a command.
 fn add(form: &mut String, name: &str, of_file: &str) {
     form.push_str(&format!("== {name}\n{of_file}"));
 }
@@ -86,23 +85,17 @@ fn form_of_gguf(path: &Path) -> String {
 fn inputs_and_intervention() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     copy_inputs(folder.path());
-    let model = model("llama.gguf");
-    run_in(
-        folder.path(),
-        &["steer", "-m", &model, "--neurons", "neurons.json", "--offset", "0.5", "-o", "steer.json"],
-    );
+    run_in(folder.path(), "steer -m llama.gguf --neurons neurons.json --offset 0.5 -o steer.json");
     folder
 }
 
 #[test]
 fn eval_writes_this_form() {
     let folder = inputs_and_intervention();
-    let model = model("llama.gguf");
-    let plain = ["eval", "-m", &model, "-o", "plain"];
-    let steered =
-        ["eval", "-m", &model, "--steer", "steer.json:1.5", "--min-coverage", "0.5", "-o", "steered"];
-    for (name, arguments) in [("plain", &plain[..]), ("steered", &steered[..])] {
-        run_in(folder.path(), &[arguments, &SAMPLING].concat());
+    let plain = "eval -m llama.gguf -o plain";
+    let steered = "eval -m llama.gguf --steer steer.json:1.5 --min-coverage 0.5 -o steered";
+    for (name, arguments) in [("plain", plain), ("steered", steered)] {
+        run_in(folder.path(), &format!("{arguments} {SAMPLING}"));
         let run = folder.path().join(name);
         let mut form = form_of_run(&run);
         add(&mut form, "report.json", &form_of_report(&read(&run.join("report.json"))));
@@ -118,9 +111,9 @@ fn a_comparison_of_two_runs_has_this_form() {
     copy_inputs(folder.path());
     eval_given(folder.path(), "generations_a.jsonl", "a");
     eval_given(folder.path(), "generations_b.jsonl", "b");
-    run_in(folder.path(), &["eval", "--compare", "a", "b", "-o", "c"]);
+    run_in(folder.path(), "eval --compare a b -o c");
     let file = |name: &str| read(&folder.path().join("c").join(name));
-    // No model had a part in it, so that its numbers are exact; but p-values rest on the system's logarithm.
+    // No model computed these numbers, so they are exact, except p-values: those use the system's math library.
     let rules = [("tool_version", Form::Text), ("p_value", FLOAT_OR_NULL), ("warnings", WARNINGS)];
     let mut form = String::new();
     add(&mut form, "comparison.json", &form_of_json(&file("comparison.json"), &rules));
@@ -132,35 +125,28 @@ fn a_comparison_of_two_runs_has_this_form() {
 #[test]
 fn generate_writes_this_form() {
     let folder = tempfile::tempdir().unwrap();
-    run_in(
-        folder.path(),
-        &[&["generate", "-m", &model("llama.gguf"), "-o", "g.jsonl"], &SAMPLING[..]].concat(),
-    );
+    run_in(folder.path(), &format!("generate -m llama.gguf -o g.jsonl {SAMPLING}"));
     assert_golden("generate.txt", &form_of_lines(&read(&folder.path().join("g.jsonl")), GENERATIONS));
 }
 
 #[test]
 fn a_score_that_is_missing_has_this_form() {
     let folder = tempfile::tempdir().unwrap();
-    let texts = "{\"text\": \"habari ya asubuhi\", \"language\": \"sw\"}\n{\"text\": \"hello\", \"language\": \"en\"}\n";
-    std::fs::write(folder.path().join("texts.jsonl"), texts).unwrap();
-    let scored = run_in(folder.path(), &["score", "texts.jsonl"]);
+    let texts =
+        [r#"{"text": "habari ya asubuhi", "language": "sw"}"#, r#"{"text": "hello", "language": "en"}"#];
+    std::fs::write(folder.path().join("texts.jsonl"), texts.join("\n")).unwrap();
+    let scored = run_in(folder.path(), "score texts.jsonl");
     assert_golden("score_missing.txt", &form_of_lines(&scored, &[("errors/lexical", Form::Text)]));
 }
 
 #[test]
 fn sweep_writes_this_form() {
     let folder = inputs_and_intervention();
-    let model = model("llama.gguf");
-    let neurons = ["sweep", "-m", &model, "--neurons", "neurons.json", "--offsets", "-0.5", "-o", "neurons"];
+    let neurons = "sweep -m llama.gguf --neurons neurons.json --offsets -0.5 -o neurons";
     // An offset above layer 0 is a control vector, which has random directions as its control.
     std::fs::write(folder.path().join("upper.json"), "[[1, 5], [2, 7]]").unwrap();
-    run_in(
-        folder.path(),
-        &["steer", "-m", &model, "--neurons", "upper.json", "--offset", "0.5", "-o", "upper.steer.json"],
-    );
-    let files =
-        ["sweep", "-m", &model, "--steer", "upper.steer.json", "--coefficients", "0.5", "-o", "files"];
+    run_in(folder.path(), "steer -m llama.gguf --neurons upper.json --offset 0.5 -o upper.steer.json");
+    let files = "sweep -m llama.gguf --steer upper.steer.json --coefficients 0.5 -o files";
     let difference = [
         ("differences/a", ESTIMATE),
         ("differences/b", ESTIMATE),
@@ -171,8 +157,8 @@ fn sweep_writes_this_form() {
         ("reason", Form::Text),
     ];
     let rules = [REPORT, &difference].concat();
-    for (name, arguments) in [("neurons", &neurons[..]), ("files", &files[..])] {
-        run_in(folder.path(), &[arguments, &SAMPLING].concat());
+    for (name, arguments) in [("neurons", neurons), ("files", files)] {
+        run_in(folder.path(), &format!("{arguments} {SAMPLING}"));
         let sweep = folder.path().join(name);
         let mut form = String::new();
         add(&mut form, "sweep.json", &form_of_json(&read(&sweep.join("sweep.json")), &rules));
@@ -199,46 +185,11 @@ fn sweep_writes_this_form() {
 #[test]
 fn pairs_writes_this_form() {
     let folder = inputs_and_intervention();
-    let model = model("llama.gguf");
     // One pair of one prompt, from noise: at the median of its scores one side is chosen and the other rejected.
-    let arguments = [
-        "pairs",
-        "-m",
-        &model,
-        "--lang",
-        "en",
-        "--limit",
-        "1",
-        "-k",
-        "16",
-        "-n",
-        "6",
-        "-np",
-        "2",
-        "-t",
-        "1",
-        "-s",
-        "5",
-        "--per-prompt",
-        "1",
-        "--chosen-below",
-        "0.0215",
-        "--rejected-above",
-        "0.0215",
-        "--min-margin",
-        "0.001",
-        "--min-logprob",
-        "-20",
-        "--max-logprob-gap",
-        "20",
-        "--max-repetition",
-        "1",
-        "--steer-rejected",
-        "steer.json:3",
-        "-o",
-        "pairs.jsonl",
-    ];
-    run_in(folder.path(), &arguments);
+    let arguments = "pairs -m llama.gguf --lang en --limit 1 -k 16 -n 6 -np 2 -t 1 -s 5 --per-prompt 1 --chosen-below \
+        0.0215 --rejected-above 0.0215 --min-margin 0.001 --min-logprob -20 --max-logprob-gap 20 \
+        --max-repetition 1 --steer-rejected steer.json:3 -o pairs.jsonl";
+    run_in(folder.path(), arguments);
     let rules = [
         ("chosen", Form::Text),
         ("rejected", Form::Text),
@@ -277,36 +228,10 @@ fn train_writes_this_form() {
         ("peak_rss_bytes", Form::Integer),
     ];
     for method in ["lora", "vector", "full"] {
-        let model = model("llama.gguf");
-        let arguments = [
-            "train",
-            "-m",
-            &model,
-            "--method",
-            method,
-            "--rank",
-            "2",
-            "--max-steps",
-            "2",
-            "--eval-every",
-            "1",
-            "--warmup-steps",
-            "1",
-            "--learning-rate",
-            "1e-3",
-            "--max-length",
-            "64",
-            "--max-prompt",
-            "32",
-            "--products",
-            "exact",
-            "-t",
-            "1",
-            "-s",
-            "5",
-            "-o",
-            method,
-        ];
+        let arguments = format!(
+            "train -m llama.gguf --method {method} --rank 2 --max-steps 2 --eval-every 1 --warmup-steps 1 \
+                --learning-rate 1e-3 --max-length 64 --max-prompt 32 --products exact -t 1 -s 5 -o {method}"
+        );
         run_in(folder.path(), &arguments);
         let run = folder.path().join(method);
         // `full` scores all pairs before it starts: too many to list.
@@ -336,27 +261,9 @@ fn train_writes_this_form() {
 #[test]
 fn activations_writes_this_form() {
     let folder = inputs_and_intervention();
-    let model = model("llama.gguf");
-    let arguments = [
-        "activations",
-        "-m",
-        &model,
-        "--neurons",
-        "neurons.json",
-        "--steer",
-        "steer.json",
-        "-n",
-        "4",
-        "--lang",
-        "en,de",
-        "--limit",
-        "2",
-        "-t",
-        "1",
-        "-o",
-        "a",
-    ];
-    run_in(folder.path(), &arguments);
+    let arguments = "activations -m llama.gguf --neurons neurons.json --steer steer.json -n 4 --lang en,de --limit 2 \
+        -t 1 -o a";
+    run_in(folder.path(), arguments);
     let file = |name: &str| read(&folder.path().join("a").join(name));
     let rules = [("languages/a", ESTIMATE), ("languages/b", ESTIMATE), ("languages/difference", ESTIMATE)];
     let mut form = String::new();
@@ -371,23 +278,8 @@ fn retrieval_writes_this_form() {
     copy_inputs(folder.path());
     eval_given(folder.path(), "generations_a.jsonl", "before");
     eval_given(folder.path(), "generations_b.jsonl", "after");
-    let model = model("llama.gguf");
-    let arguments = [
-        "retrieval",
-        "-m",
-        &model,
-        "--aligned",
-        "aligned",
-        "-t",
-        "1",
-        "--before",
-        "before",
-        "--after",
-        "after",
-        "-o",
-        "r",
-    ];
-    run_in(folder.path(), &arguments);
+    let arguments = "retrieval -m llama.gguf --aligned aligned -t 1 --before before --after after -o r";
+    run_in(folder.path(), arguments);
     let file = |name: &str| read(&folder.path().join("r").join(name));
     let rules = [
         ("forward_accuracy", Form::Float),
@@ -406,43 +298,11 @@ fn retrieval_writes_this_form() {
 #[test]
 fn steer_and_locate_write_this_form() {
     let folder = inputs_and_intervention();
-    let model = model("llama.gguf");
-    let probe = [
-        "probe",
-        "-m",
-        &model,
-        "-t",
-        "1",
-        "--epochs",
-        "1",
-        "--limit",
-        "40",
-        "--layer",
-        "1",
-        "-o",
-        "probe.gguf",
-    ];
-    run_in(folder.path(), &probe);
-    let locate = [
-        "locate",
-        "-m",
-        &model,
-        "--probe",
-        "probe.gguf",
-        "--top",
-        "3",
-        "--lang",
-        "en",
-        "--limit",
-        "2",
-        "-n",
-        "4",
-        "-t",
-        "1",
-        "-o",
-        "neurons_found.json",
-    ];
-    run_in(folder.path(), &locate);
+    let probe = "probe -m llama.gguf -t 1 --epochs 1 --limit 40 --layer 1 -o probe.gguf";
+    run_in(folder.path(), probe);
+    let locate = "locate -m llama.gguf --probe probe.gguf --top 3 --lang en --limit 2 -n 4 -t 1 -o \
+        neurons_found.json";
+    run_in(folder.path(), locate);
     let rules = [
         ("version", Form::Text),
         ("n_kept", Form::Integer),
