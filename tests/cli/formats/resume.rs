@@ -147,8 +147,8 @@ fn assert_training_resumes(method: &str, step: u64, n_kept: usize, result: &str)
     let references = lines(&fixture.join("reference.jsonl"));
     assert_eq!(lines(&old.join("reference.jsonl"))[..references.len()], references, "cached references");
 
-    // The loss curve must match an uninterrupted run made today. Rounding on another CPU moves it by less than 1e-6; lost
-    // weights or optimizer state move it by more than the bound.
+    // The loss curve must match an uninterrupted run made today. Other batch shapes, which round differently, moved it by
+    // 5e-7; a checkpoint with a zeroed optimizer state fails the bound.
     for (a, b) in rows(&old.join("metrics.jsonl")).iter().zip(rows(&today.join("metrics.jsonl"))) {
         assert_eq!(a["step"], b["step"]);
         for loss in ["loss", "eval_loss"] {
