@@ -1,4 +1,4 @@
-//! Files that are never half-written, and logs that survive being cut off.
+//! Atomic file writes, and logs and run folders that survive an interruption.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
@@ -10,17 +10,17 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// Writes a file beside its place, and moves it there once every byte is on disk.
+/// Writes a file atomically: to a temporary file first, renamed once every byte is on disk.
 pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = AtomicFile::create(path)?;
     file.write_all(bytes)?;
     file.commit()
 }
 
-/// A file that appears at its path only when it is whole.
+/// A file that appears at its path only when it is complete.
 ///
-/// A symbolic link is followed. What is there and no plain file (a device, a pipe) is written to as it
-/// is, since a new file in its place would not be what was asked for.
+/// Symbolic links are followed. Devices and pipes are written to directly: replacing them with a new file is not
+/// what the user asked for.
 #[derive(Debug)]
 pub struct AtomicFile {
     path: PathBuf,
@@ -33,13 +33,13 @@ enum Target {
     Device(File),
 }
 
-/// Names of files that are not finished begin so.
+/// Prefix of the names of temporary files.
 pub const TEMPORARY_PREFIX: &str = ".detox-gguf-";
 
 impl AtomicFile {
-    /// Starts a file that is to appear at `path`; fails at once where the folder cannot be written.
+    /// Starts a file that will appear at `path`. Fails now if the folder is not writable.
     pub fn create(path: &Path) -> Result<AtomicFile> {
-        // A path that does not exist yet stays as it is; so does a link to nothing.
+        // Falls back to the path as given if it does not exist yet or is a dangling link.
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
         let is_device = fs::metadata(&path).is_ok_and(|m| !m.is_file() && !m.is_dir());
         if is_device {
@@ -49,7 +49,7 @@ impl AtomicFile {
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
         builder.prefix(TEMPORARY_PREFIX).suffix(".tmp");
-        // Temporary files are private by default; what the user gets should follow their umask.
+        // Temporary files are private by default; the final file should follow the user's umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let temporary = builder.tempfile_in(folder).map_err(Error::io("write", &path))?;
@@ -65,7 +65,7 @@ impl AtomicFile {
         written.map_err(Error::io("write", &self.path))
     }
 
-    /// Flushes to disk, and gives the file its name.
+    /// Flushes to disk and renames the file into place.
     pub fn commit(self) -> Result<()> {
         let path = self.path;
         match self.target {
@@ -78,12 +78,12 @@ impl AtomicFile {
     }
 }
 
-/// The last component of a path, as text; the path itself if it has none.
+/// The last component of a path as text, or the whole path if it has none.
 pub fn base_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
-/// Removes what runs that were killed left unfinished in a folder.
+/// Removes temporary files that killed runs left in a folder.
 pub fn remove_unfinished(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
         let entry = entry.map_err(Error::io("read", folder))?;
@@ -94,7 +94,7 @@ pub fn remove_unfinished(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One JSON line a row, appended to in units: a unit is either whole on disk, or dropped at the next start.
+/// A JSON-lines log, appended to in units of several rows. An incomplete unit is dropped when the log is reopened.
 #[derive(Debug)]
 pub struct JsonLog {
     file: File,
@@ -102,10 +102,12 @@ pub struct JsonLog {
 }
 
 impl JsonLog {
-    /// Opens the log, keeps the whole units of `unit_rows` rows at its start, and cuts off the rest.
+    /// Opens or creates the log, returns the rows of its complete units, and truncates the file after them.
     ///
-    /// `unit_rows` gives the number of rows of each unit in turn; the log may hold all of them.
-    /// A row that is no JSON of the expected form, before the last unit, is damage and an error.
+    /// `unit_rows` gives the number of rows in each unit, for every unit that a finished log has.
+    ///
+    /// # Errors
+    /// [`Error::Input`] with the line number if a complete line is not a valid row. [`Error::Io`].
     pub fn open<T: DeserializeOwned>(
         path: &Path,
         unit_rows: impl IntoIterator<Item = usize>,
@@ -128,7 +130,7 @@ impl JsonLog {
                 line.clear();
                 let n = match reader.read_line(&mut line) {
                     Ok(n) => n,
-                    // Not UTF-8: what a torn write can leave at the end of a file.
+                    // Not UTF-8: an interrupted write can end in the middle of a character.
                     Err(e) if e.kind() == std::io::ErrorKind::InvalidData => break 'units,
                     Err(e) => return Err(Error::io("read", path)(e)),
                 };
@@ -140,9 +142,9 @@ impl JsonLog {
                     Error::input(
                         path,
                         Some(kept.len() + unit.len() + 1),
-                        format!("expected a row that this program wrote: {e}"),
+                        format!("expected a row written by this program: {e}"),
                     )
-                    .with_hint("the file was changed since; delete it to make it again")
+                    .with_hint("the file was changed since; delete it to create it again")
                 })?;
                 unit.push(row);
             }
@@ -154,16 +156,16 @@ impl JsonLog {
         Ok((JsonLog { file, path: path.to_path_buf() }, kept))
     }
 
-    /// Appends a unit, and waits until it is on disk.
+    /// Appends a unit and waits until it is on disk.
     pub fn append<T: Serialize>(&mut self, unit: &[T]) -> Result<()> {
         let bytes = json_lines(unit);
-        // One write: a unit is then at most cut off, never interleaved.
+        // One write, so that an interruption truncates the unit and never interleaves it.
         self.file.write_all(&bytes).map_err(Error::io("write", &self.path))?;
         self.file.sync_data().map_err(Error::io("write", &self.path))
     }
 }
 
-/// Rows as JSON lines.
+/// Formats rows as JSON lines.
 pub fn json_lines<T: Serialize>(rows: &[T]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for row in rows {
@@ -174,10 +176,16 @@ pub fn json_lines<T: Serialize>(rows: &[T]) -> Vec<u8> {
     bytes
 }
 
-/// Writes `run.json`, which holds everything that decides what a run does, or refuses to mix two runs in one folder.
+/// Where `run.json` holds the program's version, as JSON pointers: in a run of training, and in any other run.
+const VERSION_POINTERS: [&str; 2] = ["/detox_gguf", "/run/tool_version"];
+
+/// Starts or resumes a run: writes its settings to `run.json`, or checks that they match those already there.
+///
+/// Everything in `record` must match for a run to resume, except the version of this program. If only that differs,
+/// a warning names both versions, and `run.json` keeps the version that started the run.
 ///
 /// # Errors
-/// [`Error::RunFolder`] that names the first difference; [`Error::Io`].
+/// [`Error::RunFolder`] with the first setting that differs; [`Error::Io`].
 pub fn start_record<T: Serialize>(folder: &Path, record: &T) -> Result<()> {
     let path = folder.join("run.json");
     let text = serde_json::to_string_pretty(record).expect("settings are plain data") + "\n";
@@ -188,16 +196,43 @@ pub fn start_record<T: Serialize>(folder: &Path, record: &T) -> Result<()> {
     if found == text {
         return Ok(());
     }
-    let values = |text: &str| serde_json::from_str::<Value>(text).unwrap_or(Value::Null);
-    let difference = first_difference("", &values(&found), &values(&text));
-    Err(Error::run_folder(
-        folder,
-        format!("holds another run: {}", difference.unwrap_or_else(|| "run.json was changed".into())),
-    )
-    .with_hint("choose a new folder with -o, or repeat that run's command to go on with it"))
+    let (difference, version) = compare_records(&found, &text);
+    if let Some(difference) = difference {
+        return Err(Error::run_folder(folder, format!("holds another run: {difference}")).with_hint(
+            "choose a new folder with -o, or repeat the command that started this run to resume it",
+        ));
+    }
+    if let Some((started, now)) = version {
+        tracing::warn!(
+            "{}: the run was started by detox-gguf {started} and continues with {now}: its results come from both",
+            folder.display()
+        );
+    }
+    Ok(())
 }
 
-/// Where two settings differ, in words.
+/// Compares two `run.json`. Gives the first difference in words, and both versions of this program if they differ.
+fn compare_records(there: &str, here: &str) -> (Option<String>, Option<(String, String)>) {
+    let parse = serde_json::from_str::<Value>;
+    let (Ok(mut there), Ok(mut here)) = (parse(there), parse(here)) else {
+        return (Some("run.json was changed".into()), None);
+    };
+    let mut version = None;
+    for pointer in VERSION_POINTERS {
+        let (Some(started), Some(now)) = (there.pointer_mut(pointer), here.pointer_mut(pointer)) else {
+            continue;
+        };
+        if let (Some(a), Some(b)) = (started.as_str(), now.as_str())
+            && a != b
+        {
+            version = Some((a.to_owned(), b.to_owned()));
+            *started = now.clone();
+        }
+    }
+    (first_difference("", &there, &here), version)
+}
+
+/// Describes the first setting that differs between two records.
 fn first_difference(name: &str, there: &Value, here: &Value) -> Option<String> {
     match (there, here) {
         (Value::Object(a), Value::Object(b)) => {
@@ -215,13 +250,15 @@ pub fn create_folder(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(Error::io("create", path))
 }
 
-/// Bytes as lower-case hex, as `sha256sum` prints them.
+/// Formats bytes as lower-case hex, like `sha256sum`.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn log(path: &Path, units: &[usize]) -> Vec<u32> {
@@ -229,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_units_are_kept_and_the_rest_is_cut_off() {
+    fn keeps_complete_units_and_truncates_the_rest() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         let (mut file, kept) = JsonLog::open::<u32>(&path, [2, 2]).unwrap();
@@ -238,7 +275,7 @@ mod tests {
         file.append(&[3u32, 4]).unwrap();
         drop(file);
         assert_eq!(log(&path, &[2, 2]), [1, 2, 3, 4]);
-        // Killed in the middle of the second unit, and in the middle of a line.
+        // Interrupted in the middle of the second unit, of a line, and of a character.
         for torn in ["1\n2\n3\n", "1\n2\n3\n4", "1\n2\n\u{ff}"] {
             fs::write(&path, torn).unwrap();
             assert_eq!(log(&path, &[2, 2]), [1, 2]);
@@ -249,17 +286,17 @@ mod tests {
     }
 
     #[test]
-    fn rejects_a_damaged_row_by_its_line() {
+    fn rejects_an_invalid_row_and_names_its_line() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log");
         fs::write(&path, "1\nx\n3\n4\n").unwrap();
         let error = JsonLog::open::<u32>(&path, [2, 2]).unwrap_err();
         assert!(matches!(error, Error::Input { line: Some(2), .. }), "{error}");
-        assert_eq!(fs::read_to_string(&path).unwrap(), "1\nx\n3\n4\n", "nothing was touched");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "1\nx\n3\n4\n", "the file is unchanged");
     }
 
     #[test]
-    fn a_file_that_is_not_committed_leaves_nothing_behind() {
+    fn an_uncommitted_file_leaves_nothing_behind() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         fs::write(&path, "before").unwrap();
@@ -273,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_run_left_is_removed_and_nothing_else() {
+    fn removes_temporary_files_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(".detox-gguf-x.tmp"), "half").unwrap();
         fs::write(folder.path().join("mine.tmp"), "mine").unwrap();
@@ -282,9 +319,53 @@ mod tests {
         assert_eq!(names, ["mine.tmp"]);
     }
 
+    /// A run folder whose `run.json` is `record`.
+    fn run_folder(record: &Value) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        start_record(folder.path(), record).unwrap();
+        folder
+    }
+
+    #[test]
+    fn a_run_resumes_under_another_version_of_the_program() {
+        let training = |version: &str| json!({"detox_gguf": version, "settings": {"rank": 2}});
+        let evaluation = |version: &str| json!({"llama_cpp": "1", "run": {"tool_version": version, "k": 4}});
+        for (started, now) in
+            [(training("0.1.0"), training("0.2.0")), (evaluation("0.1.0"), evaluation("0.2.0"))]
+        {
+            let folder = run_folder(&started);
+            let before = fs::read(folder.path().join("run.json")).unwrap();
+            start_record(folder.path(), &now).unwrap();
+            let after = fs::read(folder.path().join("run.json")).unwrap();
+            assert!(before == after, "run.json keeps the version that started the run");
+        }
+        let (difference, version) =
+            compare_records(&evaluation("a").to_string(), &evaluation("b").to_string());
+        assert_eq!((difference, version), (None, Some(("a".into(), "b".into()))));
+    }
+
+    #[test]
+    fn rejects_a_run_with_any_other_difference() {
+        let run = |version: &str, llama_cpp: &str, k: u32| json!({"llama_cpp": llama_cpp, "run": {"tool_version": version, "settings": {"k": k}}});
+        let folder = run_folder(&run("0.1.0", "1", 4));
+        let refusal = |record: &Value| start_record(folder.path(), record).unwrap_err().to_string();
+        assert!(refusal(&run("0.2.0", "1", 5)).contains("k is 4 there, and 5 now"));
+        assert!(refusal(&run("0.1.0", "2", 4)).contains("llama_cpp is \"1\" there, and \"2\" now"));
+        // Only the two known places hold the program's version.
+        let elsewhere = |version: &str| json!({"run": {"scorer": {"tool_version": version}}});
+        let folder = run_folder(&elsewhere("1"));
+        assert!(start_record(folder.path(), &elsewhere("2")).is_err());
+        // A record without a version is another run.
+        let folder = run_folder(&json!({"run": {}}));
+        assert!(start_record(folder.path(), &json!({"run": {"tool_version": "1"}})).is_err());
+        fs::write(folder.path().join("run.json"), "{").unwrap();
+        let error = start_record(folder.path(), &json!({"run": {}})).unwrap_err();
+        assert!(error.to_string().contains("run.json was changed"), "{error}");
+    }
+
     #[cfg(unix)]
     #[test]
-    fn a_link_is_followed_and_a_pipe_stays_a_pipe() {
+    fn follows_links_and_writes_into_pipes() {
         use std::os::unix::fs::FileTypeExt;
         let folder = tempfile::tempdir().unwrap();
         let (file, link) = (folder.path().join("file"), folder.path().join("link"));

@@ -2,12 +2,10 @@
 
 use std::collections::HashSet;
 
+use super::hparams::MAX_LAYERS;
 use super::read::GgufFile;
 use super::{TensorInfo, Value};
 use crate::error::{Error, Result};
-
-/// The most layers (`LLAMA_MAX_LAYERS` in `llama-hparams.h`).
-pub(super) const MAX_LAYERS: u32 = 512;
 
 /// The most experts (`LLAMA_MAX_EXPERTS` in `llama-hparams.h`).
 const MAX_EXPERTS: u32 = 1024;

@@ -3,9 +3,13 @@
 use std::collections::HashMap;
 
 use super::file_type::{file_type_name, guessed_name};
-use super::read::{GgufFile, refuse};
+use super::read::GgufFile;
+use super::validate::refuse;
 use super::{Array, Strings, Value};
 use crate::error::Result;
+
+/// The most layers a model has (`LLAMA_MAX_LAYERS` in `llama-hparams.h`).
+pub(super) const MAX_LAYERS: u32 = 512;
 
 /// A Rust type that one type of metadata value turns into.
 trait FromValue<'a>: Sized {
@@ -278,7 +282,7 @@ impl GgufFile {
         };
         match self.metadata.get(&key) {
             // The cap keeps a damaged block_count from asking for 16 GiB.
-            Some(&Value::U32(n)) => Ok(vec![n; n_layer.min(super::decoder::MAX_LAYERS as usize)]),
+            Some(&Value::U32(n)) => Ok(vec![n; n_layer.min(MAX_LAYERS as usize)]),
             Some(Value::Array(array)) if array.len() == n_layer => array
                 .to_i64s()
                 .and_then(|values| values.into_iter().map(|v| u32::try_from(v).ok()).collect())

@@ -36,6 +36,7 @@ mod hparams;
 mod read;
 mod split;
 mod tensor;
+mod validate;
 mod value;
 mod write;
 

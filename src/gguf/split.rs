@@ -1,87 +1,106 @@
 //! Models split over several files, `<name>-00001-of-0000N.gguf` and so on, as `llama-gguf-split` writes them.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use super::read::{GgufFile, refuse, validate};
+use super::validate::{Part, Validated, refuse, validate};
 use super::{Metadata, TensorInfo, Value};
 use crate::error::{Error, Result};
 
-/// The most parts. Ours: each stays open while the model is, and systems allow some 1024 files.
+/// The most parts accepted. Our limit: every part stays open, and systems allow about 1024 open files.
 const MAX_PARTS: u16 = 512;
 
-/// Adds the other parts of a split model; a model of one file comes back as it is.
+/// All parts of a model, with the metadata of the first and the tensors of all.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) parts: Vec<Part>,
+    pub(super) metadata: Metadata,
+    pub(super) tensors: Vec<TensorInfo>,
+}
+
+/// Opens the other parts of a split model, given the first. A model in one file has no other parts.
 ///
-/// llama.cpp reads `split.no` of each part as a u16 and ends the process on another type, so types are checked here.
-pub(super) fn open_other_parts(mut file: GgufFile) -> Result<GgufFile> {
-    let first_path = file.path().to_path_buf();
-    let n_parts = part_number(&first_path, &file.metadata, "split.count")?.unwrap_or(0);
+/// llama.cpp reads each part's `split.no` as a u16 and aborts on any other type, so types are checked here.
+pub(super) fn open_other_parts(first: Validated) -> Result<Parts> {
+    let Validated { part, metadata, tensors } = first;
+    let mut model = Parts { parts: vec![part], metadata, tensors };
+    let first_path = model.parts[0].path.clone();
+    let n_parts = part_number(&first_path, &model.metadata, "split.count")?.unwrap_or(0);
     if n_parts <= 1 {
-        return Ok(file);
+        return Ok(model);
     }
     if n_parts > MAX_PARTS {
         let reason = format!("key \"split.count\": expected at most {MAX_PARTS} parts, found {n_parts}");
         return Err(refuse(&first_path, reason));
     }
-    let index = required_part_number(&first_path, &file.metadata)?;
+    let index = required_part_number(&first_path, &model.metadata)?;
     if index != 0 {
-        return Err(Error::model(
-            &first_path,
-            format!("it is part {} of {n_parts} of a split model", u32::from(index) + 1),
-        )
-        .with_hint(match part_path(&first_path, index, 0, n_parts) {
-            Some(path) => format!("pass the first part: {}", path.display()),
-            None => "pass the first part, the one that ends in -00001-of-…".into(),
-        }));
+        return Err(later_part(&first_path, index, n_parts));
     }
     for index in 1..n_parts {
-        let Some(path) = part_path(&first_path, 0, index, n_parts) else {
-            let suffix = suffix(0, n_parts);
-            return Err(refuse(
-                &first_path,
-                format!(
-                    "it is the first of {n_parts} parts, which llama.cpp finds by name: expected a name ending in {suffix:?}"
-                ),
-            ));
-        };
-        if !path.exists() {
-            let reason = format!("part {} of {n_parts} is missing: expected {}", index + 1, path.display());
-            return Err(refuse(&first_path, reason));
-        }
-        let (part, metadata, tensors) = validate(&path)?;
-        let found = required_part_number(&path, &metadata)?;
+        let Validated { part, metadata, tensors } = validate(&existing_part(&first_path, index, n_parts)?)?;
+        let found = required_part_number(&part.path, &metadata)?;
         if found != index {
-            return Err(refuse(
-                &path,
-                format!("key \"split.no\": expected {index} from its name, found {found}"),
-            ));
+            let reason = format!("key \"split.no\": expected {index} from its name, found {found}");
+            return Err(refuse(&part.path, reason));
         }
-        let part_index = file.parts.len();
-        file.tensors.extend(tensors.into_iter().map(|tensor| TensorInfo { part: part_index, ..tensor }));
-        file.parts.push(part);
+        let part_index = model.parts.len();
+        model.tensors.extend(tensors.into_iter().map(|tensor| TensorInfo { part: part_index, ..tensor }));
+        model.parts.push(part);
     }
-    check_tensors(&file)?;
-    Ok(file)
+    check_tensors(&model)?;
+    Ok(model)
 }
 
-/// No name twice across the parts, and as many tensors as the first part promises.
-fn check_tensors(file: &GgufFile) -> Result<()> {
-    let mut names = std::collections::HashSet::with_capacity(file.tensors.len());
-    if let Some(twice) = file.tensors.iter().find(|t| !names.insert(t.name.as_str())) {
-        let reason = format!("tensor {:?} is already in another part", twice.name);
-        return Err(refuse(&file.parts[twice.part].path, reason));
+/// The error for opening a part that is not the first.
+fn later_part(path: &Path, index: u16, n_parts: u16) -> Error {
+    let reason = format!("it is part {} of {n_parts} of a split model", u32::from(index) + 1);
+    Error::model(path, reason).with_hint(match part_path(path, index, 0, n_parts) {
+        Some(first) => format!("pass the first part: {}", first.display()),
+        None => "pass the first part, the one that ends in -00001-of-…".into(),
+    })
+}
+
+/// The path of part `index` (from 0), checked to exist.
+fn existing_part(first_path: &Path, index: u16, n_parts: u16) -> Result<PathBuf> {
+    let Some(path) = part_path(first_path, 0, index, n_parts) else {
+        let suffix = suffix(0, n_parts);
+        return Err(refuse(
+            first_path,
+            format!(
+                "it is the first of {n_parts} parts, and llama.cpp finds the others by name: \
+                 expected a name ending in {suffix:?}"
+            ),
+        ));
+    };
+    if !path.exists() {
+        let reason = format!("part {} of {n_parts} is missing: expected {}", index + 1, path.display());
+        return Err(refuse(first_path, reason));
     }
+    Ok(path)
+}
+
+/// Checks that no tensor name occurs in two parts, and that the first part announces the right number of tensors.
+fn check_tensors(model: &Parts) -> Result<()> {
+    let mut names = HashSet::with_capacity(model.tensors.len());
+    if let Some(twice) = model.tensors.iter().find(|t| !names.insert(t.name.as_str())) {
+        let reason = format!("tensor {:?} is already in another part", twice.name);
+        return Err(refuse(&model.parts[twice.part].path, reason));
+    }
+    let first_path = &model.parts[0].path;
+    let n_tensors = model.tensors.len();
     let key = "split.tensors.count";
-    match file.metadata.get(key) {
+    match model.metadata.get(key) {
         // llama.cpp reads it as an i32.
-        Some(&Value::I32(n)) if usize::try_from(n).is_ok_and(|n| n == file.tensors.len()) => Ok(()),
+        Some(&Value::I32(n)) if usize::try_from(n).is_ok_and(|n| n == n_tensors) => Ok(()),
         Some(&Value::I32(n)) => {
             let reason =
-                format!("key {key:?}: expected {} tensors as in the parts, found {n}", file.tensors.len());
-            Err(refuse(file.path(), reason))
+                format!("key {key:?}: expected {n_tensors} tensors as in all parts together, found {n}");
+            Err(refuse(first_path, reason))
         }
         other => {
             let found = other.map_or("nothing".into(), Value::describe);
-            Err(refuse(file.path(), format!("key {key:?}: expected i32, found {found}")))
+            Err(refuse(first_path, format!("key {key:?}: expected i32, found {found}")))
         }
     }
 }
@@ -101,16 +120,16 @@ fn required_part_number(path: &Path, metadata: &Metadata) -> Result<u16> {
     })
 }
 
-/// How the file name of part `index` (from 0) ends; llama.cpp's `SPLIT_PATH_FORMAT`, which counts from 1.
+/// The end of the file name of part `index` (from 0): llama.cpp's `SPLIT_PATH_FORMAT`, which counts from 1.
 fn suffix(index: u16, n_parts: u16) -> String {
     format!("-{:05}-of-{n_parts:05}.gguf", u32::from(index) + 1)
 }
 
-/// The path of part `to`, given that of part `from`; `None` if that is not named as llama.cpp expects.
+/// The path of part `to`, given the path of part `from`. `None` if `path` is not named as llama.cpp expects.
 fn part_path(path: &Path, from: u16, to: u16, n_parts: u16) -> Option<PathBuf> {
     let name = path.file_name()?.to_str()?;
     let stem = name.strip_suffix(&suffix(from, n_parts))?;
-    // llama.cpp refuses a name that is nothing but the suffix only when there is no folder before it either.
+    // llama.cpp refuses a path that is only the suffix, but accepts `folder/<suffix>`.
     let whole_path_is_suffix = stem.is_empty() && path.parent().is_none_or(|p| p.as_os_str().is_empty());
     (!whole_path_is_suffix).then(|| path.with_file_name(format!("{stem}{}", suffix(to, n_parts))))
 }

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use super::tensor::{self, TensorType};
-use super::{Array, Metadata, VERSION, Value, ValueType, read};
+use super::validate::{self, refuse};
+use super::{Array, Metadata, VERSION, Value, ValueType};
 use crate::error::{Error, Result};
 
 /// A tensor to be written.
@@ -58,8 +59,8 @@ impl GgufWriter {
         tensors: Vec<TensorSpec>,
     ) -> Result<GgufWriter> {
         let path = path.as_ref();
-        let alignment = read::parse_alignment(metadata).map_err(|reason| read::refuse(path, reason))?;
-        let in_tensor = |name: &str, reason: String| read::refuse(path, format!("tensor {name:?}: {reason}"));
+        let alignment = validate::parse_alignment(metadata).map_err(|reason| refuse(path, reason))?;
+        let in_tensor = |name: &str, reason: String| refuse(path, format!("tensor {name:?}: {reason}"));
         let mut names = std::collections::HashSet::new();
         let mut sized = Vec::with_capacity(tensors.len());
         for spec in tensors {
@@ -74,7 +75,7 @@ impl GgufWriter {
             sized.push((spec, n_bytes));
         }
         let header = header_bytes(metadata, &sized, alignment)
-            .ok_or_else(|| read::refuse(path, "its tensors have more than 2^64 bytes together"))?;
+            .ok_or_else(|| refuse(path, "its tensors have more than 2^64 bytes together"))?;
 
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
@@ -95,15 +96,12 @@ impl GgufWriter {
     /// [`Error::Gguf`] for more bytes than the current tensor still lacks. [`Error::Io`] if the disk refuses.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let Some((spec, n_bytes)) = self.tensors.get(self.current) else {
-            return Err(read::refuse(
-                &self.path,
-                format!("{} bytes follow after the last tensor", bytes.len()),
-            ));
+            return Err(refuse(&self.path, format!("{} bytes follow after the last tensor", bytes.len())));
         };
         let (lacks, n_given) = (n_bytes - self.written, bytes.len() as u64);
         if n_given > lacks {
             let reason = format!("tensor {:?}: expected {lacks} more bytes, found {n_given}", spec.name);
-            return Err(read::refuse(&self.path, reason));
+            return Err(refuse(&self.path, reason));
         }
         self.file.write_all(bytes).map_err(Error::io("write", &self.path))?;
         self.written += n_given;
@@ -128,7 +126,7 @@ impl GgufWriter {
         {
             let reason =
                 format!("tensor {:?}: expected data of type {}, found f32", spec.name, spec.tensor_type);
-            return Err(read::refuse(&self.path, reason));
+            return Err(refuse(&self.path, reason));
         }
         for chunk in values.chunks(1 << 14) {
             self.write(&chunk.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())?;
@@ -143,13 +141,13 @@ impl GgufWriter {
     pub fn finish(self) -> Result<()> {
         if let Some((spec, n_bytes)) = self.tensors.get(self.current) {
             let reason = format!("tensor {:?}: expected {n_bytes} bytes, found {}", spec.name, self.written);
-            return Err(read::refuse(&self.path, reason));
+            return Err(refuse(&self.path, reason));
         }
         let path = self.path;
         let file = self.file.into_inner().map_err(|e| Error::io("write", &path)(e.into_error()))?;
         file.as_file().sync_all().map_err(Error::io("write", &path))?;
-        read::validate(file.path()).map_err(|error| match error {
-            Error::Gguf { reason, .. } => read::refuse(&path, reason),
+        validate::validate(file.path()).map_err(|error| match error {
+            Error::Gguf { reason, .. } => refuse(&path, reason),
             other => other,
         })?;
         file.persist(&path).map_err(|e| Error::io("write", &path)(e.error))?;

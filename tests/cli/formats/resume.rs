@@ -10,6 +10,9 @@ use crate::rows;
 /// As in scripts/make_interrupted_runs.py: 3 prompts in each of 2 languages, in units of 2 prompts.
 const SAMPLING: &str = "--lang en,de --limit 3 -k 4 -n 6 -np 2 -t 1 -s 5";
 
+/// The version that started these runs.
+const OLD_VERSION: &str = "0.1.0 (17a851291285)";
+
 /// Continuations in a unit.
 const UNIT_ROWS: usize = 8;
 
@@ -23,19 +26,31 @@ fn quoted(text: &str, key: &str) -> String {
     found.unwrap_or_else(|| panic!("no {key:?} in {text}")).to_string()
 }
 
-/// Replaces the versions and the CPU in an old `run.json` by those of a run made today.
+/// Replaces llama.cpp's version and the CPU in an old `run.json` by today's. The program's version stays old.
 ///
-/// The program resumes a run only under the build that started it, so any new build would refuse the old folder.
-/// Nothing else may differ, because the program compares the bytes.
+/// A run resumes under a newer version of the program, but not on another CPU or with another llama.cpp.
+/// Nothing else may differ.
 fn adopt(old: &Path, today: &Path) {
     let (mut text, fresh) = (read(old), read(today));
-    for key in ["tool_version", "detox_gguf", "system", "llama_cpp"] {
+    for key in ["system", "llama_cpp"] {
         if fresh.contains(&format!("\"{key}\"")) {
             text = text.replace(&quoted(&text, key), &quoted(&fresh, key));
         }
     }
+    std::fs::write(old, &text).unwrap();
+    for key in ["tool_version", "detox_gguf"] {
+        if fresh.contains(&format!("\"{key}\"")) {
+            assert!(quoted(&text, key).contains(OLD_VERSION), "{key} in {}", old.display());
+            text = text.replace(&quoted(&text, key), &quoted(&fresh, key));
+        }
+    }
     assert_eq!(text, fresh, "run.json of {}", old.display());
-    std::fs::write(old, text).unwrap();
+}
+
+/// Checks that the program warned about the older version, and left it in `run.json`.
+fn assert_keeps_old_version(run_json: &Path, stderr: &str) {
+    assert!(stderr.contains(&format!("the run was started by detox-gguf {OLD_VERSION}")), "{stderr}");
+    assert!(read(run_json).contains(OLD_VERSION), "{}", run_json.display());
 }
 
 /// A folder with an interrupted run in `old`, and with an uninterrupted run of today by the same command in `today`.
@@ -90,6 +105,7 @@ fn an_evaluation_that_an_older_version_left_unfinished_resumes() {
     let (old, today) = (folder.path().join("old"), folder.path().join("today"));
     adopt(&old.join("run.json"), &today.join("run.json"));
     let said = resume(folder.path(), "eval", SAMPLING);
+    assert_keeps_old_version(&old.join("run.json"), &said);
     assert!(
         said.contains(&format!("continuations: {UNIT_ROWS} of 24")),
         "it starts after the finished unit: {said}"
@@ -109,7 +125,10 @@ fn a_sweep_that_an_older_version_left_unfinished_resumes() {
         adopt(&old.join(run).join("run.json"), &today.join(run).join("run.json"));
     }
     let baseline = crate::contents(&old.join("baseline"));
-    resume(folder.path(), "sweep", &flags);
+    let said = resume(folder.path(), "sweep", &flags);
+    for run in ["baseline", "chosen_-1"] {
+        assert_keeps_old_version(&old.join(run).join("run.json"), &said);
+    }
     assert!(crate::contents(&old.join("baseline")) == baseline, "the finished run");
     assert_completed("sweep/chosen_-1", &old.join("chosen_-1"), &today.join("chosen_-1"));
     for run in ["baseline", "chosen_-1", "chosen_-2", "control_0_-1", "control_0_-2"] {
@@ -133,6 +152,7 @@ fn assert_training_resumes(method: &str, step: u64, n_kept: usize, result: &str)
     let (old, today) = (folder.path().join("old"), folder.path().join("today"));
     adopt(&old.join("run.json"), &today.join("run.json"));
     let said = resume(folder.path(), "train", &flags);
+    assert_keeps_old_version(&old.join("run.json"), &said);
     assert!(said.contains(&format!("training: {step} of 16")), "it starts after step {step}: {said}");
 
     assert_same_files(&old, &today);
