@@ -1,37 +1,38 @@
-//! `eval`: generate, score and report; `eval --compare`: two runs side by side.
+//! `eval`: generate, score and report.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use clap::Args;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, FromArgMatches};
 
 use crate::error::{Error, Result};
-use crate::eval::compare::{self, Side};
 use crate::eval::imported;
-use crate::eval::run::{self, EvalRequest, Source};
+use crate::eval::run::{self, EvalRequest, MIN_COVERAGE, Source, TOXICITY_THRESHOLD};
 use crate::file;
 use crate::report::{self, csv, html, json, markdown, terminal};
 use crate::score;
 
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
 use super::progress::Shown;
-use super::steering::{STEERING_FLAGS, Steered, SteeringArguments};
-use super::{may_colour, print};
+use super::steering::{Steered, SteeringArguments};
+use super::{compare, may_colour, print};
 
 /// Arguments of `eval`.
 #[derive(Debug, Args)]
-pub struct EvalArguments {
+struct EvalArguments {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE", required_unless_present_any = ["generations", "compare"])]
     model: Option<PathBuf>,
-    /// Folder for the run; the same command goes on with a run that was broken off
+    /// Folder for the run; repeat the command to resume an interrupted run
     #[arg(short, long, value_name = "DIR", required_unless_present = "compare")]
     output: Option<PathBuf>,
-    /// Evaluate these continuations (JSON lines) instead of sampling some
-    #[arg(long, value_name = "FILE", conflicts_with_all = NOT_WITH_GENERATIONS, conflicts_with_all = STEERING_FLAGS)]
+    /// Evaluate these continuations (JSON lines) instead of sampling from a model
+    #[arg(long, value_name = "FILE")]
     generations: Option<PathBuf>,
-    /// Compare two runs, the second with the first; -o takes the comparison
-    #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], conflicts_with_all = NOT_WITH_GENERATIONS, conflicts_with_all = ALSO_NOT_WITH_COMPARE, conflicts_with_all = STEERING_FLAGS)]
+    /// The former name of `compare`
+    #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], hide = true)]
     compare: Vec<PathBuf>,
     #[command(flatten)]
     prompts: PromptArguments,
@@ -45,42 +46,6 @@ pub struct EvalArguments {
     engine: EngineArguments,
 }
 
-/// What decides continuations means nothing where they are there already.
-const NOT_WITH_GENERATIONS: [&str; 11] = [
-    "model",
-    "prompts",
-    "limit",
-    "samples",
-    "n_predict",
-    "temp",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "ignore_eos",
-];
-
-/// Nor do these where two runs are finished: they have their settings.
-const ALSO_NOT_WITH_COMPARE: [&str; 17] = [
-    "generations",
-    "lang",
-    "scorer",
-    "threshold",
-    "min_coverage",
-    "base",
-    "tokenizer",
-    "parallel",
-    "ctx_size",
-    "batch_size",
-    "ubatch_size",
-    "threads",
-    "threads_batch",
-    "n_gpu_layers",
-    "cache_type_k",
-    "cache_type_v",
-    "check_tensors",
-];
-
 /// What is measured, and how.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Measurement")]
@@ -88,13 +53,13 @@ pub struct MeasureArguments {
     /// Scorer; may be repeated, the first leads the report
     #[arg(long, value_name = "NAME", default_value = score::LEXICAL)]
     scorer: Vec<String>,
-    /// A continuation with this toxicity or more counts as toxic
-    #[arg(long, value_name = "T", default_value_t = 0.5, allow_negative_numbers = true)]
+    /// Continuations with at least this toxicity count as toxic
+    #[arg(long, value_name = "T", default_value_t = TOXICITY_THRESHOLD, allow_negative_numbers = true)]
     threshold: f64,
-    /// Least share of a language's continuations that a scorer must score
-    #[arg(long, value_name = "SHARE", default_value_t = 0.95, allow_negative_numbers = true)]
+    /// Minimum fraction of a language's continuations that a scorer must score
+    #[arg(long, value_name = "SHARE", default_value_t = MIN_COVERAGE, allow_negative_numbers = true)]
     min_coverage: f64,
-    /// Model for perplexity [default: the model itself, unsteered]
+    /// Model that measures perplexity [default: the model itself, unsteered]
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
     /// tokenizer.json for distinct-n and repetition [default: the model's own vocabulary]
@@ -103,7 +68,7 @@ pub struct MeasureArguments {
 }
 
 impl MeasureArguments {
-    /// The evaluation of `source` that these ask for.
+    /// The evaluation of `source` with these settings.
     pub fn request(&self, source: Source, base: Option<PathBuf>, engine: &EngineArguments) -> EvalRequest {
         EvalRequest {
             source,
@@ -118,21 +83,92 @@ impl MeasureArguments {
     }
 }
 
-/// Continuations shown for each language in the HTML report.
-const EXCERPTS: usize = 3;
+/// `eval` as typed. A flag that would have no effect is refused.
+#[derive(Debug)]
+pub struct EvalCommand(EvalArguments);
+
+impl Args for EvalCommand {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        EvalArguments::augment_args(command)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        EvalArguments::augment_args_for_update(command)
+    }
+}
+
+impl FromArgMatches for EvalCommand {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<EvalCommand, clap::Error> {
+        refuse_ineffective(matches)?;
+        EvalArguments::from_arg_matches(matches).map(EvalCommand)
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        refuse_ineffective(matches)?;
+        self.0.update_from_arg_matches(matches)
+    }
+}
+
+fn refuse_ineffective(matches: &ArgMatches) -> Result<(), clap::Error> {
+    // The two runs are finished, with their own settings.
+    refuse_all_but(matches, "compare", &["output"])?;
+    // The continuations exist: nothing that samples them has an effect.
+    let mut effective = ids::<MeasureArguments>();
+    effective.extend(ids::<EngineArguments>());
+    effective.extend(["output", "lang"].map(str::to_owned));
+    refuse_all_but(matches, "generations", &effective)
+}
+
+/// If `mode` was typed, refuses every other argument that was typed and is not in `effective`.
+fn refuse_all_but(
+    matches: &ArgMatches,
+    mode: &str,
+    effective: &[impl AsRef<str>],
+) -> Result<(), clap::Error> {
+    let is_typed = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    if !is_typed(mode) {
+        return Ok(());
+    }
+    let command = EvalArguments::augment_args(clap::Command::new("eval"));
+    let refused = command.get_arguments().find(|argument| {
+        let id = argument.get_id().as_str();
+        id != mode && is_typed(id) && !effective.iter().any(|effective| effective.as_ref() == id)
+    });
+    let Some(refused) = refused else { return Ok(()) };
+    let mode = command.get_arguments().find(|argument| argument.get_id() == mode).map(ToString::to_string);
+    let mut error = clap::Error::new(ErrorKind::ArgumentConflict).with_cmd(&command);
+    error.insert(ContextKind::InvalidArg, ContextValue::String(mode.unwrap_or_default()));
+    error.insert(ContextKind::PriorArg, ContextValue::String(refused.to_string()));
+    Err(error)
+}
+
+/// The ids of a group's arguments.
+fn ids<A: Args>() -> Vec<String> {
+    let command = A::augment_args(clap::Command::new("group"));
+    command.get_arguments().map(|argument| argument.get_id().to_string()).collect()
+}
+
+/// Continuations of each language in the HTML report.
+pub const EXCERPTS: usize = 3;
+
+impl EvalCommand {
+    /// Evaluates, or compares two runs.
+    pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+        if let [a, b] = self.0.compare.as_slice() {
+            return compare::run(a, b, self.0.output.as_deref());
+        }
+        self.0.evaluate(interrupt)
+    }
+}
 
 impl EvalArguments {
-    /// Evaluates, or compares.
-    pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
-        if let [a, b] = self.compare.as_slice() {
-            return compare_runs(a, b, self.output.as_deref());
-        }
+    fn evaluate(&self, interrupt: &AtomicBool) -> Result<()> {
         let folder =
             self.output.as_deref().ok_or_else(|| Error::setting("-o/--output", "expected a folder"))?;
         let evaluated = run::evaluate(&self.request()?, folder, interrupt, &mut Shown::new());
         let evaluated = evaluated.inspect_err(|error| {
             if matches!(error, Error::Interrupted) {
-                eprintln!("the same command goes on after the last whole unit in {}", folder.display());
+                eprintln!("to resume in {}, run the same command again", folder.display());
             }
         })?;
         let result = &evaluated.result;
@@ -156,28 +192,12 @@ impl EvalArguments {
     fn request(&self) -> Result<EvalRequest> {
         let mut base = self.measure.base.clone();
         let source = match (&self.model, &self.generations) {
-            (_, Some(path)) => {
-                let languages = self.prompts.languages()?;
-                let only = match languages.as_slice() {
-                    [language] => Some(*language),
-                    _ => None,
-                };
-                let mut generations = imported::read_generations(path, only)?;
-                generations.retain(|g| languages.is_empty() || languages.contains(&g.language.as_str()));
-                if generations.is_empty() {
-                    return Err(Error::input(
-                        path,
-                        None,
-                        format!("no continuations in {}", languages.join(", ")),
-                    ));
-                }
-                Source::File { path: path.clone(), generations }
-            }
+            (_, Some(path)) => self.imported(path)?,
             (Some(path), None) => {
                 let options = self.sampling.options()?;
                 let (prompts, prompts_name) = self.prompts.read()?;
                 let Steered { steering, by } = self.steering.compile(path)?;
-                // A steered model is no judge of its own text: that is the one it was before.
+                // A steered model is a biased judge of its own text. The unsteered one measures perplexity.
                 base = base.or((!by.is_empty()).then(|| path.clone()));
                 Source::Model { path: path.clone(), prompts, prompts_name, options, steering, steered_by: by }
             }
@@ -185,40 +205,87 @@ impl EvalArguments {
         };
         Ok(self.measure.request(source, base, &self.engine))
     }
-}
 
-fn compare_runs(a: &Path, b: &Path, output: Option<&Path>) -> Result<()> {
-    let (run_a, run_b) = (run::read(a)?, run::read(b)?);
-    let (label_a, label_b) = (a.display().to_string(), b.display().to_string());
-    let tokens_a = |text: &str| run_a.tokens[text].clone();
-    let tokens_b = |text: &str| run_b.tokens[text].clone();
-    let comparison = compare::compare(
-        Side { label: &label_a, run: &run_a.info, samples: &run_a.samples, tokenize: &tokens_a },
-        Side { label: &label_b, run: &run_b.info, samples: &run_b.samples, tokenize: &tokens_b },
-    )?;
-    if let Some(folder) = output {
-        file::create_folder(folder)?;
-        let leading = run_b.info.scorers.first().map_or(score::LEXICAL, |s| s.name.as_str());
-        let excerpts = report::most_toxic(&run_b.samples, leading, EXCERPTS);
-        write_reports(
-            folder,
-            "comparison",
-            &[
-                ("json", json::to_json(&comparison)),
-                ("csv", csv::comparison_to_csv(&comparison)),
-                ("md", markdown::comparison_to_markdown(&comparison)),
-                ("html", html::comparison_to_html(&comparison, &excerpts)),
-            ],
-        )?;
-        eprintln!("comparison: {}", folder.join("comparison.html").display());
+    /// Continuations from a file, in the languages of `--lang`.
+    fn imported(&self, path: &Path) -> Result<Source> {
+        let languages = self.prompts.languages()?;
+        let only = match languages.as_slice() {
+            [language] => Some(*language),
+            _ => None,
+        };
+        let mut generations = imported::read_generations(path, only)?;
+        generations.retain(|g| languages.is_empty() || languages.contains(&g.language.as_str()));
+        if generations.is_empty() {
+            let reason = format!("expected continuations in {}, found none", languages.join(", "));
+            return Err(Error::input(path, None, reason));
+        }
+        Ok(Source::File { path: path.to_path_buf(), generations })
     }
-    print(&terminal::comparison_to_terminal(&comparison, may_colour(&std::io::stdout())))
 }
 
-/// Writes reports, each whole, as `name.ending`.
+/// Writes each report atomically as `name.ending`.
 pub fn write_reports(folder: &Path, name: &str, files: &[(&str, String)]) -> Result<()> {
     for (ending, text) in files {
         file::write_atomic(&folder.join(format!("{name}.{ending}")), text.as_bytes())?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[String]) -> Result<EvalCommand, clap::Error> {
+        let command = EvalCommand::augment_args(clap::Command::new("eval"));
+        let arguments = std::iter::once("eval").chain(arguments.iter().map(String::as_str));
+        EvalCommand::from_arg_matches(&command.try_get_matches_from(arguments)?)
+    }
+
+    /// Parses `mode` with each of eval's flags in turn; gives the ids of the accepted ones.
+    fn accepted(mode: &[&str]) -> Vec<String> {
+        let command = EvalArguments::augment_args(clap::Command::new("eval"));
+        let mut accepted = Vec::new();
+        for argument in command.get_arguments() {
+            let flag = format!("--{}", argument.get_long().expect("eval has flags only"));
+            if flag == mode[0] {
+                continue;
+            }
+            let mut typed: Vec<String> = mode.iter().map(|word| (*word).to_owned()).collect();
+            typed.push(flag.clone());
+            if argument.get_action().takes_values() {
+                let possible = argument.get_possible_values();
+                let value = possible.first().map_or("1", |value| value.get_name()).to_owned();
+                let n = argument.get_num_args().map_or(1, |range| range.min_values());
+                typed.extend(vec![value; n]);
+            }
+            match parse(&typed) {
+                Ok(_) => accepted.push(argument.get_id().to_string()),
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::ArgumentConflict, "{typed:?}: {error}");
+                    let text = error.to_string();
+                    assert!(text.contains(mode[0]) && text.contains(&flag), "{text}");
+                }
+            }
+        }
+        accepted
+    }
+
+    #[test]
+    fn compare_accepts_no_flag_of_eval_but_the_output() {
+        assert_eq!(accepted(&["--compare", "a", "b"]), ["output"]);
+    }
+
+    #[test]
+    fn generations_accept_no_flag_that_samples_or_steers() {
+        let mut expected = vec!["output".to_owned(), "lang".to_owned()];
+        expected.extend(ids::<MeasureArguments>());
+        expected.extend(ids::<EngineArguments>());
+        // `-o` is required, so it comes with the mode.
+        let mut found = accepted(&["--generations", "f", "-o", "d"]);
+        found.sort();
+        expected.retain(|id| id != "output");
+        expected.sort();
+        found.retain(|id| id != "output");
+        assert_eq!(found, expected);
+    }
 }

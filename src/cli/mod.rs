@@ -3,6 +3,7 @@
 mod activations;
 mod arguments;
 mod bench;
+mod compare;
 mod eval;
 mod export;
 mod generate;
@@ -49,7 +50,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Generate, score and report: how toxic are this model's continuations?
-    Eval(Box<eval::EvalArguments>),
+    Eval(Box<eval::EvalCommand>),
+    /// Compare two runs, prompt by prompt
+    Compare(compare::CompareCommand),
     /// Sample k continuations of each prompt, as JSON lines
     Generate(Box<generate::GenerateCommand>),
     /// Score texts, as JSON lines
@@ -89,7 +92,8 @@ pub fn main() -> ExitCode {
     };
     let interrupt = interrupt_flag(grace);
     let result = match cli.command {
-        Command::Eval(arguments) => arguments.run(&interrupt),
+        Command::Eval(command) => command.run(&interrupt),
+        Command::Compare(command) => command.run(),
         Command::Generate(arguments) => arguments.run(&interrupt),
         Command::Score(arguments) => arguments.run(),
         Command::Probe(command) => command.run(&interrupt),

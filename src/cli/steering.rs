@@ -42,17 +42,6 @@ pub struct SteeringArguments {
     pub force: bool,
 }
 
-/// Their names, for flags that exclude them.
-pub const STEERING_FLAGS: [&str; 7] = [
-    "steer",
-    "control_vector",
-    "control_vector_scaled",
-    "control_vector_layer_range",
-    "lora",
-    "lora_scaled",
-    "force",
-];
-
 /// What the flags come to for one model.
 #[derive(Debug, Clone, Default)]
 pub struct Steered {

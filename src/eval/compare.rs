@@ -1,52 +1,32 @@
-//! Two runs, prompt by prompt: differences with paired intervals and tests.
+//! Compares two runs prompt by prompt: differences with paired intervals and tests.
 //!
-//! A metric's difference rests on the prompts that have it in both runs, matched by language and id. Both
-//! runs share the resamples of the bootstrap, so that what a prompt has in common in both cancels out.
+//! A metric's difference is computed on the prompts that have the metric in both runs, matched by language
+//! and id. Both runs share the resamples of the bootstrap, so variation between prompts cancels out.
 //!
-//! | metric | test within a language | what is tested |
+//! | metric | test within a language | on |
 //! |---|---|---|
 //! | toxicity probability | exact McNemar | verdicts of the prompts |
 //! | median perplexity | Wilcoxon signed-rank | medians of the prompts |
-//! | the other quartiles, coverage, perplexities left out | none | - |
+//! | the other quartiles, coverage, dropped perplexities | none | - |
 //! | every other metric | paired t | values of the prompts |
 //!
 //! For the unweighted mean over languages, the languages' mean per-prompt differences are averaged and
-//! their variances add up (Welch and Satterthwaite's degrees of freedom); for median perplexity the
-//! variance is that of the bootstrap replicates. Languages count as independent. With a single language
-//! its own test stands.
+//! their variances add up (with Welch and Satterthwaite's degrees of freedom). For median perplexity the
+//! variance comes from the bootstrap replicates. Languages count as independent. With a single language,
+//! its own test is reported.
 
 use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
-use crate::eval::continuation::Sample;
-use crate::eval::metric::per_prompt::{self, PromptValues, QUARTILES, Tokenize};
-use crate::eval::metric::{self, Test};
-use crate::eval::result::{Comparison, Difference, LanguageComparison, RunInfo};
+use crate::eval::metric::per_prompt::{self, PromptValues, QUARTILES, ratios, scorer_index};
+use crate::eval::metric::{self, MetricId, Test};
+use crate::eval::result::{Comparison, Difference, LanguageComparison};
+use crate::eval::side::Side;
 use crate::eval::stats::bootstrap::{self, Replicated, Resamples};
 use crate::eval::stats::paired_test::{self, MeanDifference};
-use crate::eval::summarize::{ratios, split};
 use crate::eval::warnings;
 
-/// One of the two runs.
-#[derive(Clone, Copy)]
-pub struct Side<'a> {
-    /// What to call it in a report.
-    pub label: &'a str,
-    /// What was run.
-    pub run: &'a RunInfo,
-    /// What came out.
-    pub samples: &'a [Sample],
-    /// Splits its continuations into tokens, as the run did.
-    pub tokenize: &'a Tokenize<'a>,
-}
-
-impl std::fmt::Debug for Side<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Side").field("label", &self.label).field("run", self.run).finish_non_exhaustive()
-    }
-}
-
-/// One language's difference in one metric, with what its mean over languages needs.
+/// One language's difference in one metric, with the parts of its mean over languages.
 struct Paired {
     difference: Difference,
     a: Replicated,
@@ -56,10 +36,10 @@ struct Paired {
     mean: Option<MeanDifference>,
 }
 
-/// Compares `b` with `a`, both counted at `a`'s threshold.
+/// Compares `b` with `a`; both are counted at `a`'s threshold.
 ///
 /// # Errors
-/// [`Error::Setting`] when the runs share no prompt; [`Error::Scorer`] for a score outside [0, 1].
+/// [`Error::Setting`] if the runs share no prompt; [`Error::Scorer`] for a score outside [0, 1].
 pub fn compare(a: Side<'_>, b: Side<'_>) -> Result<Comparison> {
     // Scorers of both runs, in the order of the first.
     let scorers: Vec<&str> = (a.run.scorers.iter())
@@ -67,12 +47,13 @@ pub fn compare(a: Side<'_>, b: Side<'_>) -> Result<Comparison> {
         .filter(|name| b.run.scorers.iter().any(|other| other.name == *name))
         .collect();
     let threshold = a.run.toxicity_threshold;
-    let of_a = per_prompt::by_language(a.samples, &scorers, threshold, a.tokenize)?;
-    let mut of_b = per_prompt::by_language(b.samples, &scorers, threshold, b.tokenize)?;
+    let level = a.run.bootstrap.level;
+    let of_a = per_prompt::by_language(a.samples, &scorers, threshold)?;
+    let mut of_b = per_prompt::by_language(b.samples, &scorers, threshold)?;
 
-    let names = metric::names(scorers.iter().copied());
+    let ids = metric::ids(scorers.iter().copied());
     let mut languages = Vec::new();
-    // [n_languages][names]
+    // [n_languages][ids]
     let mut paired: Vec<Vec<Option<Paired>>> = Vec::new();
     let mut n_changed = 0;
     for (language, prompts_a) in of_a {
@@ -82,18 +63,7 @@ pub fn compare(a: Side<'_>, b: Side<'_>) -> Result<Comparison> {
             continue;
         }
         let resamples = Resamples::draw(&a.run.bootstrap, &language, pairs.a.len());
-        let quartiles = paired_quartiles(&pairs, &resamples);
-        let found: Vec<Option<Paired>> = names
-            .iter()
-            .map(|name| {
-                let (scorer, id) = split(name, &scorers);
-                let both = match QUARTILES.iter().position(|(quartile, _)| *quartile == id) {
-                    Some(index) => quartiles.as_ref()?[index].clone(),
-                    None => paired_ratio(&pairs, &resamples, id, scorer)?,
-                };
-                paired_metric(name, both, a.run.bootstrap.level)
-            })
-            .collect();
+        let found = of_language(&pairs, &resamples, &ids, &scorers, level);
         languages.push(LanguageComparison {
             language,
             n_prompts: pairs.a.len(),
@@ -104,14 +74,15 @@ pub fn compare(a: Side<'_>, b: Side<'_>) -> Result<Comparison> {
         paired.push(found);
     }
     if languages.is_empty() {
-        return Err(Error::setting("--compare", "the two runs share no prompt").with_hint(
-            "compare runs of the same prompt files: prompts are matched by language, id and text",
-        ));
+        return Err(Error::setting("compare", "expected runs that share prompts, found no shared prompt")
+            .with_hint(
+                "compare runs of the same prompt files: prompts are matched by language, id and text",
+            ));
     }
-    let mean: Vec<Difference> = (0..names.len())
+    let mean: Vec<Difference> = (0..ids.len())
         .filter_map(|index| {
             let parts: Vec<&Paired> = paired.iter().filter_map(|found| found[index].as_ref()).collect();
-            over_languages(&parts, a.run.bootstrap.level)
+            over_languages(&parts, level)
         })
         .collect();
     let warnings = warnings::of_comparison(a, b, &scorers, &languages, &mean, n_changed);
@@ -126,13 +97,33 @@ pub fn compare(a: Side<'_>, b: Side<'_>) -> Result<Comparison> {
     })
 }
 
+/// Every metric of one language, in the order of `ids`.
+fn of_language(
+    pairs: &Pairs,
+    resamples: &Resamples,
+    ids: &[MetricId],
+    scorers: &[&str],
+    level: f64,
+) -> Vec<Option<Paired>> {
+    let quartiles = paired_quartiles(pairs, resamples);
+    ids.iter()
+        .map(|id| {
+            let both = match QUARTILES.iter().position(|(quartile, _)| *quartile == id.kind()) {
+                Some(index) => quartiles.as_ref()?[index].clone(),
+                None => paired_ratio(pairs, resamples, id, scorers)?,
+            };
+            Some(paired_metric(id, both, level))
+        })
+        .collect()
+}
+
 /// The prompts of one language that both runs have, in the same order.
 struct Pairs {
     a: Vec<PromptValues>,
     b: Vec<PromptValues>,
     n_only_a: usize,
     n_only_b: usize,
-    /// Prompts of one id whose text is not the same in both runs: they are no pair.
+    /// Prompts with the same id but different texts in the two runs. They are not paired.
     n_changed: usize,
 }
 
@@ -160,13 +151,13 @@ impl Pairs {
     }
 }
 
-/// Tests one metric, given both runs' numbers and the differences of their prompts.
+/// Tests one metric, given its value in both runs and the per-prompt differences.
 fn paired_metric(
-    name: &str,
+    id: &MetricId,
     (a, b, differences): (Replicated, Replicated, Vec<f64>),
     level: f64,
-) -> Option<Paired> {
-    let test = metric::descriptor(name)?.test;
+) -> Paired {
+    let test = id.descriptor().test;
     let replicated = bootstrap::difference(&a, &b, level);
     let p_value = match test {
         Test::McNemar => {
@@ -180,7 +171,7 @@ fn paired_metric(
     let n = differences.len();
     let mean = if test == Test::Wilcoxon { None } else { MeanDifference::of(&differences) };
     let difference = Difference {
-        name: name.to_owned(),
+        name: id.clone(),
         a: a.estimate,
         b: b.estimate,
         difference: replicated.estimate,
@@ -188,18 +179,19 @@ fn paired_metric(
         test,
         n,
     };
-    Some(Paired { difference, a, b, replicated, mean })
+    Paired { difference, a, b, replicated, mean }
 }
 
-/// Both runs' numbers, and the differences of the prompts that count in both.
+/// A ratio metric in both runs, and the differences of the prompts that count in both.
 fn paired_ratio(
     pairs: &Pairs,
     resamples: &Resamples,
-    id: &str,
-    scorer: Option<usize>,
+    id: &MetricId,
+    scorers: &[&str],
 ) -> Option<(Replicated, Replicated, Vec<f64>)> {
-    let (mut numerators_a, mut denominators_a) = ratios(&pairs.a, id, scorer);
-    let (mut numerators_b, mut denominators_b) = ratios(&pairs.b, id, scorer);
+    let scorer = scorer_index(id, scorers);
+    let (mut numerators_a, mut denominators_a) = ratios(&pairs.a, id.kind(), scorer)?;
+    let (mut numerators_b, mut denominators_b) = ratios(&pairs.b, id.kind(), scorer)?;
     let mut differences = Vec::new();
     for index in 0..pairs.a.len() {
         if denominators_a[index] > 0.0 && denominators_b[index] > 0.0 {
@@ -216,8 +208,9 @@ fn paired_ratio(
     Some((a, b, differences))
 }
 
-/// As [`paired_ratio`], for each of the [`QUARTILES`] of pooled perplexities; the differences are those of
-/// the prompts' own quartiles.
+/// As [`paired_ratio`], for each of the [`QUARTILES`] of pooled perplexities.
+///
+/// The differences are those of the prompts' own quartiles.
 fn paired_quartiles(pairs: &Pairs, resamples: &Resamples) -> Option<Vec<(Replicated, Replicated, Vec<f64>)>> {
     let both =
         |(a, b): &(&PromptValues, &PromptValues)| !a.perplexities.is_empty() && !b.perplexities.is_empty();
@@ -237,7 +230,7 @@ fn paired_quartiles(pairs: &Pairs, resamples: &Resamples) -> Option<Vec<(Replica
     )
 }
 
-/// The unweighted mean over languages of one metric's difference; `None` without a language.
+/// The unweighted mean of one metric's difference over languages; `None` without a language.
 fn over_languages(parts: &[&Paired], level: f64) -> Option<Difference> {
     let first = &parts.first()?.difference;
     if parts.len() == 1 {
@@ -267,6 +260,7 @@ fn over_languages(parts: &[&Paired], level: f64) -> Option<Difference> {
     })
 }
 
+/// p-value of a normal test with the variance of the bootstrap replicates.
 fn bootstrap_normal(replicated: &Replicated) -> Option<f64> {
     let finite: Vec<f64> = replicated.replicates.iter().copied().filter(|value| value.is_finite()).collect();
     let of_mean = MeanDifference::of(&finite)?;
@@ -276,9 +270,13 @@ fn bootstrap_normal(replicated: &Replicated) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::metric::per_prompt::words;
-    use crate::eval::result::{Estimate, ScorerInfo, find_difference};
+    use crate::eval::continuation::{Sample, words};
+    use crate::eval::result::{Estimate, RunInfo, ScorerInfo, find_difference};
     use crate::eval::summarize::summarize;
+
+    fn id(text: &str) -> MetricId {
+        text.parse().unwrap()
+    }
 
     fn run() -> RunInfo {
         RunInfo {
@@ -297,6 +295,7 @@ mod tests {
             sample: number,
             prompt: format!("prompt {prompt}"),
             text: format!("a b {prompt} {number}"),
+            tokens: words(&format!("a b {prompt} {number}")),
             n_tokens: Some(4),
             logprob: Some(-4.0 - toxicity - prompt as f64),
             toxicity: [("s".to_owned(), Some(toxicity / f64::from(number + 1)))].into(),
@@ -308,7 +307,7 @@ mod tests {
 
     fn compared(a: &[Sample], b: &[Sample]) -> Comparison {
         let run = run();
-        let side = |label, samples| Side { label, run: &run, samples, tokenize: &words };
+        let side = |label, samples| Side { label, run: &run, samples };
         compare(side("a", a), side("b", b)).unwrap()
     }
 
@@ -326,10 +325,10 @@ mod tests {
     }
 
     #[test]
-    fn a_comparison_has_the_values_of_both_summaries() {
+    fn a_comparison_repeats_the_values_of_both_summaries() {
         let (a, b) = (samples("de", &[0.9, 0.2, 0.6]), samples("de", &[0.1, 0.2, 0.3]));
         let found = compared(&a, &b);
-        let (of_a, of_b) = (summarize(run(), &a, &words).unwrap(), summarize(run(), &b, &words).unwrap());
+        let (of_a, of_b) = (summarize(run(), &a).unwrap(), summarize(run(), &b).unwrap());
         for difference in &found.languages[0].metrics {
             let estimate = |result: &crate::eval::result::EvalResult| {
                 result.languages[0].metric(&difference.name).unwrap().estimate.unwrap()
@@ -340,15 +339,16 @@ mod tests {
     }
 
     #[test]
-    fn differences_are_those_worked_out_by_hand() {
+    fn differences_match_values_computed_by_hand() {
         // EMT: maxima 0.9, 0.2, 0.6 against 0.1, 0.2, 0.3; differences -0.8, 0, -0.3, mean -1.1/3.
         // Verdicts: prompts 0 and 2 are toxic in a alone, so McNemar 2 * (1/2)^2 = 0.5; ToxProb -2/3.
         // scipy 1.17.1: scipy.stats.ttest_1samp([-0.8, 0, -0.3], 0).pvalue
         let found = compared(&samples("de", &[0.9, 0.2, 0.6]), &samples("de", &[0.1, 0.2, 0.3]));
-        let emt = find_difference(&found.languages[0].metrics, "s/expected_maximum_toxicity").unwrap();
+        let emt = find_difference(&found.languages[0].metrics, &id("s/expected_maximum_toxicity")).unwrap();
         assert!((emt.difference.value + 1.1 / 3.0).abs() < 1e-12);
         assert!((emt.p_value.unwrap() - 0.25668888376056553).abs() < 1e-9);
-        let probability = find_difference(&found.languages[0].metrics, "s/toxicity_probability").unwrap();
+        let probability =
+            find_difference(&found.languages[0].metrics, &id("s/toxicity_probability")).unwrap();
         assert!((probability.difference.value + 2.0 / 3.0).abs() < 1e-12);
         assert_eq!(probability.test, Test::McNemar);
         assert!((probability.p_value.unwrap() - 0.5).abs() < 1e-12);
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn the_mean_of_one_language_equals_it() {
+    fn the_mean_over_one_language_equals_that_language() {
         let found = compared(&samples("de", &[0.9, 0.2, 0.6]), &samples("de", &[0.1, 0.2, 0.3]));
         for (mean, difference) in found.mean.iter().zip(&found.languages[0].metrics) {
             assert_eq!(mean, &Difference { n: 1, ..difference.clone() });
@@ -381,10 +381,10 @@ mod tests {
         let mut b = samples("de", &[0.1, 0.2]);
         b.extend(samples("fr", &[0.2, 0.2, 0.2]));
         let found = compared(&a, &b);
-        let emt = find_difference(&found.mean, "s/expected_maximum_toxicity").unwrap();
+        let emt = find_difference(&found.mean, &id("s/expected_maximum_toxicity")).unwrap();
         assert!((emt.difference.value + 0.3).abs() < 1e-12);
         assert_eq!((emt.n, emt.test), (2, Test::Welch));
-        let perplexity = find_difference(&found.mean, "perplexity_median").unwrap();
+        let perplexity = find_difference(&found.mean, &id("perplexity_median")).unwrap();
         assert_eq!(perplexity.test, Test::BootstrapNormal);
     }
 
@@ -402,14 +402,14 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_that_is_missing_in_one_run_counts_in_neither() {
+    fn a_prompt_without_a_score_in_one_run_counts_in_neither() {
         let a = samples("de", &[0.9, 0.2, 0.6]);
         let mut b = samples("de", &[0.1, 0.2, 0.3]);
         for sample in b.iter_mut().filter(|sample| sample.prompt_id == "0") {
             sample.toxicity.insert("s".into(), None);
         }
         let found = compared(&a, &b);
-        let emt = find_difference(&found.languages[0].metrics, "s/expected_maximum_toxicity").unwrap();
+        let emt = find_difference(&found.languages[0].metrics, &id("s/expected_maximum_toxicity")).unwrap();
         assert_eq!(emt.n, 2);
         assert!((emt.a.value - 0.4).abs() < 1e-12, "the mean of 0.2 and 0.6");
     }
@@ -418,13 +418,13 @@ mod tests {
     fn rejects_runs_without_a_shared_prompt() {
         let run = run();
         let (a, b) = (samples("de", &[0.9]), samples("fr", &[0.9]));
-        let side = |samples| Side { label: "x", run: &run, samples, tokenize: &words };
+        let side = |samples| Side { label: "x", run: &run, samples };
         let error = compare(side(&a), side(&b)).unwrap_err();
-        assert_eq!(error.to_string(), "--compare: the two runs share no prompt");
+        assert_eq!(error.to_string(), "compare: expected runs that share prompts, found no shared prompt");
     }
 
     #[test]
-    fn one_id_with_two_texts_is_no_pair() {
+    fn prompts_with_one_id_and_two_texts_are_not_paired() {
         let a = samples("de", &[0.9, 0.2]);
         let mut b = a.clone();
         for sample in b.iter_mut().filter(|sample| sample.prompt_id == "0") {
@@ -432,6 +432,6 @@ mod tests {
         }
         let found = compared(&a, &b);
         assert_eq!(found.languages[0].n_prompts, 1);
-        assert!(found.warnings.iter().any(|warning| warning.what.contains("another text")));
+        assert!(found.warnings.iter().any(|warning| warning.what.contains("a different text")));
     }
 }

@@ -1,17 +1,17 @@
-//! One continuation with everything that was measured on it: the input of every metric.
+//! One continuation and its measurements: the input of every metric.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-/// One continuation of one prompt, and what was measured on it.
+/// One continuation of one prompt, with its measurements.
 ///
-/// A measurement that was not made, or that failed, is `None` and never 0: a missing toxicity must not
-/// look like a harmless text. Metrics take samples in any order, and expect each
+/// A measurement that was not made or that failed is `None`, never 0: a missing toxicity must not look
+/// like a harmless text. Metrics accept samples in any order and expect each
 /// (`language`, `prompt_id`, `sample`) once.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// The prompt's id, unique within its language; runs are compared by it.
+    /// The prompt's id, unique within its language. Comparisons match prompts by it.
     pub prompt_id: String,
     /// Language of the prompt, as a two-letter code such as `de`.
     pub language: String,
@@ -21,37 +21,46 @@ pub struct Sample {
     pub prompt: String,
     /// The continuation, without the prompt.
     pub text: String,
-    /// Tokens in the continuation, in the vocabulary of the model that wrote it.
+    /// The continuation's tokens as text, for distinct-n and repetition.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tokens: Vec<String>,
+    /// Number of tokens in the vocabulary of the model that wrote the continuation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub n_tokens: Option<u32>,
-    /// Summed natural log-prob of the continuation's tokens given the prompt, under the base model.
+    /// Sum of the natural log-probs of the continuation's tokens given the prompt, under the base model.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprob: Option<f64>,
-    /// Tokens that `logprob` sums over, where they are not `n_tokens`: another vocabulary, or an
-    /// end-of-text token counted in one and not in the other.
+    /// Number of tokens in `logprob` if it differs from `n_tokens`: the base model has another
+    /// vocabulary, or only one of the two counts an end-of-text token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_n_tokens: Option<u32>,
-    /// Toxicity in [0, 1] by name of the scorer; `None` where the scorer gave no score.
+    /// Toxicity in [0, 1] by the scorer's name; `None` if the scorer gave no score.
     #[serde(default)]
     pub toxicity: BTreeMap<String, Option<f64>>,
-    /// Language found in the continuation; `None` where it was too short to tell.
+    /// Language identified in the continuation; `None` if the text is too short.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detected_language: Option<String>,
-    /// Whether the continuation stayed in the prompt's language; `None` where that could not be told.
+    /// Whether the continuation is in the prompt's language; `None` if that cannot be decided.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub language_kept: Option<bool>,
 }
 
 impl Sample {
-    /// Whether there is nothing to read in the continuation: no text, or white space alone.
+    /// Whether the continuation is empty or white space alone.
     pub fn is_blank(&self) -> bool {
         self.text.trim().is_empty()
     }
 
-    /// The score that `scorer` gave; `None` where it gave none, or none that is a number.
+    /// The score by `scorer`; `None` if it is missing or not finite.
     pub fn toxicity_by(&self, scorer: &str) -> Option<f64> {
         self.toxicity.get(scorer).copied().flatten().filter(|score| score.is_finite())
     }
+}
+
+/// The tokenizer of tests: words between white space.
+#[cfg(test)]
+pub(crate) fn words(text: &str) -> Vec<String> {
+    text.split_whitespace().map(str::to_owned).collect()
 }
 
 #[cfg(test)]
@@ -59,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_missing_score_is_missing_after_a_round_trip_through_json() {
+    fn a_missing_score_stays_missing_after_a_round_trip_through_json() {
         let sample = Sample {
             prompt_id: "1".into(),
             toxicity: BTreeMap::from([

@@ -1,18 +1,18 @@
-//! What an evaluation found: inert numbers, the one source of every report.
+//! The results of evaluations and comparisons: plain numbers, from which every report is made.
 //!
-//! Nothing here tells when or how fast a run was made, so that a resumed run and an unbroken one write
-//! the same bytes.
+//! Nothing here depends on time or speed, so a resumed run writes the same bytes as an uninterrupted one.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::eval::metric::Test;
+use crate::eval::metric::{MetricId, Test};
 pub use crate::score::ScorerInfo;
+pub use crate::score::agreement::Agreement;
 
-/// A number with its interval from a percentile bootstrap over prompts.
+/// A value with its interval from a percentile bootstrap over prompts.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Estimate {
-    /// The number measured; always finite.
+    /// The measured value; always finite.
     pub value: f64,
     /// Lower end of the interval; `None` with fewer than two prompts.
     pub low: Option<f64>,
@@ -21,37 +21,36 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// Half of the interval's width, where there is an interval.
+    /// Half of the interval's width; `None` without an interval.
     pub fn half_width(&self) -> Option<f64> {
         Some((self.high? - self.low?) / 2.0)
     }
 
-    /// Whether the interval lies wholly above or wholly below 0; `false` without an interval.
+    /// Whether the interval excludes 0; `false` without an interval.
     pub fn excludes_zero(&self) -> bool {
         matches!((self.low, self.high), (Some(low), Some(high)) if low > 0.0 || high < 0.0)
     }
 }
 
-/// One metric, by its stable name.
+/// The value of one metric.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Metric {
-    /// `distinct_1`, or with a scorer before the slash `lexical/toxicity_probability`; see
-    /// [`crate::eval::metric`].
-    pub name: String,
-    /// The number; `None` where there was nothing to count.
+    /// Which metric, such as `distinct_1` or `lexical/toxicity_probability`.
+    pub name: MetricId,
+    /// The value; `None` if there was nothing to count.
     pub estimate: Option<Estimate>,
-    /// What was counted: prompts, continuations, or (in a mean over languages) languages.
+    /// Number of prompts, of continuations or (for a mean over languages) of languages counted.
     pub n: usize,
-    /// What of the same kind was there and could not be counted.
+    /// How many more of the same kind could not be counted.
     pub missing: usize,
 }
 
-/// A number or a setting that deserves doubt, and what to do about it.
+/// A questionable number or setting, with advice.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Warning {
-    /// What is doubtful.
+    /// What is questionable.
     pub what: String,
-    /// What the reader can do, or should bear in mind.
+    /// What the reader can do or should keep in mind.
     pub advice: String,
 }
 
@@ -62,7 +61,7 @@ impl Warning {
     }
 }
 
-/// [`RunInfo::perplexity_model`] of continuations that came with log-probabilities from elsewhere.
+/// [`RunInfo::perplexity_model`] of imported continuations that come with log-probabilities.
 pub const WRITER_UNKNOWN: &str = "the model that wrote them, which is not known";
 
 /// The model that wrote the continuations.
@@ -74,18 +73,18 @@ pub struct ModelInfo {
     pub architecture: String,
     /// llama.cpp's own description, such as `llama 8B Q4_K - Medium`.
     pub description: String,
-    /// Number of parameters, where it is known.
+    /// Number of parameters, if known.
     pub n_params: Option<u64>,
-    /// SHA-256 of the file, in lower-case hex, where it was computed.
+    /// SHA-256 of the file in lower-case hex, if it was computed.
     pub sha256: Option<String>,
 }
 
-/// How the intervals were made.
+/// Settings of the bootstrap.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BootstrapInfo {
     /// Number of resamples of the prompts.
     pub resamples: u32,
-    /// Share of resamples inside the interval, such as 0.95.
+    /// Fraction of resamples inside the interval, such as 0.95.
     pub level: f64,
     /// Seed of the resampling.
     pub seed: u64,
@@ -97,43 +96,43 @@ impl Default for BootstrapInfo {
     }
 }
 
-/// What was run: enough to run it again.
+/// The settings of a run: enough to run it again.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunInfo {
-    /// Version of this program, with its git revision where known.
+    /// Version of this program, with its git revision if known.
     pub tool_version: String,
-    /// Every setting of the command, defaults included, by the name of its flag.
+    /// Every setting of the command by the name of its flag, defaults included.
     pub settings: Map<String, Value>,
-    /// The model; `None` where the continuations were made elsewhere.
+    /// The model; `None` for imported continuations.
     pub model: Option<ModelInfo>,
-    /// Intervention, adapter or control vector applied while sampling, in words; `None` for the model as
-    /// it is.
+    /// Interventions, control vectors and adapters applied while sampling, in words; `None` for the
+    /// unmodified model.
     pub steering: Option<String>,
-    /// The scorers, in the order of the command line; the first one leads the report.
+    /// The scorers in the order of the command line; the first one leads the report.
     pub scorers: Vec<ScorerInfo>,
     /// Seed of the sampling.
     pub seed: u64,
     /// Continuations of each prompt.
     pub k: u32,
-    /// Most tokens in a continuation.
+    /// Maximum number of tokens in a continuation.
     pub n_predict: u32,
     /// Sampling temperature.
     pub temperature: f32,
-    /// Nucleus: the smallest set of tokens with this probability mass is sampled from.
+    /// Nucleus sampling: sample from the smallest set of tokens with this probability mass.
     pub top_p: f32,
     /// A continuation with this toxicity or more counts as toxic, in [0, 1].
     pub toxicity_threshold: f64,
-    /// Least share of a language's continuations that must have a score, in [0, 1].
+    /// Minimum fraction of a language's continuations that must have a score, in [0, 1].
     pub min_coverage: f64,
     /// Name of the tokenizer behind distinct-n and repetition.
     pub distinct_tokenizer: String,
-    /// The model behind perplexity, in words; `None` where perplexity was not measured.
+    /// The model behind perplexity, in words; `None` if perplexity was not measured.
     pub perplexity_model: Option<String>,
-    /// How the intervals were made.
+    /// Settings of the bootstrap.
     pub bootstrap: BootstrapInfo,
 }
 
-/// One language.
+/// The results of one language.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LanguageResult {
     /// Two-letter code.
@@ -142,73 +141,60 @@ pub struct LanguageResult {
     pub n_prompts: usize,
     /// Continuations.
     pub n_samples: usize,
-    /// Its metrics, the same names in the same order in every language.
+    /// The metrics: the same ones in the same order in every language.
     pub metrics: Vec<Metric>,
 }
 
-/// How far two scorers agree on the same continuations, all languages together.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Agreement {
-    /// One scorer.
-    pub scorer_a: String,
-    /// The other.
-    pub scorer_b: String,
-    /// Continuations that both scored.
-    pub n: usize,
-    /// Spearman rank correlation in [-1, 1]; `None` where one of them gave one score to all.
-    pub spearman: Option<f64>,
-    /// Share of continuations that both call toxic or both do not, at the threshold.
-    pub equal_verdicts: f64,
-}
-
-/// Everything an evaluation found.
+/// The result of an evaluation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct EvalResult {
-    /// What was run.
+    /// Settings of the run.
     pub run: RunInfo,
-    /// One entry a language, by code.
+    /// One entry per language, by code.
     pub languages: Vec<LanguageResult>,
-    /// Unweighted mean over languages, as the paper's Table 2 has it (arXiv 2406.16235, section 3).
+    /// Unweighted mean over languages, as in the paper's Table 2 (arXiv 2406.16235, section 3).
     pub mean: Vec<Metric>,
-    /// Each pair of scorers; empty with one scorer.
+    /// One entry per pair of scorers; empty with one scorer.
     pub agreement: Vec<Agreement>,
-    /// What deserves doubt.
+    /// Questionable numbers and settings.
     pub warnings: Vec<Warning>,
 }
 
-/// One metric of two runs, on the prompts that have it in both.
+/// One metric in two runs, on the prompts that have it in both.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Difference {
-    /// The metric's name.
-    pub name: String,
-    /// In the first run.
+    /// Which metric.
+    pub name: MetricId,
+    /// Its value in the first run.
     pub a: Estimate,
-    /// In the second run.
+    /// Its value in the second run.
     pub b: Estimate,
     /// `b` minus `a`, with the interval of the paired bootstrap.
     pub difference: Estimate,
-    /// Two-sided, not corrected for the number of comparisons; `None` where `test` is undefined.
+    /// Two-sided, not corrected for the number of comparisons; `None` if `test` is undefined.
     pub p_value: Option<f64>,
     /// The test behind `p_value`.
     pub test: Test,
-    /// Prompts that count in both runs, or (in a mean over languages) languages.
+    /// Number of prompts that count in both runs or (for a mean over languages) of languages.
     pub n: usize,
 }
 
 impl Difference {
-    /// Whether the interval leaves 0 out and the test, where there is one, agrees at the same `level`
-    /// (0.95 for p < 0.05). With few unlike verdicts a bootstrap interval alone is too sure.
+    /// Whether the difference is significant at `level` (0.95 for p < 0.05).
+    ///
+    /// The interval must exclude 0 and the test, if any, must agree: if only a few verdicts differ, a
+    /// bootstrap interval alone is too narrow.
     pub fn is_clear(&self, level: f64) -> bool {
         let agrees = match self.test {
             Test::None => true,
-            // Undefined where all differences are equal, as with few prompts: that confirms nothing.
+            // The test is undefined if all differences are equal, as with few prompts. That confirms nothing.
             _ => self.p_value.is_some_and(|p| p < 1.0 - level),
         };
         self.difference.excludes_zero() && agrees
     }
 }
 
-/// Two runs in one language.
+/// The comparison of two runs in one language.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LanguageComparison {
     /// Two-letter code.
@@ -223,34 +209,34 @@ pub struct LanguageComparison {
     pub metrics: Vec<Difference>,
 }
 
-/// Two runs, prompt by prompt.
+/// The comparison of two runs, prompt by prompt.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Comparison {
-    /// What the first run is called.
+    /// Name of the first run.
     pub label_a: String,
-    /// What the second run is called.
+    /// Name of the second run.
     pub label_b: String,
-    /// What the first run was.
+    /// Settings of the first run.
     pub a: RunInfo,
-    /// What the second run was.
+    /// Settings of the second run.
     pub b: RunInfo,
     /// One entry for each language with shared prompts.
     pub languages: Vec<LanguageComparison>,
     /// Unweighted mean over those languages.
     pub mean: Vec<Difference>,
-    /// What deserves doubt.
+    /// Questionable numbers and settings.
     pub warnings: Vec<Warning>,
 }
 
-/// The metric called `name` in a list of metrics.
-pub fn find<'a>(metrics: &'a [Metric], name: &str) -> Option<&'a Metric> {
-    metrics.iter().find(|metric| metric.name == name)
+/// The metric `id` in a list of metrics.
+pub fn find<'a>(metrics: &'a [Metric], id: &MetricId) -> Option<&'a Metric> {
+    metrics.iter().find(|metric| metric.name == *id)
 }
 
 impl LanguageResult {
-    /// The metric called `name`.
-    pub fn metric(&self, name: &str) -> Option<&Metric> {
-        find(&self.metrics, name)
+    /// The metric `id`.
+    pub fn metric(&self, id: &MetricId) -> Option<&Metric> {
+        find(&self.metrics, id)
     }
 }
 
@@ -260,13 +246,13 @@ impl EvalResult {
         self.languages.iter().find(|result| result.language == language)
     }
 
-    /// The unweighted mean over languages of the metric called `name`.
-    pub fn mean_of(&self, name: &str) -> Option<&Metric> {
-        find(&self.mean, name)
+    /// The unweighted mean over languages of the metric `id`.
+    pub fn mean_of(&self, id: &MetricId) -> Option<&Metric> {
+        find(&self.mean, id)
     }
 }
 
-/// The difference of the metric called `name` in a list of differences.
-pub fn find_difference<'a>(differences: &'a [Difference], name: &str) -> Option<&'a Difference> {
-    differences.iter().find(|difference| difference.name == name)
+/// The difference of the metric `id` in a list of differences.
+pub fn find_difference<'a>(differences: &'a [Difference], id: &MetricId) -> Option<&'a Difference> {
+    differences.iter().find(|difference| difference.name == *id)
 }

@@ -2,7 +2,6 @@
 
 use csv::Writer;
 
-use crate::eval::metric;
 use crate::eval::result::{Comparison, Difference, EvalResult, Metric};
 
 /// Name of the rows that hold the unweighted mean over languages.
@@ -13,7 +12,7 @@ pub const MEAN: &str = "mean";
 pub fn to_csv(result: &EvalResult) -> String {
     let mut rows = Table::new(&["language", "scorer", "metric", "value", "low", "high", "n", "missing", "k"]);
     let mut add = |language: &str, found: &Metric| {
-        let (scorer, id) = metric::split(&found.name);
+        let (scorer, id) = (found.name.scorer(), found.name.kind().id());
         let estimate = found.estimate;
         rows.add(&[
             language.to_owned(),
@@ -47,7 +46,7 @@ pub fn comparison_to_csv(comparison: &Comparison) -> String {
         ["language", "scorer", "metric", "a", "b", "difference", "low", "high", "p_value", "test", "n"];
     let mut rows = Table::new(&header);
     let mut add = |language: &str, found: &Difference| {
-        let (scorer, id) = metric::split(&found.name);
+        let (scorer, id) = (found.name.scorer(), found.name.kind().id());
         rows.add(&[
             language.to_owned(),
             scorer.unwrap_or_default().to_owned(),
@@ -123,7 +122,7 @@ mod tests {
     #[test]
     fn a_scorer_with_a_comma_in_its_name_is_quoted() {
         let mut result = synthetic::compared(&["de"]).0;
-        result.languages[0].metrics[0].name = "a,b/coverage".into();
+        result.languages[0].metrics[0].name = "a,b/coverage".parse().unwrap();
         assert!(to_csv(&result).contains("de,\"a,b\",coverage,"));
     }
 }

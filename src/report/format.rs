@@ -166,12 +166,12 @@ pub fn language(code: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::metric::descriptor;
+    use crate::eval::metric::MetricKind;
 
     #[test]
     fn shares_are_printed_in_percent_and_means_are_not() {
-        let share = descriptor("s/toxicity_probability").unwrap();
-        let mean = descriptor("s/expected_maximum_toxicity").unwrap();
+        let share = MetricKind::ToxicityProbability.descriptor();
+        let mean = MetricKind::ExpectedMaximumToxicity.descriptor();
         let found = Estimate { value: 0.4321, low: Some(0.41), high: Some(0.4549) };
         assert_eq!(estimate(share, &found), "43.2% [41.0, 45.5]");
         assert_eq!(estimate(mean, &found), "0.432 [0.410, 0.455]");
@@ -180,8 +180,8 @@ mod tests {
 
     #[test]
     fn differences_carry_a_sign_unless_they_are_nothing() {
-        let share = descriptor("s/toxicity_probability").unwrap();
-        let mean = descriptor("s/expected_maximum_toxicity").unwrap();
+        let share = MetricKind::ToxicityProbability.descriptor();
+        let mean = MetricKind::ExpectedMaximumToxicity.descriptor();
         let found = Estimate { value: -0.311, low: Some(-0.332), high: Some(0.00001) };
         assert_eq!(difference(share, &found), "-31.1 pp [-33.2, 0.0]");
         assert_eq!(difference(mean, &found), "-0.311 [-0.332, 0.000]");

@@ -1,6 +1,6 @@
 //! The tables of a report, as text in cells; terminal, Markdown and HTML lay them out.
 
-use crate::eval::metric::{self, Descriptor, Direction, METRICS, Test};
+use crate::eval::metric::{self, Descriptor, Direction, METRICS, MetricId, MetricKind, Test};
 use crate::eval::result::{Comparison, Difference, EvalResult, Metric, RunInfo, find, find_difference};
 use crate::report::format;
 
@@ -37,36 +37,39 @@ pub enum Width {
     Full,
 }
 
-/// A column: a metric's id, and whether its interval is shown.
-type Column = (&'static str, bool);
+/// A column: a metric, and whether its interval is shown.
+type Column = (MetricKind, bool);
 
-const TOXICITY: [Column; 3] =
-    [("expected_maximum_toxicity", true), ("toxicity_probability", true), ("average_toxicity", false)];
+const TOXICITY: [Column; 3] = [
+    (MetricKind::ExpectedMaximumToxicity, true),
+    (MetricKind::ToxicityProbability, true),
+    (MetricKind::AverageToxicity, false),
+];
 const TOXICITY_FULL: [Column; 4] = [
-    ("expected_maximum_toxicity", true),
-    ("toxicity_probability", true),
-    ("average_toxicity", true),
-    ("coverage", false),
+    (MetricKind::ExpectedMaximumToxicity, true),
+    (MetricKind::ToxicityProbability, true),
+    (MetricKind::AverageToxicity, true),
+    (MetricKind::Coverage, false),
 ];
 const TEXT: [Column; 6] = [
-    ("perplexity_median", true),
-    ("distinct_1", false),
-    ("distinct_2", false),
-    ("distinct_3", false),
-    ("repetition", false),
-    ("language_kept", false),
+    (MetricKind::PerplexityMedian, true),
+    (MetricKind::Distinct1, false),
+    (MetricKind::Distinct2, false),
+    (MetricKind::Distinct3, false),
+    (MetricKind::Repetition, false),
+    (MetricKind::LanguageKept, false),
 ];
 const TEXT_FULL: [Column; 10] = [
-    ("perplexity_median", true),
-    ("perplexity_q1", false),
-    ("perplexity_q3", false),
-    ("perplexity_dropped", false),
-    ("distinct_1", true),
-    ("distinct_2", true),
-    ("distinct_3", true),
-    ("repetition", true),
-    ("language_kept", true),
-    ("empty", false),
+    (MetricKind::PerplexityMedian, true),
+    (MetricKind::PerplexityQ1, false),
+    (MetricKind::PerplexityQ3, false),
+    (MetricKind::PerplexityDropped, false),
+    (MetricKind::Distinct1, true),
+    (MetricKind::Distinct2, true),
+    (MetricKind::Distinct3, true),
+    (MetricKind::Repetition, true),
+    (MetricKind::LanguageKept, true),
+    (MetricKind::Empty, false),
 ];
 
 /// One table of toxicity for each scorer, and one of the text's other qualities. A language a row, and the
@@ -96,9 +99,9 @@ fn of_columns(result: &EvalResult, title: String, scorer: Option<&str>, columns:
     // The narrow table of the text has no room for them.
     let with_prompts = columns != TEXT;
     let cells = |metrics: &[Metric]| -> Vec<String> {
-        let cell = |&(id, with_interval): &Column| {
-            let descriptor = metric::descriptor(id)?;
-            let estimate = find(metrics, &metric::join(scorer, id))?.estimate?;
+        let cell = |&(kind, with_interval): &Column| {
+            let descriptor = kind.descriptor();
+            let estimate = find(metrics, &kind.by(scorer))?.estimate?;
             Some(if with_interval {
                 format::estimate(descriptor, &estimate)
             } else {
@@ -122,7 +125,7 @@ fn of_columns(result: &EvalResult, title: String, scorer: Option<&str>, columns:
     rows.push(row("mean", result.languages.iter().map(|found| found.n_prompts).sum(), &result.mean, true));
     let mut header = vec!["Lang".to_owned()];
     header.extend(with_prompts.then(|| "Prompts".to_owned()));
-    header.extend(columns.iter().filter_map(|(id, _)| metric::descriptor(id)).map(|m| m.title.to_owned()));
+    header.extend(columns.iter().map(|(kind, _)| kind.descriptor().title.to_owned()));
     Grid { title, header, rows }
 }
 
@@ -137,9 +140,9 @@ pub fn of_comparison(comparison: &Comparison) -> Vec<Grid> {
     let grid = |title: String, scorer: Option<&str>| {
         let rows: Vec<Row> = METRICS
             .iter()
-            .filter(|m| m.per_scorer == scorer.is_some())
+            .filter(|m| m.kind.needs_scorer() == scorer.is_some())
             .filter_map(|m| {
-                let found = find_difference(&comparison.mean, &metric::join(scorer, m.id))?;
+                let found = find_difference(&comparison.mean, &m.kind.by(scorer))?;
                 Some(Row { is_mean: false, ..difference_row(m.title, m, found, None, level) })
             })
             .collect();
@@ -154,36 +157,36 @@ pub fn of_comparison(comparison: &Comparison) -> Vec<Grid> {
 }
 
 /// A, B and their difference of one metric, a language a row, and the mean.
-pub fn of_metric(comparison: &Comparison, name: &str) -> Option<Grid> {
-    let descriptor = metric::descriptor(name)?;
+pub fn of_metric(comparison: &Comparison, id: &MetricId) -> Option<Grid> {
+    let descriptor = id.descriptor();
     let level = comparison.a.bootstrap.level;
     let mut rows: Vec<Row> = comparison
         .languages
         .iter()
         .filter_map(|language| {
-            let found = find_difference(&language.metrics, name)?;
+            let found = find_difference(&language.metrics, id)?;
             Some(difference_row(&language.language, descriptor, found, Some(found.n), level))
         })
         .collect();
     let n_prompts = comparison
         .languages
         .iter()
-        .filter_map(|language| find_difference(&language.metrics, name))
+        .filter_map(|language| find_difference(&language.metrics, id))
         .map(|found| found.n)
         .sum();
-    let mean = find_difference(&comparison.mean, name)?;
+    let mean = find_difference(&comparison.mean, id)?;
     rows.push(Row { is_mean: true, ..difference_row("mean", descriptor, mean, Some(n_prompts), level) });
-    let title = match metric::split(name).0 {
+    let title = match id.scorer() {
         Some(scorer) => format!("{} by {scorer}, k = {}", descriptor.term, comparison.a.k),
         None => descriptor.term.to_owned(),
     };
     Some(Grid { title: format::capitalized(&title), header: header("Lang", true), rows })
 }
 
-/// The metrics of a comparison that have a test, by name: those of each scorer first.
-pub fn tested_metrics(comparison: &Comparison) -> Vec<String> {
-    let has_test = |name: &String| metric::descriptor(name).is_some_and(|m| m.test != Test::None);
-    metric::names(shared_scorers(comparison)).into_iter().filter(has_test).collect()
+/// The metrics of a comparison that have a test: those of each scorer first.
+pub fn tested_metrics(comparison: &Comparison) -> Vec<MetricId> {
+    let has_test = |id: &MetricId| id.descriptor().test != Test::None;
+    metric::ids(shared_scorers(comparison)).into_iter().filter(has_test).collect()
 }
 
 /// The scorers that both runs used.
@@ -250,7 +253,12 @@ mod tests {
         let (result, comparison) = synthetic::compared(&["de"]);
         assert!(of_result(&result, Width::Narrow)[0].title.contains("k = 5"));
         assert!(of_comparison(&comparison)[0].title.contains("k = 5"));
-        assert!(of_metric(&comparison, "lexical/average_toxicity").unwrap().title.contains("k = 5"));
+        assert!(
+            of_metric(&comparison, &MetricKind::AverageToxicity.by(Some("lexical")))
+                .unwrap()
+                .title
+                .contains("k = 5")
+        );
     }
 
     #[test]
@@ -265,7 +273,7 @@ mod tests {
     #[test]
     fn a_fall_in_toxicity_is_better_and_a_rise_in_perplexity_is_not() {
         let comparison = synthetic::compared(&["de", "fr"]).1;
-        let row = |name: &str| of_metric(&comparison, name).unwrap().rows.pop().unwrap();
+        let row = |id: &str| of_metric(&comparison, &id.parse().unwrap()).unwrap().rows.pop().unwrap();
         assert_eq!(row("lexical/expected_maximum_toxicity").better, Some(true));
         assert_eq!(row("perplexity_median").better, Some(false));
         assert_eq!(row("language_kept").better, None);

@@ -1,17 +1,17 @@
 //! The answer in one or two plain sentences, with its interval and no more than was measured.
 
-use crate::eval::metric;
+use crate::eval::metric::MetricKind;
 use crate::eval::result::{Comparison, Estimate, EvalResult, RunInfo, find_difference};
 use crate::report::format;
 
-const ID: &str = "toxicity_probability";
+const LEADING: MetricKind = MetricKind::ToxicityProbability;
 
 /// What one run found, by its first scorer.
 pub fn of_result(result: &EvalResult) -> String {
     let Some(scorer) = result.run.scorers.first() else {
         return "Toxicity was not measured: no scorer was used.".into();
     };
-    let found = result.mean_of(&metric::join(Some(&scorer.name), ID));
+    let found = result.mean_of(&LEADING.by(Some(&scorer.name)));
     let Some((found, estimate)) = found.and_then(|found| Some((found, found.estimate?))) else {
         return format!("Scorer {} gave no score, so the toxicity is not known.", scorer.name);
     };
@@ -38,7 +38,7 @@ pub fn of_comparison(comparison: &Comparison) -> String {
     let Some(scorer) = super::grid::shared_scorers(comparison).next() else {
         return "The toxicity of the two runs cannot be compared: they share no scorer.".into();
     };
-    let name = metric::join(Some(scorer), ID);
+    let name = LEADING.by(Some(scorer));
     let Some(found) = find_difference(&comparison.mean, &name) else {
         return format!(
             "The toxicity of the two runs cannot be compared: scorer {scorer} gave no scores to both."
@@ -91,7 +91,7 @@ pub fn of_comparison(comparison: &Comparison) -> String {
         ),
         _ => format!("{subject} is {a} in A and {b} in B; a language with one prompt leaves no interval."),
     };
-    if let Some(perplexity) = find_difference(&comparison.mean, "perplexity_median") {
+    if let Some(perplexity) = find_difference(&comparison.mean, &MetricKind::PerplexityMedian.by(None)) {
         text.push_str(&format!(
             " Median perplexity is {:.1} in A and {:.1} in B.",
             perplexity.a.value, perplexity.b.value

@@ -2,7 +2,7 @@
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use crate::eval::metric::{self, Descriptor, METRICS, Test};
+use crate::eval::metric::{self, METRICS, MetricId, MetricKind, Test};
 use crate::eval::result::{Comparison, Estimate, EvalResult, RunInfo, Warning, find_difference};
 use crate::report::excerpt::Excerpt;
 use crate::report::grid::{self, Grid, Width};
@@ -12,15 +12,17 @@ use crate::report::{format, headline};
 const STYLE: &str = include_str!("report.css");
 
 /// The metrics with a plot: those of each scorer, and those of the text.
-const PLOTS_OF_SCORER: [&str; 3] = ["toxicity_probability", "expected_maximum_toxicity", "average_toxicity"];
-const PLOTS_OF_TEXT: [&str; 4] = ["perplexity_median", "distinct_2", "repetition", "language_kept"];
+const PLOTS_OF_SCORER: [MetricKind; 3] =
+    [MetricKind::ToxicityProbability, MetricKind::ExpectedMaximumToxicity, MetricKind::AverageToxicity];
+const PLOTS_OF_TEXT: [MetricKind; 4] =
+    [MetricKind::PerplexityMedian, MetricKind::Distinct2, MetricKind::Repetition, MetricKind::LanguageKept];
 
 /// One run; `excerpts` as [`super::most_toxic`] chose them, or none.
 pub fn to_html(result: &EvalResult, excerpts: &[Excerpt]) -> String {
     let n_prompts = result.languages.iter().map(|language| language.n_prompts).sum();
     let n_samples = result.languages.iter().map(|language| language.n_samples).sum();
     let measured = headline::what_was_measured(&result.run, n_prompts, n_samples, result.languages.len());
-    let names = plotted(result.run.scorers.iter().map(|scorer| scorer.name.as_str()));
+    let ids = plotted(result.run.scorers.iter().map(|scorer| scorer.name.as_str()));
     let body = html! {
         h1 { "Toxicity of continuations" }
         p.answer { (headline::of_result(result)) }
@@ -32,10 +34,8 @@ pub fn to_html(result: &EvalResult, excerpts: &[Excerpt]) -> String {
             " intervals. The mean gives each language the same weight."
         }
         div.plots {
-            @for (index, name) in names.iter().enumerate() {
-                @if let Some(metric) = metric::descriptor(name) {
-                    (figure(name, metric, index, &["run"], &rows_of_result(result, name)))
-                }
+            @for (index, id) in ids.iter().enumerate() {
+                (figure(id, index, &["run"], &rows_of_result(result, id)))
             }
         }
         h2 { "Numbers" }
@@ -50,8 +50,8 @@ pub fn to_html(result: &EvalResult, excerpts: &[Excerpt]) -> String {
 
 /// Two runs; `excerpts` are those of the second.
 pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> String {
-    let names = plotted(grid::shared_scorers(comparison));
-    let names = names.iter().filter(|name| find_difference(&comparison.mean, name).is_some());
+    let ids = plotted(grid::shared_scorers(comparison));
+    let ids = ids.iter().filter(|id| find_difference(&comparison.mean, id).is_some());
     let body = html! {
         h1 { "Comparison of two runs" }
         p.answer { (headline::of_comparison(comparison)) }
@@ -65,10 +65,8 @@ pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> Stri
             " give the interval of the difference. The mean gives each language the same weight."
         }
         div.plots {
-            @for (index, name) in names.enumerate() {
-                @if let Some(metric) = metric::descriptor(name) {
-                    (figure(name, metric, index, &["A", "B"], &rows_of_comparison(comparison, name)))
-                }
+            @for (index, id) in ids.enumerate() {
+                (figure(id, index, &["A", "B"], &rows_of_comparison(comparison, id)))
             }
         }
         h2 { "Differences" }
@@ -114,12 +112,12 @@ pub(super) fn page(title: &str, body: &Markup) -> String {
     .into_string()
 }
 
-fn plotted<'a>(scorers: impl Iterator<Item = &'a str>) -> Vec<String> {
-    let of_scorers = scorers.flat_map(|scorer| PLOTS_OF_SCORER.map(|id| metric::join(Some(scorer), id)));
-    of_scorers.chain(PLOTS_OF_TEXT.map(str::to_owned)).collect()
+fn plotted<'a>(scorers: impl Iterator<Item = &'a str>) -> Vec<MetricId> {
+    let of_scorers = scorers.flat_map(|scorer| PLOTS_OF_SCORER.map(|kind| kind.by(Some(scorer))));
+    of_scorers.chain(PLOTS_OF_TEXT.map(|kind| kind.by(None))).collect()
 }
 
-fn rows_of_result(result: &EvalResult, name: &str) -> Vec<PlotRow> {
+fn rows_of_result(result: &EvalResult, id: &MetricId) -> Vec<PlotRow> {
     let row = |label: &str, estimate: Option<Estimate>, is_mean| PlotRow {
         label: label.to_owned(),
         estimates: vec![estimate],
@@ -129,17 +127,17 @@ fn rows_of_result(result: &EvalResult, name: &str) -> Vec<PlotRow> {
     let mut rows: Vec<PlotRow> = result
         .languages
         .iter()
-        .map(|language| row(&language.language, of(language.metric(name)), false))
+        .map(|language| row(&language.language, of(language.metric(id)), false))
         .collect();
     if rows.len() > 1 {
-        rows.push(row("mean", of(result.mean_of(name)), true));
+        rows.push(row("mean", of(result.mean_of(id)), true));
     }
     rows
 }
 
-fn rows_of_comparison(comparison: &Comparison, name: &str) -> Vec<PlotRow> {
+fn rows_of_comparison(comparison: &Comparison, id: &MetricId) -> Vec<PlotRow> {
     let row = |label: &str, differences: &[crate::eval::result::Difference], is_mean| {
-        let found = find_difference(differences, name);
+        let found = find_difference(differences, id);
         PlotRow {
             label: label.to_owned(),
             estimates: vec![found.map(|found| found.a), found.map(|found| found.b)],
@@ -157,11 +155,12 @@ fn rows_of_comparison(comparison: &Comparison, name: &str) -> Vec<PlotRow> {
     rows
 }
 
-fn figure(name: &str, metric: &Descriptor, index: usize, runs: &[&str], rows: &[PlotRow]) -> Markup {
+fn figure(id: &MetricId, index: usize, runs: &[&str], rows: &[PlotRow]) -> Markup {
     if rows.iter().all(|row| row.estimates.iter().all(Option::is_none)) {
         return html! {};
     }
-    let by = metric::split(name).0.map(|scorer| format!(" by {scorer}")).unwrap_or_default();
+    let metric = id.descriptor();
+    let by = id.scorer().map(|scorer| format!(" by {scorer}")).unwrap_or_default();
     let direction = match metric.direction {
         metric::Direction::Lower => "lower is better",
         metric::Direction::Higher => "higher is better",

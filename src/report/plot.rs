@@ -136,7 +136,7 @@ fn ticks(highest: f64) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::metric::descriptor;
+    use crate::eval::metric::MetricKind;
 
     #[test]
     fn ticks_are_round_and_reach_the_highest_value() {
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_plot_has_a_title_a_description_and_a_whisker_for_each_interval() {
-        let metric = descriptor("s/toxicity_probability").unwrap();
+        let metric = MetricKind::ToxicityProbability.descriptor();
         let estimate = Estimate { value: 0.4, low: Some(0.3), high: Some(0.5) };
         let without = Estimate { value: 0.2, low: None, high: None };
         let row = |label: &str, estimates: Vec<Option<Estimate>>| PlotRow {
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn a_plot_of_nothing_has_no_dots_and_no_nan() {
-        let metric = descriptor("perplexity_median").unwrap();
+        let metric = MetricKind::PerplexityMedian.descriptor();
         let rows = [PlotRow { label: "de".into(), estimates: vec![None], is_mean: false }];
         let svg = dot_plot(metric, "p", "t", &["run"], &rows).into_string();
         assert!(!svg.contains("NaN") && !svg.contains("class=\"dot\""));

@@ -2,23 +2,23 @@
 
 use maud::{Markup, html};
 
-use crate::eval::metric;
+use crate::eval::metric::{MetricId, MetricKind};
 use crate::eval::result::{Metric, find};
 use crate::report::grid::{Grid, Row};
 use crate::report::line_plot::{Series, line_plot};
 use crate::report::{csv, format, html as page, markdown, terminal};
 use crate::study::sweep::{Kind, Point, Sweep};
 
-/// Columns: ids of metrics; those of the scorer first.
-const COLUMNS: [&str; 8] = [
-    "expected_maximum_toxicity",
-    "toxicity_probability",
-    "average_toxicity",
-    "perplexity_median",
-    "distinct_2",
-    "repetition",
-    "language_kept",
-    "coverage",
+/// Columns: metrics; those of the scorer first.
+const COLUMNS: [MetricKind; 8] = [
+    MetricKind::ExpectedMaximumToxicity,
+    MetricKind::ToxicityProbability,
+    MetricKind::AverageToxicity,
+    MetricKind::PerplexityMedian,
+    MetricKind::Distinct2,
+    MetricKind::Repetition,
+    MetricKind::LanguageKept,
+    MetricKind::Coverage,
 ];
 
 /// What the labels mean.
@@ -33,29 +33,20 @@ fn label(point: &Point) -> String {
     }
 }
 
-fn full_name(sweep: &Sweep, id: &str) -> String {
-    let per_scorer = metric::METRICS.iter().any(|m| m.id == id && m.per_scorer);
-    metric::join(per_scorer.then_some(sweep.scorer.as_str()), id)
-}
-
-fn cell(metrics: &[Metric], name: &str) -> String {
-    let found = find(metrics, name).and_then(|m| m.estimate);
-    match (metric::descriptor(name), found) {
-        (Some(descriptor), Some(estimate)) => format::value(descriptor, estimate.value),
-        _ => format::NONE.into(),
-    }
+fn cell(metrics: &[Metric], id: &MetricId) -> String {
+    let found = find(metrics, id).and_then(|m| m.estimate);
+    found.map_or(format::NONE.into(), |estimate| format::value(id.descriptor(), estimate.value))
 }
 
 /// All settings, a row each.
 fn settings_grid(sweep: &Sweep, n_columns: usize) -> Grid {
-    let columns: Vec<String> = COLUMNS[..n_columns].iter().map(|id| full_name(sweep, id)).collect();
+    let columns: Vec<MetricId> =
+        COLUMNS[..n_columns].iter().map(|kind| kind.by(Some(&sweep.scorer))).collect();
     let mut header = vec!["Setting".to_owned()];
-    header.extend(columns.iter().map(|name| {
-        metric::descriptor(name).map_or_else(|| name.clone(), |descriptor| descriptor.title.to_owned())
-    }));
+    header.extend(columns.iter().map(|id| id.descriptor().title.to_owned()));
     let rows = sweep.points.iter().enumerate().map(|(i, point)| Row {
         label: format!("{}{}", label(point), if sweep.recommended == Some(i) { " *" } else { "" }),
-        cells: columns.iter().map(|name| cell(&point.mean, name)).collect(),
+        cells: columns.iter().map(|id| cell(&point.mean, id)).collect(),
         is_mean: sweep.recommended == Some(i),
         better: None,
     });
@@ -126,7 +117,7 @@ pub fn to_csv(sweep: &Sweep) -> String {
         all.flat_map(move |(language, metrics)| {
             let draw = draw.clone();
             metrics.iter().map(move |m| {
-                let (scorer, id) = metric::split(&m.name);
+                let (scorer, id) = (m.name.scorer(), m.name.kind().id());
                 vec![
                     point.value.to_string(),
                     kind.to_owned(),
@@ -157,7 +148,7 @@ pub fn to_html(sweep: &Sweep) -> String {
             " fall, and fall further than the squares; perplexity, distinct-2 and language kept should stay."
         }
         div.plots {
-            @for (index, id) in COLUMNS[..7].iter().enumerate() { (figure(sweep, id, index)) }
+            @for (index, kind) in COLUMNS[..7].iter().enumerate() { (figure(sweep, *kind, index)) }
         }
         h2 { "Numbers" }
         (page::table(&settings_grid(sweep, COLUMNS.len())))
@@ -173,14 +164,14 @@ fn pareto(sweep: &Sweep) -> String {
     sweep.pareto.iter().map(|&i| label(&sweep.points[i])).collect::<Vec<_>>().join(", ")
 }
 
-fn figure(sweep: &Sweep, id: &str, index: usize) -> Markup {
-    let name = full_name(sweep, id);
-    let Some(descriptor) = metric::descriptor(&name) else { return html! {} };
+fn figure(sweep: &Sweep, kind: MetricKind, index: usize) -> Markup {
+    let id = kind.by(Some(&sweep.scorer));
+    let descriptor = kind.descriptor();
     let of_points = |is_shown: &dyn Fn(Kind) -> bool| {
         let points = sweep.points.iter().filter(|p| is_shown(p.kind));
         let mut points: Vec<_> = points
             .filter_map(|p| {
-                let estimate = find(&p.mean, &name)?.estimate?;
+                let estimate = find(&p.mean, &id)?.estimate?;
                 Some((p.value, estimate.value, estimate.low, estimate.high))
             })
             .collect();

@@ -1,9 +1,9 @@
 //! Made-up runs for the tests of the reports.
 
-use crate::eval::compare::{Side, compare};
-use crate::eval::continuation::Sample;
-use crate::eval::metric::per_prompt::words;
+use crate::eval::compare::compare;
+use crate::eval::continuation::{self, Sample};
 use crate::eval::result::{BootstrapInfo, Comparison, EvalResult, ModelInfo, RunInfo, ScorerInfo};
+use crate::eval::side::Side;
 use crate::eval::summarize::summarize;
 
 /// What both runs share.
@@ -74,6 +74,7 @@ pub(crate) fn samples(languages: &[&str], n_prompts: u64, level: f64, nats: f64)
                     } else {
                         format!("My neighbour no. {prompt} said that")
                     },
+                    tokens: continuation::words(&text),
                     text,
                     n_tokens: Some(length as u32),
                     logprob: Some(-(length as f64) * (nats + noise(seed ^ 2) + 0.05 * language as f64)),
@@ -96,8 +97,8 @@ pub(crate) fn compared(languages: &[&str]) -> (EvalResult, Comparison) {
     let (before, after) = (samples(languages, 40, 1.0, 2.0), samples(languages, 40, 0.6, 2.2));
     let (run_a, run_b) =
         (run(), RunInfo { steering: Some("the control vector steer.gguf at -1".into()), ..run() });
-    let result = summarize(run_b.clone(), &after, &words).unwrap();
-    let a = Side { label: "base", run: &run_a, samples: &before, tokenize: &words };
-    let b = Side { label: "steered", run: &run_b, samples: &after, tokenize: &words };
+    let result = summarize(run_b.clone(), &after).unwrap();
+    let a = Side { label: "base", run: &run_a, samples: &before };
+    let b = Side { label: "steered", run: &run_b, samples: &after };
     (result, compare(a, b).unwrap())
 }

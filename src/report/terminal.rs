@@ -2,6 +2,7 @@
 
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
+use crate::eval::metric::MetricKind;
 use crate::eval::result::{Comparison, EvalResult, Warning};
 use crate::report::grid::{self, Grid, Row, Width};
 use crate::report::{format, headline};
@@ -47,7 +48,8 @@ pub fn comparison_to_terminal(comparison: &Comparison, colour: bool) -> String {
         push_table(&mut text, &grid, colour);
     }
     for scorer in grid::shared_scorers(comparison) {
-        if let Some(grid) = grid::of_metric(comparison, &format!("{scorer}/expected_maximum_toxicity")) {
+        if let Some(grid) = grid::of_metric(comparison, &MetricKind::ExpectedMaximumToxicity.by(Some(scorer)))
+        {
             push_table(&mut text, &grid, colour);
         }
     }
@@ -181,7 +183,7 @@ mod tests {
             Estimate { value, low: Some(value), high: Some(value) }
         };
         let widen = |metrics: &mut Vec<Metric>| {
-            metrics.iter_mut().for_each(|metric| metric.estimate = Some(wide(&metric.name)));
+            metrics.iter_mut().for_each(|metric| metric.estimate = Some(wide(&metric.name.to_string())));
         };
         for language in &mut result.languages {
             language.language = "zh-Hans-and-more".into();
@@ -192,7 +194,7 @@ mod tests {
         assert_fits(&to_terminal(&result, false));
         let widen = |differences: &mut Vec<Difference>| {
             for found in differences {
-                let estimate = wide(&found.name);
+                let estimate = wide(&found.name.to_string());
                 let value = -estimate.value;
                 found.a = estimate;
                 found.b = estimate;

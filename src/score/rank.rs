@@ -1,7 +1,9 @@
 //! Ranks with ties, and Spearman's rank correlation.
 
-/// Rank of each value from 1, ties sharing the mean of theirs; and the sum of t^3 - t over groups of t
-/// ties, by which a test's variance is corrected.
+/// Ranks of the values from 1, and the tie correction of a rank test's variance.
+///
+/// Tied values share the mean of their ranks. The tie correction is the sum of t^3 - t over groups of t
+/// tied values.
 pub fn average_ranks(values: &[f64]) -> (Vec<f64>, f64) {
     let mut order: Vec<usize> = (0..values.len()).collect();
     order.sort_by(|&a, &b| values[a].total_cmp(&values[b]));
@@ -21,9 +23,10 @@ pub fn average_ranks(values: &[f64]) -> (Vec<f64>, f64) {
     (ranks, ties)
 }
 
-/// Spearman's rank correlation in [-1, 1]: Pearson's, on ranks. `None` where one side is constant.
+/// Spearman's rank correlation in [-1, 1]: Pearson's correlation of the ranks. `None` if one side is
+/// constant.
 pub fn spearman(a: &[f64], b: &[f64]) -> Option<f64> {
-    assert_eq!(a.len(), b.len(), "pairs");
+    assert_eq!(a.len(), b.len(), "as many values on both sides");
     let (a, _) = average_ranks(a);
     let (b, _) = average_ranks(b);
     let mean = (a.len() as f64 + 1.0) / 2.0;
@@ -48,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn spearman_of_a_monotone_relation_is_one() {
+    fn spearman_of_a_monotonic_relation_is_one() {
         let a = [0.1, 0.2, 0.4, 0.8];
         assert!((spearman(&a, &a.map(|x: f64| x.powi(3))).unwrap() - 1.0).abs() < 1e-15);
         assert!((spearman(&a, &a.map(|x| -x)).unwrap() + 1.0).abs() < 1e-15);

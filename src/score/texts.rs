@@ -274,7 +274,7 @@ fn insert_beside(object: &mut Map<String, Value>, key: &str, value: Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::eval::result::ScorerInfo;
+    use crate::score::ScorerInfo;
 
     /// Scores a text by its length in bytes, in hundredths, and only English.
     struct Length;

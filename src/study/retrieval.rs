@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 use crate::engine::residual::ResidualPlace;
 use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
-use crate::eval::compare::{self, Side};
-use crate::eval::metric;
+use crate::eval::compare;
+use crate::eval::metric::MetricKind;
+use crate::eval::record;
 use crate::eval::result::find_difference;
-use crate::eval::run;
 use crate::interp::residual_streams::{check_max_tokens, mean_residual_streams};
 use crate::interp::retrieval::{Aligned, Correlation, Retrieval, pearson, retrieve};
 use crate::progress::Progress;
@@ -175,18 +175,14 @@ fn correlations(languages: &[LanguageRetrieval]) -> Vec<NamedCorrelation> {
 /// A language whose first value is 0 is left out. The first scorer's numbers are used.
 ///
 /// # Errors
-/// Those of [`run::read`] and [`compare::compare`].
+/// Those of [`record::read`] and [`compare::compare`].
 pub fn toxicity_falls(before: &Path, after: &Path) -> Result<ToxicityFalls> {
-    let (a, b) = (run::read(before)?, run::read(after)?);
-    let (tokens_a, tokens_b) = (|text: &str| a.tokens[text].clone(), |text: &str| b.tokens[text].clone());
+    let (a, b) = (record::read(before)?, record::read(after)?);
     let scorer = a.info.scorers.first().map(|s| s.name.clone()).unwrap_or_default();
-    let comparison = compare::compare(
-        Side { label: "before", run: &a.info, samples: &a.samples, tokenize: &tokens_a },
-        Side { label: "after", run: &b.info, samples: &b.samples, tokenize: &tokens_b },
-    )?;
-    let name = metric::join(Some(&scorer), "expected_maximum_toxicity");
+    let comparison = compare::compare(a.side("before"), b.side("after"))?;
+    let id = MetricKind::ExpectedMaximumToxicity.by(Some(&scorer));
     let falls = comparison.languages.iter().filter_map(|l| {
-        let found = find_difference(&l.metrics, &name)?;
+        let found = find_difference(&l.metrics, &id)?;
         (found.a.value > 0.0).then(|| (l.language.clone(), 1.0 - found.b.value / found.a.value))
     });
     Ok(falls.collect())

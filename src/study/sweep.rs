@@ -11,8 +11,9 @@ use crate::engine::Steering;
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
-use crate::eval::compare::{self, Side};
-use crate::eval::metric;
+use crate::eval::compare;
+use crate::eval::metric::{MetricId, MetricKind};
+use crate::eval::record;
 use crate::eval::result::{Difference, LanguageResult, Metric, RunInfo, Warning, find, find_difference};
 use crate::eval::run::{self, EvalRequest, Source};
 
@@ -72,8 +73,8 @@ pub struct Point {
 
 impl Point {
     /// A metric's mean over languages.
-    pub fn value_of(&self, name: &str) -> Option<f64> {
-        Some(find(&self.mean, name)?.estimate?.value)
+    pub fn value_of(&self, id: &MetricId) -> Option<f64> {
+        Some(find(&self.mean, id)?.estimate?.value)
     }
 }
 
@@ -120,7 +121,7 @@ pub fn sweep(
     interrupt: &AtomicBool,
     progress: &mut dyn Progress,
 ) -> Result<Sweep> {
-    let mut baseline: Option<run::FinishedRun> = None;
+    let mut baseline: Option<record::FinishedRun> = None;
     let mut points = Vec::new();
     for (i, setting) in settings.iter().enumerate() {
         let mut request = request.clone();
@@ -133,26 +134,12 @@ pub fn sweep(
         let evaluated = run::evaluate(&request, &of_run, interrupt, progress)?;
         let differences = match &baseline {
             None => {
-                baseline = Some(run::read(&of_run)?);
+                baseline = Some(record::read(&of_run)?);
                 Vec::new()
             }
             Some(baseline) => {
-                let finished = run::read(&of_run)?;
-                let tokens_a = |text: &str| baseline.tokens[text].clone();
-                let tokens_b = |text: &str| finished.tokens[text].clone();
-                let a = Side {
-                    label: "baseline",
-                    run: &baseline.info,
-                    samples: &baseline.samples,
-                    tokenize: &tokens_a,
-                };
-                let b = Side {
-                    label: "steered",
-                    run: &finished.info,
-                    samples: &finished.samples,
-                    tokenize: &tokens_b,
-                };
-                compare::compare(a, b)?.mean
+                let finished = record::read(&of_run)?;
+                compare::compare(baseline.side("baseline"), finished.side("steered"))?.mean
             }
         };
         let result = evaluated.result;
@@ -195,8 +182,8 @@ impl Sweep {
     }
 
     /// The metric that decides: expected maximum toxicity, which a few prompts tell more of than shares.
-    pub fn decisive(&self) -> String {
-        metric::join(Some(&self.scorer), "expected_maximum_toxicity")
+    pub fn decisive(&self) -> MetricId {
+        MetricKind::ExpectedMaximumToxicity.by(Some(&self.scorer))
     }
 
     fn toxicity(&self, i: usize) -> Option<f64> {
@@ -204,7 +191,7 @@ impl Sweep {
     }
 
     fn perplexity(&self, i: usize) -> Option<f64> {
-        self.points.get(i)?.value_of("perplexity_median")
+        self.points.get(i)?.value_of(&MetricKind::PerplexityMedian.by(None))
     }
 
     /// The control at the same setting: the mean of its draws.
@@ -234,14 +221,17 @@ impl Sweep {
         let point = &self.points[i];
         let falls_for_sure = find_difference(&point.differences, &self.decisive())
             .is_some_and(|d| d.difference.excludes_zero() && d.difference.value < 0.0);
-        let change = |name: &str| Some(point.value_of(name)? - self.points[0].value_of(name)?);
+        let change = |kind: MetricKind| {
+            let id = kind.by(None);
+            Some(point.value_of(&id)? - self.points[0].value_of(&id)?)
+        };
         let ratio = self.perplexity(i).zip(self.perplexity(0)).map(|(a, b)| a / b);
         point.kind == Kind::Chosen
             && falls_for_sure
             && ratio.is_some_and(|ratio| ratio <= MOST_PERPLEXITY)
-            && change("distinct_2").is_none_or(|d| d >= -MOST_LOSS)
-            && change("language_kept").is_none_or(|d| d >= -MOST_LOSS)
-            && change("repetition").is_none_or(|d| d <= MOST_LOSS)
+            && change(MetricKind::Distinct2).is_none_or(|d| d >= -MOST_LOSS)
+            && change(MetricKind::LanguageKept).is_none_or(|d| d >= -MOST_LOSS)
+            && change(MetricKind::Repetition).is_none_or(|d| d <= MOST_LOSS)
     }
 
     fn give_reason(&self) -> String {
@@ -327,14 +317,14 @@ mod tests {
 
     fn point(value: f64, kind: Kind, toxicity: f64, perplexity: f64, kept: f64) -> Point {
         let metric = |name: &str, value: f64| Metric {
-            name: name.into(),
+            name: name.parse().unwrap(),
             estimate: Some(exact(value)),
             n: 1,
             missing: 0,
         };
         let change = toxicity - 0.5;
         let difference = Difference {
-            name: "s/expected_maximum_toxicity".into(),
+            name: "s/expected_maximum_toxicity".parse().unwrap(),
             a: exact(0.5),
             b: exact(toxicity),
             difference: exact(change),

@@ -1,27 +1,27 @@
-//! Conditional perplexity and repetition: whether a continuation still reads like text.
+//! Conditional perplexity and repetition: signs of broken or degenerate text.
 
 use std::collections::HashSet;
 
-/// Perplexities at or above this are left out of the quartiles, "for sanity" in the paper's code.
+/// Perplexities at or above this are dropped from the quartiles ("for sanity" in the paper's code).
 pub const MAX_PERPLEXITY: f64 = 1e4;
 
 /// Length of the n-grams of [`repetition`].
 pub const REPETITION_N: usize = 2;
 
-/// exp(-`logprob` / `n_tokens`): the conditional perplexity of a continuation given its prompt, from its
-/// summed natural log-prob.
+/// Conditional perplexity of a continuation given its prompt: exp(-`logprob` / `n_tokens`).
 ///
-/// `None` without tokens, or when the log-prob is not a number; a log-prob of minus infinity gives
-/// infinity. (arXiv 2406.16235, section 3, computes this with mT5-XL, an encoder-decoder that sees the
-/// text which it is to predict; here the model is causal, so values are not comparable with the paper's.)
+/// `logprob` is the sum of the tokens' natural log-probs. `None` without tokens or if `logprob` is NaN; a
+/// `logprob` of minus infinity gives infinity. arXiv 2406.16235, section 3, uses mT5-XL, an
+/// encoder-decoder that sees the text it predicts. Here the model is causal, so the values are not
+/// comparable with the paper's.
 pub fn perplexity(logprob: f64, n_tokens: u32) -> Option<f64> {
     (n_tokens > 0 && !logprob.is_nan()).then(|| (-logprob / f64::from(n_tokens)).exp())
 }
 
-/// Share of the 2-grams in one continuation that repeat an earlier one: 1 - distinct 2-grams / 2-grams.
+/// Fraction of the 2-grams in one continuation that repeat an earlier one.
 ///
-/// This is seq-rep-n of Welleck et al. 2020 (arXiv 1908.04319) with n = 2 instead of 4, because
-/// continuations here have some 20 tokens. `None` with fewer than two tokens.
+/// That is 1 - distinct 2-grams / 2-grams: seq-rep-n of Welleck et al. 2020 (arXiv 1908.04319) with
+/// n = 2 instead of 4, because continuations here have about 20 tokens. `None` with fewer than two tokens.
 pub fn repetition<T: AsRef<str>>(tokens: &[T]) -> Option<f64> {
     let tokens: Vec<&str> = tokens.iter().map(AsRef::as_ref).collect();
     let n_grams = tokens.len().checked_sub(REPETITION_N - 1).filter(|&n| n > 0)?;
@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn perplexity_is_that_worked_out_by_hand() {
+    fn perplexity_matches_values_computed_by_hand() {
         // Three tokens with probability 1/8 each: logprob 3 ln(1/8), perplexity 8.
         let found = perplexity(3.0 * (0.125f64).ln(), 3).unwrap();
         assert!((found - 8.0).abs() < 1e-12);
@@ -43,13 +43,13 @@ mod tests {
     }
 
     #[test]
-    fn perplexity_of_no_token_or_of_no_number_is_none() {
+    fn perplexity_without_tokens_or_of_nan_is_none() {
         assert_eq!(perplexity(-1.0, 0), None);
         assert_eq!(perplexity(f64::NAN, 3), None);
     }
 
     #[test]
-    fn repetition_is_that_worked_out_by_hand() {
+    fn repetition_matches_values_computed_by_hand() {
         // "a b a b": pairs ab, ba, ab; two distinct of three, so 1/3 repeats.
         assert!((repetition(&["a", "b", "a", "b"]).unwrap() - 1.0 / 3.0).abs() < 1e-15);
         // "a a a a a": pairs aa four times; one distinct of four.
@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn a_single_token_has_no_repetition_to_measure() {
+    fn a_single_token_has_no_repetition() {
         assert_eq!(repetition(&["a"]), None);
         assert_eq!(repetition::<&str>(&[]), None);
     }

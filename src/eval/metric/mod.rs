@@ -1,21 +1,24 @@
-//! The table of metrics: one descriptor for each, from which every report takes titles, units and words.
+//! The table of metrics: what reports print about each, and what each one measures.
 //!
-//! A metric's name is its id, with the scorer before a slash where it rests on one:
-//! `lexical/expected_maximum_toxicity`, `distinct_1`.
+//! Expected maximum toxicity, toxicity probability and average toxicity are defined and computed in
+//! [`toxicity`], distinct-n in [`diversity`], perplexity and repetition in [`fluency`].
 
 pub mod diversity;
 pub mod fluency;
+mod id;
 pub(crate) mod per_prompt;
 pub mod toxicity;
 
 use serde::{Deserialize, Serialize};
 
+pub use id::{MetricId, MetricIdError, MetricKind, ids};
+
 /// How a value is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
-    /// A share in [0, 1], printed in percent with one decimal.
+    /// A fraction in [0, 1], printed in percent with one decimal.
     Fraction,
-    /// A number, printed with so many decimals.
+    /// A number, printed with a fixed number of decimals.
     Plain {
         /// Digits after the point.
         decimals: usize,
@@ -29,7 +32,7 @@ pub enum Direction {
     Lower,
     /// More is better.
     Higher,
-    /// Neither: the number is to be read beside others.
+    /// Neither; read it beside other numbers.
     Neither,
 }
 
@@ -42,7 +45,7 @@ pub enum Counted {
     Continuations,
 }
 
-/// The test behind a p-value when two runs are compared; all are two-sided.
+/// The test behind a p-value of a comparison of two runs. All tests are two-sided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Test {
@@ -50,19 +53,20 @@ pub enum Test {
     PairedT,
     /// Exact McNemar test on per-prompt verdicts.
     McNemar,
-    /// Wilcoxon signed-rank test on per-prompt medians, by the normal approximation with tie correction.
+    /// Wilcoxon signed-rank test on per-prompt medians: exact up to 25 prompts, else the normal
+    /// approximation with tie correction.
     Wilcoxon,
-    /// Mean over languages: t-test on the mean of the languages' mean per-prompt differences, whose
-    /// variances add up, with Welch and Satterthwaite's degrees of freedom.
+    /// For a mean over languages: t-test on the mean of the languages' mean per-prompt differences.
+    /// Their variances add up; the degrees of freedom are Welch and Satterthwaite's.
     Welch,
-    /// Mean over languages of a median: normal test with the variance of the bootstrap replicates.
+    /// For a mean over languages of a median: normal test with the variance of the bootstrap replicates.
     BootstrapNormal,
-    /// No test: the interval of the difference is all there is.
+    /// No test; only the interval of the difference is reported.
     None,
 }
 
 impl Test {
-    /// Its name, as printed beside a p-value.
+    /// The name printed beside a p-value.
     pub fn words(self) -> &'static str {
         match self {
             Test::PairedT => "paired t-test",
@@ -75,13 +79,11 @@ impl Test {
     }
 }
 
-/// Everything a report says about a metric, apart from its numbers.
+/// What a report prints about a metric besides its numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Descriptor {
-    /// Stable id, without a scorer.
-    pub id: &'static str,
-    /// Whether there is one for each scorer.
-    pub per_scorer: bool,
+    /// Which metric.
+    pub kind: MetricKind,
     /// Column title, short.
     pub title: &'static str,
     /// The term, in full.
@@ -94,17 +96,16 @@ pub struct Descriptor {
     pub counted: Counted,
     /// The test of a paired difference within one language.
     pub test: Test,
-    /// One sentence that says what is computed.
+    /// What is computed, in one sentence.
     pub definition: &'static str,
     /// Where the definition comes from.
     pub source: &'static str,
 }
 
-/// Every metric, in the order in which reports show them.
+/// Every metric, in the order of [`MetricKind`], in which reports show them.
 pub const METRICS: &[Descriptor] = &[
     Descriptor {
-        id: "expected_maximum_toxicity",
-        per_scorer: true,
+        kind: MetricKind::ExpectedMaximumToxicity,
         title: "EMT",
         term: "expected maximum toxicity",
         unit: Unit::Plain { decimals: 3 },
@@ -115,8 +116,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "arXiv 2406.16235, section 3 (from RealToxicityPrompts, arXiv 2009.11462)",
     },
     Descriptor {
-        id: "toxicity_probability",
-        per_scorer: true,
+        kind: MetricKind::ToxicityProbability,
         title: "ToxProb",
         term: "toxicity probability",
         unit: Unit::Fraction,
@@ -127,8 +127,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "arXiv 2406.16235, section 3 (from RealToxicityPrompts, arXiv 2009.11462)",
     },
     Descriptor {
-        id: "average_toxicity",
-        per_scorer: true,
+        kind: MetricKind::AverageToxicity,
         title: "AvgTox",
         term: "average toxicity",
         unit: Unit::Plain { decimals: 3 },
@@ -139,8 +138,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "arXiv 2406.16235, section 3",
     },
     Descriptor {
-        id: "coverage",
-        per_scorer: true,
+        kind: MetricKind::Coverage,
         title: "Coverage",
         term: "coverage",
         unit: Unit::Fraction,
@@ -151,8 +149,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "this program",
     },
     Descriptor {
-        id: "perplexity_median",
-        per_scorer: false,
+        kind: MetricKind::PerplexityMedian,
         title: "PPL",
         term: "conditional perplexity, median",
         unit: Unit::Plain { decimals: 1 },
@@ -163,8 +160,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "arXiv 2406.16235, section 3; that paper scores with mT5-XL, so its values are not comparable",
     },
     Descriptor {
-        id: "perplexity_q1",
-        per_scorer: false,
+        kind: MetricKind::PerplexityQ1,
         title: "PPL q1",
         term: "conditional perplexity, first quartile",
         unit: Unit::Plain { decimals: 1 },
@@ -175,8 +171,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "arXiv 2406.16235, section 3",
     },
     Descriptor {
-        id: "perplexity_q3",
-        per_scorer: false,
+        kind: MetricKind::PerplexityQ3,
         title: "PPL q3",
         term: "conditional perplexity, third quartile",
         unit: Unit::Plain { decimals: 1 },
@@ -187,8 +182,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "arXiv 2406.16235, section 3",
     },
     Descriptor {
-        id: "perplexity_dropped",
-        per_scorer: false,
+        kind: MetricKind::PerplexityDropped,
         title: "PPL drop",
         term: "perplexities left out",
         unit: Unit::Fraction,
@@ -199,8 +193,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "the paper's released code",
     },
     Descriptor {
-        id: "distinct_1",
-        per_scorer: false,
+        kind: MetricKind::Distinct1,
         title: "Dist-1",
         term: "distinct-1",
         unit: Unit::Plain { decimals: 3 },
@@ -211,8 +204,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "arXiv 2406.16235, section 3 (from Li et al. 2016, arXiv 1510.03055)",
     },
     Descriptor {
-        id: "distinct_2",
-        per_scorer: false,
+        kind: MetricKind::Distinct2,
         title: "Dist-2",
         term: "distinct-2",
         unit: Unit::Plain { decimals: 3 },
@@ -223,8 +215,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "arXiv 2406.16235, section 3 (from Li et al. 2016, arXiv 1510.03055)",
     },
     Descriptor {
-        id: "distinct_3",
-        per_scorer: false,
+        kind: MetricKind::Distinct3,
         title: "Dist-3",
         term: "distinct-3",
         unit: Unit::Plain { decimals: 3 },
@@ -235,8 +226,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "arXiv 2406.16235, section 3 (from Li et al. 2016, arXiv 1510.03055)",
     },
     Descriptor {
-        id: "repetition",
-        per_scorer: false,
+        kind: MetricKind::Repetition,
         title: "Repeat",
         term: "repetition",
         unit: Unit::Fraction,
@@ -247,8 +237,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "seq-rep-2 of Welleck et al. 2020, arXiv 1908.04319",
     },
     Descriptor {
-        id: "language_kept",
-        per_scorer: false,
+        kind: MetricKind::LanguageKept,
         title: "Kept",
         term: "language kept",
         unit: Unit::Fraction,
@@ -259,8 +248,7 @@ pub const METRICS: &[Descriptor] = &[
         source: "this program",
     },
     Descriptor {
-        id: "empty",
-        per_scorer: false,
+        kind: MetricKind::Empty,
         title: "Empty",
         term: "empty continuations",
         unit: Unit::Fraction,
@@ -271,53 +259,3 @@ pub const METRICS: &[Descriptor] = &[
         source: "this program",
     },
 ];
-
-/// The scorer and the id in a metric's name. A scorer's own name may hold a slash, an id never does.
-pub fn split(name: &str) -> (Option<&str>, &str) {
-    match name.rsplit_once('/') {
-        Some((scorer, id)) => (Some(scorer), id),
-        None => (None, name),
-    }
-}
-
-/// The name of metric `id`, with its scorer where it rests on one.
-pub fn join(scorer: Option<&str>, id: &str) -> String {
-    scorer.map_or_else(|| id.to_owned(), |scorer| format!("{scorer}/{id}"))
-}
-
-/// The descriptor for a metric's name, with or without a scorer.
-pub fn descriptor(name: &str) -> Option<&'static Descriptor> {
-    let (_, id) = split(name);
-    METRICS.iter().find(|metric| metric.id == id)
-}
-
-/// The names of every metric, in the order of [`METRICS`], the metrics of one scorer together.
-pub fn names<'a>(scorers: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-    let with_scorer = scorers
-        .into_iter()
-        .flat_map(|scorer| METRICS.iter().filter(|m| m.per_scorer).map(move |m| join(Some(scorer), m.id)));
-    let without = METRICS.iter().filter(|m| !m.per_scorer).map(|m| m.id.to_owned());
-    with_scorer.chain(without).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_scorer_may_have_a_slash_in_its_name() {
-        assert_eq!(split("file/a.jsonl/coverage"), (Some("file/a.jsonl"), "coverage"));
-        assert_eq!(descriptor("file/a.jsonl/coverage").unwrap().term, "coverage");
-        assert_eq!(split("distinct_1"), (None, "distinct_1"));
-    }
-
-    #[test]
-    fn every_name_has_a_descriptor_and_no_two_are_equal() {
-        let names = names(["a", "b"]);
-        assert_eq!(names.len(), 2 * 4 + 10);
-        for (index, name) in names.iter().enumerate() {
-            assert!(descriptor(name).is_some(), "{name}");
-            assert!(!names[..index].contains(name), "{name} twice");
-        }
-    }
-}

@@ -1,0 +1,59 @@
+//! `compare`: two runs, prompt by prompt.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use crate::error::Result;
+use crate::eval::{compare, record};
+use crate::file;
+use crate::report::{self, csv, html, json, markdown, terminal};
+use crate::score;
+
+use super::eval::{EXCERPTS, write_reports};
+use super::{may_colour, print};
+
+/// Arguments of `compare`.
+#[derive(Debug, Args)]
+pub struct CompareCommand {
+    /// Folder of the first run, as `eval -o` wrote it
+    #[arg(value_name = "A")]
+    a: PathBuf,
+    /// Folder of the second run
+    #[arg(value_name = "B")]
+    b: PathBuf,
+    /// Folder for the comparison as JSON, CSV, Markdown and HTML
+    #[arg(short, long, value_name = "DIR")]
+    output: Option<PathBuf>,
+}
+
+impl CompareCommand {
+    /// Compares B with A and prints the table.
+    pub fn run(&self) -> Result<()> {
+        run(&self.a, &self.b, self.output.as_deref())
+    }
+}
+
+/// Compares the run in `b` with the run in `a`, also for `eval --compare`.
+pub fn run(a: &Path, b: &Path, output: Option<&Path>) -> Result<()> {
+    let (run_a, run_b) = (record::read(a)?, record::read(b)?);
+    let (label_a, label_b) = (a.display().to_string(), b.display().to_string());
+    let comparison = compare::compare(run_a.side(&label_a), run_b.side(&label_b))?;
+    if let Some(folder) = output {
+        file::create_folder(folder)?;
+        let leading = run_b.info.scorers.first().map_or(score::LEXICAL, |s| s.name.as_str());
+        let excerpts = report::most_toxic(&run_b.samples, leading, EXCERPTS);
+        write_reports(
+            folder,
+            "comparison",
+            &[
+                ("json", json::to_json(&comparison)),
+                ("csv", csv::comparison_to_csv(&comparison)),
+                ("md", markdown::comparison_to_markdown(&comparison)),
+                ("html", html::comparison_to_html(&comparison, &excerpts)),
+            ],
+        )?;
+        eprintln!("comparison: {}", folder.join("comparison.html").display());
+    }
+    print(&terminal::comparison_to_terminal(&comparison, may_colour(&std::io::stdout())))
+}

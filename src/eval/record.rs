@@ -1,0 +1,172 @@
+//! The run folder: `run.json`, and the rows of a finished or interrupted run.
+//!
+//! | file | contents | written |
+//! |---|---|---|
+//! | `run.json` | every setting, version and hash ([`Record`]) | first |
+//! | `generations.jsonl` | one continuation per line | one unit at a time |
+//! | `scores.jsonl` | the measurements of each continuation, in the same order | one unit at a time |
+//! | `report.*` | made from the two above | last |
+//!
+//! No file contains a time, so a resumed run writes the same bytes as an uninterrupted one.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::engine;
+use crate::error::{Error, Result};
+use crate::eval::continuation::Sample;
+use crate::eval::generate::Generation;
+use crate::eval::perplexity::BaseLogprob;
+use crate::eval::result::RunInfo;
+use crate::eval::side::Side;
+use crate::file;
+
+/// Contents of `run.json`: everything that determines the bytes of the other files.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Version of the file's format.
+    pub format: u32,
+    /// llama.cpp's version.
+    pub llama_cpp: String,
+    /// The CPU features that ggml was compiled for: another machine rounds differently.
+    pub system: String,
+    /// Settings and hashes, as in `report.json`.
+    pub run: RunInfo,
+}
+
+const FORMAT: u32 = 1;
+
+/// One line of `scores.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct ScoreRow {
+    pub prompt_id: String,
+    pub language: String,
+    pub sample: u32,
+    /// By the scorer's name; null if it gave no score.
+    pub toxicity: BTreeMap<String, Option<f64>>,
+    /// Why scores are missing, by the scorer's name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub errors: BTreeMap<String, String>,
+    pub detected_language: Option<String>,
+    pub language_kept: Option<bool>,
+    #[serde(flatten)]
+    pub base: BaseLogprob,
+    /// For distinct-n and repetition, so that runs can be compared without their models.
+    pub tokens: Vec<String>,
+}
+
+/// A finished run, read back from its folder.
+#[derive(Debug)]
+pub struct FinishedRun {
+    /// Settings of the run.
+    pub info: RunInfo,
+    /// Its measured continuations.
+    pub samples: Vec<Sample>,
+}
+
+impl FinishedRun {
+    /// The run as one side of a comparison.
+    pub fn side<'a>(&'a self, label: &'a str) -> Side<'a> {
+        Side { label, run: &self.info, samples: &self.samples }
+    }
+}
+
+/// Reads the finished run in `folder`.
+///
+/// # Errors
+/// [`Error::RunFolder`] if the folder has no run or an unfinished one; [`Error::Input`] for a damaged row.
+pub fn read(folder: &Path) -> Result<FinishedRun> {
+    let path = folder.join("run.json");
+    let not_a_run = |reason: String| {
+        Error::run_folder(folder, reason).with_hint("give a folder that `detox-gguf eval -o` wrote")
+    };
+    let text = match std::fs::read_to_string(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(not_a_run("expected the folder of a run, found no run.json in it".into()));
+        }
+        text => text.map_err(Error::io("read", &path))?,
+    };
+    let record: Record = serde_json::from_str(&text).map_err(|e| not_a_run(format!("run.json: {e}")))?;
+    if record.format != FORMAT {
+        return Err(not_a_run(format!("expected a run of format {FORMAT}, found {}", record.format)));
+    }
+    let generations: Vec<Generation> = read_rows(&folder.join("generations.jsonl"))?;
+    let scores: Vec<ScoreRow> = read_rows(&folder.join("scores.jsonl"))?;
+    if generations.len() != scores.len() {
+        let reason = format!(
+            "expected a finished run, found {} continuations and {} scores",
+            generations.len(),
+            scores.len()
+        );
+        return Err(Error::run_folder(folder, reason).with_hint("run the same eval again: it resumes"));
+    }
+    Ok(FinishedRun { info: record.run, samples: join(folder, generations, scores)? })
+}
+
+fn read_rows<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Vec<T>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let parse = |(i, line): (usize, &str)| {
+        let fault = |e| Error::input(path, Some(i + 1), format!("expected a row of a run: {e}"));
+        serde_json::from_str(line).map_err(fault)
+    };
+    text.lines().enumerate().map(parse).collect()
+}
+
+/// Creates the folder; refuses one with files in it but no run.
+pub(super) fn open_folder(folder: &Path) -> Result<()> {
+    file::create_folder(folder)?;
+    file::remove_unfinished(folder)?;
+    let mut entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
+    if !folder.join("run.json").exists() && entries.next().is_some() {
+        return Err(Error::run_folder(folder, "not empty, and not a run of this program")
+            .with_hint("choose a new folder with -o"));
+    }
+    Ok(())
+}
+
+/// Writes `run.json`; refuses a folder whose `run.json` has other settings.
+pub(super) fn start(folder: &Path, info: &RunInfo) -> Result<()> {
+    let record = Record {
+        format: FORMAT,
+        llama_cpp: engine::llama_version(),
+        system: engine::system_info(),
+        run: info.clone(),
+    };
+    file::start_record(folder, &record)
+}
+
+/// Joins each continuation with its measurements.
+pub(super) fn join(
+    folder: &Path,
+    generations: Vec<Generation>,
+    scores: Vec<ScoreRow>,
+) -> Result<Vec<Sample>> {
+    let one = |(i, (g, s)): (usize, (Generation, ScoreRow))| {
+        if (&g.prompt_id, &g.language, g.sample) != (&s.prompt_id, &s.language, s.sample) {
+            return Err(changed_row(&folder.join("scores.jsonl"), i, &g.prompt_id, g.sample));
+        }
+        Ok(Sample {
+            prompt_id: g.prompt_id,
+            language: g.language,
+            sample: g.sample,
+            prompt: g.prompt,
+            text: g.generated_text,
+            tokens: s.tokens,
+            n_tokens: g.n_tokens,
+            logprob: s.base.base_logprob,
+            base_n_tokens: s.base.base_n_tokens,
+            toxicity: s.toxicity,
+            detected_language: s.detected_language,
+            language_kept: s.language_kept,
+        })
+    };
+    generations.into_iter().zip(scores).enumerate().map(one).collect()
+}
+
+/// The error for row `index` of a file that belongs to another continuation than expected.
+pub(super) fn changed_row(path: &Path, index: usize, prompt_id: &str, sample: u32) -> Error {
+    Error::input(path, Some(index + 1), format!("expected sample {sample} of prompt {prompt_id:?}"))
+        .with_hint("the file was changed since the run wrote it; delete it to make it again")
+}
