@@ -129,7 +129,9 @@ fn refuse_all_but(
     if !is_typed(mode) {
         return Ok(());
     }
-    let command = EvalArguments::augment_args(clap::Command::new("eval"));
+    let mut command = EvalArguments::augment_args(clap::Command::new("eval"));
+    // An argument can only be printed after this.
+    command.build();
     let refused = command.get_arguments().find(|argument| {
         let id = argument.get_id().as_str();
         id != mode && is_typed(id) && !effective.iter().any(|effective| effective.as_ref() == id)
