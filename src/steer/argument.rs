@@ -1,4 +1,4 @@
-//! What is typed after `--steer` and the flags of llama.cpp that take a file with a number.
+//! Parses `--steer FILE[:COEF]`, and llama.cpp's flags that take files with scales.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -8,32 +8,32 @@ use super::intervention::{self, Interventions};
 use super::{json, neuron};
 use crate::error::{Error, Result};
 
-/// `--steer FILE[:COEF]`, as it was meant.
+/// A parsed `--steer FILE[:COEF]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SteerArgument {
-    /// An intervention file, or a control vector.
+    /// An intervention file or a control vector.
     pub path: PathBuf,
-    /// What the file's own coefficients are multiplied by; 1 where none was typed.
+    /// Multiplies the coefficients in the file; 1 by default.
     pub coefficient: f32,
 }
 
-/// What a `--steer` file holds.
+/// The content of a `--steer` file.
 #[derive(Debug, Clone, PartialEq)]
 pub enum SteerFile {
-    /// JSON of this program.
+    /// JSON written for this program.
     Interventions(Interventions),
-    /// GGUF of this program, of llama.cpp or of repeng.
+    /// GGUF from this program, llama.cpp or repeng.
     ControlVector(ControlVectorFile),
 }
 
 impl SteerArgument {
-    /// Tells the path from the coefficient.
+    /// Splits `text` into path and coefficient.
     ///
-    /// Colons are allowed in paths, so what follows the last one is a coefficient only if it is a number,
-    /// and if the path without it exists or the whole does not.
+    /// Paths may contain colons. The text after the last colon is the coefficient if it is a number, unless
+    /// a file with the whole text as its name exists and one with the shorter name does not.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an empty path, and for a coefficient that is not finite.
+    /// [`Error::Setting`] if the path is empty or the coefficient is not finite.
     pub fn parse(text: &str) -> Result<SteerArgument> {
         let refuse = |reason: String| Err(Error::setting("--steer", reason));
         let whole = || Ok(SteerArgument { path: text.into(), coefficient: 1.0 });
@@ -46,7 +46,7 @@ impl SteerArgument {
             return whole();
         }
         if path.is_empty() {
-            return refuse(format!("expected FILE:COEFFICIENT, found no file in {text:?}"));
+            return refuse(format!("expected FILE:COEFFICIENT, found no file name in {text:?}"));
         }
         if !coefficient.is_finite() {
             return refuse(format!("expected a finite coefficient after the last ':', found {number:?}"));
@@ -64,11 +64,13 @@ impl SteerArgument {
 }
 
 impl SteerFile {
-    /// Reads an intervention file or a control vector, whichever it is.
+    /// Reads an intervention file or a control vector.
+    ///
+    /// The content decides which one it is, not the file name.
     ///
     /// # Errors
-    /// As [`Interventions::read`] and [`ControlVectorFile::read`]. A file of neurons is refused with a hint:
-    /// it does not say what to do with them.
+    /// As [`Interventions::read`] and [`ControlVectorFile::read`]. [`Error::Input`] for a list of neurons,
+    /// which does not say how to change them; the hint shows how to make an intervention from it.
     pub fn open(path: &Path) -> Result<SteerFile> {
         let mut magic = Vec::new();
         let file = std::fs::File::open(path).map_err(Error::io("open", path))?;
@@ -81,21 +83,26 @@ impl SteerFile {
             Some('[') => true,
             Some('{') => json::kind(path, &text)?.as_deref() == Some(neuron::KIND),
             _ => {
-                let reason =
-                    format!("expected a control vector (GGUF) or a file of {} (JSON)", intervention::KIND);
+                let reason = format!(
+                    "expected a control vector (GGUF) or {} (JSON), found neither",
+                    intervention::KIND
+                );
                 return Err(Error::input(path, None, reason));
             }
         };
         if is_neurons {
-            let file = path.display();
-            return Err(Error::input(path, None, "it lists neurons, and does not say what to do with them").with_hint(format!(
-                    "make an intervention of it: `detox-gguf steer -m MODEL --neurons {file} --offset X -o steer.gguf`"
-                )));
+            let reason =
+                "expected interventions, found a list of neurons, which does not say how to change them";
+            let hint = format!(
+                "make an intervention from it: `detox-gguf steer -m MODEL --neurons {} --offset X -o steer.gguf`",
+                path.display()
+            );
+            return Err(Error::input(path, None, reason).with_hint(hint));
         }
         Ok(SteerFile::Interventions(Interventions::read(path)?))
     }
 
-    /// Where it was read from.
+    /// The path it was read from.
     pub fn path(&self) -> &Path {
         match self {
             SteerFile::Interventions(interventions) => &interventions.path,
@@ -104,13 +111,13 @@ impl SteerFile {
     }
 }
 
-/// `FILE:SCALE,FILE:SCALE,…` of `--lora-scaled` and `--control-vector-scaled`.
+/// Parses `FILE:SCALE,FILE:SCALE,…`, the value of `--lora-scaled` and `--control-vector-scaled`.
 ///
-/// As in llama.cpp a file whose name holds a comma is put in double quotes, with its scale. More than
-/// llama.cpp, colons are allowed in the file's name; the last one ends it.
+/// As in llama.cpp, an entry whose file name contains a comma is put in double quotes together with its
+/// scale. Unlike in llama.cpp, the file name may contain colons: the scale follows the last one.
 ///
 /// # Errors
-/// [`Error::Setting`] for an entry without a file or a finite scale.
+/// [`Error::Setting`] for an entry without a file name or without a finite scale.
 pub fn parse_scaled(flag: &str, text: &str) -> Result<Vec<(PathBuf, f32)>> {
     let parse = |entry: &String| {
         let (path, scale) = entry.rsplit_once(':')?;
@@ -127,13 +134,13 @@ pub fn parse_scaled(flag: &str, text: &str) -> Result<Vec<(PathBuf, f32)>> {
         .collect()
 }
 
-/// Splits at commas outside double quotes; within them, two quotes are one (llama.cpp's `parse_csv_row`).
+/// Splits at commas outside double quotes; inside quotes, `""` is one quote (llama.cpp's `parse_csv_row`).
 fn split_row(text: &str) -> Vec<String> {
     let mut entries = vec![String::new()];
     let mut is_quoted = false;
     let mut chars = text.chars().peekable();
     while let Some(c) = chars.next() {
-        let entry = entries.last_mut().expect("there is one from the start, and none is taken out");
+        let entry = entries.last_mut().expect("it starts with one entry, and none is ever removed");
         match c {
             '"' if is_quoted && chars.next_if_eq(&'"').is_none() => is_quoted = false,
             '"' if !is_quoted && entry.is_empty() => is_quoted = true,
@@ -173,14 +180,14 @@ mod tests {
         std::fs::write(&whole, "").unwrap();
         assert_eq!(parse(text), (text.to_owned(), 1.0));
         assert_eq!(parse(&format!("{text}:3")), (text.to_owned(), 3.0));
-        // Where both exist, the number is a coefficient.
+        // If both files exist, the number is a coefficient.
         let short = folder.path().join("run");
         std::fs::write(&short, "").unwrap();
         assert_eq!(parse(text), (short.to_str().unwrap().to_owned(), 2.0));
     }
 
     #[test]
-    fn rejects_coefficients_that_are_not_finite_and_missing_files() {
+    fn rejects_a_coefficient_that_is_not_finite_and_an_empty_path() {
         for text in ["a.json:nan", "a.json:inf", "a.json:-infinity", "a.json:1e39", "", ":2"] {
             assert!(SteerArgument::parse(text).unwrap_err().is_usage(), "{text}");
         }
@@ -212,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_told_by_what_it_holds() {
+    fn the_content_of_a_file_decides_its_kind() {
         let content = b"{\"detox_gguf\": \"interventions\", \"format\": 1, \"interventions\": \
             [{\"what\": {\"neurons\": [[0, 1]]}, \"edit\": {\"offset\": 1}}]}";
         assert!(matches!(open("x.gguf", content), Ok(SteerFile::Interventions(_))));
@@ -221,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_a_list_of_neurons_with_the_command_that_makes_an_intervention_of_it() {
+    fn rejects_a_list_of_neurons_and_shows_how_to_make_an_intervention_from_it() {
         let ours = b"{\"detox_gguf\": \"neurons\", \"format\": 1, \"neurons\": []}";
         for content in [&b" [[0, 1]]"[..], ours] {
             let hint = open("n.json", content).unwrap_err().hint().unwrap();
@@ -230,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_what_is_neither_json_nor_a_control_vector() {
+    fn rejects_a_file_that_is_neither_json_nor_a_control_vector() {
         for content in [&b""[..], b"GGU", b"PK\x03\x04", b"{}", b"offset = 1"] {
             assert!(open("x", content).is_err(), "{content:?}");
         }

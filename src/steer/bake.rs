@@ -1,4 +1,4 @@
-//! A copy of a model with additions to the residual stream inside, as biases of its down projections.
+//! Writes a steered copy of a model, with vectors baked in as biases of the down projections.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,23 +7,22 @@ use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, TensorType, Value};
 use crate::graph::architecture::{ARCHITECTURES, Architecture};
 
-/// Bytes copied at a time.
+/// Bytes to copy at a time.
 const CHUNK_BYTES: usize = 4 << 20;
 
-/// What a tensor of the copy is made of: one of the model's, a vector, or both.
-type Entry<'a> = (TensorSpec, Option<&'a TensorInfo>, Option<&'a Vec<f32>>);
-
-/// Writes a copy of `model` in which `vectors`, by layer from 0 and `[n_embd]` long, are added to the biases
-/// `blk.N.ffn_down.bias`; where a layer has none it gets one. Every other tensor is copied byte for byte. A
-/// model in several files becomes one.
+/// Writes a copy of `model` that adds `vectors` to the residual stream.
 ///
-/// `provenance` is written as strings under the given keys. `progress` is called with the bytes copied and
-/// their number.
+/// Each vector, keyed by layer from 0 and of shape `[n_embd]`, is added to the bias `blk.N.ffn_down.bias`; a
+/// layer without that bias gets one. Every other tensor is copied byte for byte. A split model becomes one
+/// file.
+///
+/// `provenance` lists metadata keys and the strings to write there. `progress` is called with the bytes
+/// copied so far and the total.
 ///
 /// # Errors
-/// [`Error::Model`] for an architecture or a layer whose graph reads no such bias, or scales it;
-/// [`Error::Setting`] where the output is the model itself or a folder, or a vector does not fit;
-/// [`Error::Io`]. An output that is not whole is not left.
+/// [`Error::Model`] if the model's graph does not read such a bias for this architecture or layer, or scales
+/// it; [`Error::Setting`] if the output is the model itself or a folder, or if a vector does not fit;
+/// [`Error::Io`]. On an error no partial output is left behind.
 pub fn bake(
     model: &GgufFile,
     vectors: &BTreeMap<usize, Vec<f32>>,
@@ -33,6 +32,90 @@ pub fn bake(
 ) -> Result<()> {
     check_architecture(model)?;
     check_output(model, output)?;
+    check_vectors(model, vectors)?;
+    let entries = plan(model, vectors);
+    let specs = entries.iter().map(|(spec, _)| spec.clone()).collect();
+    let mut writer = GgufWriter::create(output, &metadata(model, provenance), specs)?;
+    let total: u64 = model.tensors().iter().map(TensorInfo::n_bytes).sum();
+    let mut done = 0;
+    let mut chunk = vec![0; CHUNK_BYTES];
+    for (_, source) in &entries {
+        match *source {
+            Source::Copy(tensor) => {
+                for offset in (0..tensor.n_bytes()).step_by(CHUNK_BYTES) {
+                    let n = (tensor.n_bytes() - offset).min(CHUNK_BYTES as u64) as usize;
+                    model.read_tensor_at(tensor, offset, &mut chunk[..n])?;
+                    writer.write(&chunk[..n])?;
+                    done += n as u64;
+                    progress(done, total);
+                }
+            }
+            Source::Sum(tensor, vector) => {
+                writer.write_f32s(&bias_plus(model, tensor, vector)?)?;
+                done += tensor.n_bytes();
+            }
+            Source::Vector(vector) => writer.write_f32s(vector)?,
+        }
+    }
+    writer.finish()
+}
+
+/// The data of one tensor of the copy.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    /// The model's tensor, unchanged.
+    Copy(&'a TensorInfo),
+    /// The model's bias plus a vector.
+    Sum(&'a TensorInfo, &'a [f32]),
+    /// A vector alone, as a new bias.
+    Vector(&'a [f32]),
+}
+
+/// Lists the tensors of the copy in the order in which they are written.
+fn plan<'a>(model: &'a GgufFile, vectors: &'a BTreeMap<usize, Vec<f32>>) -> Vec<(TensorSpec, Source<'a>)> {
+    let bias_name = |layer: usize| format!("blk.{layer}.ffn_down.bias");
+    let f32_spec = |name: &str, shape: &[u64]| TensorSpec {
+        name: name.to_owned(),
+        shape: shape.to_vec(),
+        tensor_type: TensorType::F32,
+    };
+    let mut entries = Vec::new();
+    for tensor in model.tensors() {
+        let spec = f32_spec(tensor.name(), tensor.shape());
+        entries.push(match vectors.iter().find(|&(&layer, _)| bias_name(layer) == tensor.name()) {
+            Some((_, vector)) => (spec, Source::Sum(tensor, vector)),
+            None => (TensorSpec { tensor_type: tensor.tensor_type(), ..spec }, Source::Copy(tensor)),
+        });
+    }
+    for (&layer, vector) in vectors.iter().filter(|&(&layer, _)| model.tensor(&bias_name(layer)).is_none()) {
+        entries.push((f32_spec(&bias_name(layer), &[vector.len() as u64]), Source::Vector(vector)));
+    }
+    entries
+}
+
+/// The metadata of the copy: the model's, without the keys of a split file, plus `provenance`.
+fn metadata(model: &GgufFile, provenance: &[(&str, String)]) -> Metadata {
+    let mut metadata = Metadata::new();
+    for (key, value) in model.metadata().iter().filter(|(key, _)| !key.starts_with("split.")) {
+        metadata.set(key, value.clone());
+    }
+    for (key, value) in provenance {
+        metadata.set(*key, Value::Str(value.clone()));
+    }
+    metadata
+}
+
+/// The bias `tensor` plus `vector`, shape `[n_embd]`.
+fn bias_plus(model: &GgufFile, tensor: &TensorInfo, vector: &[f32]) -> Result<Vec<f32>> {
+    let mut bias = vec![0f32; vector.len()];
+    gguf::dequantize(tensor.tensor_type(), &model.read_tensor(tensor)?, &mut bias)
+        .map_err(|reason| Error::gguf(model.path(), format!("tensor {:?}: {reason}", tensor.name())))?;
+    bias.iter_mut().zip(vector).for_each(|(bias, x)| *bias += x);
+    Ok(bias)
+}
+
+/// Checks the vectors' layers, lengths and values, and that each layer can take a bias.
+fn check_vectors(model: &GgufFile, vectors: &BTreeMap<usize, Vec<f32>>) -> Result<()> {
     let (n_layer, n_embd) = (model.n_layer()? as usize, model.n_embd()? as usize);
     for (&layer, vector) in vectors {
         if layer >= n_layer || vector.len() != n_embd || vector.iter().any(|x| !x.is_finite()) {
@@ -44,102 +127,57 @@ pub fn bake(
         }
         check_layer(model, layer)?;
     }
-    let mut metadata = Metadata::new();
-    for (key, value) in model.metadata().iter().filter(|(key, _)| !key.starts_with("split.")) {
-        metadata.set(key, value.clone());
-    }
-    for (key, value) in provenance {
-        metadata.set(*key, Value::Str(value.clone()));
-    }
-    let bias_name = |layer: usize| format!("blk.{layer}.ffn_down.bias");
-    let mut plan: Vec<Entry<'_>> = Vec::new();
-    for tensor in model.tensors() {
-        let vector = vectors.iter().find(|&(&layer, _)| bias_name(layer) == tensor.name()).map(|(_, v)| v);
-        let tensor_type = if vector.is_some() { TensorType::F32 } else { tensor.tensor_type() };
-        let spec = TensorSpec { name: tensor.name().to_owned(), shape: tensor.shape().to_vec(), tensor_type };
-        plan.push((spec, Some(tensor), vector));
-    }
-    for (&layer, vector) in vectors.iter().filter(|&(&layer, _)| model.tensor(&bias_name(layer)).is_none()) {
-        let spec =
-            TensorSpec { name: bias_name(layer), shape: vec![n_embd as u64], tensor_type: TensorType::F32 };
-        plan.push((spec, None, Some(vector)));
-    }
-    let total: u64 = model.tensors().iter().map(TensorInfo::n_bytes).sum();
-    let mut done = 0;
-    let specs = plan.iter().map(|(spec, ..)| spec.clone()).collect();
-    let mut writer = GgufWriter::create(output, &metadata, specs)?;
-    let mut chunk = vec![0; CHUNK_BYTES];
-    for (_, tensor, vector) in &plan {
-        match (tensor, vector) {
-            (Some(tensor), None) => {
-                for offset in (0..tensor.n_bytes()).step_by(CHUNK_BYTES) {
-                    let n = (tensor.n_bytes() - offset).min(CHUNK_BYTES as u64) as usize;
-                    model.read_tensor_at(tensor, offset, &mut chunk[..n])?;
-                    writer.write(&chunk[..n])?;
-                    done += n as u64;
-                    progress(done, total);
-                }
-            }
-            (Some(tensor), Some(vector)) => {
-                let mut bias = vec![0f32; n_embd];
-                gguf::dequantize(tensor.tensor_type(), &model.read_tensor(tensor)?, &mut bias).map_err(
-                    |reason| Error::gguf(model.path(), format!("tensor {:?}: {reason}", tensor.name())),
-                )?;
-                bias.iter_mut().zip(*vector).for_each(|(bias, x)| *bias += x);
-                writer.write_f32s(&bias)?;
-                done += tensor.n_bytes();
-            }
-            (None, Some(vector)) => writer.write_f32s(vector)?,
-            (None, None) => unreachable!("every entry of the plan has a source"),
-        }
-    }
-    writer.finish()
+    Ok(())
 }
 
-/// Whether the model's graph adds a bias to the output of the down projection.
+/// Checks that the model's graph adds a bias to the output of the down projection.
 ///
 /// # Errors
-/// [`Error::Model`] with what to do instead.
+/// [`Error::Model`] if it does not; the hint names an alternative.
 pub fn check_architecture(model: &GgufFile) -> Result<()> {
     let name = model.architecture()?;
     let can = ARCHITECTURES.iter().filter(|a| a.reads_down_bias).map(|a| a.name).collect::<Vec<_>>();
     if Architecture::find(name).is_some_and(|a| a.reads_down_bias) {
         return Ok(());
     }
-    let instead = match Architecture::find(name) {
+    let hint = match Architecture::find(name) {
         Some(a) if a.norm_after_ffn => {
-            "a norm follows its FFN: use --steer with an intervention file at run time, or a control vector from text"
+            "a norm follows its FFN: steer at run time with --steer and an intervention file, or use a control \
+             vector from text"
         }
         _ => {
-            "write a control vector instead: `detox-gguf steer … -o steer.gguf`, for --control-vector-scaled"
+            "write a control vector instead (`detox-gguf steer … -o steer.gguf`) and load it with \
+             --control-vector-scaled"
         }
     };
-    Err(Error::model(model.path(), format!(
-            "llama.cpp's graph of architecture {name:?} reads no bias of the down projection, so nothing can be baked into it (it can into {})",
-            can.join(", ")
-        )).with_hint(instead))
-}
-
-/// Whether a bias of this layer reaches the residual stream as it is.
-fn check_layer(model: &GgufFile, layer: usize) -> Result<()> {
-    let find = |name: &str| model.tensor(&format!("blk.{layer}.{name}"));
-    let reason = if let Some(experts) = find("ffn_down_exps.weight") {
-        // That branch of the graph has no such bias: the loader would find a tensor too many.
-        format!("a mixture of experts ({}) reads no bias of the down projection", experts.name())
-    } else if let Some(scale) = find("ffn_down.scale") {
-        // build_ffn adds the bias first, and beside NVFP4 weights it ends the process.
-        format!("tensor {:?} would scale what is baked in", scale.name())
-    } else {
-        return Ok(());
-    };
-    let hint = "steer it while it runs instead, with --steer";
+    let reason = format!(
+        "expected an architecture with a bias on the down projection ({}), found {name:?}: llama.cpp's graph \
+         reads no bias there, so nothing can be baked in",
+        can.join(", ")
+    );
     Err(Error::model(model.path(), reason).with_hint(hint))
 }
 
-/// Whether a changed copy of `model` can be written to `output`.
+/// Checks that this layer's bias reaches the residual stream unscaled.
+fn check_layer(model: &GgufFile, layer: usize) -> Result<()> {
+    let find = |name: &str| model.tensor(&format!("blk.{layer}.{name}"));
+    let reason = if let Some(experts) = find("ffn_down_exps.weight") {
+        // The expert branch of the graph has no such bias, so the loader would find an unexpected tensor.
+        format!("layer {layer} is a mixture of experts ({}), which reads no bias here", experts.name())
+    } else if let Some(scale) = find("ffn_down.scale") {
+        // build_ffn adds the bias before the scale; with NVFP4 weights it aborts the process.
+        format!("tensor {:?} would also scale the bias that is baked in", scale.name())
+    } else {
+        return Ok(());
+    };
+    let hint = "steer at run time instead, with --steer";
+    Err(Error::model(model.path(), reason).with_hint(hint))
+}
+
+/// Checks that a changed copy of `model` can be written to `output`.
 ///
 /// # Errors
-/// [`Error::Setting`] where it is a folder, a device, or the model itself.
+/// [`Error::Setting`] if `output` is a folder, a device, or the model itself.
 pub fn check_output(model: &GgufFile, output: &Path) -> Result<()> {
     let Ok(existing) = output.canonicalize() else { return Ok(()) };
     if existing.is_dir() {
@@ -165,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_baked_model_is_the_model_with_biases_added_and_nothing_else_changed() {
+    fn baking_changes_only_the_biases() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["llama", "llama-q8_0", "gpt2", "bloom"] {
             let model = tiny(name);
@@ -199,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_architectures_that_would_ignore_the_bias_and_says_what_to_do() {
+    fn rejects_architectures_that_ignore_the_bias_and_suggests_an_alternative() {
         let folder = tempfile::tempdir().unwrap();
         for (name, cure) in
             [("command-r", "control vector"), ("gemma3", "intervention file"), ("qwen2", "control vector")]
@@ -212,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_the_model_itself_as_output_and_vectors_that_do_not_fit() {
+    fn rejects_overwriting_the_model_and_vectors_that_do_not_fit() {
         let folder = tempfile::tempdir().unwrap();
         let copy = folder.path().join("copy.gguf");
         std::fs::copy(tiny("llama").path(), &copy).unwrap();

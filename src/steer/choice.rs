@@ -1,22 +1,23 @@
-//! Which way a part of the steering goes, in a sentence for the user.
+//! Describes in one sentence how each part of the steering is carried out.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 
 use super::intervention::{Intervention, Target};
+use crate::file::base_name;
 use crate::graph::steering::Operation;
 
-/// One control vector or intervention, and where its edits went.
+/// One control vector or intervention, and how its edits are made.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Choice {
-    /// One edit and several, in words: "neuron offset", "neuron offsets".
+    /// The noun, singular and plural: "neuron offset", "neuron offsets".
     nouns: (String, String),
     by_control_vector: Part,
     by_callback: Part,
 }
 
-/// Edits that go one way.
+/// The edits that are made one way.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Part {
     n: usize,
@@ -25,7 +26,7 @@ struct Part {
 
 impl Choice {
     pub(super) fn control_vector(path: &Path) -> Choice {
-        let name = crate::file::base_name(path);
+        let name = base_name(path);
         Choice::of((format!("direction of {name}"), format!("directions of {name}")))
     }
 
@@ -95,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sentence_says_how_many_go_which_way_and_where() {
+    fn the_sentence_counts_the_edits_of_each_way_and_names_their_layers() {
         let mut choice = offsets();
         choice.count(0, false);
         assert_eq!(choice.to_string(), "1 neuron offset: by callback (layer 0)");
@@ -107,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn gaps_between_layers_are_not_hidden() {
+    fn layers_with_gaps_are_counted() {
         let mut choice = Choice::control_vector(Path::new("cv/toxic.gguf"));
         [1, 4, 9].into_iter().for_each(|layer| choice.count(layer, true));
         let expected = "3 directions of toxic.gguf: as a control vector (3 layers from 1 to 9)";
@@ -115,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_nothing_is_said_too() {
+    fn an_intervention_without_effect_is_reported() {
         assert_eq!(offsets().to_string(), "neuron offsets: nothing to change, all are 0");
     }
 }

@@ -1,20 +1,23 @@
-//! From what a user asks for to what llama.cpp is told: the cheapest exact way.
+//! Compiles interventions to llama.cpp's own means, by the cheapest exact way.
 //!
-//! A block runs in this order, and every way of steering acts at one place of it:
+//! A block runs in this order. Each way of steering acts at one place in it:
 //!
 //! ```text
 //! neuron activations ─► ffn_down (+ LoRA) ─► + residual stream ─► + control vector ─► l_out
 //!    callback: neurons                                             no cost             callback: directions
 //! ```
 //!
-//! An offset `d` on neuron `i` at every token adds `d * W_down[:, i]`, a constant, to the residual stream;
-//! so does an offset along a direction. Constants are moved to the control vector, which costs next to nothing,
-//! unless that would change the result: layer 0 has no control vector; a norm, or a scale of quantised
-//! weights, may stand behind `ffn_down`; prompt and generation may differ; and an edit that is no offset
-//! may stand before or after it in the list, see `is_movable`.
+//! An offset `d` on neuron `i` at every token adds the constant `d * W_down[:, i]` to the residual stream.
+//! An offset along a direction adds a constant too. Constants are moved to the control vector, which costs
+//! next to nothing, unless that would change the result. It would in these cases:
 //!
-//! Edits of one place are made in the order of the list. Between places the block's own order holds: an edit
-//! of neurons comes before every edit along directions of its layer, wherever it stands in the list.
+//! - Layer 0 has no control vector.
+//! - A norm, or a scale of quantised weights, follows `ffn_down`.
+//! - The intervention acts only on the prompt, or only on the generation.
+//! - Another edit in the list, which is not an offset, does not commute with it; see `is_movable`.
+//!
+//! Edits at the same place are made in the order of the list. Across places, the block's own order holds:
+//! all edits of neurons in a layer come before all edits along directions, whatever the order of the list.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -31,47 +34,47 @@ use crate::gguf::GgufFile;
 use crate::graph::architecture::Architecture;
 use crate::graph::steering::{Change, Edit, LoraScaled, Operation, Steering, When};
 
-/// How to compile.
+/// Options of [`compile`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CompileOptions {
-    /// `--control-vector-layer-range START END`: of control-vector files. Interventions have layers of their own.
+    /// `--control-vector-layer-range START END`. Limits control-vector files; interventions have their own `layers`.
     pub layer_range: Option<(i32, i32)>,
-    /// Which ways may be taken.
+    /// Which ways of steering are allowed.
     pub route: Route,
-    /// Allow what was made for other weights of the same architecture and sizes.
+    /// Accept files made for other weights of the same architecture and sizes.
     pub force: bool,
 }
 
-/// Which ways may be taken.
+/// Which ways of steering are allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Route {
-    /// The control vector for all that it can do exactly, else the callback.
+    /// The control vector for every edit that it can make exactly, the callback for the rest.
     #[default]
     Cheapest,
-    /// The callback for everything: to compare with, and for sessions that steer only some sequences.
+    /// The callback for everything. For comparison, and for sessions that steer only some sequences.
     Callback,
 }
 
-/// What llama.cpp is told, and why.
+/// Compiled steering, with the choices made.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Compiled {
-    /// What llama.cpp is told.
+    /// The adapters, control vector and edits for the engine.
     pub steering: Steering,
-    /// Sentences for the user: which way each part goes.
+    /// Sentences for the user: how each part is carried out.
     pub choices: Vec<String>,
 }
 
-/// Checks everything against the model, and finds the cheapest exact way.
+/// Checks everything against the model and picks the cheapest exact way for each edit.
 ///
-/// `sources`, each with the coefficient that was typed beside it, act in their order: those of
-/// `--control-vector` first, then those of `--steer`. What changes nothing (an offset or coefficient of 0)
-/// leaves nothing in the result.
+/// Each source comes with the coefficient given on the command line. Sources act in their order: those of
+/// `--control-vector` first, then those of `--steer`. Edits without effect (an offset or coefficient of 0)
+/// are dropped.
 ///
 /// # Errors
-/// All that [`Fingerprint::check`], [`ControlVectorFile::check_sizes`] and [`lora::check`] refuse;
-/// [`Error::Input`] for neurons that the model has not, or a direction of zeros to project on;
-/// [`Error::Model`] where neurons, or anything that needs the callback, are asked for on an architecture
-/// that is not known; [`Error::Setting`] for a coefficient that is not finite, or a range without effect.
+/// Those of [`Fingerprint::check`], [`ControlVectorFile::check_sizes`] and [`lora::check`].
+/// [`Error::Input`] for a neuron that the model does not have, or a projection on a direction of zeros.
+/// [`Error::Model`] if neurons, or an edit that needs the callback, are used on an unknown architecture.
+/// [`Error::Setting`] for a coefficient that is not finite, or a layer range without effect.
 pub fn compile(
     model: &GgufFile,
     sources: &[(SteerFile, f32)],
@@ -103,12 +106,13 @@ pub fn compile(
     plan.finish(loras)
 }
 
-/// What offsets on neurons add to the residual stream, by layer, each `n_embd` long: for `--bake`, and for
-/// writing a control vector, which layer 0 has to be left out of. LoRA adapters are counted in.
+/// Computes what neuron offsets add to the residual stream, by layer from 0.
+///
+/// Each vector has shape `[n_embd]`. The down projections include the given LoRA adapters.
 ///
 /// # Errors
-/// [`Error::Model`] where the architecture is not known, or what a neuron writes is not added as it is;
-/// [`Error::Setting`] for neurons that the model has not, and for sums that are not finite.
+/// [`Error::Model`] if the architecture is unknown, or if the FFN output is scaled or normed before it is
+/// added; [`Error::Setting`] for a neuron that the model does not have, and for a sum that is not finite.
 pub fn layer_vectors(
     model: &GgufFile,
     offsets: &[(Neuron, f32)],
@@ -124,9 +128,9 @@ pub fn layer_vectors(
         if !is_added_as_it_is(model, architecture, layer) {
             return Err(Error::model(
                 model.path(),
-                format!("what the neurons of layer {layer} write is scaled or normed before it is added"),
+                format!("the FFN output of layer {layer} is scaled or normed before it is added"),
             )
-            .with_hint("steer it while it runs: that goes by the callback"));
+            .with_hint("steer at run time with --steer, which uses the callback"));
         }
         *weights.entry(layer).or_default().entry(neuron.index as usize).or_default() += offset;
     }
@@ -139,7 +143,7 @@ pub fn layer_vectors(
         }
         let vector = value_vectors.weighted_sum_with_loras(layer, &weights, loras)?;
         if vector.iter().any(|value| !value.is_finite()) {
-            let reason = format!("what they add in layer {layer} exceeds the largest f32, {:e}", f32::MAX);
+            let reason = format!("their sum in layer {layer} exceeds the largest f32, {:e}", f32::MAX);
             return Err(Error::setting("neuron offsets", reason));
         }
         vectors.insert(layer, vector);
@@ -149,29 +153,29 @@ pub fn layer_vectors(
 
 /// Whether the output of `ffn_down` reaches the residual stream without a norm or a scale.
 fn is_added_as_it_is(model: &GgufFile, architecture: &Architecture, layer: usize) -> bool {
-    // build_ffn multiplies by this tensor, which comes with NVFP4, behind the adapters and the bias.
+    // NVFP4 models have this tensor; build_ffn multiplies by it after the adapters and the bias.
     let has_scale = model.tensor(&format!("blk.{layer}.ffn_down.scale")).is_some();
     !architecture.norm_after_ffn && !has_scale
 }
 
-/// Everything asked for, as edits in order, before ways are chosen.
+/// All edits in order, before a way is chosen for each.
 struct Plan<'a> {
     model: &'a GgufFile,
     options: &'a CompileOptions,
-    /// `None` for an architecture that neither neurons nor the callback know.
+    /// `None` for an unknown architecture, which supports neither neurons nor the callback.
     architecture: Option<&'static Architecture>,
     n_layer: usize,
     n_embd: usize,
-    /// Read from the model when the first file has one to compare with.
+    /// The model's, computed when the first file needs it.
     fingerprint: Option<Fingerprint>,
-    /// Each with the index of its choice.
+    /// Each edit with the index of its entry in `choices`.
     edits: Vec<(Edit, usize)>,
     choices: Vec<Choice>,
 }
 
 impl<'a> Plan<'a> {
     fn new(model: &'a GgufFile, options: &'a CompileOptions) -> Result<Plan<'a>> {
-        // Blocks that predict further tokens are no part of the trunk: llama.cpp counts them apart, and
+        // Blocks for multi-token prediction are not part of the trunk: llama.cpp counts them separately and
         // has no control vector for them.
         let n_nextn = model.u32_if_present(&model.arch_key("nextn_predict_layers")?)?.unwrap_or(0);
         Ok(Plan {
@@ -194,12 +198,12 @@ impl<'a> Plan<'a> {
         if self.fingerprint.is_none() {
             self.fingerprint = Some(Fingerprint::of(self.model)?);
         }
-        Ok(self.fingerprint.as_ref().expect("it was set in the line above if it was none"))
+        Ok(self.fingerprint.as_ref().expect("set above if it was None"))
     }
 
     fn check_control_vector(&mut self, file: &ControlVectorFile) -> Result<()> {
         let force = self.options.force;
-        // Origin first: that it is for another model says more than that a length differs.
+        // Origin first: "made for another model" explains more than "wrong length".
         file.check_origin(self.fingerprint()?, force)?;
         file.check_sizes(self.n_layer, self.n_embd)
     }
@@ -231,7 +235,8 @@ impl<'a> Plan<'a> {
             let coefficient = coefficient * intervention.coefficient();
             if !coefficient.is_finite() {
                 let path = interventions.path.display();
-                let reason = format!("times that in {path} it exceeds the largest f32, {:e}", f32::MAX);
+                let reason =
+                    format!("its product with the one in {path} exceeds the largest f32, {:e}", f32::MAX);
                 return Err(Error::setting("coefficient", reason));
             }
             let choice = self.choices.len();
@@ -266,7 +271,7 @@ impl<'a> Plan<'a> {
         Ok(())
     }
 
-    /// Whether the model has these neurons, in FFNs that are not mixtures of experts.
+    /// Checks that the model has these neurons, and that their FFNs are not mixtures of experts.
     fn check_neurons(&self, neurons: &[Neuron], intervention: &Intervention, path: &Path) -> Result<()> {
         self.require_architecture()?;
         let n_ff = self.model.n_ff_per_layer()?;
@@ -276,15 +281,18 @@ impl<'a> Plan<'a> {
             if self.model.tensor(&name).is_none() {
                 return Err(Error::model(
                     self.model.path(),
-                    format!("layer {} has no neurons to name: no tensor {name:?}", neuron.layer),
+                    format!(
+                        "expected a tensor {name:?} for the neurons of layer {}, found none",
+                        neuron.layer
+                    ),
                 )
-                .with_hint("neurons of mixtures of experts cannot be steered; directions can"));
+                .with_hint("neurons of a mixture of experts cannot be steered; directions can"));
             }
         }
         Ok(())
     }
 
-    /// Chooses a way for each edit.
+    /// Picks a way for each edit.
     fn finish(mut self, loras: Vec<LoraScaled>) -> Result<Compiled> {
         let mut edits = std::mem::take(&mut self.edits);
         edits.retain(|(edit, _)| !changes_nothing(edit));
@@ -322,7 +330,7 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// Whether an edit leaves every number as it is.
+/// Whether an edit has no effect.
 fn changes_nothing(edit: &Edit) -> bool {
     match &edit.change {
         Change::Neuron { operation: Operation::Offset(offset), .. } => offset * edit.coefficient == 0.0,
@@ -333,7 +341,7 @@ fn changes_nothing(edit: &Edit) -> bool {
     }
 }
 
-/// Whether an offset is a finite number with its coefficient, and so is every number that it adds.
+/// Checks that an offset times its coefficient is finite, and so is every value that it adds.
 fn check_finite(edit: &Edit) -> Result<()> {
     let is_finite = match &edit.change {
         Change::Neuron { operation: Operation::Offset(offset), .. } => {
@@ -348,15 +356,16 @@ fn check_finite(edit: &Edit) -> Result<()> {
     if is_finite {
         return Ok(());
     }
-    let reason = format!("an offset in layer {} exceeds the largest f32 with it, {:e}", edit.layer, f32::MAX);
+    let reason =
+        format!("its product with an offset in layer {} exceeds the largest f32, {:e}", edit.layer, f32::MAX);
     Err(Error::setting("coefficient", reason))
 }
 
-/// Where in the list the edits stand that are no offsets, and so do not commute with offsets.
+/// Positions of the edits that are not offsets, and so do not commute with offsets.
 struct Order {
-    /// The last one of each neuron, by layer and index.
+    /// The last such edit of each neuron, by layer and index.
     last_of_neuron: HashMap<(usize, usize), usize>,
-    /// The first one along a direction in each layer.
+    /// The first such edit along a direction, by layer.
     first_in_layer: HashMap<usize, usize>,
 }
 
@@ -379,12 +388,12 @@ impl Order {
     }
 }
 
-/// Whether the control vector does the same as this edit, at `position` of the list.
+/// Whether the control vector can replace this edit, at `position` in the list.
 ///
 /// The control vector acts after all edits of neurons and before all edits along directions. So an offset
-/// on a neuron must not be followed by an edit of that neuron that is no offset, and an offset along a
-/// direction must not be preceded by one in its layer: the components of two directions are not
-/// independent, whichever they are.
+/// on a neuron can move only if no later edit of that neuron is anything but an offset. An offset along a
+/// direction can move only if no earlier edit along any direction of its layer is anything but an offset,
+/// because two directions are in general not orthogonal.
 fn is_movable(
     model: &GgufFile,
     architecture: Option<&'static Architecture>,

@@ -1,18 +1,21 @@
-//! Control vectors: one direction a layer, added to the residual stream, as GGUF.
+//! Control vectors: a direction for each layer, added to the residual stream, in a GGUF file.
 //!
-//! Files are those of llama.cpp's tools and of repeng: `general.architecture` is `controlvector`,
-//! `controlvector.model_hint` an architecture, `controlvector.layer_count` the number of directions (i32
-//! from llama.cpp's cvector-generator, u32 from repeng), and tensor `direction.N` an F32 vector of
-//! `n_embd` numbers, N from 1.
+//! The format is that of llama.cpp's tools and of repeng:
 //!
-//! What N means differs between tools. The runtime adds `direction.N` after block N, counted from 0, and
-//! so do the files written here and by repeng, which compute it there too. cvector-generator computes a
-//! direction after block N and writes it as `direction.{N+1}`: its files act one block later than they
-//! were computed.
+//! - `general.architecture` is `controlvector`.
+//! - `controlvector.model_hint` is the model's architecture.
+//! - `controlvector.layer_count` is the number of directions (i32 from llama.cpp's cvector-generator, u32
+//!   from repeng).
+//! - Tensor `direction.N`, N from 1, is an F32 vector of shape `[n_embd]`.
 //!
-//! Adding up follows `common_control_vector_load` of llama.cpp: several files add up, and so do several
-//! tensors for one layer (`direction.1` and `direction.01`). What it lets pass and would do nothing, or
-//! harm, is refused: layers that the model has not, values that are not finite, tensors of other names.
+//! Tools disagree on N. The runtime adds `direction.N` after block N, counted from 0. This program and
+//! repeng compute it after block N too. cvector-generator computes a direction after block N and writes it
+//! as `direction.{N+1}`, so its files act one block later than where they were computed.
+//!
+//! As in llama.cpp's `common_control_vector_load`, several files add up, and so do several tensors for one
+//! layer (`direction.1` and `direction.01`). Some input that llama.cpp accepts has no effect or does harm;
+//! it is refused here: layers that the model does not have, values that are not finite, and tensors with
+//! other names.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -29,32 +32,32 @@ const ARCHITECTURE: &str = "controlvector";
 const MODEL_HINT: &str = "controlvector.model_hint";
 const LAYER_COUNT: &str = "controlvector.layer_count";
 
-/// What a file says of its own convention.
+/// Metadata key and text that state how `direction.N` is numbered.
 const CONVENTION: (&str, &str) =
     ("detox_gguf.convention", "direction.N is added to the residual stream after block N, counted from 0");
 
-/// A control vector's file, read and checked by itself.
+/// A control-vector file. It is valid by itself; a model is checked separately.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ControlVectorFile {
-    /// Where it was read from.
+    /// The path it was read from.
     pub path: PathBuf,
-    /// The architecture that it was made for, in the words of its maker: repeng writes names of Hugging
-    /// Face, such as "mistral" where GGUF says "llama".
+    /// The architecture it was made for, as named by the tool that wrote it. repeng writes Hugging Face's
+    /// names, such as "mistral" for GGUF's "llama".
     pub model_hint: Option<String>,
-    /// The model that it was made for, if this program wrote it.
+    /// The model it was made for, if this program wrote it.
     pub fingerprint: Option<Fingerprint>,
-    /// By layer, from 1; all of one length, and finite. At least one.
+    /// Directions by layer, from 1, shape `[n_embd]` each. At least one; all values are finite.
     pub directions: BTreeMap<usize, Vec<f32>>,
-    /// Everything that the file says of itself.
+    /// All metadata of the file.
     pub metadata: Metadata,
 }
 
 impl ControlVectorFile {
-    /// Reads a control vector of any tool.
+    /// Reads a control vector written by any tool.
     ///
     /// # Errors
-    /// [`Error::Io`] and [`Error::Gguf`] as [`GgufFile::open`]. [`Error::Input`] for a GGUF of another
-    /// kind, which it names, and for directions that llama.cpp's own loader refuses, or that are not finite.
+    /// [`Error::Io`] and [`Error::Gguf`] as [`GgufFile::open`]. [`Error::Input`] for another kind of GGUF
+    /// file, for directions that llama.cpp's own loader refuses, and for values that are not finite.
     pub fn read(path: &Path) -> Result<ControlVectorFile> {
         let file = GgufFile::open(path)?;
         check_kind(&file)?;
@@ -66,14 +69,15 @@ impl ControlVectorFile {
             let n = *n_embd.get_or_insert(tensor.n_elements());
             if tensor.n_elements() != n {
                 let (name, found) = (tensor.name(), tensor.n_elements());
-                let reason =
-                    format!("tensor {name:?}: expected {n} numbers as in the ones before, found {found}");
+                let reason = format!(
+                    "tensor {name:?}: expected {n} numbers, as in the tensors before it, found {found}"
+                );
                 return Err(refuse(reason));
             }
             let values = f32s(&file.read_tensor(tensor)?);
             if let Some((i, value)) = values.iter().enumerate().find(|(_, value)| !value.is_finite()) {
                 let name = tensor.name();
-                let reason = format!("tensor {name:?}: expected finite numbers, found {value} at {i}");
+                let reason = format!("tensor {name:?}: expected finite numbers, found {value} at index {i}");
                 return Err(refuse(reason));
             }
             match directions.get_mut(&layer) {
@@ -93,39 +97,41 @@ impl ControlVectorFile {
         })
     }
 
-    /// Numbers in each direction.
+    /// Length of each direction.
     pub fn n_embd(&self) -> usize {
         self.directions.values().next().map_or(0, Vec::len)
     }
 
-    /// Whether the directions fit a model's residual stream and layers.
+    /// Checks the directions against a model's layers and the width of its residual stream.
     ///
     /// # Errors
-    /// [`Error::Input`] with the direction that does not.
+    /// [`Error::Input`] that names the first direction that does not fit.
     pub fn check_sizes(&self, n_layer: usize, n_embd: usize) -> Result<()> {
         let refuse = |reason: String| {
-            Err(Error::input(&self.path, None, reason)
-                .with_hint("it was made for another model: use that, or a control vector for this one"))
+            Err(Error::input(&self.path, None, reason).with_hint(
+                "it was made for another model: use that model, or a control vector made for this one",
+            ))
         };
         for (&layer, direction) in &self.directions {
             if direction.len() != n_embd {
                 return refuse(format!(
-                    "direction.{layer}: expected {n_embd} numbers, the width of this model's residual stream, found {}",
+                    "direction.{layer}: expected {n_embd} numbers (this model's n_embd), found {}",
                     direction.len()
                 ));
             }
             if layer >= n_layer {
                 return refuse(format!(
-                    "direction.{layer}: expected a layer below {n_layer}, as many as this model has"
+                    "direction.{layer}: expected a layer below {n_layer} (this model's n_layer)"
                 ));
             }
         }
         Ok(())
     }
 
-    /// Whether it was made for a model of this fingerprint, as far as the file tells. Without a
-    /// fingerprint there is only the hint, in words that differ between tools, so that another hint is a
-    /// warning.
+    /// Checks that it was made for the model with this fingerprint, as far as the file says.
+    ///
+    /// A file without a fingerprint has only its model hint. Tools spell the hint differently, so a
+    /// mismatch is a warning, not an error.
     ///
     /// # Errors
     /// As [`Fingerprint::check`].
@@ -133,33 +139,33 @@ impl ControlVectorFile {
         if let Some(fingerprint) = &self.fingerprint {
             return fingerprint.check(model, "directions", &self.path, force);
         }
-        if let Some(doubt) = self.doubt(model) {
-            tracing::warn!("{}: {doubt}", self.path.display());
+        if let Some(warning) = self.doubt(model) {
+            tracing::warn!("{}: {warning}", self.path.display());
         }
         Ok(())
     }
 
-    /// Why it may not be for a model, in words: it has no fingerprint, and its hint is of another architecture.
+    /// A warning if it has no fingerprint and its hint names another architecture.
     pub(crate) fn doubt(&self, model: &Fingerprint) -> Option<String> {
         let hint = self.model_hint.as_deref().filter(|_| self.fingerprint.is_none())?;
         (hint != model.architecture).then(|| {
             format!(
-                "this control vector says it is for {hint:?}, and the model's architecture is {:?}; sizes fit, \
-                 whether it means anything there is not known",
+                "this control vector was made for architecture {hint:?}, but the model's is {:?}; the sizes fit, \
+                 but it may have no useful effect",
                 model.architecture
             )
         })
     }
 }
 
-/// Writes a control vector that llama.cpp, its server and repeng read.
+/// Writes a control vector that llama.cpp, its server and repeng can read.
 ///
-/// `directions` are by layer from 1, each `n_embd` of `fingerprint` long; `provenance` are further
-/// metadata, of which none may be among the keys that this function writes.
+/// `directions` are keyed by layer from 1; each has the length `fingerprint.n_embd`. `provenance` is
+/// additional metadata. It must not contain keys that this function writes itself.
 ///
 /// # Errors
-/// [`Error::Input`] for no directions, layer 0 (which no runtime adds), another length, or values that are
-/// not finite; [`Error::Gguf`] for a key that is taken; [`Error::Io`].
+/// [`Error::Input`] if there are no directions, for layer 0 (no runtime adds it), for a wrong length, and
+/// for values that are not finite; [`Error::Gguf`] for a key that is already used; [`Error::Io`].
 pub fn write(
     path: &Path,
     fingerprint: &Fingerprint,
@@ -174,10 +180,10 @@ pub fn write(
     }
     for (&layer, direction) in directions {
         if layer == 0 {
-            let hint = "leave layer 0 out, or write it into a model with --bake";
+            let reason = "expected layers from 1, found layer 0: llama.cpp adds no control vector there";
             return refuse(
-                "a control vector cannot hold layer 0: llama.cpp adds none there".into(),
-                Some(hint),
+                reason.into(),
+                Some("skip layer 0, or write a model that contains it with --bake"),
             );
         }
         if layer >= fingerprint.n_layer as usize {
@@ -194,14 +200,15 @@ pub fn write(
     }
     let mut metadata = Metadata::new();
     metadata.set("general.architecture", Value::Str(ARCHITECTURE.into()));
-    // llama.cpp's own tool takes the hint from the model's metadata, and writes the count as an i32.
+    // As llama.cpp's own tool does: the hint is the model's architecture, and the count is an i32.
     metadata.set(MODEL_HINT, Value::Str(fingerprint.architecture.clone()));
     metadata.set(LAYER_COUNT, Value::I32(directions.len() as i32));
     metadata.set(CONVENTION.0, Value::Str(CONVENTION.1.into()));
     fingerprint.add_to(&mut metadata);
     for (key, value) in provenance.iter() {
         if metadata.set(key, value.clone()).is_some() {
-            let reason = format!("key {key:?} of the provenance is one that a control vector has anyway");
+            let reason =
+                format!("expected provenance keys that a control vector does not use, found {key:?}");
             return Err(Error::gguf(path, reason));
         }
     }
@@ -217,11 +224,11 @@ pub fn write(
     writer.finish()
 }
 
-/// The sum of several control vectors, each times its scale, within a range of layers.
+/// Adds up control vectors, each times its scale, within a range of layers.
 ///
 /// # Errors
-/// [`Error::Input`] where one does not fit the model, [`Error::Setting`] for a scale that is not finite,
-/// a sum that overflows, or a range that leaves nothing.
+/// [`Error::Input`] if one does not fit the model; [`Error::Setting`] for a scale that is not finite, a sum
+/// that overflows, or an empty range.
 pub fn combine(
     files: &[(ControlVectorFile, f32)],
     layer_range: Option<(i32, i32)>,
@@ -243,11 +250,12 @@ pub fn combine(
     rows.finish()
 }
 
-/// `--control-vector-layer-range START END` as layers, both inclusive; as in llama.cpp, a START or END
-/// that is not positive stands for the first or last layer.
+/// Resolves `--control-vector-layer-range START END` to layers, both inclusive.
+///
+/// As in llama.cpp, a START that is not positive means the first layer, and such an END the last.
 ///
 /// # Errors
-/// [`Error::Setting`] where no layer is left.
+/// [`Error::Setting`] if the range is empty.
 pub fn resolve_layer_range(range: Option<(i32, i32)>, n_layer: usize) -> Result<RangeInclusive<usize>> {
     let last = n_layer.saturating_sub(1);
     let (start, end) = range.unwrap_or((0, 0));
@@ -257,13 +265,13 @@ pub fn resolve_layer_range(range: Option<(i32, i32)>, n_layer: usize) -> Result<
     if range.is_some() && resolved.is_empty() {
         return Err(Error::setting(
             "--control-vector-layer-range",
-            format!("expected layers from 1 to {last}, found {start} to {end}, which are none of them"),
+            format!("expected layers from 1 to {last}, found {start} to {end}, which contains none of them"),
         ));
     }
     Ok(resolved)
 }
 
-/// A control vector in the making.
+/// Sums directions into a [`ControlVector`].
 #[derive(Debug)]
 pub(super) struct Rows {
     n_embd: usize,
@@ -276,64 +284,70 @@ impl Rows {
         Rows { n_embd, rows: vec![0.0; n_layer.saturating_sub(1) * n_embd] }
     }
 
-    /// Adds `scale * direction` after block `layer`, which is from 1 to `n_layer - 1`. In f32 and in this
-    /// order, as llama.cpp does, so that the sum is the same to the last bit.
+    /// Adds `scale * direction` after block `layer`, from 1 to `n_layer - 1`.
+    ///
+    /// The sum is taken in f32 and in llama.cpp's order, so that it has the same bits.
     pub(super) fn add(&mut self, layer: usize, direction: &[f32], scale: f32) {
         let row = &mut self.rows[(layer - 1) * self.n_embd..layer * self.n_embd];
         row.iter_mut().zip(direction).for_each(|(sum, value)| *sum += value * scale);
     }
 
-    /// Whether there is nothing to add.
+    /// Whether the sum is zero.
     pub(super) fn is_zero(&self) -> bool {
         self.rows.iter().all(|&value| value == 0.0)
     }
 
-    /// The control vector, if it is finite.
+    /// Returns the sum if it is finite.
     pub(super) fn finish(self) -> Result<ControlVector> {
         if let Some(i) = self.rows.iter().position(|value| !value.is_finite()) {
             let layer = i / self.n_embd + 1;
             return Err(Error::setting(
                 "coefficient",
-                format!("what is added after layer {layer} exceeds the largest f32, {:e}", f32::MAX),
+                format!(
+                    "the sum of the directions after layer {layer} exceeds the largest f32, {:e}",
+                    f32::MAX
+                ),
             ));
         }
         Ok(ControlVector { n_embd: self.n_embd, rows: self.rows })
     }
 }
 
-/// A control vector, by what the file says it is.
+/// Checks that the file says it is a control vector.
 fn check_kind(file: &GgufFile) -> Result<()> {
     let refuse = |reason: String, hint: &str| Err(Error::input(file.path(), None, reason).with_hint(hint));
     let kind = file.str_if_present("general.type")?;
     if kind == Some("adapter") {
-        return refuse("expected a control vector, found a LoRA adapter".into(), "give it with --lora");
+        return refuse("expected a control vector, found a LoRA adapter".into(), "use it with --lora");
     }
     match file.str_if_present("general.architecture")? {
         Some(ARCHITECTURE) => Ok(()),
         Some("imatrix") => refuse(
             "expected a control vector, found an importance matrix".into(),
-            "it is for quantising, and steers nothing",
+            "an importance matrix is for quantising; it cannot steer",
         ),
         Some(architecture) => refuse(
             format!("expected a control vector, found a model of architecture {architecture:?}"),
             "give the model with -m",
         ),
-        // llama.cpp does not look at the architecture: directions alone are enough.
+        // llama.cpp does not read the architecture, so the directions alone are enough.
         None if file.tensors().iter().any(|tensor| tensor.name().starts_with("direction.")) => Ok(()),
         None => refuse(
             "expected a control vector, found a GGUF without general.architecture and without directions"
                 .into(),
-            "a control vector holds tensors direction.1, direction.2, …",
+            "a control vector has tensors direction.1, direction.2, …",
         ),
     }
 }
 
-/// The layer of a tensor `direction.N`, or what is wrong with it.
+/// Parses the layer of a tensor `direction.N` and checks its type and shape.
 fn direction_layer(tensor: &TensorInfo) -> Result<usize, String> {
     let name = tensor.name();
     let digits = name.strip_prefix("direction.").filter(|d| d.bytes().all(|byte| byte.is_ascii_digit()));
     let Some(layer) = digits.and_then(|digits| digits.parse::<u32>().ok()) else {
-        return Err(format!("tensor {name:?}: expected direction.N with a layer N, and no other tensors"));
+        return Err(format!(
+            "tensor {name:?}: expected direction.N, where N is a layer, and no other tensors"
+        ));
     };
     if layer == 0 {
         return Err(format!("tensor {name:?}: expected layers from 1: llama.cpp adds nothing after block 0"));

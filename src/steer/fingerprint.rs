@@ -1,4 +1,4 @@
-//! Which model a file of neurons, interventions or directions was made for.
+//! Identifies the model that neurons, interventions or directions were made for.
 
 use std::path::Path;
 
@@ -8,40 +8,41 @@ use sha2::{Digest, Sha256};
 use crate::error::{Error, Result};
 use crate::gguf::{GgufFile, Metadata, TensorInfo, Value};
 
-/// What tells one model from another, as far as steering goes.
+/// Architecture, sizes and a hash of the weights that steering depends on.
 ///
-/// The hash is taken over the start of each layer's down projection alone: it takes milliseconds for a
-/// model of any size, and differs between two quantisations or two fine-tunes of one model.
+/// The hash covers only the start of each layer's down projection. It takes milliseconds for a model of any
+/// size, and differs between two quantisations or two fine-tunes of the same model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fingerprint {
     /// `general.architecture`.
     pub architecture: String,
-    /// Blocks.
+    /// Number of blocks.
     pub n_layer: u32,
     /// Width of the residual stream.
     pub n_embd: u32,
-    /// Neurons of each layer, shape `[n_layer]`; empty for a model whose metadata give none.
+    /// Neurons of each layer, shape `[n_layer]`; empty if the model's metadata do not say.
     pub n_ff: Vec<u32>,
-    /// In lower-case hex, over `ffn_down` of each layer in order: its name, type, shape, and its first
-    /// [`HASHED_BYTES`] bytes as stored.
+    /// SHA-256 over `ffn_down` of each layer in order, in lower-case hex.
+    ///
+    /// It covers the tensor's name, type and shape, and its first [`HASHED_BYTES`] bytes as stored.
     pub ffn_down_sha256: String,
 }
 
-/// Bytes of each tensor that are hashed.
+/// Bytes hashed of each tensor.
 pub const HASHED_BYTES: u64 = 64 << 10;
 
-/// Tensors that write an FFN's output: of dense layers, and of mixtures of experts.
+/// Down projections of dense layers and of mixtures of experts.
 const DOWN_TENSORS: [&str; 2] = ["ffn_down.weight", "ffn_down_exps.weight"];
 
-/// What the metadata keys of a fingerprint begin with.
+/// Prefix of a fingerprint's metadata keys.
 const PREFIX: &str = "detox_gguf.fingerprint.";
 
 impl Fingerprint {
-    /// The fingerprint of a model.
+    /// Computes the fingerprint of a model.
     ///
     /// # Errors
-    /// [`Error::Gguf`] where the metadata lack the sizes, [`Error::Io`] where the tensors cannot be read.
+    /// [`Error::Gguf`] if the metadata lack the sizes; [`Error::Io`] if the tensors cannot be read.
     pub fn of(model: &GgufFile) -> Result<Fingerprint> {
         let n_layer = model.n_layer()?;
         let has_n_ff = model.metadata().get(&model.arch_key("feed_forward_length")?).is_some();
@@ -63,37 +64,34 @@ impl Fingerprint {
         })
     }
 
-    /// Whether what was made for this model can be used on `model`. `what` names it in the plural, and
-    /// `path` is its file.
+    /// Checks that a file made for this fingerprint can be used on `model`.
     ///
-    /// `force` allows other weights, never another architecture or other sizes.
+    /// `what` names the content of the file at `path`, in the plural. `force` allows other weights, but never
+    /// another architecture or other sizes.
     ///
     /// # Errors
-    /// [`Error::Input`] that says which part differs.
+    /// [`Error::Input`] that says what differs.
     pub fn check(&self, model: &Fingerprint, what: &str, path: &Path, force: bool) -> Result<()> {
         let refuse = |reason: String, hint: &str| Err(Error::input(path, None, reason).with_hint(hint));
         if let Some(difference) = self.other_sizes(model) {
             let reason = format!("these {what} were made for a model with {difference}");
-            return refuse(reason, "use the model that they were made for, or make them again with this one");
+            return refuse(reason, "use the model they were made for, or make them again with this one");
         }
         if self.ffn_down_sha256 == model.ffn_down_sha256 {
             return Ok(());
         }
         let reason = format!(
             "these {what} were made for another quantisation or fine-tune of this model: \
-             architecture and sizes fit, and ffn_down holds other weights"
+             architecture and sizes match, but the weights of ffn_down differ"
         );
         if force {
             tracing::warn!("{}: {reason}", path.display());
             return Ok(());
         }
-        refuse(
-            reason,
-            "use the model that they were made for, or set force (--force) to use them all the same",
-        )
+        refuse(reason, "use the model they were made for, or set force (--force) to skip this check")
     }
 
-    /// The first of architecture and sizes that differs: "n_layer 24, and this model has 32".
+    /// Describes the first difference in architecture or sizes: "n_layer 24, and this model has 32".
     fn other_sizes(&self, model: &Fingerprint) -> Option<String> {
         let differs = |name: &str, made_for: &dyn std::fmt::Display, found: &dyn std::fmt::Display| {
             Some(format!("{name} {made_for}, and this model has {found}"))
@@ -116,7 +114,7 @@ impl Fingerprint {
         differs("n_ff", &format!("{made_for} in layer {il}"), found)
     }
 
-    /// Adds it to a file's metadata.
+    /// Adds the fingerprint to a file's metadata.
     pub fn add_to(&self, metadata: &mut Metadata) {
         let mut set = |name: &str, value| metadata.set(format!("{PREFIX}{name}"), value);
         set("architecture", Value::Str(self.architecture.clone()));
@@ -126,11 +124,12 @@ impl Fingerprint {
         set("ffn_down_sha256", Value::Str(self.ffn_down_sha256.clone()));
     }
 
-    /// The fingerprint in a file's metadata: of the model that the file was made for. `None` where the
-    /// file holds none.
+    /// Reads the fingerprint of the model that a file was made for from the file's metadata.
+    ///
+    /// `None` if the file has no fingerprint.
     ///
     /// # Errors
-    /// [`Error::Gguf`] where it holds a part of one.
+    /// [`Error::Gguf`] if the fingerprint is incomplete.
     pub fn recorded_in(file: &GgufFile) -> Result<Option<Fingerprint>> {
         if !file.metadata().iter().any(|(key, _)| key.starts_with(PREFIX)) {
             return Ok(None);
@@ -177,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_has_one_fingerprint_and_its_quantisation_another() {
+    fn a_quantised_model_differs_only_in_the_hash() {
         let (plain, quantised) = (tiny("llama"), tiny("llama-q8_0"));
         assert_eq!(plain, tiny("llama"));
         assert_eq!((plain.n_layer, plain.n_ff.len()), (3, 3));
@@ -190,8 +189,8 @@ mod tests {
     }
 
     #[test]
-    fn the_hash_is_that_of_names_types_shapes_and_first_bytes() {
-        // Computed here from the description alone, with one tensor longer than what is hashed.
+    fn the_hash_covers_names_types_shapes_and_the_first_bytes() {
+        // The expected hash is computed from the documentation; one tensor is longer than HASHED_BYTES.
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.gguf");
         let mut metadata = Metadata::new();
@@ -226,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn metadata_keep_a_fingerprint() {
+    fn a_fingerprint_is_read_back_from_metadata() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file.gguf");
         let (fingerprint, mut metadata) = (tiny("gpt2"), Metadata::new());
@@ -239,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_a_part_of_a_fingerprint() {
+    fn rejects_an_incomplete_fingerprint() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file.gguf");
         let mut metadata = Metadata::new();
@@ -249,7 +248,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_another_architecture_or_other_sizes_even_by_force() {
+    fn rejects_another_architecture_or_other_sizes_even_with_force() {
         let model = tiny("llama");
         let cases: [(Fingerprint, &str); 4] = [
             (Fingerprint { architecture: "gpt2".into(), ..model.clone() }, "architecture gpt2"),

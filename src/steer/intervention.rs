@@ -1,4 +1,4 @@
-//! Interventions: what is done to neurons or along directions, on which tokens, and the file that says so.
+//! Interventions: edits of neurons or along directions, and the file that lists them.
 //!
 //! ```json
 //! {
@@ -12,10 +12,12 @@
 //! }
 //! ```
 //!
-//! `edit` is `{"offset": x}`, `{"assign": x}`, `{"scale": x}`, `{"clamp": {"min": x, "max": x}}`, or, for
-//! directions, `"project"`, which is to assign 0. `model`, `when` ("both"), `layers` (all, else both ends
-//! inclusive) and `coefficient` (1) may be left out. Directions are a control vector's; its path counts
-//! from the folder of the file.
+//! `edit` is `{"offset": x}`, `{"assign": x}`, `{"scale": x}` or `{"clamp": {"min": x, "max": x}}`. Directions
+//! also take `"project"`, which assigns 0. Directions come from a control vector; its path is relative to the
+//! folder of this file.
+//!
+//! Optional keys and their defaults: `model` (not checked), `when` ("both"), `layers` (all; otherwise
+//! `[first, last]`, inclusive) and `coefficient` (1).
 
 use std::path::{Path, PathBuf};
 
@@ -30,28 +32,30 @@ use crate::file::write_atomic;
 use crate::gguf::file_sha256;
 use crate::graph::steering::{Operation, When};
 
-/// What an intervention acts on.
+/// The neurons or directions that an intervention edits.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Target {
     /// Neuron activations, after the non-linearity and gate.
     Neurons(Vec<Neuron>),
-    /// The residual stream along a direction in each layer.
+    /// The residual stream, along one direction in each layer.
     Directions(Box<Directions>),
 }
 
-/// Directions of a control vector's file.
+/// A control vector that an intervention file refers to.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Directions {
-    /// The file as it is written in an intervention file: from the folder of that.
+    /// Path as written in the intervention file, relative to that file's folder.
     pub path: PathBuf,
-    /// Of the file, in lower-case hex.
+    /// SHA-256 of the control-vector file, in lower-case hex.
     pub sha256: String,
-    /// What it holds.
+    /// Its content.
     pub file: ControlVectorFile,
 }
 
-/// One edit of the forward pass, wherever it is made. Only [`Intervention::new`] makes one, so that its
-/// numbers are finite, its neurons different, and its layers in order.
+/// One edit of the forward pass.
+///
+/// Only [`Intervention::new`] makes one, so its numbers are finite, its neurons distinct, and its layers in
+/// order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Intervention {
     target: Target,
@@ -62,14 +66,14 @@ pub struct Intervention {
 }
 
 impl Intervention {
-    /// Checks what can be checked without a model.
+    /// Makes an intervention after the checks that need no model.
     ///
-    /// `layers`, both ends inclusive, leaves out what lies elsewhere. `coefficient` is the share of the
-    /// change that is made.
+    /// `layers` (inclusive) limits the edit to a range of layers. `coefficient` is the fraction of the change
+    /// that is applied.
     ///
     /// # Errors
-    /// In words: a number that is not finite, `min` above `max`, no neurons, the same one twice, or layers
-    /// that leave nothing.
+    /// A message for a number that is not finite, `min` above `max`, an empty list of neurons, a neuron that
+    /// occurs twice, or a range of layers without any of the neurons or directions.
     pub fn new(
         target: Target,
         operation: Operation,
@@ -99,7 +103,7 @@ impl Intervention {
         if let Some((start, end)) = layers
             && start > end
         {
-            return Err(format!("\"layers\": expected [start, end], both inclusive, found [{start}, {end}]"));
+            return Err(format!("\"layers\": expected [first, last] in order, found [{start}, {end}]"));
         }
         if let Target::Neurons(neurons) = &target {
             neuron::check_list(neurons)?;
@@ -108,15 +112,14 @@ impl Intervention {
         if let Some((start, end)) = layers
             && intervention.is_empty()
         {
-            let reason = format!(
-                "\"layers\": expected some of what is changed in layers {start} to {end}, found none"
-            );
-            return Err(reason);
+            return Err(format!(
+                "\"layers\": expected a neuron or direction in layers {start} to {end}, found none"
+            ));
         }
         Ok(intervention)
     }
 
-    /// The paper's intervention: an offset on neurons, at every token.
+    /// Makes the paper's intervention: an offset on neurons, at every token.
     ///
     /// # Errors
     /// As [`Intervention::new`].
@@ -133,56 +136,56 @@ impl Intervention {
         }
     }
 
-    /// What it acts on; of this, only what [`Intervention::acts_on`] allows.
+    /// The neurons or directions; only those in layers that pass [`Intervention::acts_on`] are edited.
     pub fn target(&self) -> &Target {
         &self.target
     }
 
-    /// What becomes of a neuron activation, or of the component along a direction.
+    /// How a neuron activation, or the component along a direction, is changed.
     pub fn operation(&self) -> Operation {
         self.operation
     }
 
-    /// On which tokens.
+    /// The tokens it acts on.
     pub fn when(&self) -> When {
         self.when
     }
 
-    /// Whether its range of layers includes this one.
+    /// Whether its range of layers includes `layer`.
     pub fn acts_on(&self, layer: usize) -> bool {
         self.layers.is_none_or(|(start, end)| (start as usize..=end as usize).contains(&layer))
     }
 
-    /// The same, with the coefficient multiplied.
+    /// Returns a copy with its coefficient multiplied by `coefficient`.
     ///
     /// # Errors
-    /// As [`Intervention::new`]: the product may not be finite.
+    /// As [`Intervention::new`], if the product is not finite.
     pub fn times(&self, coefficient: f32) -> Result<Intervention, String> {
         let Intervention { target, operation, when, layers, coefficient: own } = self.clone();
         Intervention::new(target, operation, when, layers, own * coefficient)
     }
 
-    /// The share of the change that is made.
+    /// The fraction of the change that is applied.
     pub fn coefficient(&self) -> f32 {
         self.coefficient
     }
 }
 
-/// Interventions in the order in which they are made, and the model they are for.
+/// Interventions in the order in which they are applied, and the model they are for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Interventions {
-    /// The file that they are from; for messages.
+    /// The file they were read from, for messages.
     pub path: PathBuf,
-    /// The model that they were made for; `None` where the file does not say.
+    /// The model they were made for; `None` if the file does not say.
     pub fingerprint: Option<Fingerprint>,
     /// At least one.
     pub list: Vec<Intervention>,
 }
 
-/// What `"detox_gguf"` says in a file of interventions.
+/// Value of `"detox_gguf"` in an intervention file.
 pub(super) const KIND: &str = "interventions";
 
-/// The file as it is typed.
+/// The JSON form of the file.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Form {
@@ -242,15 +245,15 @@ struct ClampForm {
 }
 
 impl Interventions {
-    /// Reads a file, and the control vectors that it names.
+    /// Reads an intervention file and the control vectors it refers to.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Input`] with the line, or the number of the intervention, for another form,
-    /// for what [`Intervention::new`] refuses, and for a control vector that changed since; all that
-    /// [`ControlVectorFile::read`] refuses.
+    /// [`Error::Io`]; [`Error::Input`], with the line or the number of the intervention, if the JSON is not of
+    /// this form, if [`Intervention::new`] refuses it, or if a control vector has changed; those of
+    /// [`ControlVectorFile::read`].
     pub fn read(path: &Path) -> Result<Interventions> {
         let text = json::read_text(path)?;
-        let form: Form = json::parse_kind(path, &text, KIND, "a file of interventions")?;
+        let form: Form = json::parse_kind(path, &text, KIND, "an intervention file")?;
         if form.interventions.is_empty() {
             return Err(Error::input(path, None, "expected at least one intervention, found none"));
         }
@@ -262,10 +265,12 @@ impl Interventions {
         Ok(Interventions { path: path.to_path_buf(), fingerprint: form.model, list })
     }
 
-    /// Writes them to `path`; the file appears when it is whole. The paths of control vectors stay as they are.
+    /// Writes the interventions to `path`, atomically.
+    ///
+    /// Paths of control vectors are written unchanged.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Input`] where there are none.
+    /// [`Error::Io`]; [`Error::Input`] if the list is empty.
     pub fn write(&self, path: &Path) -> Result<()> {
         if self.list.is_empty() {
             return Err(Error::input(path, None, "expected at least one intervention to write, found none"));
@@ -281,7 +286,7 @@ impl Interventions {
 }
 
 impl InterventionForm {
-    /// What it means; `path` is the file's, and `place` says where in it this stands.
+    /// Checks the form and opens its files; `path` and `place` ("intervention 2") are for messages.
     fn validate(self, folder: &Path, path: &Path, place: &str) -> Result<Intervention> {
         let refuse = |reason: String| Error::input(path, None, format!("{place}: {reason}"));
         let target = match self.what {
@@ -294,7 +299,8 @@ impl InterventionForm {
             EditForm::Scale(x) => Operation::Scale(x),
             EditForm::Clamp(ClampForm { min, max }) => Operation::Clamp { min, max },
             EditForm::Project if matches!(target, Target::Neurons(_)) => {
-                let reason = "\"project\" is for directions: to switch neurons off, assign 0 or scale by 0";
+                let reason =
+                    "\"project\" works on directions only: to switch neurons off, assign 0 or scale by 0";
                 return Err(refuse(reason.into()));
             }
             EditForm::Project => Operation::Assign(0.0),
@@ -331,11 +337,14 @@ impl DirectionsForm {
         let full = folder.join(&self.path);
         let found = file_sha256(&full, |_, _| {})?;
         if !found.eq_ignore_ascii_case(&self.sha256) {
-            return Err(Error::input(path, None, format!(
-                    "{place}: expected {} to have sha256 {:?}, found {found:?}",
-                    full.display(),
-                    self.sha256
-                )).with_hint("the control vector was changed since: put the old one back, or write the sha256 of the new one"));
+            let reason = format!(
+                "{place}: expected {} to have sha256 {:?}, found {found:?}",
+                full.display(),
+                self.sha256
+            );
+            return Err(Error::input(path, None, reason).with_hint(
+                "the control vector has changed: restore the old file, or enter the sha256 of the new one",
+            ));
         }
         let file = ControlVectorFile::read(&full)?;
         Ok(Directions { path: self.path, sha256: found, file })
@@ -371,7 +380,7 @@ mod tests {
         format!("{{\"what\": {{\"neurons\": [[0, 1]]}}, \"edit\": {edit}}}")
     }
 
-    /// A folder with directions for layers 1 and 2 of the tiny llama in `cv/toxic.gguf`, and their sha256.
+    /// Makes a folder with `cv/toxic.gguf`, directions for layers 1 and 2 of the tiny llama, and its sha256.
     fn folder_with_directions() -> (tempfile::TempDir, String) {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join("cv")).unwrap();
@@ -386,7 +395,7 @@ mod tests {
     }
 
     #[test]
-    fn every_edit_has_its_spelling() {
+    fn every_kind_of_edit_is_read() {
         for (edit, operation) in [
             ("{\"offset\": -2}", Operation::Offset(-2.0)),
             ("{\"assign\": 0.5}", Operation::Assign(0.5)),
@@ -403,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn directions_are_found_beside_the_file_and_projection_is_assigning_zero() {
+    fn directions_are_relative_to_the_file_and_a_projection_assigns_zero() {
         let (folder, sha256) = folder_with_directions();
         let path = folder.path().join("steer.json");
         let one = format!(
@@ -421,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn a_written_file_comes_back_as_it_was() {
+    fn a_written_file_is_read_back_unchanged() {
         let (folder, sha256) = folder_with_directions();
         let path = folder.path().join("steer.json");
         let full = folder.path().join("cv/toxic.gguf");
@@ -446,7 +455,7 @@ mod tests {
 
     #[test]
     fn rejects_numbers_that_are_not_finite() {
-        // JSON spells no infinity, but a number can exceed f32 (3.4e38) or f64.
+        // JSON has no infinity, but a number can exceed f32 (3.4e38) or f64.
         for edit in ["{\"offset\": 1e39}", "{\"assign\": -1e39}", "{\"scale\": 1e400}", "{\"offset\": NaN}"] {
             assert!(refusal(&with_edit(edit)).contains(":3: "), "{edit}");
         }
@@ -459,13 +468,13 @@ mod tests {
     }
 
     #[test]
-    fn rejects_a_clamp_whose_least_exceeds_its_most() {
+    fn rejects_a_clamp_whose_min_exceeds_its_max() {
         let message = refusal(&with_edit("{\"clamp\": {\"min\": 1, \"max\": -1}}"));
         assert!(message.ends_with("expected min to be at most max, found 1 and -1"), "{message}");
     }
 
     #[test]
-    fn rejects_words_it_does_not_know_by_their_line() {
+    fn rejects_unknown_keys_and_names_the_line() {
         for (one, word) in [
             (with_edit("{\"ofset\": 1}"), "ofset"),
             (with_edit("{\"offset\": 1}").replace("edit", "edits"), "edits"),
@@ -488,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_no_neurons_and_the_same_one_twice() {
+    fn rejects_an_empty_list_and_a_repeated_neuron() {
         let of = |list: &str| format!("{{\"what\": {{\"neurons\": {list}}}, \"edit\": {{\"offset\": 1}}}}");
         assert!(refusal(&of("[]")).contains("at least one neuron"));
         assert!(refusal(&of("[[0, 1], [0, 1]]")).contains("[0, 1] occurs twice"));
@@ -496,7 +505,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_layers_out_of_order_or_without_a_target() {
+    fn rejects_layers_out_of_order_or_without_any_target() {
         let with_layers = |layers: &str| with_edit(&format!("{{\"offset\": 1}}, \"layers\": {layers}"));
         assert!(refusal(&with_layers("[3, 2]")).contains("found [3, 2]"));
         assert!(refusal(&with_layers("[1, 5]")).contains("in layers 1 to 5, found none"));
@@ -505,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_a_control_vector_that_changed_or_is_missing() {
+    fn rejects_a_control_vector_that_has_changed_or_is_missing() {
         let (folder, sha256) = folder_with_directions();
         let path = folder.path().join("steer.json");
         let of = |cv: &str, sha256: &str| {

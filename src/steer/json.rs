@@ -1,4 +1,6 @@
-//! JSON files of this program, which people also write by hand: read with a cap, and told apart by their head.
+//! Reads and writes this program's JSON files, which people may also write by hand.
+//!
+//! Files are read up to a size limit. The key `detox_gguf` says which kind of file it is.
 
 use std::io::Read;
 use std::path::Path;
@@ -8,20 +10,20 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The most bytes of one file. Ours: a hundred thousand neurons with thirty tokens each are less.
+/// Size limit of a file. Chosen here: a hundred thousand neurons with thirty tokens each stay below it.
 const MAX_BYTES: u64 = 64 << 20;
 
-/// The format that is written, and the newest that is read.
+/// The format version that is written, and the newest that is read.
 pub(super) const FORMAT: u32 = 1;
 
-/// The text of a file, without a byte order mark.
+/// Reads a file as text, without a byte order mark.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be read, [`Error::Input`] if it is empty, too large or no UTF-8.
+/// [`Error::Io`] if it cannot be read; [`Error::Input`] if it is empty, too large or not UTF-8.
 pub(super) fn read_text(path: &Path) -> Result<String> {
     let file = std::fs::File::open(path).map_err(Error::io("open", path))?;
     let mut bytes = Vec::new();
-    // A pipe has no size to ask for, so the cap is on what is read.
+    // A pipe has no size to query, so the limit applies to the bytes read.
     file.take(MAX_BYTES + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
     if bytes.len() as u64 > MAX_BYTES {
         let reason = format!("expected at most {} MiB of JSON, found more", MAX_BYTES >> 20);
@@ -30,7 +32,7 @@ pub(super) fn read_text(path: &Path) -> Result<String> {
     let text = String::from_utf8(bytes).map_err(|e| {
         let valid = &e.as_bytes()[..e.utf8_error().valid_up_to()];
         let line = valid.iter().filter(|&&byte| byte == b'\n').count() + 1;
-        Error::input(path, Some(line), "expected JSON, found bytes that are no UTF-8")
+        Error::input(path, Some(line), "expected JSON, found bytes that are not UTF-8")
     })?;
     let text = text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text);
     if text.trim().is_empty() {
@@ -39,7 +41,7 @@ pub(super) fn read_text(path: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Parses `text`, the content of `path`; `expected` says what should be there, for the message.
+/// Parses `text`, the content of `path`; `expected` describes the content in the error message.
 pub(super) fn parse<T: DeserializeOwned>(path: &Path, text: &str, expected: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|e| {
         let line = Some(e.line()).filter(|&line| line > 0);
@@ -47,29 +49,29 @@ pub(super) fn parse<T: DeserializeOwned>(path: &Path, text: &str, expected: &str
     })
 }
 
-/// What says of an object which of this program's files it is.
+/// The keys that identify one of this program's files.
 #[derive(Deserialize)]
 struct Head {
     detox_gguf: Option<String>,
     format: Option<u32>,
 }
 
-/// The kind of file that an object says it is, such as "neurons"; `None` where it does not say.
+/// Reads the kind of a file, such as "neurons"; `None` if it does not say.
 ///
 /// # Errors
-/// [`Error::Input`] for what is no JSON object, or was written by a later version of this program.
+/// [`Error::Input`] if the text is not a JSON object, or was written by a later version of this program.
 pub(super) fn kind(path: &Path, text: &str) -> Result<Option<String>> {
     let head: Head = parse(path, text, "a JSON object")?;
     if let (Some(_), Some(format)) = (&head.detox_gguf, head.format)
         && format != FORMAT
     {
         return Err(Error::input(path, None, format!("\"format\": expected {FORMAT}, found {format}"))
-            .with_hint("it may be from a newer detox-gguf: use that, or make the file again"));
+            .with_hint("a newer detox-gguf may have written it: use that version, or make the file again"));
     }
     Ok(head.detox_gguf)
 }
 
-/// Parses one kind of this program's files, and refuses the others by name.
+/// Parses a file of the kind `expected`, and names the kind it found otherwise.
 pub(super) fn parse_kind<T: DeserializeOwned>(
     path: &Path,
     text: &str,
@@ -90,10 +92,10 @@ pub(super) fn parse_kind<T: DeserializeOwned>(
     }
 }
 
-/// A file's content, indented for people, with a line break at its end.
+/// Formats a file's content: indented, with a newline at the end.
 pub(super) fn to_bytes<T: Serialize>(form: &T) -> Vec<u8> {
     let mut bytes =
-        serde_json::to_vec_pretty(form).expect("forms are plain data with string keys, written to memory");
+        serde_json::to_vec_pretty(form).expect("plain data with string keys can be written to memory");
     bytes.push(b'\n');
     bytes
 }
@@ -110,12 +112,12 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_order_mark_is_no_part_of_the_text() {
+    fn a_byte_order_mark_is_skipped() {
         assert_eq!(read(b"\xef\xbb\xbf[1]").unwrap(), "[1]");
     }
 
     #[test]
-    fn rejects_a_file_that_is_empty_or_no_text() {
+    fn rejects_a_file_that_is_empty_or_not_utf8() {
         for bytes in [&b""[..], b" \n\t"] {
             assert!(read(bytes).unwrap_err().to_string().contains("empty"));
         }
@@ -124,8 +126,8 @@ mod tests {
     }
 
     #[test]
-    fn rejects_a_file_without_end() {
-        // Twice the cap in a sparse file takes no disk.
+    fn rejects_a_file_over_the_size_limit() {
+        // A sparse file of twice the limit takes no disk space.
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("huge.json");
         std::fs::File::create(&path).unwrap().set_len(2 * MAX_BYTES).unwrap();

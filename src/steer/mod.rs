@@ -1,31 +1,36 @@
-//! What a user asks to have changed in a running model, and how llama.cpp is made to do it.
+//! Reads how to change a running model, and compiles it to what llama.cpp can do.
 //!
 //! ```text
-//!                 argument (--steer FILE[:COEF])
-//!                     │
-//!        ┌────────────┴──────┐
-//! neuron ─► intervention   control_vector
-//!        └─────┬─────────────┘
-//!              │   ┌── lora (--lora, checked)
-//!              │   ├── fingerprint (made for this model?)
-//!              ▼   ▼
-//!            compile ──► graph::Steering
-//!              ▲
-//!        value_vector ──► bake ──► a model with the edit inside
+//! --steer FILE[:COEF]                                              --lora FILE
+//!       │                                                              │
+//!    argument ─┬─► intervention: JSON; uses neuron, control_vector     │
+//!              └─► control_vector: GGUF                                │
+//!                        │                                             │
+//!                        ▼                                             ▼
+//!                     compile ◄──── fingerprint (right model?), value_vector, lora (does it fit?)
+//!                        │
+//!                        ▼
+//!                  graph::Steering ───► the engine
+//!                        │
+//!                        ▼
+//!                    combined ──┬─► one control vector
+//!                               ├─► one intervention file
+//!                               └─► a vector for each layer ─► bake ─► a model with the edit inside
 //! ```
 //!
-//! - [`neuron`] names neurons, reads and writes files of them, and draws random ones for a control.
-//! - [`intervention`] is what may be done to neurons and directions, and its file.
+//! - [`argument`] parses `--steer FILE[:COEF]` and opens the file.
+//! - [`neuron`] reads and writes lists of neurons, and draws random neurons for a control.
+//! - [`intervention`] defines edits of neurons and directions, and their file.
 //! - [`control_vector`] reads, adds up and writes control vectors, as llama.cpp's tools do.
-//! - [`lora`] checks an adapter before llama.cpp, which may end the process, sees it.
-//! - [`fingerprint`] tells whether a file was made for the model at hand.
-//! - [`value_vector`] gives what a neuron writes: its column of `ffn_down`.
-//! - [`compile`] finds the cheapest exact way, and says which it took.
-//! - `combined` makes one file of several.
-//! - [`bake`] puts the edit into a model's own tensors.
+//! - [`lora`] checks an adapter before llama.cpp loads it, because llama.cpp may abort on a bad one.
+//! - [`fingerprint`] checks whether a file was made for a given model.
+//! - [`value_vector`] computes what a neuron writes to the residual stream: its column of `ffn_down`.
+//! - [`compile`] picks the cheapest exact way to make each edit, and reports the choice.
+//! - `combined` merges several files into one.
+//! - [`bake`] writes a copy of a model that contains the edit.
 //!
-//! Layers count from 0 everywhere. `direction.N` of a control vector is added after block N, as
-//! llama.cpp's runtime has it; see [`control_vector`] for a tool that means it otherwise.
+//! Layers count from 0 everywhere. As in llama.cpp's runtime, `direction.N` of a control vector is added
+//! after block N. One tool numbers directions differently; see [`control_vector`].
 
 pub mod argument;
 pub mod bake;

@@ -1,9 +1,11 @@
-//! Neurons by layer and index: their files, and random ones for a control.
+//! Lists of neurons: reading and writing their files, and drawing random neurons for a control.
+//!
+//! A file has one of two forms:
 //!
 //! | form | recognised by |
 //! |---|---|
 //! | the paper's: `[[layer, index], …]` | an array |
-//! | ours, with the model's fingerprint, scores and tokens | an object with `"detox_gguf": "neurons"` |
+//! | this program's, with the model's fingerprint, scores and tokens | an object with `"detox_gguf": "neurons"` |
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
@@ -19,14 +21,15 @@ use super::fingerprint::Fingerprint;
 use super::json;
 use crate::error::{Error, Result};
 use crate::file::write_atomic;
+use crate::gguf::GgufFile;
 
-/// One coordinate of an FFN's inner layer. In JSON `[layer, index]`.
+/// One coordinate of an FFN's inner layer; `[layer, index]` in JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(from = "(u32, u32)", into = "(u32, u32)")]
 pub struct Neuron {
-    /// The block, from 0.
+    /// Block, from 0.
     pub layer: u32,
-    /// Which of the block's `n_ff` neurons, from 0.
+    /// Index among the block's `n_ff` neurons, from 0.
     pub index: u32,
 }
 
@@ -48,17 +51,17 @@ impl fmt::Display for Neuron {
     }
 }
 
-/// A neuron with what was found out about it.
+/// A neuron with its scores and the tokens it promotes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(from = "Row", into = "Row")]
 pub struct LocatedNeuron {
-    /// Which one.
+    /// Layer and index.
     pub neuron: Neuron,
     /// Cosine of its value vector with the probe vector.
     pub cosine: Option<f64>,
     /// Length of its value vector.
     pub norm: Option<f64>,
-    /// Its activation, averaged over the tokens and prompts that the settings name.
+    /// Its mean activation over the prompts and tokens given in the file's settings.
     pub mean_activation: Option<f64>,
     /// Tokens that its value vector promotes, strongest first.
     pub tokens: Vec<String>,
@@ -70,7 +73,7 @@ impl From<Neuron> for LocatedNeuron {
     }
 }
 
-/// A [`LocatedNeuron`] as our form spells it.
+/// The JSON form of a [`LocatedNeuron`].
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Row {
@@ -100,21 +103,21 @@ impl From<LocatedNeuron> for Row {
     }
 }
 
-/// Neurons, and how they came to be chosen.
+/// Neurons, and how they were chosen.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct NeuronFile {
-    /// The model that they were located in; `None` where the file does not say, as the paper's form never does.
+    /// The model they were located in; `None` if the file does not say (the paper's form never does).
     pub fingerprint: Option<Fingerprint>,
-    /// How they were located; empty where the file does not say.
+    /// How they were located; empty if the file does not say.
     pub settings: Map<String, Value>,
-    /// At least one, each once, in the file's order: by rank, if a ranking made it.
+    /// At least one, without repeats, in the file's order (by rank if `locate` wrote it).
     pub neurons: Vec<LocatedNeuron>,
 }
 
-/// What `"detox_gguf"` says in a file of neurons.
+/// Value of `"detox_gguf"` in a neuron file.
 pub(super) const KIND: &str = "neurons";
 
-/// Our form, as it is spelled.
+/// The JSON form of this program's files.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Form {
@@ -128,10 +131,10 @@ struct Form {
 }
 
 impl NeuronFile {
-    /// Reads either form.
+    /// Reads a file of either form.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Input`] for another form, no neurons, or the same one twice.
+    /// [`Error::Io`]; [`Error::Input`] for any other content, an empty list, or a repeated neuron.
     pub fn read(path: &Path) -> Result<NeuronFile> {
         let text = json::read_text(path)?;
         let file = if text.trim_start().starts_with('[') {
@@ -142,18 +145,33 @@ impl NeuronFile {
                 ..Default::default()
             }
         } else {
-            let form: Form = json::parse_kind(path, &text, KIND, "a file of neurons")?;
+            let form: Form = json::parse_kind(path, &text, KIND, "a neuron file")?;
             NeuronFile { fingerprint: form.model, settings: form.settings, neurons: form.neurons }
         };
         check_list(&file.neurons()).map_err(|reason| Error::input(path, None, reason))?;
         Ok(file)
     }
 
-    /// Writes our form; the file appears when it is whole.
+    /// Reads a file of either form and checks it against `model`.
+    ///
+    /// `force` accepts neurons located in another quantisation or fine-tune of the model.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Input`] for what [`NeuronFile::read`] would refuse, or a score that is no
-    /// finite number, which JSON cannot hold.
+    /// Those of [`NeuronFile::read`], [`NeuronFile::check_against`] and [`Fingerprint::check`].
+    pub fn read_for(path: &Path, model: &GgufFile, force: bool) -> Result<NeuronFile> {
+        let file = NeuronFile::read(path)?;
+        file.check_against(&model.n_ff_per_layer()?, path)?;
+        if let Some(fingerprint) = &file.fingerprint {
+            fingerprint.check(&Fingerprint::of(model)?, "neurons", path, force)?;
+        }
+        Ok(file)
+    }
+
+    /// Writes this program's form, atomically.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Input`] for a list that [`NeuronFile::read`] would refuse, and for a score
+    /// that is not finite, which JSON cannot represent.
     pub fn write(&self, path: &Path) -> Result<()> {
         check_list(&self.neurons()).map_err(|reason| Error::input(path, None, reason))?;
         for located in &self.neurons {
@@ -173,21 +191,23 @@ impl NeuronFile {
         write_atomic(path, &json::to_bytes(&form))
     }
 
-    /// The neurons alone, in the file's order.
+    /// The neurons without their scores, in the file's order.
     pub fn neurons(&self) -> Vec<Neuron> {
         self.neurons.iter().map(|located| located.neuron).collect()
     }
 
-    /// Whether a model has all these neurons; `n_ff` has shape `[n_layer]`, and `path` is the file's.
+    /// Checks that a model has all these neurons.
+    ///
+    /// `n_ff`, shape `[n_layer]`, is the model's; `path` is this file, for messages.
     ///
     /// # Errors
-    /// [`Error::Input`] that names the first that it has not.
+    /// [`Error::Input`] that names the first neuron the model does not have.
     pub fn check_against(&self, n_ff: &[u32], path: &Path) -> Result<()> {
         check_range(&self.neurons(), n_ff).map_err(|reason| Error::input(path, None, reason))
     }
 }
 
-/// What is wrong with a list by itself: nothing in it, or a neuron twice.
+/// Refuses an empty list and a repeated neuron.
 pub(super) fn check_list(neurons: &[Neuron]) -> Result<(), String> {
     if neurons.is_empty() {
         return Err("expected at least one neuron, found an empty list".into());
@@ -199,7 +219,7 @@ pub(super) fn check_list(neurons: &[Neuron]) -> Result<(), String> {
     }
 }
 
-/// The first neuron that a model with `n_ff`, shape `[n_layer]`, has not.
+/// Checks that a model with `n_ff`, shape `[n_layer]`, has all these neurons.
 pub(super) fn check_range(neurons: &[Neuron], n_ff: &[u32]) -> Result<(), String> {
     for (i, neuron) in neurons.iter().enumerate() {
         let fault = |expected: String| Err(format!("neuron {neuron}, entry {}: expected {expected}", i + 1));
@@ -214,13 +234,14 @@ pub(super) fn check_range(neurons: &[Neuron], n_ff: &[u32]) -> Result<(), String
     Ok(())
 }
 
-/// Neurons for the control of a sweep: as many in each layer as `chosen` has there, none of the chosen,
-/// by layer and index. `n_ff` has shape `[n_layer]`; a neuron that occurs twice in `chosen` counts once.
+/// Draws random neurons as a control: in each layer as many as `chosen` has there, none of them chosen.
 ///
-/// What is drawn in a layer depends on the seed, the draw, the layer, and what is chosen there.
+/// The result is sorted by layer and index. `n_ff` has shape `[n_layer]`. A neuron that occurs twice in
+/// `chosen` counts once. The neurons drawn in a layer depend only on the seed, the draw, the layer, and the
+/// neurons chosen in that layer.
 ///
 /// # Errors
-/// [`Error::Setting`] where a layer has too few others, or not the neurons that are chosen.
+/// [`Error::Setting`] if a layer has too few other neurons, or lacks a chosen neuron.
 pub fn random_neurons(chosen: &[Neuron], n_ff: &[u32], seed: u64, draw: u32) -> Result<Vec<Neuron>> {
     let refuse = |reason: String| Error::setting("random neurons", reason);
     check_range(chosen, n_ff).map_err(refuse)?;
@@ -234,13 +255,14 @@ pub fn random_neurons(chosen: &[Neuron], n_ff: &[u32], seed: u64, draw: u32) -> 
         let mut others: Vec<u32> = (0..n_ff).filter(|index| !taken.contains(index)).collect();
         if others.len() < taken.len() {
             return Err(refuse(format!(
-                "layer {layer} has {n_ff} neurons, of which {} are chosen: expected as many others",
-                taken.len()
+                "expected {0} other neurons in layer {layer}, found {1}: {0} of its {n_ff} are chosen",
+                taken.len(),
+                others.len()
             )));
         }
         let mut random = layer_stream(seed, draw, layer);
         for i in 0..taken.len() {
-            // The start of a Fisher-Yates shuffle. The high half of a 64 x 64 bit product is uniform to
+            // First steps of a Fisher-Yates shuffle. The high half of a 64 x 64 bit product is uniform to
             // within n / 2^64.
             let n = (others.len() - i) as u128;
             let step = (u128::from(random.next_u64()) * n) >> 64;
@@ -289,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn our_form_comes_back_as_it_was() {
+    fn a_written_file_is_read_back_unchanged() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("neurons.json");
         let model = crate::gguf::GgufFile::open("gguf/tiny/llama.gguf").unwrap();
@@ -312,13 +334,13 @@ mod tests {
     }
 
     #[test]
-    fn what_our_form_leaves_out_is_unknown() {
+    fn missing_scores_are_none() {
         let file = read(&ours("[{\"layer\": 2, \"index\": 3}]")).unwrap();
         assert_eq!(file.neurons, [LocatedNeuron::from(neuron(2, 3))]);
     }
 
     #[test]
-    fn rejects_numbers_that_name_no_neuron_by_their_line() {
+    fn rejects_invalid_layers_and_indices_and_names_the_line() {
         for bad in ["-1", "1.5", "\"1\"", "null", "4294967296", "1e3"] {
             for content in [
                 format!("[[0, 1],\n[{bad}, 2]]"),
@@ -332,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_neurons_of_one_or_three_numbers() {
+    fn rejects_entries_that_are_not_pairs() {
         for content in ["[[0]]", "[[0, 1, 2]]", "[0, 1]", "[[0, 1], {}]"] {
             let error = read(content).unwrap_err().to_string();
             assert!(error.contains("[[layer, index], …]"), "{error}");
@@ -340,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_what_is_no_json_or_no_list_of_neurons() {
+    fn rejects_content_that_is_not_a_list_of_neurons() {
         for content in ["", "not json", "[[0, 1]", "{}", "3", "{\"neurons\": [[0, 1]]}", "[[0, 1]] [[0, 2]]"]
         {
             assert!(matches!(read(content), Err(Error::Input { .. })), "{content}");
@@ -365,7 +387,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_neurons_that_the_model_has_not() {
+    fn rejects_neurons_that_the_model_does_not_have() {
         let (file, path) = (read("[[0, 7], [1, 8]]").unwrap(), Path::new("n.json"));
         file.check_against(&[8, 9], path).unwrap();
         let error = file.check_against(&[8, 8], path).unwrap_err().to_string();
@@ -375,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_scores_that_json_cannot_hold() {
+    fn rejects_scores_that_json_cannot_represent() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("neurons.json");
         let located = LocatedNeuron { cosine: Some(f64::NAN), ..neuron(0, 1).into() };
@@ -385,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn random_neurons_match_the_chosen_layer_by_layer_and_are_none_of_them() {
+    fn random_neurons_match_the_layers_of_the_chosen_and_exclude_them() {
         let chosen = [neuron(2, 5), neuron(0, 1), neuron(2, 0), neuron(2, 5)];
         let n_ff = [4, 4, 100];
         let drawn = random_neurons(&chosen, &n_ff, 7, 0).unwrap();
@@ -395,13 +417,13 @@ mod tests {
         assert_eq!(drawn, random_neurons(&chosen, &n_ff, 7, 0).unwrap());
         assert_ne!(drawn, random_neurons(&chosen, &n_ff, 7, 1).unwrap());
         assert_ne!(drawn, random_neurons(&chosen, &n_ff, 8, 0).unwrap());
-        // A layer's draw does not change with what is chosen in others.
+        // The draw in a layer does not depend on the neurons chosen in other layers.
         assert_eq!(drawn[0], random_neurons(&chosen[1..2], &n_ff, 7, 0).unwrap()[0]);
     }
 
     #[test]
     fn every_other_neuron_is_drawn_equally_often() {
-        // One of three others, 3000 times: 1000 each, with a standard error of sqrt(3000 * 2/9) = 26.
+        // One of three other neurons, drawn 3000 times: 1000 each, with a standard error of sqrt(3000 * 2/9) = 26.
         let mut counts = [0u32; 4];
         for draw in 0..3000 {
             counts[random_neurons(&[neuron(0, 2)], &[4], 1, draw).unwrap()[0].index as usize] += 1;
@@ -411,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_with_just_enough_others_gives_all_of_them() {
+    fn a_layer_with_just_enough_other_neurons_gives_all_of_them() {
         let drawn = random_neurons(&[neuron(0, 1), neuron(0, 2)], &[4], 0, 0).unwrap();
         assert_eq!(drawn, [neuron(0, 0), neuron(0, 3)]);
     }
@@ -420,7 +442,10 @@ mod tests {
     fn rejects_a_layer_with_too_few_other_neurons() {
         let chosen = [neuron(0, 1), neuron(0, 2)];
         let error = random_neurons(&chosen, &[3], 0, 0).unwrap_err().to_string();
-        assert!(error.contains("layer 0 has 3 neurons, of which 2 are chosen"), "{error}");
+        assert!(
+            error.contains("expected 2 other neurons in layer 0, found 1: 2 of its 3 are chosen"),
+            "{error}"
+        );
         assert!(random_neurons(&chosen, &[2], 0, 0).is_err());
     }
 }

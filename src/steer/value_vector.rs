@@ -1,7 +1,7 @@
-//! Value vectors: what each FFN neuron writes to the residual stream, a column of its block's `ffn_down`.
+//! Value vectors: what each FFN neuron writes to the residual stream, a column of `ffn_down`.
 //!
-//! `blk.N.ffn_down.weight` has shape `[n_ff, n_embd]`, and its quantisation blocks run along `n_ff`: a value
-//! vector is a column that crosses one block of each row.
+//! `blk.N.ffn_down.weight` has shape `[n_ff, n_embd]`, and its quantisation blocks run along `n_ff`. A value
+//! vector is therefore a column that crosses one quantisation block of each row.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile, TensorInfo};
 use crate::graph::steering::LoraScaled;
 
-/// The down projections of a model, all of whose blocks have a plain FFN.
+/// The down projections of a model whose blocks all have a dense FFN.
 #[derive(Debug)]
 pub struct ValueVectors<'a> {
     file: &'a GgufFile,
@@ -22,8 +22,8 @@ impl<'a> ValueVectors<'a> {
     /// Finds the down projection of every block.
     ///
     /// # Errors
-    /// [`Error::Model`] for a mixture of experts, whose neurons no list of (layer, index) names; else
-    /// [`Error::Gguf`] where a block has no down projection of the expected shape.
+    /// [`Error::Model`] for a mixture of experts, whose neurons (layer, index) does not identify;
+    /// [`Error::Gguf`] if a block has no down projection of the expected shape.
     pub fn open(file: &'a GgufFile) -> Result<ValueVectors<'a>> {
         let (n_layer, n_embd) = (file.n_layer()? as usize, u64::from(file.n_embd()?));
         let n_ff = file.n_ff_per_layer()?;
@@ -33,7 +33,8 @@ impl<'a> ValueVectors<'a> {
                 return Err(Error::model(
                     file.path(),
                     format!(
-                        "a mixture of experts ({}): interventions know neurons of plain FFNs",
+                        "expected a dense FFN in every layer, found a mixture of experts ({}), whose neurons \
+                         cannot be steered",
                         expert.name()
                     ),
                 ));
@@ -54,37 +55,40 @@ impl<'a> ValueVectors<'a> {
         Ok(ValueVectors { file, n_embd: n_embd as usize, tensors })
     }
 
-    /// Blocks.
+    /// Number of blocks.
     pub fn n_layer(&self) -> usize {
         self.tensors.len()
     }
 
-    /// Width of the residual stream: numbers in a value vector.
+    /// Width of the residual stream, which is the length of a value vector.
     pub fn n_embd(&self) -> usize {
         self.n_embd
     }
 
-    /// Neurons of a block: its value vectors.
+    /// Number of neurons, and so of value vectors, in a block.
     pub fn n_ff(&self, layer: usize) -> usize {
         self.tensors[layer].shape()[0] as usize
     }
 
-    /// The sum of some value vectors of a block, each times its weight, shape `[n_embd]`. Reads the blocks
-    /// that they cross, and no others.
+    /// Sums value vectors of a block, each times its weight, shape `[n_embd]`.
+    ///
+    /// `weights` are pairs of neuron index and weight. Only the quantisation blocks that contain these
+    /// columns are read.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a neuron that the model has not; [`Error::Io`]; [`Error::Gguf`] for a type
-    /// that has no numbers.
+    /// [`Error::Setting`] for a neuron that the model does not have; [`Error::Io`]; [`Error::Gguf`] for a
+    /// tensor type that cannot be dequantised.
     pub fn weighted_sum(&self, layer: usize, weights: &[(usize, f32)]) -> Result<Vec<f32>> {
         self.weighted_sum_with_loras(layer, weights, &[])
     }
 
-    /// As [`ValueVectors::weighted_sum`] for the matrix that adapters make of `ffn_down`:
-    /// `W + scale * alpha / rank * B A` for each that has a pair for it.
+    /// As [`ValueVectors::weighted_sum`], with LoRA adapters applied to `ffn_down`.
+    ///
+    /// The matrix is `W + scale * alpha / rank * B A`, summed over the adapters that contain this tensor.
+    /// The adapters must have passed [`super::lora::check`].
     ///
     /// # Errors
-    /// As [`ValueVectors::weighted_sum`], and those of reading an adapter, which
-    /// [`super::lora::check`] has found to fit.
+    /// Those of [`ValueVectors::weighted_sum`], and those of reading an adapter.
     pub fn weighted_sum_with_loras(
         &self,
         layer: usize,
@@ -103,7 +107,7 @@ impl<'a> ValueVectors<'a> {
         let mut sum = vec![0f64; self.n_embd];
         let block_len = tensor.tensor_type().block_len() as usize;
         let block_bytes = tensor.tensor_type().block_bytes();
-        // Neurons that share a block are read together: by block, the columns in it with their weights.
+        // Columns that share a quantisation block are read together: block -> its columns and their weights.
         let mut blocks: BTreeMap<usize, Vec<(usize, f64)>> = BTreeMap::new();
         for &(index, weight) in weights {
             blocks.entry(index / block_len).or_default().push((index % block_len, f64::from(weight)));
@@ -124,11 +128,13 @@ impl<'a> ValueVectors<'a> {
         Ok(sum.into_iter().map(|x| x as f32).collect())
     }
 
-    /// Calls `each` with the rows of a block's down projection in order, some at a time: the first row's
-    /// number, and values of shape `[n_rows][n_ff]`. At most `most_values` values are in memory, or one row.
+    /// Streams the rows of a block's down projection through `each`, in order.
+    ///
+    /// `each` gets the index of the first row and values of shape `[n_rows][n_ff]`. At most `most_values`
+    /// values are in memory at a time, but at least one row.
     ///
     /// # Errors
-    /// As [`ValueVectors::weighted_sum`], and those of `each`.
+    /// Those of [`ValueVectors::weighted_sum`] and of `each`.
     pub fn for_each_rows(
         &self,
         layer: usize,
@@ -156,7 +162,7 @@ fn tensor_name(layer: usize) -> String {
     format!("blk.{layer}.ffn_down.weight")
 }
 
-/// Adds an adapter's part of the columns: `scale * B A[:, index]`.
+/// Adds an adapter's contribution to the columns: `scale * B A[:, index]`.
 fn add_lora(lora: &LoraScaled, layer: usize, weights: &[(usize, f32)], sum: &mut [f64]) -> Result<()> {
     let file = GgufFile::open(&lora.path)?;
     let name = tensor_name(layer);
@@ -188,14 +194,13 @@ fn dequantize(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8], values: &mut [
         return Err(Error::model(
             file.path(),
             format!(
-                "tensor {:?}: numbers of type {} cannot be read by this build, which carries no llama.cpp",
+                "tensor {:?}: this build does not include llama.cpp and cannot read type {}",
                 tensor.name(),
                 tensor.tensor_type()
             ),
         )
         .with_hint(
-            "steer its neurons by the callback alone, which needs no weights (Route::Callback, \
-                 DETOX_ROUTE_CALLBACK)",
+            "steer by the callback alone, which needs no weights (Route::Callback, DETOX_ROUTE_CALLBACK)",
         ));
     }
     gguf::dequantize(tensor.tensor_type(), bytes, values)
@@ -211,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn a_weighted_sum_is_that_of_the_columns() {
+    fn a_weighted_sum_adds_the_columns_times_their_weights() {
         for name in ["llama", "gpt2", "llama-q8_0"] {
             let file = tiny(name);
             let vectors = ValueVectors::open(&file).unwrap();
@@ -236,7 +241,7 @@ mod tests {
 
     #[cfg(not(feature = "engine"))]
     #[test]
-    fn rejects_types_that_need_ggml_with_another_way_to_steer() {
+    fn rejects_types_that_need_ggml_and_suggests_the_callback() {
         use crate::gguf::{GgufWriter, Metadata, TensorSpec, TensorType, Value};
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.gguf");
@@ -257,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_neurons_that_the_model_has_not() {
+    fn rejects_neurons_that_the_model_does_not_have() {
         let file = tiny("llama");
         let vectors = ValueVectors::open(&file).unwrap();
         assert!(vectors.weighted_sum(3, &[]).unwrap_err().to_string().contains("below 3"));

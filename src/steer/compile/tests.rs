@@ -45,13 +45,13 @@ fn refusal(model: &GgufFile, sources: &[(SteerFile, f32)], options: CompileOptio
     compile(model, sources, &[], &options).unwrap_err().to_string()
 }
 
-/// A tensor of the model in f64, as stored.
+/// Reads an F32 tensor of the model as f64.
 fn f64s(model: &GgufFile, name: &str) -> Vec<f64> {
     let bytes = model.read_tensor(model.tensor(name).unwrap()).unwrap();
     bytes.as_chunks::<4>().0.iter().map(|&chunk| f64::from(f32::from_le_bytes(chunk))).collect()
 }
 
-/// Column `index` of a layer's down projection, straight from the file: element `[o][i]` of ggml's
+/// Reads column `index` of a layer's down projection from the file: element `[o][i]` of ggml's
 /// `[n_ff, n_embd]` is at `o * n_ff + i`.
 fn value_vector(model: &GgufFile, layer: usize, index: usize) -> Vec<f64> {
     let n_ff = model.n_ff().unwrap() as usize;
@@ -102,7 +102,7 @@ fn coefficients_multiply_and_files_add_up() {
 }
 
 #[test]
-fn nothing_is_left_of_what_changes_nothing() {
+fn edits_without_effect_are_dropped() {
     let model = model("llama");
     let n_embd = model.n_embd().unwrap() as usize;
     let direction = vec![(1, vec![1.0; n_embd])];
@@ -130,7 +130,7 @@ fn nothing_is_left_of_what_changes_nothing() {
 }
 
 #[test]
-fn only_offsets_at_all_tokens_leave_the_callback() {
+fn only_offsets_on_all_tokens_move_to_the_control_vector() {
     let model = model("llama");
     let n_embd = model.n_embd().unwrap() as usize;
     for target in [neurons(&[(1, 1)]), along(&[(1, vec![1.0; n_embd])])] {
@@ -162,7 +162,7 @@ fn the_callback_route_uses_no_control_vector() {
 }
 
 #[test]
-fn where_a_norm_follows_the_ffn_neurons_go_by_callback_and_directions_do_not() {
+fn if_a_norm_follows_the_ffn_only_directions_move_to_the_control_vector() {
     let model = model("gemma3");
     let n_embd = model.n_embd().unwrap() as usize;
     let list = vec![
@@ -176,7 +176,7 @@ fn where_a_norm_follows_the_ffn_neurons_go_by_callback_and_directions_do_not() {
     assert!(error.to_string().contains("normed"), "{error}");
 }
 
-/// One token through one layer as the engine does it: neurons, `ffn_down`, control vector, directions.
+/// Runs one token through one layer as the engine does: neurons, `ffn_down`, control vector, directions.
 fn block(
     steering: &Steering,
     layer: usize,
@@ -221,7 +221,7 @@ fn block(
 }
 
 #[test]
-fn the_cheapest_way_gives_what_the_callback_gives_whatever_the_order() {
+fn the_cheapest_way_equals_the_callback_for_every_order_of_edits() {
     let model = model("llama");
     let (n_embd, n_ff) = (model.n_embd().unwrap() as usize, model.n_ff().unwrap() as usize);
     let w_down = f64s(&model, "blk.1.ffn_down.weight");
@@ -229,7 +229,7 @@ fn the_cheapest_way_gives_what_the_callback_gives_whatever_the_order() {
     let mut n_moved = 0;
     for round in 0..300 {
         let mut draw = |n: u64| random.next_u64() % n;
-        // Few neurons and directions, so that several edits often meet in one.
+        // Few neurons and directions, so that edits often share one.
         let directions: Vec<Vec<f32>> =
             (0..2).map(|_| (0..n_embd).map(|_| draw(201) as f32 / 100.0 - 1.0).collect()).collect();
         let list: Vec<Intervention> = (0..2 + draw(6))
@@ -265,7 +265,7 @@ fn the_cheapest_way_gives_what_the_callback_gives_whatever_the_order() {
             assert!((a - b).abs() < 1e-5 * largest, "round {round}: {a} {b}\n{:?}", sources[0]);
         }
     }
-    assert!(n_moved > 100, "{n_moved} rounds had both a control vector and a callback");
+    assert!(n_moved > 100, "only {n_moved} rounds had both a control vector and callback edits");
 }
 
 #[test]
@@ -277,14 +277,14 @@ fn offsets_stay_where_moving_them_would_change_the_result() {
         Intervention::new(direction(), Operation::Assign(0.0), When::Both, Some(layers), 1.0).unwrap()
     };
     let offset = || both(direction(), Operation::Offset(1.0));
-    // Before the projection of layer 1 both layers' offsets move; after it only layer 2's does.
+    // Before the projection of layer 1, both layers' offsets move; after it, only layer 2's does.
     assert_eq!(cheapest(&model, vec![offset(), project((1, 1))]).steering.edits.len(), 1);
     let after = cheapest(&model, vec![project((1, 1)), offset()]);
     assert_eq!(
         after.choices[1],
         "2 direction offsets: 1 as a control vector (layer 2), 1 by callback (layer 1)"
     );
-    // So it is for a control vector's file that follows a projection.
+    // The same holds for a control-vector file that follows a projection.
     let file = SteerFile::ControlVector(control_vector(&[(1, vec![1.0; n_embd])]));
     let compiled =
         compile(&model, &[source(vec![project((1, 1))]), (file, 1.0)], &[], &CompileOptions::default())
@@ -298,13 +298,13 @@ fn offsets_stay_where_moving_them_would_change_the_result() {
     assert_eq!((before.control_vector, before.edits.len()), (None, 2));
     let after = cheapest(&model, vec![clamp, offset.clone()]).steering;
     assert_eq!((after.control_vector.is_some(), after.edits.len()), (true, 1));
-    // Another neuron's edit, or a projection of what the layer writes, is no obstacle.
+    // An edit of another neuron, or a projection after the neurons, does not prevent the move.
     let other = both(neurons(&[(1, 2)]), Operation::Scale(0.0));
     let free = cheapest(&model, vec![offset, other, project((1, 1))]).steering;
     assert_eq!((free.control_vector.is_some(), free.edits.len()), (true, 2));
 }
 
-/// An adapter for `ffn_down` of layer 1 of the tiny llama: rank 2, A all 1, B all 0.5, alpha 4.
+/// Writes an adapter for `ffn_down` of layer 1 of the tiny llama: rank 2, A all 1, B all 0.5, alpha 4.
 fn write_lora(path: &Path, model: &GgufFile) {
     let (n_ff, n_embd) = (u64::from(model.n_ff().unwrap()), u64::from(model.n_embd().unwrap()));
     let mut metadata = Metadata::new();
@@ -326,7 +326,7 @@ fn write_lora(path: &Path, model: &GgufFile) {
 }
 
 #[test]
-fn an_adapter_on_the_down_projection_is_counted_in() {
+fn an_adapter_on_the_down_projection_changes_the_value_vectors() {
     let model = model("llama");
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("lora.gguf");
@@ -335,7 +335,7 @@ fn an_adapter_on_the_down_projection_is_counted_in() {
         let loras = [LoraScaled { path: path.clone(), scale }];
         let offset = source(vec![both(neurons(&[(1, 1)]), Operation::Offset(1.0))]);
         let steering = compile(&model, &[offset], &loras, &CompileOptions::default()).unwrap().steering;
-        // An adapter of scale 0 is none.
+        // An adapter with scale 0 is dropped.
         assert_eq!(steering.loras.len(), usize::from(scale != 0.0));
         steering.control_vector.unwrap().rows
     };
@@ -361,7 +361,7 @@ fn layer_vectors_include_layer_0_and_add_up() {
 }
 
 #[test]
-fn rejects_neurons_that_the_model_has_not() {
+fn rejects_neurons_that_the_model_does_not_have() {
     let model = model("llama");
     let of = |layer, index| {
         let source = source(vec![both(neurons(&[(layer, index)]), Operation::Offset(1.0))]);
@@ -374,8 +374,8 @@ fn rejects_neurons_that_the_model_has_not() {
 }
 
 #[test]
-fn rejects_an_architecture_it_does_not_know_where_it_must() {
-    // A model of metadata alone is enough to compile for.
+fn rejects_an_unknown_architecture_only_for_neurons_and_the_callback() {
+    // The compiler needs only the model's metadata.
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     let mut metadata = Metadata::new();
@@ -390,7 +390,7 @@ fn rejects_an_architecture_it_does_not_know_where_it_must() {
 
     let file = |layer| SteerFile::ControlVector(control_vector(&[(layer, vec![1.0, 2.0])]));
     let compiled = compile(&model, &[(file(2), 1.0)], &[], &options).unwrap();
-    // Three blocks of the trunk, the last is not part of it: rows for layers 1 and 2.
+    // The last of the four blocks is not part of the trunk, so the rows are for layers 1 and 2.
     assert_eq!(compiled.steering.control_vector.unwrap().rows, [0.0, 0.0, 1.0, 2.0]);
     assert!(refusal(&model, &[(file(3), 1.0)], options).contains("a layer below 3"));
 
@@ -444,7 +444,7 @@ fn rejects_coefficients_and_sums_that_are_not_finite() {
         assert!(refusal(&model, &[(offset(), 1e38)], options).contains("largest f32"));
         assert!(refusal(&model, &[(file(), 1e30)], options).contains("largest f32"));
     }
-    // Each is finite, and the sum is not.
+    // Each is finite, but the sum is not.
     let offset = || source(vec![both(neurons(&[(1, 0)]), Operation::Offset(3e38))]);
     assert!(refusal(&model, &[offset(), offset()], CompileOptions::default()).contains("largest f32"));
 }

@@ -1,6 +1,6 @@
 use super::*;
 
-/// A file as another tool may write it: any tensors, any metadata.
+/// Writes a file as another tool might: any tensors, any metadata.
 fn write_raw(path: &Path, metadata: &[(&str, Value)], tensors: &[(&str, &[f32])]) {
     let mut all = Metadata::new();
     for (key, value) in metadata {
@@ -43,7 +43,7 @@ fn fingerprint(n_layer: u32, n_embd: u32) -> Fingerprint {
 }
 
 #[test]
-fn what_was_written_is_read_back_with_its_origin() {
+fn a_written_control_vector_is_read_back_with_its_origin() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("cv.gguf");
     let directions = BTreeMap::from([(1, vec![0.1, -2.5]), (3, vec![0.0, 1e-30])]);
@@ -55,13 +55,13 @@ fn what_was_written_is_read_back_with_its_origin() {
     assert_eq!(file.model_hint.as_deref(), Some("llama"));
     assert_eq!(file.fingerprint, Some(fingerprint(4, 2)));
     assert_eq!(file.n_embd(), 2);
-    // As llama.cpp's cvector-generator writes it: an i32 with the number of directions.
+    // An i32 with the number of directions, as llama.cpp's cvector-generator writes it.
     assert_eq!(file.metadata.get(LAYER_COUNT), Some(&Value::I32(2)));
     assert_eq!(file.metadata.get("detox_gguf.offset"), Some(&Value::F32(-2.0)));
 }
 
 #[test]
-fn files_of_other_tools_are_read_whatever_the_type_of_their_count() {
+fn the_count_may_be_i32_or_u32_as_other_tools_write_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("cv.gguf");
     for count in [Value::I32(1), Value::U32(1)] {
@@ -71,7 +71,7 @@ fn files_of_other_tools_are_read_whatever_the_type_of_their_count() {
         assert_eq!(file.directions, BTreeMap::from([(2, vec![1.0, 2.0])]));
         assert_eq!((file.fingerprint, file.model_hint.as_deref()), (None, Some("mistral")));
     }
-    // llama.cpp does not ask for an architecture.
+    // llama.cpp does not require an architecture.
     write_raw(&path, &[], &[("direction.2", &[1.0, 2.0])]);
     assert!(ControlVectorFile::read(&path).is_ok());
 }
@@ -83,13 +83,13 @@ fn several_directions_for_one_layer_add_up() {
 }
 
 #[test]
-fn files_add_up_each_times_its_scale() {
+fn files_add_up_times_their_scales() {
     let a = of_directions(&[(1, &[1.0, 2.0]), (3, &[4.0, 0.0])]);
     let b = of_directions(&[(1, &[1.0, -1.0])]);
     // Row 0 is layer 1: 2 * [1, 2] - 0.5 * [1, -1]; layer 2 has none; row 2 is 2 * [4, 0].
     let sum = combine(&[(a.clone(), 2.0), (b, -0.5)], None, 4, 2).unwrap();
     assert_eq!((sum.n_embd, sum.rows), (2, vec![1.5, 4.5, 0.0, 0.0, 8.0, 0.0]));
-    // Given twice is given with twice the scale, and a half with its negative is nothing.
+    // The same file twice equals twice the scale; a half and its negative cancel.
     let twice = combine(&[(a.clone(), 1.0), (a.clone(), 1.0)], None, 4, 2).unwrap();
     assert_eq!(twice, combine(&[(a.clone(), 2.0)], None, 4, 2).unwrap());
     let nothing = combine(&[(a.clone(), 0.5), (a, -0.5)], None, 4, 2).unwrap();
@@ -97,7 +97,7 @@ fn files_add_up_each_times_its_scale() {
 }
 
 #[test]
-fn a_layer_range_is_inclusive_and_not_positive_bounds_are_the_ends() {
+fn a_layer_range_is_inclusive_and_bounds_below_1_mean_the_first_and_last_layer() {
     let file = of_directions(&[(1, &[1.0]), (2, &[1.0]), (3, &[1.0])]);
     let rows = |range| combine(&[(file.clone(), 1.0)], Some(range), 4, 1).unwrap().rows;
     assert_eq!(rows((2, 3)), [0.0, 1.0, 1.0]);
@@ -108,7 +108,7 @@ fn a_layer_range_is_inclusive_and_not_positive_bounds_are_the_ends() {
 }
 
 #[test]
-fn rejects_a_layer_range_that_leaves_nothing() {
+fn rejects_an_empty_layer_range() {
     let file = of_directions(&[(1, &[1.0])]);
     for range in [(3, 2), (4, 5)] {
         let error = combine(&[(file.clone(), 1.0)], Some(range), 4, 1).unwrap_err();
@@ -142,7 +142,7 @@ fn rejects_a_direction_for_layer_0() {
 }
 
 #[test]
-fn rejects_tensors_that_are_no_directions() {
+fn rejects_tensors_that_are_not_directions() {
     for name in ["direction", "direction.", "direction.x", "direction.-1", "direction.1.weight", "other.1"] {
         let error = read_raw(&[("direction.1", &[1.0]), (name, &[1.0])]).unwrap_err().to_string();
         assert!(error.contains(&format!("{name:?}: expected direction.N")), "{error}");
@@ -178,7 +178,7 @@ fn rejects_directions_of_two_lengths() {
 fn rejects_values_that_are_not_finite() {
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let error = read_raw(&[("direction.1", &[1.0, value])]).unwrap_err().to_string();
-        assert!(error.contains("found") && error.ends_with("at 1"), "{error}");
+        assert!(error.contains("found") && error.ends_with("at index 1"), "{error}");
     }
 }
 
@@ -188,7 +188,7 @@ fn rejects_a_file_without_directions() {
 }
 
 #[test]
-fn rejects_other_gguf_files_by_what_they_are() {
+fn rejects_other_gguf_files_and_names_their_kind() {
     let model = ControlVectorFile::read(Path::new("gguf/tiny/llama.gguf")).unwrap_err();
     assert!(model.to_string().contains("found a model of architecture \"llama\""), "{model}");
     let folder = tempfile::tempdir().unwrap();
@@ -196,13 +196,13 @@ fn rejects_other_gguf_files_by_what_they_are() {
     write_raw(&path, &[kind("llama"), ("general.type", Value::Str("adapter".into()))], &[]);
     let lora = ControlVectorFile::read(&path).unwrap_err();
     assert!(lora.to_string().contains("found a LoRA adapter"), "{lora}");
-    assert_eq!(lora.hint().as_deref(), Some("give it with --lora"));
+    assert_eq!(lora.hint().as_deref(), Some("use it with --lora"));
     write_raw(&path, &[], &[("x", &[1.0])]);
     assert!(ControlVectorFile::read(&path).unwrap_err().to_string().contains("without directions"));
 }
 
 #[test]
-fn rejects_a_control_vector_of_another_model_unless_only_its_weights_differ_and_it_is_forced() {
+fn rejects_a_control_vector_of_another_model_and_force_allows_only_other_weights() {
     let (made_for, mut file) = (fingerprint(4, 1), of_directions(&[(1, &[1.0])]));
     file.fingerprint = Some(made_for.clone());
     file.check_origin(&made_for, false).unwrap();
@@ -214,14 +214,14 @@ fn rejects_a_control_vector_of_another_model_unless_only_its_weights_differ_and_
 }
 
 #[test]
-fn another_hint_without_a_fingerprint_is_no_error() {
+fn a_different_hint_without_a_fingerprint_is_not_an_error() {
     let mut file = of_directions(&[(1, &[1.0])]);
     file.model_hint = Some("mistral".into());
     file.check_origin(&fingerprint(4, 1), false).unwrap();
 }
 
 #[test]
-fn rejects_writing_what_no_runtime_could_use() {
+fn rejects_writing_a_file_that_no_runtime_could_use() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("cv.gguf");
     let try_write = |directions: &[(usize, Vec<f32>)]| {
