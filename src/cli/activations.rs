@@ -1,4 +1,4 @@
-//! `activations`: how active given neurons are, language by language, before and after a change.
+//! `activations`: measures how active neurons are in each language, before and after a change.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -12,10 +12,10 @@ use crate::interp::activations::{
     ActivationPrompt, Activations, PromptActivation, by_language, mean_activations,
 };
 use crate::report::json;
+use crate::steer::NeuronFile;
 
 use super::arguments::{EngineArguments, PromptArguments};
 use super::eval::write_reports;
-use super::locate::read_neurons;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 use super::{may_colour, print};
@@ -23,19 +23,19 @@ use super::{may_colour, print};
 /// Arguments of `activations`.
 #[derive(Debug, Args)]
 pub struct ActivationsCommand {
-    /// Model (GGUF): A
+    /// Model A (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Another model: B [default: the model with --lora, --steer and the like, if any]
+    /// Model B (GGUF) [default: model A with --lora, --steer and the like, if any]
     #[arg(long, value_name = "FILE")]
     model_b: Option<PathBuf>,
-    /// Neurons: [[layer, index], …], or what `locate` wrote
+    /// Neurons: [[layer, index], …], or a file from `locate`
     #[arg(long, value_name = "FILE")]
     neurons: PathBuf,
-    /// Folder for the report
+    /// Folder to write the report to
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// Tokens generated greedily after each prompt
+    /// Tokens to generate greedily after each prompt
     #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
     n_predict: usize,
     #[command(flatten)]
@@ -47,27 +47,30 @@ pub struct ActivationsCommand {
 }
 
 impl ActivationsCommand {
-    /// Measures, prints and writes.
+    /// Measures the activations, and prints and writes the report.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let file = GgufFile::open(&self.model)?;
-        let neurons = read_neurons(&self.neurons, &file, self.steering.force)?.neurons;
+        let neurons = NeuronFile::read_for(&self.neurons, &file, self.steering.force)?.neurons;
         let (prompts, _) = self.prompts.read()?;
         let model_b = match (&self.model_b, self.steering.is_empty()) {
             (Some(path), true) => {
-                // A trained copy has other weights by intent; that its neurons are the same ones is the user's word.
+                // A trained copy has other weights on purpose, so only the sizes are checked.
                 let n_ff = GgufFile::open(path)?.n_ff_per_layer()?;
                 if n_ff != file.n_ff_per_layer()? {
                     let reason = format!(
-                        "{} has other layers or neurons than {}",
-                        path.display(),
-                        self.model.display()
+                        "expected as many layers and neurons as in {}, found other numbers in {}",
+                        self.model.display(),
+                        path.display()
                     );
                     return Err(Error::setting("--model-b", reason));
                 }
                 Some((self.engine.open(path)?, base_name(path)))
             }
             (Some(_), false) => {
-                return Err(Error::setting("--model-b", "B is another model or a steered one, not both"));
+                return Err(Error::setting(
+                    "--model-b",
+                    "model B is either another model or the steered model A, not both",
+                ));
             }
             (None, true) => None,
             (None, false) => {

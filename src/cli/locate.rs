@@ -1,13 +1,14 @@
-//! `locate`: the FFN neurons that write toxicity.
+//! `locate`: finds the FFN neurons that write toxicity.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::eval::prompts::Prompt;
+use crate::file::{base_name, write_atomic};
 use crate::gguf::GgufFile;
 use crate::interp::activations::ActivationPrompt;
 use crate::interp::locate;
@@ -26,28 +27,28 @@ pub struct LocateCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Probe, as `probe` writes it
+    /// Probe file from `probe`
     #[arg(long, value_name = "FILE")]
     probe: PathBuf,
-    /// File of neurons to write; beside it go .csv with all that were ranked, and .steer.json for --steer
+    /// Neuron file to write; the ranking (.csv) and an intervention for --steer (.steer.json) go next to it
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Value vectors with the highest cosine
+    /// Rank the K value vectors with the highest cosine
     #[arg(long, value_name = "K", default_value_t = 100)]
     top: usize,
-    /// Tokens generated after each prompt while activations are measured
+    /// Tokens to generate after each prompt while measuring activations
     #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
     n_predict: usize,
-    /// Keep neurons whose mean activation is above this
+    /// Keep neurons whose mean activation is above X
     #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
     min_activation: f64,
-    /// Keep all that are ranked, without running the model
+    /// Keep all ranked neurons, without running the model
     #[arg(long, conflicts_with_all = NOT_WITHOUT_ACTIVATIONS)]
     no_activations: bool,
-    /// Offset in the intervention file
+    /// Offset to write to the intervention file
     #[arg(long, value_name = "X", default_value_t = -1.0, allow_negative_numbers = true)]
     offset: f32,
-    /// Promoted tokens shown of each neuron
+    /// Promoted tokens to list for each neuron
     #[arg(long, value_name = "N", default_value_t = 5)]
     tokens: usize,
     #[command(flatten)]
@@ -58,7 +59,7 @@ pub struct LocateCommand {
     engine: EngineArguments,
 }
 
-/// What decides activations means nothing where none are measured.
+/// Arguments that have no effect if no activations are measured.
 const NOT_WITHOUT_ACTIVATIONS: [&str; 11] = [
     "prompts",
     "lang",
@@ -74,7 +75,7 @@ const NOT_WITHOUT_ACTIVATIONS: [&str; 11] = [
 ];
 
 impl LocateCommand {
-    /// Ranks, measures, prints and writes.
+    /// Ranks neurons, measures their activations, and prints and writes the result.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let (ranking, intervention) = self.check_outputs()?;
         for (flag, x) in [("--offset", f64::from(self.offset)), ("--min-activation", self.min_activation)] {
@@ -87,7 +88,8 @@ impl LocateCommand {
         probe.check(&file, &self.probe, self.steering.force)?;
         if !self.steering.is_empty() {
             eprintln!(
-                "value vectors are ranked as the model's file has them; steering and adapters act on activations alone"
+                "note: steering and adapters change only the activations; the value vectors are ranked as stored in \
+                 the model"
             );
         }
         let prompts = if self.no_activations { None } else { Some(self.read_prompts()?) };
@@ -115,43 +117,25 @@ impl LocateCommand {
         }
         let is_kept = |n: &LocatedNeuron| locate::is_active(n, self.min_activation);
         let shown = neurons_report::to_terminal(&neurons, &is_kept);
-        crate::file::write_atomic(&ranking, neurons_report::to_csv(&neurons, &is_kept).as_bytes())?;
-        let kept: Vec<LocatedNeuron> = neurons.into_iter().filter(|n| is_kept(n)).collect();
-        if kept.is_empty() {
+        write_atomic(&ranking, neurons_report::to_csv(&neurons, &is_kept).as_bytes())?;
+        neurons.retain(is_kept);
+        if neurons.is_empty() {
             print(&shown)?;
-            return Err(Error::setting(
-                "--min-activation",
-                format!(
-                    "none of {} neurons has a mean activation above {}; their ranking is in {}",
-                    n_ranked,
-                    self.min_activation,
-                    ranking.display()
-                ),
-            ));
+            let reason = format!(
+                "expected neurons with a mean activation above {}, found none among {n_ranked}; their ranking is \
+                 in {}",
+                self.min_activation,
+                ranking.display()
+            );
+            return Err(Error::setting("--min-activation", reason));
         }
-        let settings = json!({
-            "probe": self.probe.file_name().map(|name| name.to_string_lossy()),
-            "top": self.top,
-            "n_kept": kept.len(),
-            "prompts": prompts_name,
-            "n_prompts": n_prompts,
-            "n_predict": (!self.no_activations).then_some(self.n_predict),
-            "min_activation": (!self.no_activations).then_some(self.min_activation),
-            "version": crate::version(),
-        });
-        let fingerprint = Some(Fingerprint::of(&file)?);
-        let settings = settings.as_object().cloned().unwrap_or_default();
-        let kept = NeuronFile { fingerprint: fingerprint.clone(), settings, neurons: kept };
-        kept.write(&self.output)?;
-        let offset = Intervention::neuron_offset(kept.neurons(), self.offset)
-            .map_err(|reason| Error::setting("--offset", reason))?;
-        let list = Interventions { path: intervention.clone(), fingerprint, list: vec![offset] };
-        list.write(&intervention)?;
+        let n_kept = neurons.len();
+        let settings = self.settings(n_kept, prompts_name, n_prompts);
+        let kept = NeuronFile { fingerprint: Some(Fingerprint::of(&file)?), settings, neurons };
+        self.write(kept, &intervention)?;
         print(&shown)?;
         eprintln!(
-            "{} of {} neurons kept: {}\nranking: {}\nintervention: {}",
-            kept.neurons.len(),
-            n_ranked,
+            "{n_kept} of {n_ranked} neurons kept: {}\nranking: {}\nintervention: {}",
             self.output.display(),
             ranking.display(),
             intervention.display()
@@ -159,13 +143,37 @@ impl LocateCommand {
         Ok(())
     }
 
-    /// Where the ranking and the intervention go, beside the neurons.
+    /// The settings to record in the neuron file.
+    fn settings(&self, n_kept: usize, prompts: Option<String>, n_prompts: usize) -> Map<String, Value> {
+        let settings = json!({
+            "probe": base_name(&self.probe),
+            "top": self.top,
+            "n_kept": n_kept,
+            "prompts": prompts,
+            "n_prompts": n_prompts,
+            "n_predict": (!self.no_activations).then_some(self.n_predict),
+            "min_activation": (!self.no_activations).then_some(self.min_activation),
+            "version": crate::version(),
+        });
+        settings.as_object().cloned().unwrap_or_default()
+    }
+
+    /// Writes the neurons, and the intervention that offsets them.
+    fn write(&self, neurons: NeuronFile, intervention: &Path) -> Result<()> {
+        neurons.write(&self.output)?;
+        let offset = Intervention::neuron_offset(neurons.neurons(), self.offset)
+            .map_err(|reason| Error::setting("--offset", reason))?;
+        let (path, fingerprint) = (intervention.to_path_buf(), neurons.fingerprint);
+        Interventions { path, fingerprint, list: vec![offset] }.write(intervention)
+    }
+
+    /// Paths of the ranking and the intervention, next to the neuron file, after checking all three.
     fn check_outputs(&self) -> Result<(PathBuf, PathBuf)> {
         let beside = (self.output.with_extension("csv"), self.output.with_extension("steer.json"));
         if beside.0 == self.output {
             return Err(Error::setting(
                 "-o/--output",
-                "expected a name for JSON, such as neurons.json; the ranking goes beside it as .csv",
+                "expected a name for JSON, such as neurons.json, found .csv: the ranking is written there",
             ));
         }
         let read = self.steering.files()?;
@@ -177,7 +185,7 @@ impl LocateCommand {
         Ok(beside)
     }
 
-    /// The prompts; English, as in the paper, unless languages were asked for.
+    /// Reads the prompts: English ones, as in the paper, unless `--lang` says otherwise.
     fn read_prompts(&self) -> Result<(Vec<Prompt>, String)> {
         let mut arguments = self.prompts.clone();
         if arguments.lang.is_empty() {
@@ -185,14 +193,4 @@ impl LocateCommand {
         }
         arguments.read()
     }
-}
-
-/// For commands that take `--neurons`: the file, checked against the model.
-pub fn read_neurons(path: &Path, model: &GgufFile, force: bool) -> Result<NeuronFile> {
-    let file = NeuronFile::read(path)?;
-    file.check_against(&model.n_ff_per_layer()?, path)?;
-    if let Some(fingerprint) = &file.fingerprint {
-        fingerprint.check(&Fingerprint::of(model)?, "neurons", path, force)?;
-    }
-    Ok(file)
 }

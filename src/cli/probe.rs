@@ -1,4 +1,4 @@
-//! `probe`: a linear probe of toxicity on the residual stream.
+//! `probe`: trains a linear probe of toxicity on the residual stream.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 
 use crate::error::{Error, Result};
+use crate::file::base_name;
 use crate::gguf::GgufFile;
 use crate::interp::probe::{self, Fit, ProbeOptions, ProbePlace, ProbeReading};
 use crate::interp::residual_streams::check_max_tokens;
@@ -22,34 +23,34 @@ pub struct ProbeCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Labelled texts: JSON lines or CSV with text and label, or Jigsaw's train.csv [default: the program's own]
+    /// Labelled texts: JSON lines or CSV with text and label, or Jigsaw's train.csv [default: built-in texts]
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
-    /// File to write
+    /// Probe file to write
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Train on a sample of so many texts, with the same share of toxic ones
+    /// Train on a random sample of N texts with the same share of toxic ones
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// Where to read: final (after the final norm), embedding, or after a layer, from 0
+    /// Where to read the residual stream: final (after the final norm), embedding, or a layer from 0
     #[arg(long, value_name = "WHERE", default_value = "final")]
     layer: ProbePlace,
-    /// Most tokens of a text that are read
+    /// Read at most N tokens of each text
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
-    /// Adam's step
+    /// Learning rate of Adam
     #[arg(long, value_name = "X", default_value_t = ProbeOptions::default().learning_rate)]
     learning_rate: f64,
-    /// Passes over the texts
+    /// Number of epochs
     #[arg(long, value_name = "N", default_value_t = ProbeOptions::default().n_epochs)]
     epochs: usize,
-    /// Texts a step
+    /// Texts per step
     #[arg(long = "train-batch", value_name = "N", default_value_t = ProbeOptions::default().batch_size)]
     train_batch: usize,
-    /// Share of the texts that is held out
+    /// Share of the texts to hold out for validation
     #[arg(long, value_name = "SHARE", default_value_t = ProbeOptions::default().held_out)]
     held_out: f64,
-    /// Seed of the split and of the order
+    /// Seed of the sample, the split and the order of the texts
     #[arg(short = 's', long, value_name = "SEED", default_value_t = ProbeOptions::default().seed)]
     seed: u64,
     #[command(flatten)]
@@ -59,7 +60,7 @@ pub struct ProbeCommand {
 }
 
 impl ProbeCommand {
-    /// Trains, prints what the probe does on held-out texts, and saves it.
+    /// Trains the probe, prints its held-out results, and writes it.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let options = ProbeOptions {
             learning_rate: self.learning_rate,
@@ -72,18 +73,18 @@ impl ProbeCommand {
         if let Some(n) = self.limit.filter(|&n| n < 4) {
             return Err(Error::setting(
                 "--limit",
-                format!("expected two texts of each label or more, found {n}"),
+                format!("expected at least 4, two texts of each label, found {n}"),
             ));
         }
         let read = self.steering.files()?;
         let read = read.iter().chain(&self.data).chain([&self.model]).map(PathBuf::as_path);
         check_output(&self.output, &read.collect::<Vec<_>>())?;
         let (labelled, source) = match &self.data {
-            Some(path) => (probe::read(path)?, crate::file::base_name(path)),
+            Some(path) => (probe::read(path)?, base_name(path)),
             None => (probe::own(), "the program's own labelled texts".to_owned()),
         };
         if labelled.n_empty > 0 {
-            eprintln!("{} rows without text were left out", labelled.n_empty);
+            eprintln!("skipped {} rows without text", labelled.n_empty);
         }
         let labelled = match self.limit {
             Some(n) => labelled.sample(n, self.seed),
@@ -109,7 +110,8 @@ impl ProbeCommand {
         print(&described(&fit, &source, labelled.n_toxic(), self.layer))?;
         if fit.best_epoch == self.epochs {
             eprintln!(
-                "warning: the held-out loss was still falling in the last epoch; more --epochs or a higher --learning-rate would train further"
+                "warning: the held-out loss was still falling in the last epoch; train longer with more --epochs or \
+                 a higher --learning-rate"
             );
         }
         eprintln!("probe: {}", self.output.display());
@@ -129,7 +131,7 @@ fn described(fit: &Fit, source: &str, n_toxic: usize, place: ProbePlace) -> Stri
     let losses = fit.epochs.get(fit.best_epoch - 1).copied().or(last);
     let losses = losses.map_or(String::new(), |e| {
         format!(
-            "losses of epoch {}    {:.4} trained on, {:.4} held out\n",
+            "loss of epoch {}       {:.4} training, {:.4} held out\n",
             fit.best_epoch, e.train_loss, e.held_out_loss
         )
     });
@@ -137,7 +139,7 @@ fn described(fit: &Fit, source: &str, n_toxic: usize, place: ProbePlace) -> Stri
         "Linear probe on the mean residual stream {at}\n\n\
          texts               {n} ({n_toxic} toxic), {source}\n\
          held out            {} ({} toxic)\n\
-         accuracy            {:.1}% ({:.1}% by always answering the same)\n\
+         accuracy            {:.1}% ({:.1}% by always guessing the more frequent label)\n\
          AUC                 {:.3}\n{losses}",
         held_out.n,
         held_out.n_toxic,

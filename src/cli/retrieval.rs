@@ -1,4 +1,4 @@
-//! `retrieval`: how alike a model represents translations, and whether toxicity fell with it.
+//! `retrieval`: measures how similarly a model represents translations, and correlates it with toxicity.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -23,28 +23,28 @@ pub struct RetrievalCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Folder of aligned sentences, {language}.jsonl
+    /// Folder of aligned sentences, one {language}.jsonl per language
     #[arg(long, value_name = "DIR")]
     aligned: PathBuf,
-    /// Folder for the report
+    /// Folder to write the report to
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// The language that all others are paired with
+    /// Compare every other language with this one
     #[arg(long, value_name = "L", default_value = "en")]
     pivot: String,
-    /// Languages, comma separated [default: all that there are]
+    /// Languages, comma-separated [default: all in the folder]
     #[arg(long, value_name = "L,…", value_delimiter = ',')]
     lang: Vec<String>,
-    /// Sentences, the first ones
+    /// Use only the first N sentences
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// Most tokens of a sentence that are read
+    /// Read at most N tokens of each sentence
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_tokens: usize,
-    /// An `eval` run before a change, to correlate with
+    /// Run folder of `eval` before a change, to correlate retrieval with the fall of toxicity
     #[arg(long, value_name = "DIR", requires = "after")]
     before: Option<PathBuf>,
-    /// The `eval` run after it
+    /// Run folder of `eval` after the change
     #[arg(long, value_name = "DIR", requires = "before")]
     after: Option<PathBuf>,
     #[command(flatten)]
@@ -54,7 +54,7 @@ pub struct RetrievalCommand {
 }
 
 impl RetrievalCommand {
-    /// Measures, prints and writes.
+    /// Measures retrieval, and prints and writes the report.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let mut languages = language::parse_languages(&self.lang)?;
         if !languages.is_empty() && !languages.contains(&self.pivot.as_str()) {
@@ -69,7 +69,8 @@ impl RetrievalCommand {
         let aligned = read_aligned(&self.aligned, &languages)?;
         for (language, n) in aligned.n_with_entities.iter().filter(|(_, n)| **n > 0) {
             eprintln!(
-                "warning: {n} sentences of {language} hold HTML entities such as &quot;, which the model reads as they are"
+                "warning: {n} sentences of {language} contain HTML entities such as &quot;, which the model reads \
+                 literally"
             );
         }
         let options =

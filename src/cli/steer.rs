@@ -1,4 +1,4 @@
-//! `steer`: makes interventions from neurons, from text or from a probe, and combines them.
+//! `steer`: makes control vectors and interventions from neurons, text or a probe, and combines files.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,18 +11,18 @@ use crate::engine::steering::{Operation, When};
 use crate::engine::{Steering, Token};
 use crate::error::{Error, Result};
 use crate::eval::prompts::PromptSource;
+use crate::file::base_name;
 use crate::gguf::{GgufFile, Metadata, Value};
 use crate::interp::contrast::{self, ContrastMethod, contrast_directions};
 use crate::interp::probe::{Probe, ProbePlace};
 use crate::progress::Progress;
 use crate::steer::compile::{self, Compiled, Route};
 use crate::steer::{
-    ControlVectorFile, Fingerprint, Intervention, Interventions, Neuron, SteerFile, Target, bake, combined,
-    control_vector,
+    ControlVectorFile, Fingerprint, Intervention, Interventions, Neuron, NeuronFile, SteerFile, Target, bake,
+    combined, control_vector,
 };
 
 use super::arguments::{EngineArguments, check_output};
-use super::locate::read_neurons;
 use super::print;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
@@ -33,16 +33,16 @@ pub struct SteerCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// File to write: a control vector (.gguf), interventions (.json), or with --bake a model
+    /// File to write: control vector (.gguf), intervention (.json), or with --bake a model (.gguf)
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Write a copy of the model with the steering inside, as biases of its down projections
+    /// Write a copy of the model with the steering baked in, as biases of its down projections
     #[arg(long)]
     bake: bool,
-    /// Leave neurons of layer 0 out, which no control vector can hold
+    /// Skip neurons of layer 0, which a control vector cannot hold
     #[arg(long, conflicts_with = "bake", requires = "neurons")]
     without_layer_0: bool,
-    /// Compare the ways of steering on the program's own prompts
+    /// Compare the result with steering by callback alone, on built-in prompts
     #[arg(long)]
     exact_check: bool,
     #[command(flatten)]
@@ -55,17 +55,17 @@ pub struct SteerCommand {
     engine: EngineArguments,
 }
 
-/// An intervention on neurons.
+/// Builds an intervention on neurons.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "From neurons")]
 struct NeuronArguments {
-    /// Neurons: [[layer, index], …], or what `locate` wrote
+    /// Neurons: [[layer, index], …], or a file from `locate`
     #[arg(long, value_name = "FILE")]
     neurons: Option<PathBuf>,
-    /// Add this to their activations
+    /// Add X to their activations
     #[arg(long, value_name = "X", allow_negative_numbers = true, requires = "neurons")]
     offset: Option<f32>,
-    /// Set their activations to this
+    /// Set their activations to X
     #[arg(
         long,
         value_name = "X",
@@ -74,13 +74,26 @@ struct NeuronArguments {
         conflicts_with = "offset"
     )]
     assign: Option<f32>,
-    /// Multiply their activations by this; 0 switches them off
-    #[arg(long, value_name = "X", allow_negative_numbers = true, requires = "neurons", conflicts_with_all = ["offset", "assign"])]
+    /// Multiply their activations by X; 0 switches them off
+    #[arg(
+        long,
+        value_name = "X",
+        allow_negative_numbers = true,
+        requires = "neurons",
+        conflicts_with_all = ["offset", "assign"]
+    )]
     scale: Option<f32>,
-    /// Keep their activations between two values
-    #[arg(long, num_args = 2, value_names = ["MIN", "MAX"], allow_negative_numbers = true, requires = "neurons", conflicts_with_all = ["offset", "assign", "scale"])]
+    /// Limit their activations to the range from MIN to MAX
+    #[arg(
+        long,
+        num_args = 2,
+        value_names = ["MIN", "MAX"],
+        allow_negative_numbers = true,
+        requires = "neurons",
+        conflicts_with_all = ["offset", "assign", "scale"]
+    )]
     clamp: Vec<f32>,
-    /// On which tokens
+    /// Tokens on which to change them
     #[arg(long, value_enum, default_value = "both", requires = "neurons")]
     when: WhenArgument,
 }
@@ -88,42 +101,42 @@ struct NeuronArguments {
 /// `prompt`, `generation` or `both`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum WhenArgument {
-    /// Those of the prompt
+    /// Tokens of the prompt
     Prompt,
-    /// Those that follow it
+    /// Generated tokens
     Generation,
-    /// All
+    /// All tokens
     Both,
 }
 
-/// Directions computed from text or a probe.
+/// Computes directions from text or from a probe.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "From text")]
 struct TextArguments {
-    /// Directions from toxic to benign text: JSON lines with toxic and benign [without FILE: the program's own]
+    /// Directions from benign to toxic text; FILE is JSON lines with toxic and benign [default: built-in pairs]
     #[arg(long, value_name = "FILE", num_args = 0..=1, group = "directions")]
     contrast: Option<Option<PathBuf>>,
-    /// Mean difference, or first principal component of the differences
+    /// How to compute a direction from the pairs
     #[arg(long, value_enum, default_value = "mean", requires = "contrast")]
     method: MethodArgument,
-    /// The direction of a probe, of length 1
+    /// The direction of this probe, scaled to length 1
     #[arg(long, value_name = "FILE", group = "directions")]
     probe: Option<PathBuf>,
-    /// Layers that get a direction, both ends included [default: all from 1; with --probe the one it reads]
+    /// Layers to add a direction to, inclusive [default: all from 1; with --probe, the layer it reads]
     #[arg(long, num_args = 2, value_names = ["START", "END"], requires = "directions")]
     layers: Vec<usize>,
 }
 
-/// How a contrastive direction is computed.
+/// How a direction is computed from pairs of texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum MethodArgument {
-    /// Mean of the toxic minus mean of the benign
+    /// Mean of the toxic texts minus mean of the benign texts
     Mean,
-    /// First principal component, as long as the mean difference is along it
+    /// First principal component, scaled to the mean difference along it
     Pca,
 }
 
-/// What `steer` writes.
+/// The kind of file that `steer` writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     ControlVector,
@@ -131,8 +144,41 @@ enum Form {
     Model,
 }
 
+impl NeuronArguments {
+    /// How to change the activations.
+    fn operation(&self) -> Result<Operation> {
+        let numbers = [("--offset", self.offset), ("--assign", self.assign), ("--scale", self.scale)];
+        for (flag, x) in numbers.into_iter().filter_map(|(flag, x)| Some((flag, x?))) {
+            if !x.is_finite() {
+                let reason = format!("expected a finite number of at most {:e}, found {x}", f32::MAX);
+                return Err(Error::setting(flag, reason));
+            }
+        }
+        match (self.offset, self.assign, self.scale, &self.clamp[..]) {
+            (Some(x), ..) => Ok(Operation::Offset(x)),
+            (_, Some(x), ..) => Ok(Operation::Assign(x)),
+            (_, _, Some(x), _) => Ok(Operation::Scale(x)),
+            (.., &[min, max]) => Ok(Operation::Clamp { min, max }),
+            _ => Err(Error::setting("--neurons", "expected a flag that says how to change them, found none")
+                .with_hint(
+                    "add --offset X (the paper's intervention; a negative X suppresses them), --assign, --scale \
+                     or --clamp",
+                )),
+        }
+    }
+
+    /// The tokens on which to change them.
+    fn when(&self) -> When {
+        match self.when {
+            WhenArgument::Prompt => When::Prompt,
+            WhenArgument::Generation => When::Generation,
+            WhenArgument::Both => When::Both,
+        }
+    }
+}
+
 impl SteerCommand {
-    /// Makes, combines, writes, and if asked compares.
+    /// Builds and combines the steering, writes the file, and runs the check if requested.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let model = GgufFile::open(&self.model)?;
         let form = self.form()?;
@@ -143,7 +189,7 @@ impl SteerCommand {
         let fingerprint = Fingerprint::of(&model)?;
         let mut sources = self.steering.sources()?;
         if let Some(path) = &self.neurons.neurons {
-            sources.push((self.of_neurons(path, &model, &fingerprint)?, 1.0));
+            sources.push((self.neuron_intervention(path, &model, &fingerprint)?, 1.0));
         }
         if let Some(directions) = self.directions(&model, interrupt)? {
             let file = ControlVectorFile {
@@ -156,9 +202,11 @@ impl SteerCommand {
             sources.push((SteerFile::ControlVector(file), 1.0));
         }
         if sources.is_empty() {
-            return Err(Error::setting("steer", "expected something to make a steering of").with_hint("give --neurons FILE --offset X, --contrast, --probe FILE, or files to combine with --steer FILE:COEF"));
+            return Err(Error::setting("steer", "expected neurons, text, a probe or files, found none").with_hint(
+                "use --neurons FILE --offset X, --contrast, --probe FILE, or --steer FILE:COEF to combine files",
+            ));
         }
-        // Whatever is written, it is checked against the model first: the files say that they are for it.
+        // Every output records that it was made for this model, so the sources are checked first.
         let compiled = self.compile(&model, &sources, Route::Cheapest)?;
         match form {
             Form::Model => self.write_baked(&model, &sources, compiled.steering)?,
@@ -174,7 +222,7 @@ impl SteerCommand {
         if self.exact_check { self.compare_ways(&model, &sources) } else { Ok(()) }
     }
 
-    /// What is written, and whether the rest of what was typed goes into it.
+    /// Chooses the kind of output, and refuses flags that it cannot represent.
     fn form(&self) -> Result<Form> {
         let ending = self.output.extension().and_then(|e| e.to_str()).unwrap_or_default();
         let form = match (self.bake, ending) {
@@ -191,11 +239,11 @@ impl SteerCommand {
         let has_loras = !self.steering.loras()?.is_empty();
         match form {
             Form::Model if has_loras => {
-                Err(Error::setting("--bake", "an adapter cannot be baked in as biases"))
+                Err(Error::setting("--bake", "a LoRA adapter cannot be baked in as biases"))
             }
             Form::Interventions if has_loras => {
-                Err(Error::setting("--lora", "an intervention file holds no adapter")
-                    .with_hint("give --lora where the model runs, beside --steer"))
+                Err(Error::setting("--lora", "an intervention file cannot hold a LoRA adapter")
+                    .with_hint("use --lora together with --steer when you run the model"))
             }
             form => Ok(form),
         }
@@ -210,36 +258,21 @@ impl SteerCommand {
         check_output(&self.output, &read.iter().map(PathBuf::as_path).collect::<Vec<_>>())
     }
 
-    fn of_neurons(&self, path: &Path, model: &GgufFile, fingerprint: &Fingerprint) -> Result<SteerFile> {
-        let arguments = &self.neurons;
-        let operation = match (arguments.offset, arguments.assign, arguments.scale, &arguments.clamp[..]) {
-            (Some(x), ..) => Operation::Offset(x),
-            (_, Some(x), ..) => Operation::Assign(x),
-            (_, _, Some(x), _) => Operation::Scale(x),
-            (.., &[min, max]) => Operation::Clamp { min, max },
-            _ => {
-                return Err(Error::setting("--neurons", "expected what to do with them").with_hint("add --offset X (the paper's intervention; negative suppresses), --assign, --scale or --clamp"));
-            }
-        };
-        let numbers =
-            [("--offset", arguments.offset), ("--assign", arguments.assign), ("--scale", arguments.scale)];
-        for (flag, x) in numbers.into_iter().filter_map(|(flag, x)| Some((flag, x?))) {
-            if !x.is_finite() {
-                let reason = format!("expected a finite number of at most {:e}, found {x}", f32::MAX);
-                return Err(Error::setting(flag, reason));
-            }
-        }
-        let mut neurons: Vec<Neuron> = read_neurons(path, model, self.steering.force)?.neurons();
+    /// The intervention on the neurons of `--neurons`.
+    fn neuron_intervention(
+        &self,
+        path: &Path,
+        model: &GgufFile,
+        fingerprint: &Fingerprint,
+    ) -> Result<SteerFile> {
+        let operation = self.neurons.operation()?;
+        let mut neurons: Vec<Neuron> = NeuronFile::read_for(path, model, self.steering.force)?.neurons();
         if self.without_layer_0 {
             let n = neurons.len();
             neurons.retain(|neuron| neuron.layer > 0);
-            eprintln!("{} of {n} neurons are in layer 0 and were left out", n - neurons.len());
+            eprintln!("skipped {} of {n} neurons: they are in layer 0", n - neurons.len());
         }
-        let when = match arguments.when {
-            WhenArgument::Prompt => When::Prompt,
-            WhenArgument::Generation => When::Generation,
-            WhenArgument::Both => When::Both,
-        };
+        let when = self.neurons.when();
         let intervention = Intervention::new(Target::Neurons(neurons), operation, when, None, 1.0)
             .map_err(|reason| Error::input(path, None, reason))?;
         Ok(SteerFile::Interventions(Interventions {
@@ -249,7 +282,7 @@ impl SteerCommand {
         }))
     }
 
-    /// Directions from text or a probe, by layer, if asked for.
+    /// Directions from text or a probe by layer, if requested.
     fn directions(
         &self,
         model: &GgufFile,
@@ -322,10 +355,10 @@ impl SteerCommand {
         metadata
     }
 
-    /// What it was made from, in words.
+    /// Describes the sources in words.
     fn described(&self, sources: &[(SteerFile, f32)]) -> String {
         let of_source = |(file, coefficient): &(SteerFile, f32)| {
-            let name = crate::file::base_name(file.path());
+            let name = base_name(file.path());
             match file {
                 SteerFile::ControlVector(_) if file.path() == self.output => match self.text.probe {
                     Some(_) => "the direction of a probe".to_owned(),
@@ -379,7 +412,7 @@ impl SteerCommand {
         Ok(())
     }
 
-    /// Prints how far the cheapest way and the callback agree, beside the noise floor.
+    /// Prints how closely the cheapest way and the callback agree, next to the noise floor.
     fn compare_ways(&self, file: &GgufFile, sources: &[(SteerFile, f32)]) -> Result<()> {
         let cheapest = self.compile(file, sources, Route::Cheapest)?.steering;
         let callback = self.compile(file, sources, Route::Callback)?.steering;

@@ -1,4 +1,4 @@
-//! What steers a model while it runs: the same flags on every command that runs one.
+//! The steering flags, shared by every command that runs a model.
 
 use std::path::{Path, PathBuf};
 
@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, Steering};
 use crate::error::Result;
+use crate::file::base_name;
 use crate::gguf::{GgufFile, file_sha256};
 use crate::steer::argument::parse_scaled;
 use crate::steer::compile::{self, CompileOptions, Compiled, Route};
@@ -15,34 +16,34 @@ use crate::steer::{ControlVectorFile, SteerArgument, SteerFile};
 
 use super::arguments::EngineArguments;
 
-/// Interventions, control vectors and adapters, several at once.
+/// Interventions, control vectors and adapters; they can be combined.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Steering")]
 pub struct SteeringArguments {
-    /// Intervention (JSON) or control vector (GGUF), times a coefficient; may be repeated
+    /// Intervention (JSON) or control vector (GGUF), with an optional coefficient; repeatable
     #[arg(long, value_name = "FILE[:COEF]")]
     pub steer: Vec<String>,
-    /// Control vector; may be repeated
+    /// Control vector; repeatable
     #[arg(long, value_name = "FILE")]
     pub control_vector: Vec<PathBuf>,
     /// Control vectors, each with its scale
     #[arg(long, value_name = "FILE:SCALE,…")]
     pub control_vector_scaled: Vec<String>,
-    /// Layers of control vectors that are used, both ends included
+    /// Apply control vectors only to these layers, inclusive
     #[arg(long, num_args = 2, value_names = ["START", "END"], allow_negative_numbers = true)]
     pub control_vector_layer_range: Vec<i32>,
-    /// LoRA adapter; may be repeated
+    /// LoRA adapter; repeatable
     #[arg(long, value_name = "FILE")]
     pub lora: Vec<PathBuf>,
     /// LoRA adapters, each with its scale
     #[arg(long, value_name = "FILE:SCALE,…")]
     pub lora_scaled: Vec<String>,
-    /// Use what was made for another quantisation or fine-tune of this model
+    /// Accept files made for another quantisation or fine-tune of this model
     #[arg(long)]
     pub force: bool,
 }
 
-/// What the flags come to for one model.
+/// The flags, compiled for one model.
 #[derive(Debug, Clone, Default)]
 pub struct Steered {
     /// For the engine.
@@ -52,7 +53,7 @@ pub struct Steered {
 }
 
 impl SteeringArguments {
-    /// Whether nothing was asked for.
+    /// Whether no steering was requested.
     pub fn is_empty(&self) -> bool {
         [&self.steer, &self.control_vector_scaled, &self.lora_scaled].iter().all(|flag| flag.is_empty())
             && self.control_vector.is_empty()
@@ -60,7 +61,7 @@ impl SteeringArguments {
             && self.lora.is_empty()
     }
 
-    /// Files with their coefficients, in the order in which they act: control vectors, then `--steer`.
+    /// Opens the files, with their coefficients, in the order in which they act: control vectors, then `--steer`.
     pub fn sources(&self) -> Result<Vec<(SteerFile, f32)>> {
         let mut sources = Vec::new();
         let mut control_vector = |path: &Path, scale: f32| -> Result<()> {
@@ -81,7 +82,7 @@ impl SteeringArguments {
         Ok(sources)
     }
 
-    /// Adapters with their scales.
+    /// The adapters with their scales.
     pub fn loras(&self) -> Result<Vec<LoraScaled>> {
         let mut loras: Vec<LoraScaled> =
             self.lora.iter().map(|path| LoraScaled { path: path.clone(), scale: 1.0 }).collect();
@@ -92,7 +93,7 @@ impl SteeringArguments {
         Ok(loras)
     }
 
-    /// Every file that the flags name.
+    /// Paths of all files given in the flags.
     pub fn files(&self) -> Result<Vec<PathBuf>> {
         let mut files = self.control_vector.clone();
         for text in &self.control_vector_scaled {
@@ -105,7 +106,7 @@ impl SteeringArguments {
         Ok(files)
     }
 
-    /// How to compile, on the given route.
+    /// Compile options for the given route.
     pub fn compile_options(&self, route: Route) -> CompileOptions {
         let layer_range = match self.control_vector_layer_range[..] {
             [start, end] => Some((start, end)),
@@ -114,7 +115,7 @@ impl SteeringArguments {
         CompileOptions { layer_range, route, force: self.force }
     }
 
-    /// Checks everything against the model at `path`, chooses the ways, and says which.
+    /// Compiles the flags for the model at `path`, and prints how each part is carried out.
     pub fn compile(&self, path: &Path) -> Result<Steered> {
         if self.is_empty() {
             return Ok(Steered::default());
@@ -129,8 +130,9 @@ impl SteeringArguments {
         Ok(Steered { steering, by: self.record(&sources, &loras)? })
     }
 
-    /// For `run.json`: each file with its hash and coefficient, so that a run is not taken for one with
-    /// another file of the same name.
+    /// For `run.json`: each file with its hash and coefficient.
+    ///
+    /// The hash prevents a run from resuming with another file of the same name.
     pub fn record(&self, sources: &[(SteerFile, f32)], loras: &[LoraScaled]) -> Result<Vec<Value>> {
         let mut by = Vec::new();
         for (source, coefficient) in sources {
@@ -145,7 +147,7 @@ impl SteeringArguments {
         Ok(by)
     }
 
-    /// Loads the model at `path`, steered.
+    /// Loads the model at `path` and applies the steering.
     pub fn open(&self, path: &Path, engine: &EngineArguments) -> Result<Model> {
         let steered = self.compile(path)?;
         let model = engine.open(path)?;
@@ -154,8 +156,6 @@ impl SteeringArguments {
 }
 
 fn record(kind: &str, path: &Path, coefficient: f32) -> Result<Value> {
-    let name = crate::file::base_name(path);
-    Ok(
-        json!({ "kind": kind, "file": name, "sha256": file_sha256(path, |_, _| {})?, "coefficient": coefficient }),
-    )
+    let sha256 = file_sha256(path, |_, _| {})?;
+    Ok(json!({ "kind": kind, "file": base_name(path), "sha256": sha256, "coefficient": coefficient }))
 }

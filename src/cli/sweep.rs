@@ -16,12 +16,11 @@ use crate::gguf::GgufFile;
 use crate::report::{json as report_json, sweep as report};
 use crate::steer::compile::{self, CompileOptions, Compiled};
 use crate::steer::neuron::random_neurons;
-use crate::steer::{Intervention, Interventions, Neuron, SteerFile};
+use crate::steer::{Intervention, Interventions, Neuron, NeuronFile, SteerFile};
 use crate::study::sweep::{self, Kind, Setting};
 
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
 use super::eval::{MeasureArguments, write_reports};
-use super::locate::read_neurons;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 use super::{may_colour, print};
@@ -141,7 +140,7 @@ impl SweepCommand {
     }
 
     fn of_neurons(&self, path: &std::path::Path, file: &GgufFile) -> Result<(String, Vec<Setting>)> {
-        let chosen = read_neurons(path, file, self.steering.force)?.neurons();
+        let chosen = NeuronFile::read_for(path, file, self.steering.force)?.neurons();
         let n_ff = file.n_ff_per_layer()?;
         if !self.steering.is_empty() {
             return Err(Error::setting("--neurons", "a sweep changes neurons or steering files, not both"));

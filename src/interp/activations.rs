@@ -1,4 +1,4 @@
-//! Mean activations of neurons, language by language, before and after a change (the paper, Figure 3).
+//! Mean activations of neurons in each language, before and after a change (the paper, Figure 3).
 
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
@@ -12,23 +12,24 @@ use crate::error::Result;
 use crate::progress::Progress;
 use crate::steer::LocatedNeuron;
 
-/// A mean with its interval.
+/// A mean with its 95% interval.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Interval {
     /// The mean.
     pub value: f64,
-    /// Lower end of the 95% interval; `None` with fewer than two prompts.
+    /// Lower end of the interval; `None` with fewer than two prompts.
     pub low: Option<f64>,
-    /// Upper end.
+    /// Upper end of the interval; `None` with fewer than two prompts.
     pub high: Option<f64>,
 }
 
-/// Resamples of the bootstrap.
+/// Number of bootstrap resamples.
 const RESAMPLES: usize = 1000;
 
 impl Interval {
-    /// The mean of `values` with a percentile bootstrap interval over them, seeded by `name`; `None` without
-    /// values.
+    /// Computes the mean of `values` and its percentile bootstrap interval.
+    ///
+    /// `name` seeds the bootstrap. `None` if there are no values.
     pub fn of(values: &[f64], name: &str) -> Option<Interval> {
         let n = values.len();
         if n == 0 {
@@ -62,9 +63,9 @@ pub struct ActivationPrompt<'a> {
     pub text: &'a str,
 }
 
-/// Mean activation of each neuron after each prompt, shape `[n_prompts][n_neurons]`.
+/// Measures the mean activation of each neuron after each prompt, shape `[n_prompts][n_neurons]`.
 ///
-/// The mean is over `n_predict` greedy tokens, as [`activation::record`] takes it.
+/// The mean is over `n_predict` greedy tokens; see [`activation::record`].
 ///
 /// # Errors
 /// Those of [`activation::record`].
@@ -95,49 +96,48 @@ pub fn mean_activations(
     Ok(recorded.into_iter().map(|r| r.mean).collect())
 }
 
-/// One prompt's mean activation over neurons and steps, for the model and, if there is one, the changed
-/// model.
+/// One prompt's mean activation over neurons and steps, of model A and optionally of model B.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptActivation {
     /// The prompt's language.
     pub language: String,
-    /// Of the model.
+    /// Mean activation in model A.
     pub a: f64,
-    /// Of the changed model.
+    /// Mean activation in model B.
     pub b: Option<f64>,
 }
 
-/// One language's row.
+/// One language's mean activations.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LanguageActivation {
     /// The language's code.
     pub language: String,
-    /// Prompts.
+    /// Number of prompts.
     pub n_prompts: usize,
-    /// Mean over prompts, of the model.
+    /// Mean over prompts, of model A.
     pub a: Interval,
-    /// Of the changed model.
+    /// Mean over prompts, of model B.
     pub b: Option<Interval>,
-    /// Mean over prompts of the difference, b minus a, each prompt with itself.
+    /// Mean over prompts of the paired difference, b minus a.
     pub difference: Option<Interval>,
 }
 
-/// Mean activations by language, of one model or of two.
+/// Mean activations by language, of one or two models.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Activations {
-    /// The model.
+    /// Name of model A.
     pub a: String,
-    /// What it is compared with.
+    /// Name of model B, if there is one.
     pub b: Option<String>,
-    /// Neurons averaged over.
+    /// Number of neurons averaged over.
     pub n_neurons: usize,
-    /// Greedy tokens averaged over.
+    /// Number of greedy tokens averaged over.
     pub n_predict: usize,
-    /// Rows by language.
+    /// One entry per language.
     pub languages: Vec<LanguageActivation>,
 }
 
-/// Rows by language, in order of their codes.
+/// Groups prompts by language, in order of the language codes.
 pub fn by_language(prompts: &[PromptActivation]) -> Vec<LanguageActivation> {
     let mut languages: BTreeMap<&str, Vec<&PromptActivation>> = BTreeMap::new();
     for prompt in prompts {
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn each_language_has_its_means_and_the_mean_of_its_differences() {
+    fn each_language_has_its_means_and_its_mean_paired_difference() {
         let rows = by_language(&[
             prompt("en", 1.0, Some(0.0)),
             prompt("de", 4.0, Some(5.0)),

@@ -1,4 +1,4 @@
-//! Directions from pairs of a toxic and a benign text, layer by layer.
+//! Computes a direction for each layer from pairs of a toxic and a benign text.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -15,7 +15,7 @@ use crate::progress::Progress;
 use super::directions::{mean_difference, scaled_principal_component};
 use super::residual_streams::mean_residual_streams;
 
-/// Tokens of each text that are read.
+/// Tokens to read of each text at most.
 const MAX_TOKENS: usize = 512;
 
 /// A toxic text and a benign one.
@@ -32,20 +32,20 @@ pub struct ContrastPair {
 pub enum ContrastMethod {
     /// Mean of the toxic minus mean of the benign residual streams.
     Mean,
-    /// First principal component of the differences, as long as the mean difference is along it.
+    /// First principal component of the differences, scaled to the mean difference along it.
     PrincipalComponent,
 }
 
-/// The program's own pairs.
+/// The built-in pairs.
 pub fn own() -> Vec<ContrastPair> {
     parse(Path::new("contrast.jsonl"), include_str!("contrast.jsonl"))
-        .expect("the embedded pairs are valid (tested)")
+        .expect("a test parses the built-in pairs")
 }
 
 /// Reads pairs from JSON lines with the keys `toxic` and `benign`.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Input`] that names the line, or for a file without pairs.
+/// [`Error::Io`]; [`Error::Input`] for an invalid line, which it names, or for a file without pairs.
 pub fn read(path: &Path) -> Result<Vec<ContrastPair>> {
     let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
     parse(path, &text)
@@ -69,10 +69,10 @@ fn parse(path: &Path, text: &str) -> Result<Vec<ContrastPair>> {
     Ok(pairs)
 }
 
-/// A direction from benign to toxic for each of `layers`, shape `[n_embd]` each.
+/// Computes a direction from benign to toxic for each of `layers`, shape `[n_embd]` each.
 ///
-/// Added with coefficient 1, a direction moves the mean benign text to where the mean toxic text is; steering
-/// away from toxicity takes a negative coefficient.
+/// Added with coefficient 1, a direction moves the mean benign text to the mean toxic text. To steer away
+/// from toxicity, use a negative coefficient.
 ///
 /// # Errors
 /// [`Error::Setting`] if the two sides do not differ; those of [`mean_residual_streams`].
@@ -111,12 +111,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_embedded_pairs_are_valid() {
+    fn the_built_in_pairs_are_valid() {
         assert!(own().len() >= 20);
     }
 
     #[test]
-    fn rejects_a_file_without_pairs_and_names_the_line_at_fault() {
+    fn rejects_a_file_without_pairs_and_names_an_invalid_line() {
         let parse = |text| parse(Path::new("pairs.jsonl"), text).unwrap_err().to_string();
         assert_eq!(parse("\n\n"), "pairs.jsonl: expected at least one pair, found none");
         assert!(parse("{\"toxic\": \"a\"}").starts_with("pairs.jsonl:1: expected an object with "));

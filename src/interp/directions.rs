@@ -1,62 +1,65 @@
-//! Directions that tell toxic from benign, from residual streams: functions of numbers, without a model.
+//! Computes directions that separate toxic from benign residual streams.
 //!
-//! The mean difference is the plain contrast (Rimsky et al. 2023, "Steering Llama 2 via Contrastive
-//! Activation Addition", arXiv 2312.06681, section 3). The principal component is that of representation
-//! engineering (Zou et al. 2023, arXiv 2310.01405, section 3.1).
+//! These are functions of numbers and need no model. The mean difference is the plain contrast (Rimsky et
+//! al. 2023, "Steering Llama 2 via Contrastive Activation Addition", arXiv 2312.06681, section 3). The
+//! principal component is the one used in representation engineering (Zou et al. 2023, arXiv 2310.01405,
+//! section 3.1).
 
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
 
-/// Why vectors give no direction. The caller knows their layer and file, and says so.
+/// Why vectors give no direction. The caller adds the layer and the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum DirectionError {
-    /// There are none of one side.
+    /// One side has no vectors.
     #[error("expected toxic and benign vectors, found {n_toxic} and {n_benign}")]
     NoVectors {
-        /// Toxic vectors.
+        /// Number of toxic vectors.
         n_toxic: usize,
-        /// Benign vectors.
+        /// Number of benign vectors.
         n_benign: usize,
     },
-    /// Two vectors have different lengths, or none has any.
-    #[error("expected vectors of one length, found {expected} and {found} numbers")]
+    /// Two vectors have different lengths, or all are empty.
+    #[error("expected vectors of one length above 0, found lengths {expected} and {found}")]
     Lengths {
-        /// Numbers in the first vector.
+        /// Length of the first vector.
         expected: usize,
-        /// Numbers in the first one that differs.
+        /// Length of the first vector that differs.
         found: usize,
     },
     /// A number is NaN or infinite.
-    #[error("expected finite numbers, found another in a {side} vector")]
+    #[error("expected finite numbers, found NaN or an infinity in a {side} vector")]
     NotFinite {
         /// "toxic" or "benign".
         side: &'static str,
     },
-    /// There is no difference to take a direction from.
-    #[error("toxic and benign vectors do not differ")]
+    /// The two sides are equal, so there is no direction between them.
+    #[error("expected toxic and benign vectors to differ, found no difference")]
     NoDifference,
-    /// The direction with most variance does not tell the two apart, so that it has no sign.
-    #[error("toxic and benign vectors project equally, on average, on their first principal component")]
+    /// The first principal component does not separate the two sides, so its sign is undefined.
+    #[error(
+        "expected the first principal component to separate toxic from benign vectors, found equal means along it"
+    )]
     NoSign,
 }
 
 /// A first principal component.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PrincipalComponent {
-    /// Shape `[n_embd]`, of length 1; toxic vectors project higher on it than benign ones, on average.
+    /// Unit vector, shape `[n_embd]`. On average, toxic vectors project higher on it than benign ones.
     pub direction: Vec<f32>,
-    /// Its share of the sum of squares, a fraction in (0, 1].
+    /// Fraction of the sum of squares that it explains, in (0, 1].
     pub explained: f64,
-    /// Whether it is one of differences of pairs, not of deviations from the common mean.
+    /// Whether it was computed from paired differences rather than deviations from the common mean.
     pub paired: bool,
 }
 
-/// Mean of the toxic vectors minus mean of the benign ones, shape `[n_embd]`; not of length 1.
+/// Mean of the toxic vectors minus mean of the benign ones, shape `[n_embd]`, not normalised.
 ///
 /// `toxic` and `benign` have shapes `[n_toxic][n_embd]` and `[n_benign][n_embd]`.
 ///
 /// # Errors
-/// [`DirectionError`], all but [`DirectionError::NoSign`].
+/// Any [`DirectionError`] except [`DirectionError::NoSign`].
 pub fn mean_difference(toxic: &[Vec<f32>], benign: &[Vec<f32>]) -> Result<Vec<f32>, DirectionError> {
     let n_embd = check(toxic, benign)?;
     let difference: Vec<f32> =
@@ -67,12 +70,12 @@ pub fn mean_difference(toxic: &[Vec<f32>], benign: &[Vec<f32>]) -> Result<Vec<f3
     Ok(difference)
 }
 
-/// The first principal component of what is toxic.
+/// First principal component of the difference between toxic and benign vectors.
 ///
-/// With as many benign vectors as toxic ones, vector i of one is taken as the counterpart of vector i of
-/// the other, and the component is that of the differences toxic - benign about zero, not about their
-/// mean, as llama.cpp's cvector-generator takes it: what the differences have in common is what is looked
-/// for. With other numbers it is that of all vectors about their common mean.
+/// With equally many toxic and benign vectors, toxic vector i is paired with benign vector i. The component
+/// is then that of the differences, toxic - benign. They are not centred, as in llama.cpp's
+/// cvector-generator, because centring would remove the direction that all pairs share. Otherwise it is the
+/// component of all vectors about their common mean.
 ///
 /// `toxic` and `benign` have shapes `[n_toxic][n_embd]` and `[n_benign][n_embd]`.
 ///
@@ -103,7 +106,7 @@ pub fn principal_component(
     let (mut direction, explained) = top_right_singular(&rows).ok_or(DirectionError::NoDifference)?;
 
     let gap: f64 = (0..n_embd).map(|o| (mean_toxic[o] - mean_benign[o]) * direction[o]).sum();
-    // A gap that is nothing but rounding has no sign; rows are as long as what is rounded.
+    // A gap within rounding error has no sign. The length of the rows gives the scale of that error.
     let longest = rows.iter().map(|row| dot(row, row)).fold(0.0, f64::max).sqrt();
     if gap.abs() <= 1e-12 * longest {
         return Err(DirectionError::NoSign);
@@ -116,9 +119,9 @@ pub fn principal_component(
     })
 }
 
-/// The first principal component, scaled to the part of the mean difference that lies along it, shape `[n_embd]`.
+/// First principal component, scaled to the mean difference along it, shape `[n_embd]`.
 ///
-/// Its coefficients then mean the same as with [`mean_difference`]: 1 is the mean distance between the two sides.
+/// Coefficients then mean the same as with [`mean_difference`]: 1 is the mean distance between the two sides.
 ///
 /// # Errors
 /// [`DirectionError`].
@@ -133,7 +136,7 @@ pub fn scaled_principal_component(
     Ok(first.direction.iter().map(|d| d * along).collect())
 }
 
-/// The length of the vectors, if all have one and are finite.
+/// Checks that all vectors are finite and of one length, and returns the length.
 fn check(toxic: &[Vec<f32>], benign: &[Vec<f32>]) -> Result<usize, DirectionError> {
     let (Some(first), false) = (toxic.first(), benign.is_empty()) else {
         return Err(DirectionError::NoVectors { n_toxic: toxic.len(), n_benign: benign.len() });
@@ -160,7 +163,7 @@ fn mean(vectors: &[Vec<f32>], n_embd: usize) -> Vec<f64> {
     sum
 }
 
-/// In eight sums, which is one order on every machine and leaves no addition waiting for the one before.
+/// Dot product in eight partial sums: the same order on every machine, without a serial chain of additions.
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
     let mut sums = [0.0; 8];
@@ -172,16 +175,16 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     sums.iter().sum::<f64>() + a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f64>()
 }
 
-/// The unit vector v with the largest `|X v|`, for the rows of X, shape `[n][n_embd]`, and its share of the
-/// sum of squares; `None` if X is zero.
+/// Top right singular vector of X, and the fraction of the sum of squares that it explains.
 ///
-/// Works on the smaller of `X X^T` and `X^T X`, which have the same eigenvalues.
+/// `rows` are the rows of X, shape `[n][n_embd]`. The result is the unit vector v with the largest `|X v|`;
+/// `None` if X is zero. Works on the smaller of `X X^T` and `X^T X`, which have the same nonzero eigenvalues.
 fn top_right_singular(rows: &[Vec<f64>]) -> Option<(Vec<f64>, f64)> {
     let largest = rows.iter().flatten().fold(0.0, |largest: f64, value| largest.max(value.abs()));
     if largest == 0.0 {
         return None;
     }
-    // Of order 1, so that no square over- or underflows.
+    // Scale to order 1, so that no square overflows or underflows.
     let rows: Vec<Vec<f64>> =
         rows.iter().map(|row| row.iter().map(|value| value / largest).collect()).collect();
     let n_embd = rows[0].len();
@@ -210,14 +213,14 @@ fn normalize(vector: &mut [f64]) {
     vector.iter_mut().for_each(|value| *value /= norm);
 }
 
-/// A symmetric matrix, positive semidefinite and not zero, `[n][n]`.
+/// A symmetric positive semidefinite matrix, not zero, shape `[n][n]`.
 struct Symmetric {
     n: usize,
     values: Vec<f64>,
 }
 
 impl Symmetric {
-    /// Products of every vector with every other.
+    /// The Gram matrix: dot products of all pairs of vectors.
     fn gram(vectors: &[Vec<f64>]) -> Symmetric {
         let n = vectors.len();
         let mut values = vec![0.0; n * n];
@@ -243,10 +246,11 @@ impl Symmetric {
         (0..self.n).map(|i| dot(self.row(i), vector)).collect()
     }
 
-    /// The square of the matrix, divided by the square of its trace: the same eigenvectors, with the ratios of
-    /// eigenvalues squared.
+    /// The square of the matrix, divided by the square of its trace.
+    ///
+    /// It has the same eigenvectors, and the ratios of its eigenvalues are squared.
     fn squared(&self) -> Symmetric {
-        // The square of a symmetric matrix holds the products of its rows.
+        // The square of a symmetric matrix is the Gram matrix of its rows.
         let rows: Vec<Vec<f64>> = (0..self.n).map(|i| self.row(i).to_vec()).collect();
         let mut square = Symmetric::gram(&rows);
         let scale = self.trace().powi(-2);
@@ -254,17 +258,19 @@ impl Symmetric {
         square
     }
 
-    /// The unit eigenvector of the largest eigenvalue, by power iteration; where that is slow, since two
-    /// eigenvalues are close, on the square of the matrix, and again.
+    /// Unit eigenvector of the largest eigenvalue, by power iteration.
+    ///
+    /// Power iteration converges slowly if two eigenvalues are close. It then continues on the square of the
+    /// matrix, and squares again if needed.
     fn top_eigenvector(&self) -> Vec<f64> {
-        // Iterations on one matrix: a square costs as much as n of them.
+        // Iterations before squaring. One squaring costs as much as n iterations.
         const ITERATIONS: usize = 300;
-        // After these, eigenvalues that agree to one part in a million are told apart; closer ones stand for
-        // a plane, of which any vector will do.
+        // This many squarings separate eigenvalues that agree to one part in a million. Closer eigenvalues
+        // span a plane, and any vector in it will do.
         const SQUARES: usize = 16;
         const TOLERANCE: f64 = 1e-13;
-        // A start that is random, if always the same, has a part along every eigenvector; one that is
-        // regular, such as all ones, may have none along the one that is looked for.
+        // A fixed random start has a component along every eigenvector. A regular start, such as all ones,
+        // may be orthogonal to the one wanted.
         let mut random = ChaCha8Rng::seed_from_u64(0);
         let mut vector: Vec<f64> =
             (0..self.n).map(|_| random.next_u64() as f64 / u64::MAX as f64 - 0.5).collect();
@@ -307,9 +313,9 @@ mod tests {
     }
 
     #[test]
-    fn paired_differences_have_the_component_that_is_worked_out_by_hand() {
-        // Differences [3, 0], [3, 0], [0, 1], [0, 1]: X^T X = diag(18, 2), so the component is [1, 0] with
-        // 18 of 20. Shifting a pair together changes nothing.
+    fn the_component_of_paired_differences_matches_a_hand_computation() {
+        // Differences [3, 0], [3, 0], [0, 1], [0, 1]: X^T X = diag(18, 2), so the component is [1, 0], which
+        // explains 18 of 20. Shifting both sides of a pair changes nothing.
         let toxic = [vec![13.0, 10.0], vec![3.0, 0.0], vec![0.0, 1.0], vec![5.0, 6.0]];
         let benign = [vec![10.0, 10.0], vec![0.0, 0.0], vec![0.0, 0.0], vec![5.0, 5.0]];
         let found = principal_component(&toxic, &benign).unwrap();
@@ -320,14 +326,14 @@ mod tests {
     }
 
     #[test]
-    fn what_all_differences_share_is_their_component() {
-        // About their mean these two differences would leave [0, 1]: what tells the pairs apart.
+    fn the_component_is_what_all_differences_share() {
+        // Centring these two differences would leave [0, 1], the difference between the pairs.
         let found = principal_component(&[vec![4.0, 1.0], vec![4.0, -1.0]], &[vec![0.0; 2], vec![0.0; 2]]);
         assert_near(&found.unwrap().direction, &[1.0, 0.0]);
     }
 
     #[test]
-    fn without_pairs_deviations_from_the_common_mean_are_taken() {
+    fn unpaired_vectors_use_deviations_from_the_common_mean() {
         // Mean of all three: [2, 1]. Deviations [2, 2], [-1, -1], [-1, -1], all along [1, 1].
         let found = principal_component(&[vec![4.0, 3.0]], &[vec![1.0, 0.0], vec![1.0, 0.0]]).unwrap();
         let half = 0.5f32.sqrt();
@@ -336,8 +342,8 @@ mod tests {
     }
 
     #[test]
-    fn more_vectors_than_numbers_and_fewer_give_the_same_component() {
-        // Ten pairs in two dimensions go by columns; the same in 16 dimensions, padded with zeros, by rows.
+    fn more_vectors_than_dimensions_and_fewer_give_the_same_component() {
+        // Ten pairs in 2 dimensions use X^T X; padded with zeros to 16 dimensions they use X X^T.
         let mut random = ChaCha8Rng::seed_from_u64(1);
         let mut draw = || random.next_u64() as f64 / u64::MAX as f64;
         let toxic: Vec<Vec<f32>> = (0..10).map(|_| vec![(3.0 * draw()) as f32, draw() as f32]).collect();
@@ -356,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn eigenvalues_that_are_close_are_told_apart() {
+    fn close_eigenvalues_are_separated() {
         // Sums of squares in the ratio 1 to 0.99998 along [1, 1] and [1, -1].
         let (a, b) = (1.0f32, 0.99999f32);
         let toxic = [vec![a, a, 0.0], vec![b, -b, 0.0]];
@@ -369,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn eigenvalues_that_are_equal_give_the_same_direction_every_time() {
+    fn equal_eigenvalues_give_the_same_direction_every_time() {
         let toxic = [vec![1.0, 0.0], vec![0.0, 1.0]];
         let benign = [vec![0.0; 2], vec![0.0; 2]];
         let found = principal_component(&toxic, &benign).unwrap();
@@ -378,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_far_from_one_are_no_obstacle() {
+    fn very_small_and_very_large_vectors_do_not_underflow_or_overflow() {
         for scale in [1e-30f32, 1e30] {
             let found = principal_component(&[vec![3.0 * scale, 4.0 * scale]], &[vec![0.0, 0.0]]).unwrap();
             assert_near(&found.direction, &[0.6, 0.8]);
@@ -400,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_vectors_of_two_lengths_or_none() {
+    fn rejects_vectors_of_two_lengths_and_empty_vectors() {
         for function in BOTH {
             let error = function(&[vec![1.0, 2.0]], &[vec![1.0, 2.0], vec![1.0]]).unwrap_err();
             assert_eq!(error, DirectionError::Lengths { expected: 2, found: 1 });
@@ -428,8 +434,8 @@ mod tests {
     }
 
     #[test]
-    fn rejects_a_component_that_tells_nothing_apart() {
-        // The differences are opposite: along [1, 0], with means that are equal there.
+    fn rejects_a_component_that_does_not_separate_the_sides() {
+        // The differences point in opposite directions along [1, 0], where the means are equal.
         let toxic = [vec![5.0, 0.1], vec![-5.0, 0.1]];
         let error = principal_component(&toxic, &[vec![0.0; 2], vec![0.0; 2]]).unwrap_err();
         assert_eq!(error, DirectionError::NoSign);

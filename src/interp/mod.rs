@@ -1,4 +1,4 @@
-//! Finds what to change in a model, and measures what a change did inside it.
+//! Finds the neurons and directions behind toxicity, and measures the effect of a change inside a model.
 //!
 //! ```text
 //! labelled texts ─► residual streams ─► probe ─► locate ─► neurons ─► activations
@@ -9,12 +9,12 @@
 //! ```
 //!
 //! - [`residual_streams`] averages the residual stream over the tokens of each text.
-//! - [`probe`] trains a linear probe on them: the direction of toxicity.
+//! - [`probe`] trains a linear probe on these averages; its weight is the direction of toxicity.
 //! - [`locate`] ranks every FFN value vector by its cosine with the probe vector.
-//! - [`vocabulary`] projects vectors of the residual stream to tokens.
-//! - [`activations`] measures how active neurons are, language by language.
-//! - [`contrast`] computes directions from pairs of texts, by the functions of [`directions`].
-//! - [`retrieval`] measures how similar a model's representations of translations are.
+//! - [`vocabulary`] projects vectors of the residual stream to the vocabulary.
+//! - [`activations`] measures how active neurons are in each language.
+//! - [`contrast`] computes directions from pairs of texts, with the functions of [`directions`].
+//! - [`retrieval`] measures how similarly a model represents translations.
 
 #[cfg(feature = "engine")]
 pub mod activations;

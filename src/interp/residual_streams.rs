@@ -1,4 +1,4 @@
-//! Mean residual streams of texts: the features of probes, directions and retrieval.
+//! Mean residual streams of texts, the features for probes, directions and retrieval.
 
 use std::sync::atomic::AtomicBool;
 
@@ -7,13 +7,13 @@ use crate::engine::{Model, Session, SessionOptions, Token};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
-/// Parallel sequences unless the user sets `-np`. More are no faster: few texts fit into a batch.
+/// Default of `-np`. More sequences are not faster, because only a few texts fit into a batch.
 const PARALLEL_TEXTS: usize = 32;
 
-/// Reads `texts`, and averages the residual stream over each text's tokens at each of `places`.
+/// Averages the residual stream over each text's tokens at each of `places`.
 ///
-/// Shape `[n_texts][n_places][n_embd]`. Only the first `max_tokens` tokens of a text are read; `progress` is
-/// told how many texts were cut.
+/// Returns shape `[n_texts][n_places][n_embd]`. Only the first `max_tokens` tokens of a text are read;
+/// `progress` reports how many texts were truncated.
 ///
 /// # Errors
 /// [`Error::Setting`] if `max_tokens` is 0; those of [`residual::record`].
@@ -35,7 +35,7 @@ pub fn mean_residual_streams(
     let tokens: Vec<Vec<Token>> = tokens.collect::<Result<_>>()?;
     let n_truncated = tokens.iter().filter(|tokens| tokens.len() == max_tokens).count();
     if n_truncated > 0 {
-        progress.say(&format!("{n_truncated} texts of {max_tokens} tokens or more were cut there"));
+        progress.say(&format!("truncated {n_truncated} texts of {max_tokens} tokens or more"));
     }
     let longest = tokens.iter().map(Vec::len).max().unwrap_or(1);
     let n_parallel = options.n_parallel.or(Some(PARALLEL_TEXTS));
@@ -51,13 +51,13 @@ pub fn mean_residual_streams(
     Ok(means)
 }
 
-/// Refuses `--max-tokens 0`, for callers that want to fail before they load a model.
+/// Refuses `--max-tokens 0`, so that callers can fail before they load a model.
 ///
 /// # Errors
 /// [`Error::Setting`].
 pub fn check_max_tokens(max_tokens: usize) -> Result<()> {
     if max_tokens == 0 {
-        return Err(Error::setting("--max-tokens", "expected a number from 1 up, found 0"));
+        return Err(Error::setting("--max-tokens", "expected at least 1, found 0"));
     }
     Ok(())
 }

@@ -1,9 +1,11 @@
-//! Bilingual sentence retrieval: how alike a model represents translations (the paper, section 5).
+//! Bilingual sentence retrieval: how similarly a model represents translations (the paper, section 5).
 //!
-//! Two numbers, under their own names. *Top-1 accuracy* is the share of sentences whose nearest neighbour, by
-//! cosine, among all sentences of the other language is their own translation; the paper's text describes
-//! it. *Mean cosine* is the mean cosine of aligned pairs; it is what the paper's code computes, and prints as
-//! "Retrieval acc".
+//! There are two measures:
+//!
+//! - *Top-1 accuracy* is the share of sentences whose nearest neighbour by cosine, among all sentences of the
+//!   other language, is their own translation. The paper's text describes this one.
+//! - *Mean cosine* is the mean cosine of aligned pairs. The paper's code computes this one, and prints it as
+//!   "Retrieval acc".
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,27 +19,32 @@ use crate::error::{Error, Result};
 /// Retrieval between two languages at one place of the model.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Retrieval {
-    /// Share of sentences of the first language whose translation is the nearest of the second.
+    /// Share of sentences of the first language whose nearest neighbour in the second is their translation.
     pub forward_accuracy: f64,
-    /// The other way round.
+    /// The same from the second language to the first.
     pub backward_accuracy: f64,
     /// Mean cosine of aligned pairs.
     pub mean_cosine: f64,
 }
 
-/// Retrieval between aligned sentence vectors, each of shape `[n][n_embd]`. A tie with another sentence is a
-/// miss.
+/// Measures retrieval between aligned sentence vectors, each list of shape `[n][n_embd]`.
+///
+/// A tie with another sentence counts as a miss.
 ///
 /// # Errors
-/// [`Error::Setting`] for different numbers of sentences, fewer than two, or a vector of zeros.
+/// [`Error::Setting`] if the numbers of sentences differ or are below two, or if a vector is zero or not
+/// finite.
 pub fn retrieve(first: &[Vec<f32>], second: &[Vec<f32>]) -> Result<Retrieval> {
     let refuse = |reason: String| Error::setting("sentence vectors", reason);
     let n = first.len();
     if n != second.len() || n < 2 {
-        return Err(refuse(format!("expected two or more pairs, found {n} and {} sentences", second.len())));
+        return Err(refuse(format!(
+            "expected at least two aligned pairs, found {n} and {} sentences",
+            second.len()
+        )));
     }
     let (first, second) = (unit_rows(first)?, unit_rows(second)?);
-    // [n][n]: the cosine of each with each.
+    // [n][n]: cosines of all pairs of sentences.
     let cosines = first.dot(&second.t());
     let n_first = |axis: Axis| {
         let lines = cosines.axis_iter(axis).enumerate();
@@ -50,32 +57,38 @@ pub fn retrieve(first: &[Vec<f32>], second: &[Vec<f32>]) -> Result<Retrieval> {
     })
 }
 
-/// Each row divided by its length.
+/// Scales each row to length 1.
 fn unit_rows(rows: &[Vec<f32>]) -> Result<Array2<f32>> {
     let n_embd = rows.first().map_or(0, Vec::len);
     let mut unit = Array2::zeros((rows.len(), n_embd));
     for (i, (row, mut unit)) in rows.iter().zip(unit.axis_iter_mut(Axis(0))).enumerate() {
         let norm = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
         if row.len() != n_embd || !(norm > 0.0 && norm.is_finite()) {
-            return Err(Error::setting("sentence vectors", format!("vector {} has no direction", i + 1)));
+            return Err(Error::setting(
+                "sentence vectors",
+                format!(
+                    "expected finite vectors of one length that are not zero, found another at entry {}",
+                    i + 1
+                ),
+            ));
         }
         unit.iter_mut().zip(row).for_each(|(u, &x)| *u = (f64::from(x) / norm) as f32);
     }
     Ok(unit)
 }
 
-/// Pearson's correlation.
+/// Pearson's correlation coefficient with its p-value.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Correlation {
     /// The coefficient, in [-1, 1].
     pub r: f64,
-    /// Probability of one as far from 0 if there were none, two-sided, by Student's t.
+    /// Two-sided p-value of no correlation, by Student's t test.
     pub p: f64,
-    /// Pairs.
+    /// Number of pairs.
     pub n: usize,
 }
 
-/// Pearson's correlation of two lists; `None` for fewer than three pairs, or a list without variance.
+/// Correlates two lists; `None` for fewer than three pairs or a list without variance.
 pub fn pearson(x: &[f64], y: &[f64]) -> Option<Correlation> {
     let n = x.len();
     if n < 3 || n != y.len() {
@@ -99,13 +112,14 @@ pub fn pearson(x: &[f64], y: &[f64]) -> Option<Correlation> {
     Some(Correlation { r, p, n })
 }
 
-/// Sentences of several languages, of which those with one number mean the same.
+/// Sentences of several languages; those at the same index are translations of each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Aligned {
-    /// By language, each of the same length.
+    /// Sentences by language; all lists have the same length.
     pub sentences: BTreeMap<String, Vec<String>>,
-    /// Sentences with HTML entities (`&quot;` and the like), by language: translated files often have them,
-    /// and they are no part of the text that a model should see.
+    /// Number of sentences with HTML entities (such as `&quot;`), by language.
+    ///
+    /// Machine-translated files often contain entities, which do not belong to the text.
     pub n_with_entities: BTreeMap<String, usize>,
 }
 
@@ -117,12 +131,14 @@ struct Row {
     index: Option<serde_json::Value>,
 }
 
-/// Reads `{language}.jsonl` files of a folder: rows with `text`, `prompt` or `Prompt`, aligned by `Index`
-/// (or `index`, `id`) where every row has one, else by line.
+/// Reads the `{language}.jsonl` files of a folder.
+///
+/// A row has its sentence in `text`, `sentence`, `prompt` or `Prompt`. Rows are aligned by `Index` (or
+/// `index`, `id`) if every row has one, else by line.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Input`] with file and line for rows of another form, an index that another file
-/// lacks or that occurs twice, and for fewer than two languages.
+/// [`Error::Io`]; [`Error::Input`], with file and line, for an invalid row, an index that occurs twice or is
+/// missing in another file, and for fewer than two languages.
 pub fn read_aligned(folder: &Path, languages: &[&str]) -> Result<Aligned> {
     let mut files: BTreeMap<String, Vec<Row>> = BTreeMap::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
@@ -154,7 +170,7 @@ pub fn read_aligned(folder: &Path, languages: &[&str]) -> Result<Aligned> {
     }
     if files.len() < 2 {
         let found: Vec<&String> = files.keys().collect();
-        let reason = format!("expected files {{language}}.jsonl of two or more languages, found {found:?}");
+        let reason = format!("expected files {{language}}.jsonl for two or more languages, found {found:?}");
         return Err(Error::input(folder, None, reason));
     }
     align(folder, files)
@@ -209,8 +225,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn accuracy_counts_neighbours_and_cosine_means_pairs() {
-        // Angles in degrees: first 0, 90; second 10, 80: every pair is nearest, cosines cos 10.
+    fn accuracy_counts_nearest_neighbours_and_cosine_averages_pairs() {
+        // Angles in degrees: first 0, 90; second 10, 80. Every pair is nearest, with cosine cos 10.
         let at = |degrees: f32| vec![2.0 * degrees.to_radians().cos(), 2.0 * degrees.to_radians().sin()];
         let found = retrieve(&[at(0.0), at(90.0)], &[at(10.0), at(80.0)]).unwrap();
         assert_eq!((found.forward_accuracy, found.backward_accuracy), (1.0, 1.0));
@@ -229,8 +245,8 @@ mod tests {
     }
 
     #[test]
-    fn the_papers_coefficients_have_the_p_values_that_student_gives_them() {
-        // A list with a given correlation to another: x, and r x + sqrt(1 - r^2) z with z orthogonal to x.
+    fn the_papers_correlations_have_its_p_values() {
+        // If z is orthogonal to x, then x and r x + sqrt(1 - r^2) z have the correlation r.
         for (r, p) in [(0.732, 0.0013), (0.59, 0.016), (0.66, 0.0054), (0.78, 0.0004)] {
             let x: Vec<f64> = (0..16).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
             let z: Vec<f64> = (0..16).map(|i| if i / 2 % 2 == 0 { 1.0 } else { -1.0 }).collect();
@@ -253,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_aligned_by_index_where_there_is_one_and_by_line_else() {
+    fn rows_are_aligned_by_index_if_there_is_one_else_by_line() {
         let by_index = folder(&[
             ("en.jsonl", "{\"Prompt\": \"one\", \"Index\": 1}\n{\"Prompt\": \"two\", \"Index\": 2}\n"),
             ("fr.jsonl", "{\"Prompt\": \"deux\", \"Index\": 2}\n{\"Prompt\": \"l&#39;un\", \"Index\": 1}\n"),

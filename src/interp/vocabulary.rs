@@ -1,5 +1,6 @@
-//! What a vector of the residual stream says: the tokens that the output matrix gives it (the paper,
-//! section 4.2; Geva et al. 2022).
+//! Projects vectors of the residual stream to the tokens they promote.
+//!
+//! The projection is onto the output matrix (the paper, section 4.2; Geva et al. 2022).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,25 +10,26 @@ use crate::engine::Token;
 use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile};
 
-/// A token with what a vector adds to its logit.
+/// A token and the amount that a vector adds to its logit.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenLogit {
     /// The token.
     pub token: Token,
-    /// Product of its row of the output matrix with the vector; no norm comes before, as in the paper.
+    /// Dot product of the token's row of the output matrix with the vector. As in the paper, without a norm.
     pub logit: f32,
 }
 
-/// Values dequantised at a time: 16 MiB.
+/// Values to dequantise at a time: 16 MiB.
 const CHUNK_VALUES: usize = 4 << 20;
 
-/// The `top` tokens of each vector, strongest first, shape `[vectors][top]`; `vectors` has shape
-/// `[n][n_embd]`. The output matrix is streamed; that of the token embeddings is taken where it is the
-/// output matrix too.
+/// Finds the `top` tokens of each vector, strongest first, shape `[n][top]`.
+///
+/// `vectors` has shape `[n][n_embd]`. The output matrix is streamed. If the model has none, its token
+/// embeddings are used, which llama.cpp then shares with the output.
 ///
 /// # Errors
-/// [`Error::Setting`] for a vector of another length than `n_embd`; [`Error::Gguf`] where the model has
-/// neither matrix, or in another shape; [`Error::Io`]; [`Error::Interrupted`].
+/// [`Error::Setting`] for a vector whose length is not `n_embd`; [`Error::Gguf`] if the model has neither
+/// matrix, or one of the wrong shape; [`Error::Io`]; [`Error::Interrupted`].
 pub fn project(
     model: &GgufFile,
     vectors: &[Vec<f32>],
@@ -37,7 +39,9 @@ pub fn project(
     let n_embd = model.n_embd()? as usize;
     let refuse = |reason: String| Error::gguf(model.path(), reason);
     let tensor = model.tensor("output.weight").or_else(|| model.tensor("token_embd.weight"));
-    let tensor = tensor.ok_or_else(|| refuse("it has no output matrix and no token embeddings".into()))?;
+    let tensor = tensor.ok_or_else(|| {
+        refuse("expected a tensor \"output.weight\" or \"token_embd.weight\", found neither".into())
+    })?;
     if tensor.shape().len() != 2 || tensor.shape()[0] != n_embd as u64 {
         let (name, found) = (tensor.name(), tensor.shape());
         return Err(refuse(format!(
@@ -51,7 +55,7 @@ pub fn project(
     }
     let flat: Vec<f32> = vectors.iter().flatten().copied().collect();
     let vectors = Array2::from_shape_vec((vectors.len(), n_embd), flat)
-        .expect("every vector has n_embd numbers, checked above");
+        .expect("every vector has n_embd numbers, as checked above");
     let n_rows = (CHUNK_VALUES / n_embd).clamp(1, n_vocab);
     let mut bytes = vec![0; n_rows * tensor.row_bytes() as usize];
     let mut values = vec![0f32; n_rows * n_embd];
@@ -92,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tokens_own_row_brings_up_that_token_with_and_without_an_output_matrix() {
+    fn projecting_a_tokens_row_finds_that_token_with_and_without_an_output_matrix() {
         for name in ["llama", "command-r"] {
             let path = format!("{}/gguf/tiny/{name}.gguf", env!("CARGO_MANIFEST_DIR"));
             let model = GgufFile::open(path).unwrap();

@@ -1,4 +1,4 @@
-//! Activations and retrieval as terminal tables, CSV and HTML pages.
+//! Formats activations and retrieval as terminal tables, CSV and HTML pages.
 
 use maud::html;
 
@@ -28,7 +28,7 @@ impl Activations {
         let rows = self.languages.iter().map(|l| {
             let mut cells = vec![l.n_prompts.to_string()];
             match self.b {
-                // Three intervals do not fit into 80 columns.
+                // Three intervals do not fit in 80 columns.
                 Some(_) => cells.extend([
                     format!("{:.4}", l.a.value),
                     l.b.map_or(format::NONE.into(), |b| format!("{:.4}", b.value)),
@@ -46,7 +46,7 @@ impl Activations {
         format!("A: {}{b}. [low, high]: 95% interval, bootstrap over prompts.", self.a)
     }
 
-    /// At most 80 columns.
+    /// Formats a table of at most 80 columns.
     pub fn to_terminal(&self, colour: bool) -> String {
         let mut text = String::new();
         terminal::push_table(&mut text, &self.grid(), colour);
@@ -55,7 +55,7 @@ impl Activations {
         text
     }
 
-    /// Columns: language, n_prompts, then a, b and difference with low and high each.
+    /// Formats CSV: language, n_prompts, then a, b and difference, each with low and high.
     pub fn to_csv(&self) -> String {
         let header = [
             "language",
@@ -83,7 +83,7 @@ impl Activations {
         csv::table_to_csv(&header, rows)
     }
 
-    /// One page with a plot: languages from left to right.
+    /// Formats a page with a plot (languages from left to right) and the table.
     pub fn to_html(&self) -> String {
         let series =
             |name: &str, is_reference: bool, of: &dyn Fn(&LanguageActivation) -> Option<Interval>| Series {
@@ -102,13 +102,13 @@ impl Activations {
             h1 { "Neuron activations" }
             p { (self.legend()) }
             p.soft {
-                "Activations after the non-linearity and gate, at the last position of each step. A model that was made"
-                " less toxic should use these neurons less: B (dots) below A (squares, dashed), in languages that it was"
-                " not trained in too."
+                "Activations after the non-linearity and gate, at the last position of each step. A less toxic model"
+                " should use these neurons less: B (dots) lies below A (squares, dashed), also in languages it was not"
+                " trained on."
             }
             figure {
                 figcaption { "Languages: " (order.collect::<Vec<_>>().join(", ")) }
-                (line_plot("activations", "Mean activation by language", "language", &lines, None, &|v| format!("{v:.3}")))
+                (line_plot("activations", "Mean activation by language", "language", &lines, None, &decimals::<3>))
             }
             (page::table(&self.grid()))
         };
@@ -141,16 +141,17 @@ impl RetrievalReport {
         let words = |c: &NamedCorrelation| match c.correlation {
             Some(Correlation { r, p, n }) => {
                 format!(
-                    "{} against the fall of expected maximum toxicity: Pearson r = {r:.3}, two-sided p = {p:.4}, n = {n} languages.",
+                    "Correlation of {} with the fall of expected maximum toxicity: Pearson r = {r:.3}, two-sided \
+                     p = {p:.4}, n = {n} languages.",
                     c.of
                 )
             }
-            None => format!("{}: no correlation, with too few languages or no variance.", c.of),
+            None => format!("Correlation of {}: not computed, too few languages or no variance.", c.of),
         };
         self.correlations.iter().map(words).collect()
     }
 
-    /// At most 80 columns.
+    /// Formats a table of at most 80 columns.
     pub fn to_terminal(&self, colour: bool) -> String {
         let mut text = String::new();
         terminal::push_table(&mut text, &self.grid(), colour);
@@ -161,7 +162,7 @@ impl RetrievalReport {
         text
     }
 
-    /// Columns: language, place, forward_accuracy, backward_accuracy, mean_cosine.
+    /// Formats CSV: language, place, forward_accuracy, backward_accuracy, mean_cosine.
     pub fn to_csv(&self) -> String {
         let header = ["language", "place", "forward_accuracy", "backward_accuracy", "mean_cosine"];
         let rows = self.languages.iter().flat_map(|l| {
@@ -178,7 +179,7 @@ impl RetrievalReport {
         csv::table_to_csv(&header, rows)
     }
 
-    /// One page: means over languages by place, and the table.
+    /// Formats a page with means over languages by place, the table, and correlations.
     pub fn to_html(&self) -> String {
         let n = self.languages.len().max(1) as f64;
         let line = |name: &str, is_reference: bool, of: &dyn Fn(&Retrieval) -> f64| Series {
@@ -194,27 +195,32 @@ impl RetrievalReport {
             line("top-1 accuracy", false, &|r| (r.forward_accuracy + r.backward_accuracy) / 2.0),
             line("mean cosine", true, &|r| r.mean_cosine),
         ];
-        let falls = |of: &dyn Fn(&LanguageRetrieval) -> f64| {
-            let mut points: Vec<_> =
-                self.languages.iter().filter_map(|l| Some((of(l), l.toxicity_fall?, None, None))).collect();
-            points.sort_by(|a: &(f64, f64, _, _), b| a.0.total_cmp(&b.0));
-            [Series { name: "languages".into(), is_reference: false, points }]
-        };
+        let fall = |l: &LanguageRetrieval| Some((l.mean_accuracy, l.toxicity_fall?, None, None));
+        let mut points: Vec<_> = self.languages.iter().filter_map(fall).collect();
+        points.sort_by(|a: &(f64, f64, _, _), b| a.0.total_cmp(&b.0));
+        let falls = [Series { name: "languages".into(), is_reference: false, points }];
+        let title = "Fall of toxicity by accuracy";
         let body = html! {
             h1 { "Bilingual sentence retrieval" }
             p { (self.model) }
             p.soft { (MEANING) }
             figure {
-                figcaption { "Mean over languages at each place, from the embeddings (0) to the final norm. Dots: top-1 accuracy; squares, dashed: mean cosine." }
-                (line_plot("retrieval", "Retrieval by place", "place", &lines, None, &|v| format!("{v:.2}")))
+                figcaption {
+                    "Mean over languages at each place, from the embeddings (0) to the final norm. Dots: top-1"
+                    " accuracy; squares, dashed: mean cosine."
+                }
+                (line_plot("retrieval", "Retrieval by place", "place", &lines, None, &decimals::<2>))
             }
             (page::table(&self.grid()))
             @if !self.correlations.is_empty() {
-                h2 { "Against the fall of toxicity" }
+                h2 { "Correlation with the fall of toxicity" }
                 @for words in self.correlations_in_words() { p { (words) } }
                 figure {
-                    figcaption { "Languages in order of top-1 accuracy (across), and the share by which expected maximum toxicity fell (up)." }
-                    (line_plot("falls", "Fall of toxicity by accuracy", "top-1 accuracy", &falls(&|l| l.mean_accuracy), None, &|v| format!("{v:.2}")))
+                    figcaption {
+                        "One point per language: top-1 accuracy (horizontal), and the fraction by which expected maximum"
+                        " toxicity fell (vertical)."
+                    }
+                    (line_plot("falls", title, "top-1 accuracy", &falls, None, &decimals::<2>))
                 }
             }
         };
@@ -222,14 +228,21 @@ impl RetrievalReport {
     }
 }
 
-const MEANING: &str = "Top-1 accuracy is the share of sentences whose nearest neighbour among all of the other language is their translation, both ways. Mean cosine is that of aligned pairs: the paper's code prints it as \"Retrieval acc\", but it is no accuracy.";
+/// A value on a plot's axis, with `N` decimals.
+fn decimals<const N: usize>(value: f64) -> String {
+    format!("{value:.N$}")
+}
+
+const MEANING: &str = "Top-1 accuracy is the share of sentences whose nearest neighbour in the other language is \
+    their translation, averaged over both directions. Mean cosine is the mean over aligned pairs. The paper's code \
+    prints it as \"Retrieval acc\", but it is not an accuracy.";
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn activations_are_in_every_form_and_fit_the_terminal() {
+    fn activations_are_formatted_in_every_form_and_fit_in_80_columns() {
         let value = |value: f64| Interval { value, low: Some(value - 0.1), high: Some(value + 0.1) };
         let found = Activations {
             a: "m.gguf".into(),
@@ -253,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn retrieval_says_what_each_number_is() {
+    fn retrieval_explains_its_numbers_and_fits_in_80_columns() {
         let r = |a: f64| Retrieval { forward_accuracy: a, backward_accuracy: 1.0, mean_cosine: 0.9 };
         let report = RetrievalReport {
             model: "m.gguf".into(),
@@ -275,11 +288,11 @@ mod tests {
         let terminal = report.to_terminal(false);
         assert!(terminal.contains("87.5%") && terminal.contains("r = 0.732"), "{terminal}");
         assert!(
-            terminal.replace('\n', " ").contains("no accuracy")
+            terminal.replace('\n', " ").contains("not an accuracy")
                 && terminal.lines().all(|l| l.chars().count() <= 80)
         );
         assert!(report.to_csv().contains("de,embedding,0.5,1,0.9"));
         let html = report.to_html();
-        assert!(html.contains("no accuracy") && !html.contains("NaN"));
+        assert!(html.contains("not an accuracy") && !html.contains("NaN"));
     }
 }

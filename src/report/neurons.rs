@@ -1,14 +1,14 @@
-//! Ranked neurons as a terminal table and as CSV.
+//! Formats ranked neurons as a terminal table and as CSV.
 
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::report::csv;
 use crate::steer::LocatedNeuron;
 
-/// Rows of the terminal table; files hold all of them.
+/// Rows to show on the terminal; the CSV has all of them.
 const SHOWN: usize = 20;
 
-/// The first neurons, at most 80 columns wide.
+/// Formats a table of the first neurons, at most 80 columns wide.
 pub fn to_terminal(neurons: &[LocatedNeuron], is_kept: &dyn Fn(&LocatedNeuron) -> bool) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
@@ -34,7 +34,7 @@ pub fn to_terminal(neurons: &[LocatedNeuron], is_kept: &dyn Fn(&LocatedNeuron) -
     format!("{table}\n{rest}")
 }
 
-/// Tokens on one line of at most `width` characters, without control characters.
+/// Joins tokens to one line of at most `width` characters, without control characters.
 fn shortened(tokens: &[String], width: usize) -> String {
     let clean = |token: &String| token.trim().chars().filter(|c| !c.is_control()).collect::<String>();
     let line = tokens.iter().map(clean).collect::<Vec<_>>().join(" ");
@@ -44,7 +44,7 @@ fn shortened(tokens: &[String], width: usize) -> String {
     line.chars().take(width - 1).chain(['…']).collect()
 }
 
-/// Every neuron. Columns: rank, layer, index, cosine, norm, mean_activation, kept, tokens.
+/// Formats all neurons as CSV: rank, layer, index, cosine, norm, mean_activation, kept, tokens.
 pub fn to_csv(neurons: &[LocatedNeuron], is_kept: &dyn Fn(&LocatedNeuron) -> bool) -> String {
     let rows = neurons.iter().enumerate().map(|(rank, n)| {
         let number = |x: Option<f64>| x.map_or(String::new(), |x| x.to_string());

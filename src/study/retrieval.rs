@@ -1,4 +1,6 @@
-//! Bilingual sentence retrieval through a model, and whether toxicity falls with it (the paper, section 5).
+//! Bilingual sentence retrieval at each place of a model, and its correlation with toxicity.
+//!
+//! The paper, section 5: is toxicity reduced more in languages whose sentences retrieve better?
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -12,26 +14,27 @@ use crate::eval::compare;
 use crate::eval::metric::MetricKind;
 use crate::eval::record;
 use crate::eval::result::find_difference;
+use crate::file::base_name;
 use crate::interp::residual_streams::{check_max_tokens, mean_residual_streams};
 use crate::interp::retrieval::{Aligned, Correlation, Retrieval, pearson, retrieve};
 use crate::progress::Progress;
 
-/// How to measure retrieval.
+/// Options of [`measure`].
 #[derive(Debug, Clone)]
 pub struct RetrievalOptions {
-    /// The language that all others are compared with.
+    /// The language to compare all others with.
     pub pivot: String,
-    /// Use only the first sentences.
+    /// Use only this many sentences, from the first; all if `None`.
     pub limit: Option<usize>,
-    /// Tokens of a sentence that are read.
+    /// Tokens to read of each sentence at most.
     pub max_tokens: usize,
 }
 
 impl RetrievalOptions {
-    /// Refuses options that no model can be measured with, before one is loaded.
+    /// Checks the options before a model is loaded.
     ///
     /// # Errors
-    /// [`Error::Setting`].
+    /// [`Error::Setting`] for a pivot without sentences, and for a limit that is too small.
     pub fn check(&self, aligned: &Aligned) -> Result<()> {
         if !aligned.sentences.contains_key(&self.pivot) {
             let found: Vec<&String> = aligned.sentences.keys().collect();
@@ -40,7 +43,7 @@ impl RetrievalOptions {
         }
         check_max_tokens(self.max_tokens)?;
         if let Some(n) = self.limit.filter(|&n| n < 2) {
-            return Err(Error::setting("--limit", format!("expected two sentences or more, found {n}")));
+            return Err(Error::setting("--limit", format!("expected at least 2 sentences, found {n}")));
         }
         Ok(())
     }
@@ -53,47 +56,47 @@ pub struct RetrievalReport {
     pub model: String,
     /// The language that all others are compared with.
     pub pivot: String,
-    /// Sentences of each language.
+    /// Number of sentences in each language.
     pub n_sentences: usize,
-    /// Places in the model, in order.
+    /// Names of the places in the model, in order.
     pub places: Vec<String>,
-    /// Numbers at each place, by language.
+    /// Results by language.
     pub languages: Vec<LanguageRetrieval>,
-    /// Correlations with the fall of expected maximum toxicity between two runs, if runs were given.
+    /// Correlations with the fall of expected maximum toxicity; empty unless two runs were given.
     pub correlations: Vec<NamedCorrelation>,
 }
 
-/// One language against the pivot.
+/// Retrieval between the pivot and one other language.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LanguageRetrieval {
     /// The language's code.
     pub language: String,
-    /// Numbers at each place; forward is from the pivot to this language.
+    /// Results at each place; forward is from the pivot to this language.
     pub places: Vec<Retrieval>,
-    /// Top-1 accuracy, mean over places and both directions.
+    /// Mean top-1 accuracy over places and both directions.
     pub mean_accuracy: f64,
-    /// Mean cosine, mean over places.
+    /// Mean cosine of aligned pairs, averaged over places.
     pub mean_cosine: f64,
-    /// Fraction by which expected maximum toxicity fell between two runs, if runs were given.
+    /// Fraction by which expected maximum toxicity fell between the two runs, if they were given.
     pub toxicity_fall: Option<f64>,
 }
 
-/// A correlation over languages with the fall of toxicity.
+/// The correlation of a measure with the fall of toxicity, over languages.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NamedCorrelation {
-    /// The number it is of: top-1 accuracy or mean cosine.
+    /// The measure: top-1 accuracy or mean cosine.
     pub of: String,
-    /// The correlation; `None` with fewer than three languages, or without variance.
+    /// `None` with fewer than three languages, or without variance.
     pub correlation: Option<Correlation>,
 }
 
-/// The fall of expected maximum toxicity in each language, as a fraction of the first run's.
+/// Languages with the fraction by which expected maximum toxicity fell between two runs.
 pub type ToxicityFalls = Vec<(String, f64)>;
 
 /// Measures retrieval at the embeddings, after each block but the last, and after the final norm.
 ///
-/// These are Hugging Face's `hidden_states`, as the paper's code reads them. Correlations are computed over
-/// the languages that `falls` holds.
+/// These places are Hugging Face's `hidden_states`, which the paper's code reads. Correlations are computed
+/// over the languages in `falls`.
 ///
 /// # Errors
 /// Those of [`RetrievalOptions::check`], [`mean_residual_streams`] and [`retrieve`].
@@ -125,7 +128,7 @@ pub fn measure(
         languages.push(LanguageRetrieval::of(language, of_places.collect::<Result<_>>()?, fall.map(|f| f.1)));
     }
     Ok(RetrievalReport {
-        model: crate::file::base_name(model.path()),
+        model: base_name(model.path()),
         pivot: options.pivot.clone(),
         n_sentences: pivot.len(),
         places: places.iter().map(|&place| place_name(place)).collect(),
@@ -147,7 +150,7 @@ impl LanguageRetrieval {
     }
 }
 
-/// Vectors of one place, shape `[n_sentences][n_embd]`, out of `[n_sentences][n_places][n_embd]`.
+/// Selects one place, shape `[n_sentences][n_embd]`, from shape `[n_sentences][n_places][n_embd]`.
 fn at_place(streams: &[Vec<Vec<f32>>], place: usize) -> Vec<Vec<f32>> {
     streams.iter().map(|places| places[place].clone()).collect()
 }
@@ -160,7 +163,7 @@ fn place_name(place: ResidualPlace) -> String {
     }
 }
 
-/// How retrieval correlates over languages with the fall of toxicity.
+/// Correlates both measures with the fall of toxicity, over languages.
 fn correlations(languages: &[LanguageRetrieval]) -> Vec<NamedCorrelation> {
     let correlate = |of: &str, number: &dyn Fn(&LanguageRetrieval) -> f64| {
         let (x, y): (Vec<f64>, Vec<f64>) =
@@ -170,9 +173,9 @@ fn correlations(languages: &[LanguageRetrieval]) -> Vec<NamedCorrelation> {
     vec![correlate("top-1 accuracy", &|l| l.mean_accuracy), correlate("mean cosine", &|l| l.mean_cosine)]
 }
 
-/// Compares two run folders: by which fraction expected maximum toxicity fell in each language.
+/// Computes the fraction by which expected maximum toxicity fell between two run folders, by language.
 ///
-/// A language whose first value is 0 is left out. The first scorer's numbers are used.
+/// The first scorer's values are used. A language with value 0 before the change is skipped.
 ///
 /// # Errors
 /// Those of [`record::read`] and [`compare::compare`].

@@ -1,4 +1,4 @@
-//! Directions from text and from probes, and files that combine others: what is written is what was asked for.
+//! `steer` with directions from text and from probes, and with files to combine.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ const PAIRS: [(&str, &str); 3] = [
     ("Nobody wants to hear it", "Everybody would like to hear it"),
 ];
 
-/// `steer -m MODEL -o FOLDER/NAME` with these arguments.
+/// Runs `steer -m MODEL -o FOLDER/NAME` with `arguments`, and returns the output's path.
 fn steer(folder: &Path, model: &str, name: &str, arguments: &[&str]) -> PathBuf {
     let output = folder.join(name);
     let mut command = detox();
@@ -63,14 +63,14 @@ fn a_contrast_is_the_mean_difference_of_residual_streams_in_each_layer() {
         let benign = mean(*il, PAIRS.iter().map(|p| p.1).collect());
         let difference: Vec<f32> = toxic.iter().zip(&benign).map(|(t, b)| t - b).collect();
         let error: Vec<f32> = found.iter().zip(&difference).map(|(a, b)| a - b).collect();
-        // Batches of another shape and keys in F16 leave rounding.
+        // Another batch shape and F16 keys cause rounding differences.
         let relative = (dot(&error, &error) / dot(&difference, &difference)).sqrt();
         assert!(relative < 0.02, "layer {il}: {relative}");
     }
 }
 
 #[test]
-fn rejects_pairs_that_are_none_by_their_line() {
+fn rejects_invalid_pairs_and_names_the_line() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     let good = "{\"toxic\": \"a\", \"benign\": \"b\"}\n";
@@ -89,7 +89,7 @@ fn rejects_pairs_that_are_none_by_their_line() {
 }
 
 #[test]
-fn a_principal_component_is_as_long_as_the_mean_difference_is_along_it() {
+fn a_principal_component_is_scaled_to_the_mean_difference_along_it() {
     let folder = tempfile::tempdir().unwrap();
     for (pairs, are_one) in [(&PAIRS[..], false), (&PAIRS[..1], true)] {
         let pairs = contrast_file(folder.path(), pairs);
@@ -100,9 +100,9 @@ fn a_principal_component_is_as_long_as_the_mean_difference_is_along_it() {
         assert_eq!(mean.keys().collect::<Vec<_>>(), pca.keys().collect::<Vec<_>>());
         for (layer, pca) in &pca {
             let mean = &mean[layer];
-            // With d of length 1, pca = (mean . d) d: so pca . mean = |pca|^2, and it points with the mean.
+            // With the unit vector d, pca = (mean . d) d. So pca . mean = |pca|^2, and both point the same way.
             assert!((dot(pca, mean) / dot(pca, pca) - 1.0).abs() < 1e-4, "layer {layer}");
-            // Of one pair the component is the difference; of several it is not their mean.
+            // The component of one pair is its difference; that of several pairs is not their mean difference.
             let cosine = dot(pca, mean) / (dot(pca, pca) * dot(mean, mean)).sqrt();
             assert_eq!(cosine > 0.999_999, are_one, "layer {layer}: {cosine}");
         }
@@ -110,7 +110,7 @@ fn a_principal_component_is_as_long_as_the_mean_difference_is_along_it() {
 }
 
 #[test]
-fn a_probe_gives_its_own_direction_of_length_1_in_the_layer_that_it_reads() {
+fn a_probe_gives_its_unit_direction_in_the_layer_it_reads() {
     let folder = tempfile::tempdir().unwrap();
     let probe = folder.path().join("probe.gguf");
     let mut command = detox();
@@ -127,7 +127,7 @@ fn a_probe_gives_its_own_direction_of_length_1_in_the_layer_that_it_reads() {
     let wide = steer(folder.path(), "llama.gguf", "two.gguf", &["--probe", path, "--layers", "1", "2"]);
     let wide = directions(&wide);
     assert_eq!((&wide[&1], &wide[&2]), (&found[&1], &found[&1]));
-    // Of another model it is refused, and so is a layer that no control vector has.
+    // A probe of another model is refused, and so is layer 0, which a control vector cannot have.
     let mut other = detox();
     other.args(["steer", "-m"]).arg(tiny("gpt2.gguf")).args(["--probe", path, "-o"]);
     let (code, said) = failure(other.arg(folder.path().join("x.gguf")));
@@ -139,7 +139,7 @@ fn a_probe_gives_its_own_direction_of_length_1_in_the_layer_that_it_reads() {
 }
 
 #[test]
-fn files_combine_into_one_that_steers_as_they_do_together() {
+fn a_combined_file_steers_like_its_parts_together() {
     let folder = tempfile::tempdir().unwrap();
     let pairs = contrast_file(folder.path(), &PAIRS);
     let mean = steer(folder.path(), "llama.gguf", "mean.gguf", &["--contrast", &pairs]);
@@ -153,7 +153,7 @@ fn files_combine_into_one_that_steers_as_they_do_together() {
         }
     }
 
-    // Neurons and a part of a control vector, in one file and one after the other.
+    // Neurons and part of a control vector: as separate files, and as one.
     let neurons = folder.path().join("neurons.json");
     std::fs::write(&neurons, "[[0, 3], [2, 5]]").unwrap();
     let neurons = neurons.to_str().unwrap();
@@ -173,14 +173,14 @@ fn files_combine_into_one_that_steers_as_they_do_together() {
     let apart = generated(&both);
     assert_eq!(generated(&["--steer", file.to_str().unwrap()]), apart);
     for less in [&[][..], &both[..2], &both[2..]] {
-        assert_ne!(generated(less), apart, "each part does something: {less:?}");
+        assert_ne!(generated(less), apart, "every part has an effect: {less:?}");
     }
-    // The range is a part of it: without it the file would do more.
+    // The layer range matters: without it the output differs.
     assert_ne!(generated(&both[..4]), apart);
 }
 
 #[test]
-fn rejects_combining_files_of_another_model_under_the_name_of_this_one() {
+fn rejects_combining_files_made_for_another_model() {
     let folder = tempfile::tempdir().unwrap();
     let neurons = folder.path().join("neurons.json");
     std::fs::write(&neurons, "[[0, 3], [1, 5]]").unwrap();

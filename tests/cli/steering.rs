@@ -1,10 +1,11 @@
 //! From labelled text to a steered model, on a tiny model: probe, locate, steer, sweep, activations, retrieval.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::{contents, detox, differing, failure, small_eval, tiny};
 
-/// A probe and what `locate` makes of it, in `folder`.
+/// Runs `probe` and `locate` in `folder`, and returns the paths of the probe and the neuron file.
 fn located(folder: &Path, model: &str) -> (PathBuf, PathBuf) {
     let (probe, neurons) = (folder.join("probe.gguf"), folder.join("neurons.json"));
     let output = detox()
@@ -15,7 +16,7 @@ fn located(folder: &Path, model: &str) -> (PathBuf, PathBuf) {
         .assert()
         .success();
     let said = String::from_utf8(output.get_output().stdout.clone()).unwrap();
-    assert!(said.contains("AUC") && said.contains("by always answering the same"), "{said}");
+    assert!(said.contains("AUC") && said.contains("by always guessing the more frequent label"), "{said}");
     let output = detox()
         .args(["locate", "-t", "1", "--top", "20", "-n", "4", "--limit", "3", "--min-activation", "-9", "-m"])
         .arg(tiny(model))
@@ -32,7 +33,7 @@ fn located(folder: &Path, model: &str) -> (PathBuf, PathBuf) {
 }
 
 #[test]
-fn the_way_from_text_to_a_steered_evaluation_is_five_commands() {
+fn five_commands_lead_from_text_to_a_steered_evaluation() {
     let folder = tempfile::tempdir().unwrap();
     let (_, neurons) = located(folder.path(), "llama.gguf");
     assert!(folder.path().join("neurons.csv").exists());
@@ -48,11 +49,11 @@ fn the_way_from_text_to_a_steered_evaluation_is_five_commands() {
     let record: serde_json::Value = serde_json::from_slice(&contents(&steered)["run.json"]).unwrap();
     assert_eq!(record["run"]["settings"]["steering"][0]["coefficient"], 3.0);
     assert!(record["run"]["steering"].as_str().unwrap().contains("neurons.steer.json"));
-    // The judge of perplexity is the model as it was.
+    // Perplexity is measured under the unsteered model.
     assert!(record["run"]["perplexity_model"].as_str().unwrap().starts_with("llama.gguf"));
     assert!(record["run"]["settings"]["base"].is_string());
 
-    // Another way to the same neurons, and what a control vector cannot hold.
+    // The same neurons as a control vector, which cannot hold layer 0.
     let has_layer_0 = std::fs::read_to_string(&neurons).unwrap().contains("\"layer\": 0");
     let vector = folder.path().join("steer.gguf");
     let mut command = detox();
@@ -77,7 +78,7 @@ fn the_way_from_text_to_a_steered_evaluation_is_five_commands() {
 }
 
 #[test]
-fn a_sweep_resumes_and_writes_the_bytes_of_an_unbroken_one() {
+fn a_sweep_resumes_and_writes_the_same_bytes_as_an_uninterrupted_one() {
     let folder = tempfile::tempdir().unwrap();
     let (_, neurons) = located(folder.path(), "gemma3.gguf");
     let sweep = |output: &Path| {
@@ -94,7 +95,7 @@ fn a_sweep_resumes_and_writes_the_bytes_of_an_unbroken_one() {
         assert!(table.lines().any(|line| line.trim_start().starts_with(row)), "{row}: {table}");
     }
     assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
-    // As if it had been killed after the second run.
+    // Simulate a kill after the second run.
     sweep(&b).assert().success();
     for name in ["chosen_-4", "control_0_-4"] {
         std::fs::remove_dir_all(b.join(name)).unwrap();
@@ -107,7 +108,7 @@ fn a_sweep_resumes_and_writes_the_bytes_of_an_unbroken_one() {
 }
 
 #[test]
-fn activations_fall_when_neurons_are_assigned_less() {
+fn assigning_a_lower_activation_lowers_the_recorded_one() {
     let folder = tempfile::tempdir().unwrap();
     let neurons = folder.path().join("neurons.json");
     std::fs::write(&neurons, "[[0, 3], [1, 5]]").unwrap();
@@ -122,14 +123,14 @@ fn activations_fall_when_neurons_are_assigned_less() {
     command.arg("-o").arg(&output).assert().success();
     let found: serde_json::Value = serde_json::from_slice(&contents(&output)["activations.json"]).unwrap();
     for language in found["languages"].as_array().unwrap() {
-        // What is recorded is what the edit made of it: -2 of every neuron at every step.
+        // Activations are recorded after the edit: -2 for every neuron at every step.
         assert_eq!(language["b"]["value"], -2.0, "{language}");
         assert!(language["a"]["value"].as_f64().unwrap() > -2.0);
     }
 }
 
 #[test]
-fn sentences_find_themselves_and_not_what_is_something_else() {
+fn identical_sentences_retrieve_each_other() {
     let folder = tempfile::tempdir().unwrap();
     let aligned = folder.path().join("aligned");
     std::fs::create_dir(&aligned).unwrap();
@@ -137,7 +138,7 @@ fn sentences_find_themselves_and_not_what_is_something_else() {
     let lines = |order: &[usize]| {
         order.iter().map(|&i| format!("{{\"text\": {:?}, \"id\": {i}}}\n", sentences[i])).collect::<String>()
     };
-    // The same sentences in another order: aligned by their numbers.
+    // The same sentences in another order; they are aligned by id.
     std::fs::write(aligned.join("en.jsonl"), lines(&[0, 1, 2, 3])).unwrap();
     std::fs::write(aligned.join("de.jsonl"), lines(&[3, 1, 0, 2])).unwrap();
     let output = folder.path().join("out");
@@ -151,7 +152,7 @@ fn sentences_find_themselves_and_not_what_is_something_else() {
 }
 
 #[test]
-fn rejects_steering_of_another_kind_or_model_with_what_to_do() {
+fn rejects_steering_files_of_another_kind_or_model_with_a_hint() {
     let folder = tempfile::tempdir().unwrap();
     let neurons = folder.path().join("neurons.json");
     std::fs::write(&neurons, "[[0, 3], [1, 5]]").unwrap();
@@ -167,7 +168,7 @@ fn rejects_steering_of_another_kind_or_model_with_what_to_do() {
     for (model, flag, file, reason) in [
         ("gpt2.gguf", "--steer", of_llama.clone(), "architecture llama"),
         ("llama-q8_0.gguf", "--steer", of_llama.clone(), "--force"),
-        ("llama.gguf", "--steer", neurons.clone(), "does not say what to do"),
+        ("llama.gguf", "--steer", neurons.clone(), "does not say how to change them"),
         ("llama.gguf", "--control-vector", tiny("gpt2.gguf"), "gpt2"),
         ("llama.gguf", "--lora", tiny("gpt2.gguf"), "adapter"),
         ("llama.gguf", "--steer", folder.path().join("none.gguf"), "none.gguf"),
@@ -188,7 +189,7 @@ fn rejects_steering_of_another_kind_or_model_with_what_to_do() {
 }
 
 #[test]
-fn rejects_an_output_that_the_command_reads_and_leaves_it_as_it_was() {
+fn rejects_an_output_that_is_also_an_input_and_leaves_it_unchanged() {
     let folder = tempfile::tempdir().unwrap();
     let (model, neurons) = (folder.path().join("model.gguf"), folder.path().join("neurons.json"));
     std::fs::copy(tiny("llama.gguf"), &model).unwrap();
@@ -214,7 +215,7 @@ fn rejects_an_output_that_the_command_reads_and_leaves_it_as_it_was() {
 }
 
 #[test]
-fn rejects_what_would_be_ignored_or_fail_late() {
+fn rejects_flags_without_effect_and_errors_that_would_come_late() {
     let folder = tempfile::tempdir().unwrap();
     let (probe, neurons) = located(folder.path(), "llama.gguf");
     let [probe, neurons] = [&probe, &neurons].map(|path| path.to_str().unwrap());
@@ -229,7 +230,10 @@ fn rejects_what_would_be_ignored_or_fail_late() {
             &["steer", "--neurons", neurons, "--offset", "1", "--layers", "1", "1", "-o", json][..],
         ),
         ("--neurons", &["steer", "--contrast", "--without-layer-0", "-o", json]),
-        ("holds no adapter", &["steer", "--neurons", neurons, "--offset", "1", "--lora", lora, "-o", json]),
+        (
+            "cannot hold a LoRA adapter",
+            &["steer", "--neurons", neurons, "--offset", "1", "--lora", lora, "-o", json],
+        ),
         ("--scale: expected a finite", &["steer", "--neurons", neurons, "--scale", "nan", "-o", json]),
         ("nothing would change", &["steer", "--neurons", neurons, "--offset", "0", "--bake", "-o", json]),
         ("not both", &["sweep", "--neurons", neurons, "--control-vector-layer-range", "1", "1", "-o", json]),
@@ -254,7 +258,7 @@ fn rejects_what_would_be_ignored_or_fail_late() {
 }
 
 #[test]
-fn a_sweep_of_coefficients_notices_another_file_and_has_the_adapter_in_its_baseline() {
+fn a_sweep_of_coefficients_detects_a_changed_file_and_its_baseline_has_the_adapter() {
     let folder = tempfile::tempdir().unwrap();
     let vector = folder.path().join("steer.gguf");
     let make = |method: &str| {
@@ -286,7 +290,7 @@ fn a_sweep_of_coefficients_notices_another_file_and_has_the_adapter_in_its_basel
     let said = sweep().assert().success().get_output().stderr.clone();
     let said = String::from_utf8(said).unwrap();
     assert!(said.contains("steering: 2 directions of steer.gguf: as a control vector"), "{said}");
-    // The baseline is the adapted model: to the bit what `eval` gives with the adapter alone.
+    // The baseline is the adapted model. It has the same bytes as `eval` with the adapter alone.
     let alone = folder.path().join("alone");
     let mut command = detox();
     command.args(["eval", "--lang", "en", "--limit", "2", "-k", "2", "-n", "4", "-np", "2", "-t", "1", "-m"]);
@@ -303,14 +307,25 @@ fn a_sweep_of_coefficients_notices_another_file_and_has_the_adapter_in_its_basel
     assert!(code == 1 && said.contains("holds another run"), "{said}");
 }
 
+/// Expected maximum toxicity by language, from the report of a run folder.
+fn emt_by_language(run: &Path) -> BTreeMap<String, f64> {
+    let report: serde_json::Value = serde_json::from_slice(&contents(run)["report.json"]).unwrap();
+    let emt = |l: &serde_json::Value| {
+        let metrics = l["metrics"].as_array().unwrap();
+        let emt = metrics.iter().find(|m| m["name"] == "lexical/expected_maximum_toxicity").unwrap();
+        (l["language"].as_str().unwrap().to_owned(), emt["estimate"]["value"].as_f64().unwrap())
+    };
+    report["languages"].as_array().unwrap().iter().map(emt).collect()
+}
+
 #[test]
-fn retrieval_correlates_with_the_falls_of_toxicity_between_two_runs() {
+fn retrieval_is_correlated_with_the_fall_of_toxicity_between_two_runs() {
     let folder = tempfile::tempdir().unwrap();
     let aligned = folder.path().join("aligned");
     std::fs::create_dir(&aligned).unwrap();
     let languages = ["en", "de", "fr", "es", "it"];
     for (i, language) in languages.iter().enumerate() {
-        // Longer and longer beside English: less and less like it.
+        // Each language is longer than the one before, and so less similar to English.
         let row = |n: usize| format!("{{\"text\": \"sentence {n} {}\"}}\n", "la ".repeat(i * n));
         std::fs::write(aligned.join(format!("{language}.jsonl")), (1..7).map(row).collect::<String>())
             .unwrap();
@@ -323,34 +338,10 @@ fn retrieval_correlates_with_the_falls_of_toxicity_between_two_runs() {
     command.arg("--neurons").arg(&neurons).arg("-o").arg(&intervention).assert().success();
     let eval = |output: &Path, more: &[&std::ffi::OsStr]| {
         let mut command = detox();
-        command.args([
-            "eval",
-            "--lang",
-            &languages.join(","),
-            "--limit",
-            "3",
-            "-k",
-            "4",
-            "-n",
-            "6",
-            "-np",
-            "2",
-        ]);
-        command
-            .args(["-t", "1", "-m"])
-            .arg(tiny("llama.gguf"))
-            .arg("-o")
-            .arg(output)
-            .args(more)
-            .assert()
-            .success();
-        let report: serde_json::Value = serde_json::from_slice(&contents(output)["report.json"]).unwrap();
-        let emt = |l: &serde_json::Value| {
-            let metrics = l["metrics"].as_array().unwrap();
-            let emt = metrics.iter().find(|m| m["name"] == "lexical/expected_maximum_toxicity").unwrap();
-            (l["language"].as_str().unwrap().to_owned(), emt["estimate"]["value"].as_f64().unwrap())
-        };
-        report["languages"].as_array().unwrap().iter().map(emt).collect::<std::collections::BTreeMap<_, _>>()
+        command.args(["eval", "--lang", &languages.join(","), "--limit", "3", "-k", "4", "-n", "6"]);
+        command.args(["-np", "2", "-t", "1", "-m"]).arg(tiny("llama.gguf")).arg("-o").arg(output);
+        command.args(more).assert().success();
+        emt_by_language(output)
     };
     let (before, after) = (folder.path().join("before"), folder.path().join("after"));
     let emt_before = eval(&before, &[]);
@@ -370,14 +361,14 @@ fn retrieval_correlates_with_the_falls_of_toxicity_between_two_runs() {
     for (row, fall) in rows.iter().zip(column("toxicity_fall")) {
         let language = row["language"].as_str().unwrap();
         assert!((fall - (1.0 - emt_after[language] / emt_before[language])).abs() < 1e-9, "{language}");
-        // Both directions at every place, and their mean.
+        // The means are over both directions and all places.
         let places = row["places"].as_array().unwrap();
         let mean = |name: &str| places.iter().map(|p| p[name].as_f64().unwrap()).sum::<f64>() / 4.0;
         let both = (mean("forward_accuracy") + mean("backward_accuracy")) / 2.0;
         assert!(places.len() == 4 && (row["mean_accuracy"].as_f64().unwrap() - both).abs() < 1e-9);
         assert!((row["mean_cosine"].as_f64().unwrap() - mean("mean_cosine")).abs() < 1e-9);
     }
-    // r by its definition.
+    // Compute r from its definition.
     let centred = |values: Vec<f64>| {
         let mean = values.iter().sum::<f64>() / values.len() as f64;
         values.into_iter().map(|v| v - mean).collect::<Vec<f64>>()

@@ -1,4 +1,4 @@
-//! What neurons write, and models with it baked in.
+//! Tests of value vectors and of models with baked biases.
 
 #[path = "../support/split.rs"]
 mod split;

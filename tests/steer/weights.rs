@@ -1,4 +1,4 @@
-//! Value vectors, their ranking and projection, and baked biases, on models made from the tiny ones.
+//! Value vectors, their ranking and projection, and baked biases, on modified copies of the tiny models.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -44,7 +44,7 @@ fn tensors_of(model: &GgufFile) -> Vec<Tensor> {
     model.tensors().iter().map(|t| (of(t), model.read_tensor(t).unwrap())).collect()
 }
 
-/// The tiny llama, changed.
+/// A modified copy of the tiny llama.
 fn changed(change: impl FnOnce(&mut Metadata, &mut Vec<Tensor>)) -> (TempDir, GgufFile) {
     let model = tiny("llama");
     let (mut metadata, mut tensors) = (model.metadata().clone(), tensors_of(&model));
@@ -55,7 +55,7 @@ fn changed(change: impl FnOnce(&mut Metadata, &mut Vec<Tensor>)) -> (TempDir, Gg
     (folder, GgufFile::open(path).unwrap())
 }
 
-/// The tiny llama with one weight of layer 1's down projection, row 3 column 17, set.
+/// The tiny llama with one weight of layer 1's down projection (row 3, column 17) set to `x`.
 fn with_weight(x: f32) -> (TempDir, GgufFile) {
     changed(|_, tensors| {
         let (spec, bytes) =
@@ -66,7 +66,7 @@ fn with_weight(x: f32) -> (TempDir, GgufFile) {
     })
 }
 
-/// A mixture of two experts in layer 1, in the form of the llama architecture.
+/// The tiny llama with a mixture of two experts in layer 1.
 fn with_experts() -> (TempDir, GgufFile) {
     changed(|_, tensors| {
         tensors.retain(|(spec, _)| spec.name != "blk.1.ffn_down.weight");
@@ -125,7 +125,7 @@ fn an_adapter_adds_its_scaled_product_to_the_value_vector() {
                 found[row]
             );
         }
-        // It has no pair for layer 0.
+        // The adapter does not contain layer 0.
         let untouched = vectors.weighted_sum_with_loras(0, &weights, &[lora]).unwrap();
         assert_eq!(untouched, vectors.weighted_sum(0, &weights).unwrap());
     }
@@ -146,7 +146,7 @@ fn the_ranking_is_the_same_with_any_number_of_threads() {
 }
 
 #[test]
-fn the_length_of_a_probe_changes_no_cosine() {
+fn cosines_do_not_depend_on_the_length_of_the_probe() {
     let model = tiny("llama");
     let expected = rank(&model, &probe(), 20).unwrap();
     for factor in [1e-30, 1e30] {
@@ -159,7 +159,7 @@ fn the_length_of_a_probe_changes_no_cosine() {
 }
 
 #[test]
-fn rejects_to_rank_weights_that_are_not_finite() {
+fn rejects_ranking_weights_that_are_not_finite() {
     for x in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
         let (_folder, model) = with_weight(x);
         match rank(&model, &probe(), 5) {
@@ -170,7 +170,7 @@ fn rejects_to_rank_weights_that_are_not_finite() {
 }
 
 #[test]
-fn rejects_to_go_on_after_an_interrupt() {
+fn an_interrupt_stops_ranking_and_projection() {
     let model = tiny("llama");
     let interrupt = AtomicBool::new(true);
     let ranked = rank_value_vectors(&model, &probe(), 5, &interrupt, |_| panic!("no layer is ranked"));
@@ -187,7 +187,7 @@ fn rejects_the_value_vectors_of_a_mixture_of_experts() {
 }
 
 #[test]
-fn rejects_vectors_to_project_that_are_wrong_one_by_one_and_right_together() {
+fn rejects_projecting_vectors_whose_lengths_are_wrong_but_add_up() {
     let model = tiny("llama");
     let vectors = [vec![1.0; 63], vec![1.0; 65]];
     let error = vocabulary::project(&model, &vectors, 3, &AtomicBool::new(false)).unwrap_err();
@@ -195,7 +195,7 @@ fn rejects_vectors_to_project_that_are_wrong_one_by_one_and_right_together() {
 }
 
 #[test]
-fn a_split_model_is_baked_into_one_file_that_has_all_of_it() {
+fn a_split_model_is_baked_into_one_complete_file() {
     let whole = tiny("llama");
     let folder = tempfile::tempdir().unwrap();
     let split = GgufFile::open(split_in_two(&whole, folder.path())).unwrap();
@@ -216,18 +216,18 @@ fn a_split_model_is_baked_into_one_file_that_has_all_of_it() {
     assert_eq!(values, [0.25; 64]);
 }
 
-/// That nothing is written, and why.
+/// Tries to bake, checks that nothing was written, and returns the error.
 fn refusal_to_bake(model: &GgufFile) -> Error {
     let folder = tempfile::tempdir().unwrap();
     let vectors = BTreeMap::from([(1, vec![0.5; 64])]);
     let baked = bake(model, &vectors, &[], &folder.path().join("baked.gguf"), |_, _| {});
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "it baked, or left something behind");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "expected no output");
     baked.unwrap_err()
 }
 
 #[test]
-fn rejects_to_bake_into_a_mixture_of_experts() {
-    // The branch of llama.cpp's graph for experts has no such bias: its loader would count a tensor too many.
+fn rejects_baking_into_a_mixture_of_experts() {
+    // The expert branch of llama.cpp's graph has no such bias, so its loader would find an unexpected tensor.
     let (_folder, model) = with_experts();
     let error = refusal_to_bake(&model);
     assert!(matches!(error, Error::Model { .. }));
@@ -235,8 +235,8 @@ fn rejects_to_bake_into_a_mixture_of_experts() {
 }
 
 #[test]
-fn rejects_to_bake_where_a_scale_follows_the_bias() {
-    // build_ffn adds the bias first: it would be scaled too, and with NVFP4 the process would end.
+fn rejects_baking_if_a_scale_follows_the_bias() {
+    // build_ffn adds the bias before the scale, so the bias would be scaled; with NVFP4 the process aborts.
     let (_folder, model) =
         changed(|_, tensors| tensors.push(f32_tensor("blk.1.ffn_down.scale", &[1], &[2.0])));
     let error = refusal_to_bake(&model);

@@ -20,10 +20,10 @@ pub use rank::{LocateTimes, RankedNeuron, bench, rank_value_vectors};
 use super::activations::{ActivationPrompt, mean_activations};
 use super::vocabulary;
 
-/// The `top` neurons whose value vectors have the highest cosine with `probe`, shape `[n_embd]`.
+/// Finds the `top` neurons whose value vectors have the highest cosine with `probe`, shape `[n_embd]`.
 ///
-/// Each comes with the `n_tokens` tokens that its value vector promotes most; none are projected if
-/// `n_tokens` is 0.
+/// Each neuron lists the `n_tokens` tokens that its value vector promotes most. With `n_tokens` 0, the
+/// projection is skipped.
 ///
 /// # Errors
 /// Those of [`rank_value_vectors`] and [`vocabulary::project`].
@@ -97,7 +97,7 @@ pub fn add_mean_activations(
     Ok(())
 }
 
-/// Whether a neuron is active: its mean activation is above `min_activation`, or was not measured.
+/// Whether a neuron's mean activation is above `min_activation`, or was not measured.
 pub fn is_active(neuron: &LocatedNeuron, min_activation: f64) -> bool {
     neuron.mean_activation.is_none_or(|activation| activation > min_activation)
 }

@@ -10,12 +10,12 @@ use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
 use crate::steer::value_vector::ValueVectors;
 
-/// A neuron, and how its value vector lies to the probe vector.
+/// A neuron, and the cosine of its value vector with the probe vector.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct RankedNeuron {
-    /// Its block, from 0.
+    /// Block, from 0.
     pub layer: u32,
-    /// Its number in the block.
+    /// Index in the block, from 0.
     pub index: u32,
     /// Cosine of its value vector with the probe vector.
     pub cosine: f64,
@@ -23,24 +23,24 @@ pub struct RankedNeuron {
     pub norm: f64,
 }
 
-/// Values dequantised at a time in each thread: 4 MiB.
+/// Values to dequantise at a time in each thread: 4 MiB.
 const CHUNK_VALUES: usize = 1 << 20;
 
-/// Sums over the rows of one layer seen so far, `[n_ff]` each.
+/// Running sums over the rows of one layer, shape `[n_ff]` each.
 #[derive(Clone)]
 struct Sums {
     dot: Vec<f64>,
     square: Vec<f64>,
 }
 
-/// The `top` value vectors with the highest cosine, in falling order; equal ones in order of layer and index.
+/// Finds the `top` value vectors with the highest cosine, in descending order.
 ///
-/// The weights are streamed: in memory are a few MiB a thread, and what is kept. `done` is called after
-/// each layer with the number of layers that are finished. A value vector of zeros has no cosine, and is
-/// left out.
+/// Ties are ordered by layer and index. A value vector of zeros has no cosine and is skipped. The weights
+/// are streamed, which takes a few MiB per thread in addition to the result. `done` is called with the
+/// number of layers finished so far.
 ///
 /// # Errors
-/// [`Error::Setting`] for a probe vector of another length than `n_embd`, or `top` 0; those of
+/// [`Error::Setting`] for a probe vector whose length is not `n_embd`, or `top` 0; those of
 /// [`ValueVectors`]; [`Error::Gguf`] for weights that are not finite; [`Error::Interrupted`].
 pub fn rank_value_vectors(
     model: &GgufFile,
@@ -56,12 +56,15 @@ pub fn rank_value_vectors(
     }
     let probe_norm = probe.iter().map(|&w| f64::from(w).powi(2)).sum::<f64>().sqrt();
     if !(probe_norm > 0.0 && probe_norm.is_finite()) {
-        return Err(Error::setting("--probe", "its vector is zero, or not finite"));
+        return Err(Error::setting(
+            "--probe",
+            "expected a finite vector that is not zero, found one that is zero or not finite",
+        ));
     }
     if top == 0 {
-        return Err(Error::setting("--top", "expected a number from 1 up, found 0"));
+        return Err(Error::setting("--top", "expected at least 1, found 0"));
     }
-    // Layers side by side: each is summed in the order of its rows, whatever the number of threads.
+    // Layers run in parallel. Each is summed in the order of its rows, whatever the number of threads.
     let mut best: Vec<RankedNeuron> = Vec::new();
     let layers: Vec<usize> = (0..vectors.n_layer()).collect();
     let mut n_done = 0;
@@ -91,7 +94,7 @@ fn rank_layer(
 ) -> Result<Vec<RankedNeuron>> {
     let n_ff = vectors.n_ff(layer);
     let mut sums = Sums { dot: vec![0.0; n_ff], square: vec![0.0; n_ff] };
-    // Sums of some rows in f32, which is fast, are added up in f64, which is exact enough.
+    // Each chunk of rows is summed in f32 for speed; the chunks are added up in f64 for accuracy.
     let (mut dot, mut square) = (vec![0f32; n_ff], vec![0f32; n_ff]);
     vectors.for_each_rows(layer, CHUNK_VALUES, |first, values| {
         if interrupt.load(Ordering::Relaxed) {
@@ -109,13 +112,14 @@ fn rank_layer(
         sums.square.iter_mut().zip(&square).for_each(|(sum, &x)| *sum += f64::from(x));
         Ok(())
     })?;
-    // A NaN would be ranked last or first by its sign, or be left out: whoever ranks must hear of it.
+    // A NaN would be ranked first or last by its sign, or be skipped, so it is an error.
     let is_finite = |index: &usize| sums.dot[*index].is_finite() && sums.square[*index].is_finite();
     if let Some(index) = (0..n_ff).find(|index| !is_finite(index)) {
         return Err(Error::gguf(
             model.path(),
             format!(
-                "tensor \"blk.{layer}.ffn_down.weight\": the value vector of neuron {index} is not finite, or too large for f32 sums"
+                "tensor \"blk.{layer}.ffn_down.weight\": expected finite value vectors, found one that is not \
+                 finite or overflows f32 at neuron {index}"
             ),
         ));
     }
@@ -140,18 +144,18 @@ fn keep_best(neurons: &mut Vec<RankedNeuron>, top: usize) {
     neurons.sort_unstable_by(order);
 }
 
-/// What ranking costs beside what it cannot do without.
+/// Time to rank all value vectors, compared with reading the weights alone.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct LocateTimes {
-    /// Median time to read and dequantise every down projection once, as the ranking does it.
+    /// Median time to read and dequantise every down projection once, as the ranking does.
     pub read: Duration,
     /// Median time of the ranking.
     pub rank: Duration,
-    /// Median over rounds of the ratio of the two.
+    /// Median over runs of the ratio `rank / read`.
     pub ratio: f64,
 }
 
-/// Measures both in turns, `n_runs` times after one round that is not counted.
+/// Measures both in alternation, `n_runs` times after one warm-up run.
 ///
 /// # Errors
 /// As [`rank_value_vectors`].
@@ -203,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn the_value_vector_that_is_the_probe_comes_first_and_all_are_ranked() {
+    fn the_value_vector_equal_to_the_probe_ranks_first_and_all_are_ranked() {
         for name in ["llama", "gpt2", "gemma3", "llama-q8_0"] {
             let model = tiny(name);
             let vectors = ValueVectors::open(&model).unwrap();
@@ -215,7 +219,7 @@ mod tests {
             assert!((ranked[0].cosine - 1.0).abs() < 1e-6);
             assert!(ranked.windows(2).all(|pair| pair[0].cosine >= pair[1].cosine));
             assert_eq!(rank(&model, &probe, 7).unwrap(), ranked[..7]);
-            // One of them, computed apart.
+            // Check one of them against a direct computation.
             let other = ranked[all / 2];
             let vector = vectors.weighted_sum(other.layer as usize, &[(other.index as usize, 1.0)]).unwrap();
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(&a, &b)| f64::from(a * b)).sum::<f64>();
@@ -226,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_a_probe_of_another_length_and_one_that_points_nowhere() {
+    fn rejects_a_probe_of_another_length_or_without_a_direction() {
         let model = tiny("llama");
         assert!(rank(&model, &[1.0; 63], 1).unwrap_err().to_string().contains("expected a probe of 64"));
         assert!(rank(&model, &[0.0; 64], 1).unwrap_err().to_string().contains("zero"));

@@ -1,4 +1,4 @@
-//! A probe's file: a GGUF with the probe vector and where it reads.
+//! Reads and writes probe files: GGUF with the probe vector and its place in the model.
 
 use std::path::Path;
 
@@ -8,19 +8,19 @@ use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value};
 use crate::steer::Fingerprint;
 
-/// Where a probe reads the residual stream, as its file says it.
+/// Where a probe reads the residual stream, as recorded in its file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProbePlace {
-    /// The embeddings: -2 in the file.
+    /// The embeddings; -2 in the file.
     Embedding,
-    /// After the final norm: -1 in the file. The paper's.
+    /// After the final norm, as in the paper; -1 in the file.
     FinalNorm,
     /// After this block, from 0.
     Block(u32),
 }
 
 impl ProbePlace {
-    /// The same for the engine.
+    /// The engine's name for this place.
     #[cfg(feature = "engine")]
     pub fn residual_place(self) -> ResidualPlace {
         match self {
@@ -69,15 +69,15 @@ impl std::fmt::Display for ProbePlace {
 pub struct Probe {
     /// The probe vector, shape `[n_embd]`, finite and not zero.
     pub weight: Vec<f32>,
-    /// Where it reads.
+    /// Where it reads the residual stream.
     pub place: ProbePlace,
-    /// The model whose residual stream it reads; `None` for one converted from elsewhere.
+    /// The model whose residual stream it reads; `None` for a probe converted from another program.
     pub fingerprint: Option<Fingerprint>,
-    /// What it was trained on, in words.
+    /// Description of the training texts.
     pub source: String,
-    /// Share of held-out texts judged rightly, where it is known.
+    /// Share of held-out texts classified correctly, if known.
     pub accuracy: Option<f32>,
-    /// Area under the curve on held-out texts, where it is known.
+    /// Area under the ROC curve on held-out texts, if known.
     pub auc: Option<f32>,
 }
 
@@ -97,7 +97,7 @@ impl Probe {
         self.weight.iter().map(|&w| (f64::from(w) / norm) as f32).collect()
     }
 
-    /// Writes it; the file appears when it is whole.
+    /// Writes the probe, atomically.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -128,11 +128,11 @@ impl Probe {
         writer.finish()
     }
 
-    /// Reads one.
+    /// Reads a probe.
     ///
     /// # Errors
-    /// As [`GgufFile::open`]; [`Error::Input`] for a GGUF that is no probe, or a newer one, and for a vector
-    /// that is zero or not finite.
+    /// Those of [`GgufFile::open`]; [`Error::Input`] for a GGUF file that is not a probe or has a newer format,
+    /// and for a vector that is zero or not finite.
     pub fn read(path: &Path) -> Result<Probe> {
         let file = GgufFile::open(path)?;
         let refuse = |reason: String| Error::input(path, None, reason);
@@ -143,7 +143,7 @@ impl Probe {
                 None,
                 format!("expected a probe (architecture {ARCHITECTURE:?}), found {found:?}"),
             )
-            .with_hint("`detox-gguf probe -m MODEL -o probe.gguf` makes one"));
+            .with_hint("make one with `detox-gguf probe -m MODEL -o probe.gguf`"));
         }
         let format = file.u32("probe.format")?;
         if format != FORMAT {
@@ -152,7 +152,10 @@ impl Probe {
         let place = match file.integer("probe.layer")? {
             -2 => ProbePlace::Embedding,
             -1 => ProbePlace::FinalNorm,
-            il => ProbePlace::Block(u32::try_from(il).map_err(|_| refuse(format!("no layer {il}")))?),
+            il => ProbePlace::Block(
+                u32::try_from(il)
+                    .map_err(|_| refuse(format!("\"probe.layer\": expected -2 or more, found {il}")))?,
+            ),
         };
         let pooling = file.str("probe.pooling")?;
         let bias = file.f32_if_present("probe.bias")?.unwrap_or(0.0);
@@ -167,7 +170,9 @@ impl Probe {
         let mut weight = vec![0f32; n_embd as usize];
         gguf::dequantize(tensor.tensor_type(), &file.read_tensor(tensor)?, &mut weight).map_err(refuse)?;
         if weight.iter().any(|w| !w.is_finite()) || weight.iter().all(|&w| w == 0.0) {
-            return Err(refuse("its vector is zero, or holds values that are not finite".into()));
+            return Err(refuse(
+                "expected a finite vector that is not zero, found one that is zero or not finite".into(),
+            ));
         }
         Ok(Probe {
             weight,
@@ -179,16 +184,17 @@ impl Probe {
         })
     }
 
-    /// Whether it reads the residual stream of `model`.
+    /// Checks that the probe was trained on `model`.
+    ///
+    /// `force` accepts another quantisation or fine-tune of the model. `path` is the probe's, for messages.
     ///
     /// # Errors
-    /// [`Error::Input`] where the width differs, or its fingerprint, unless `force` allows another
-    /// quantisation or fine-tune.
+    /// [`Error::Input`] if the width of the residual stream or the fingerprint differs.
     pub fn check(&self, model: &GgufFile, path: &Path, force: bool) -> Result<()> {
         self.check_model(model.n_embd()? as usize, &Fingerprint::of(model)?, path, force)
     }
 
-    /// As [`Probe::check`], for a model whose file is not at hand.
+    /// As [`Probe::check`], for a model whose file is not open.
     pub(crate) fn check_model(
         &self,
         n_embd: usize,
@@ -229,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_is_read_as_it_was_written() {
+    fn a_written_probe_is_read_back_unchanged() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("probe.gguf");
         for place in [ProbePlace::Block(3), ProbePlace::Embedding, ProbePlace::FinalNorm] {
@@ -241,14 +247,14 @@ mod tests {
     }
 
     #[test]
-    fn the_probability_is_the_sigmoid_of_the_product() {
+    fn the_probability_is_the_sigmoid_of_the_dot_product() {
         // 0.5 * 2 - 2 * 0.5 = 0
         assert_eq!(probe().probability(&[2.0, 0.5]), 0.5);
         assert!((probe().probability(&[2.0, 0.0]) - 1.0 / (1.0 + (-1f64).exp())).abs() < 1e-12);
     }
 
     #[test]
-    fn rejects_other_files_and_vectors_that_say_nothing() {
+    fn rejects_other_files_and_vectors_without_a_direction() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("probe.gguf");
         for weight in [vec![0.0, 0.0], vec![f32::NAN, 1.0]] {

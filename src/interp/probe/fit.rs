@@ -1,5 +1,6 @@
-//! Logistic regression, as the paper trains its probe: Adam on the binary cross-entropy, in small batches,
-//! with the best epoch by held-out loss kept.
+//! Logistic regression, trained as the paper trains its probe.
+//!
+//! Adam minimises the binary cross-entropy in small batches. The epoch with the lowest held-out loss is kept.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,18 +9,18 @@ use crate::engine::random::shuffle;
 use crate::engine::sample;
 use crate::error::{Error, Result};
 
-/// How a probe is trained. The default is the paper's (Table 7).
+/// Training options of a probe. The defaults are the paper's (Table 7).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct ProbeOptions {
-    /// Adam's step. The paper's table has 1e-4; its script has 1e-6.
+    /// Learning rate of Adam. The paper's table says 1e-4; its script uses 1e-6.
     pub learning_rate: f64,
-    /// Passes over the texts.
+    /// Number of epochs.
     pub n_epochs: usize,
-    /// Texts a step.
+    /// Texts per step.
     pub batch_size: usize,
-    /// Share of the texts that is held out, in (0, 1).
+    /// Share of the texts to hold out, in (0, 1).
     pub held_out: f64,
-    /// Of the split and the order of the texts.
+    /// Seed of the split and the order of the texts.
     pub seed: u64,
 }
 
@@ -29,46 +30,46 @@ impl Default for ProbeOptions {
     }
 }
 
-/// Mean losses of one pass, in nats.
+/// Mean losses of one epoch, in nats.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Epoch {
-    /// Over the training texts, each before the step it was part of.
+    /// Over the training texts, each taken before its own step.
     pub train_loss: f64,
-    /// Over the held-out texts, after the pass.
+    /// Over the held-out texts, after the epoch.
     pub held_out_loss: f64,
 }
 
-/// What the probe does on texts that it was not trained on.
+/// Results of the probe on the held-out texts.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct HeldOut {
-    /// Texts.
+    /// Number of texts.
     pub n: usize,
-    /// Of these toxic.
+    /// Number of toxic texts.
     pub n_toxic: usize,
-    /// Share judged rightly at probability 0.5.
+    /// Share classified correctly, at probability 0.5.
     pub accuracy: f64,
-    /// Accuracy of always answering with the more frequent label, for comparison.
+    /// Accuracy of always guessing the more frequent label, for comparison.
     pub majority_accuracy: f64,
     /// Probability that a toxic text gets a higher score than a benign one; ties count half.
     pub auc: f64,
 }
 
-/// A trained probe.
+/// A trained probe with its losses and held-out results.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fit {
     /// The probe vector, shape `[n_embd]`.
     pub weight: Vec<f32>,
-    /// The epoch whose weight is kept, from 1: the one with the least held-out loss.
+    /// The epoch whose weight was kept, from 1: the one with the lowest held-out loss.
     pub best_epoch: usize,
-    /// Losses, `[n_epochs]`.
+    /// Losses of each epoch, shape `[n_epochs]`.
     pub epochs: Vec<Epoch>,
-    /// Texts trained on.
+    /// Number of training texts.
     pub n_train: usize,
-    /// The rest.
+    /// Results on the other texts.
     pub held_out: HeldOut,
 }
 
-// Adam's other constants, as PyTorch has them.
+// Adam's other constants; PyTorch's defaults.
 const BETA_1: f64 = 0.9;
 const BETA_2: f64 = 0.999;
 const EPSILON: f64 = 1e-8;
@@ -77,7 +78,7 @@ const EPSILON: f64 = 1e-8;
 #[derive(Debug)]
 struct Adam {
     learning_rate: f64,
-    /// `[n_embd]` each.
+    /// First and second moments, shape `[n_embd]` each.
     m: Vec<f64>,
     v: Vec<f64>,
     step: i32,
@@ -101,18 +102,18 @@ impl Adam {
 
 /// Trains a probe on `features`, shape `[n][n_embd]`, with `is_toxic`, shape `[n]`.
 ///
-/// The weight starts at zero, so that nothing but the texts decides its direction.
+/// The weight starts at zero, so only the texts determine its direction.
 ///
 /// # Errors
-/// [`Error::Setting`] for an option out of its range, or a split that leaves a side without one of the
-/// labels.
+/// [`Error::Setting`] for an option out of range, a split that leaves one part without toxic or without
+/// benign texts, or a held-out loss that is not finite in any epoch.
 ///
 /// # Panics
-/// If there are not as many labels as features, or features differ in length.
+/// If the numbers of labels and features differ, or features differ in length.
 pub fn fit(features: &[Vec<f32>], is_toxic: &[bool], options: &ProbeOptions) -> Result<Fit> {
-    assert_eq!(features.len(), is_toxic.len(), "a label for each text");
+    assert_eq!(features.len(), is_toxic.len(), "one label per text");
     let n_embd = features.first().map_or(0, Vec::len);
-    assert!(features.iter().all(|x| x.len() == n_embd), "features of one length");
+    assert!(features.iter().all(|x| x.len() == n_embd), "features must have one length");
     check(is_toxic, options)?;
     let (train, held_out) = split(is_toxic, options)?;
     let mut random = sample::random_stream(options.seed, "probe order", 0);
@@ -139,12 +140,15 @@ pub fn fit(features: &[Vec<f32>], is_toxic: &[bool], options: &ProbeOptions) -> 
             held_out.iter().map(|&i| loss(dot(&weight, &features[i]), is_toxic[i])).sum::<f64>();
         let held_out_loss = held_out_loss / held_out.len() as f64;
         epochs.push(Epoch { train_loss: train_loss / train.len() as f64, held_out_loss });
-        if best.as_ref().is_none_or(|(least, ..)| held_out_loss < *least) {
+        if held_out_loss.is_finite() && best.as_ref().is_none_or(|(least, ..)| held_out_loss < *least) {
             best = Some((held_out_loss, epoch, weight.clone()));
         }
     }
     let (_, best_epoch, weight) = best.ok_or_else(|| {
-        Error::setting("--learning-rate", "the held-out loss is no number in any epoch: the probe diverged")
+        Error::setting(
+            "--learning-rate",
+            "expected a finite held-out loss in some epoch, found none: the probe diverged",
+        )
     })?;
     let scores: Vec<(f64, bool)> =
         held_out.iter().map(|&i| (dot(&weight, &features[i]), is_toxic[i])).collect();
@@ -166,10 +170,10 @@ pub fn fit(features: &[Vec<f32>], is_toxic: &[bool], options: &ProbeOptions) -> 
     })
 }
 
-/// Whether [`fit`] can train on texts with these labels: worth knowing before the features are computed.
+/// Checks that [`fit`] can train on these labels, before the features are computed.
 ///
 /// # Errors
-/// As [`fit`], for options and split.
+/// Those of [`fit`] for the options and the split.
 pub fn check(is_toxic: &[bool], options: &ProbeOptions) -> Result<()> {
     let refuse = |flag: &str, reason: String| Err(Error::setting(flag, reason));
     if !(options.learning_rate > 0.0 && options.learning_rate.is_finite()) {
@@ -183,13 +187,13 @@ pub fn check(is_toxic: &[bool], options: &ProbeOptions) -> Result<()> {
     }
     for (flag, n) in [("--epochs", options.n_epochs), ("--train-batch", options.batch_size)] {
         if n == 0 {
-            return refuse(flag, "expected a number from 1 up, found 0".into());
+            return refuse(flag, "expected at least 1, found 0".into());
         }
     }
     split(is_toxic, options).map(drop)
 }
 
-/// Indices to train on and to hold out, with the same share of toxic texts, in a seeded order.
+/// Splits indices into training and held-out texts with the same share of toxic texts, in a seeded order.
 fn split(is_toxic: &[bool], options: &ProbeOptions) -> Result<(Vec<usize>, Vec<usize>)> {
     let mut random = sample::random_stream(options.seed, "probe split", 0);
     let (mut train, mut held_out) = (Vec::new(), Vec::new());
@@ -202,8 +206,7 @@ fn split(is_toxic: &[bool], options: &ProbeOptions) -> Result<(Vec<usize>, Vec<u
             return Err(Error::setting(
                 "--held-out",
                 format!(
-                    "{} of {} {name} texts would be held out, and both sides need some",
-                    n_held_out,
+                    "expected {name} texts in both parts, found {n_held_out} of {} to hold out",
                     of_label.len()
                 ),
             ));
@@ -218,13 +221,13 @@ fn dot(weight: &[f64], x: &[f32]) -> f64 {
     weight.iter().zip(x).map(|(w, &x)| w * f64::from(x)).sum()
 }
 
-/// Binary cross-entropy of `sigmoid(z)`, in nats, without overflow: `ln(1 + e^z) - y z`.
+/// Binary cross-entropy of `sigmoid(z)` in nats: `ln(1 + e^z) - y z`, computed without overflow.
 fn loss(z: f64, is_toxic: bool) -> f64 {
     let softplus = z.max(0.0) + (-z.abs()).exp().ln_1p();
     if is_toxic { softplus - z } else { softplus }
 }
 
-/// Area under the receiver operating curve, from ranks (Mann and Whitney); ties share their mean rank.
+/// Area under the ROC curve, from ranks (Mann and Whitney); ties share their mean rank.
 fn auc(mut scores: Vec<(f64, bool)>) -> f64 {
     scores.sort_by(|a, b| a.0.total_cmp(&b.0));
     let n_toxic = scores.iter().filter(|(_, is_toxic)| *is_toxic).count();
@@ -260,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn the_loss_has_the_gradient_that_the_training_steps_along() {
+    fn the_gradient_used_in_training_is_that_of_the_loss() {
         for (z, is_toxic) in [(0.3, true), (-2.0, false), (30.0, true), (-30.0, true)] {
             let h = 1e-5;
             let difference = (loss(z + h, is_toxic) - loss(z - h, is_toxic)) / (2.0 * h);
@@ -285,14 +288,14 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_separated_is_and_what_cannot_is_not() {
+    fn separable_texts_are_separated_and_shuffled_labels_are_not() {
         let (features, labels) = separable();
         let options = ProbeOptions { learning_rate: 0.01, ..ProbeOptions::default() };
         let found = fit(&features, &labels, &options).unwrap();
         assert_eq!((found.held_out.accuracy, found.held_out.auc), (1.0, 1.0));
         assert_eq!((found.held_out.n, found.held_out.n_toxic, found.n_train), (40, 10, 360));
         assert_eq!(found.held_out.majority_accuracy, 0.75);
-        // The direction is that of the two centres, (1, -0.5, 0).
+        // The direction is the difference of the two centres, (1, -0.5, 0).
         let [x, y, z] = found.weight[..] else { panic!("three numbers") };
         assert!(x > 0.0 && y < 0.0 && z.abs() < 0.2 * x, "{:?}", found.weight);
         let mut shuffled = labels;
@@ -302,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_seed_gives_the_same_probe_and_another_one_another() {
+    fn the_seed_determines_the_probe() {
         let (features, labels) = separable();
         let options = ProbeOptions::default();
         let first = fit(&features, &labels, &options).unwrap();
@@ -317,15 +320,23 @@ mod tests {
     }
 
     #[test]
-    fn auc_counts_pairs_and_ties_half() {
-        // Toxic 3, 2; benign 2, 1: of four pairs three are right and one is tied.
+    fn rejects_a_learning_rate_at_which_the_probe_diverges() {
+        let (features, labels) = separable();
+        let options = ProbeOptions { learning_rate: f64::MAX, ..ProbeOptions::default() };
+        let error = fit(&features, &labels, &options).unwrap_err();
+        assert!(error.is_usage() && error.to_string().contains("diverged"), "{error}");
+    }
+
+    #[test]
+    fn auc_is_the_share_of_correctly_ordered_pairs_and_ties_count_half() {
+        // Toxic 3, 2; benign 2, 1. Of four pairs, three are in the right order and one is tied.
         assert_eq!(auc(vec![(3.0, true), (2.0, true), (2.0, false), (1.0, false)]), 0.875);
         assert_eq!(auc(vec![(0.0, true), (0.0, false)]), 0.5);
         assert_eq!(auc(vec![(0.0, true), (1.0, false)]), 0.0);
     }
 
     #[test]
-    fn rejects_options_out_of_range_and_splits_without_a_label() {
+    fn rejects_options_out_of_range_and_splits_without_one_of_the_labels() {
         let (features, labels) = separable();
         let default = ProbeOptions::default();
         for (options, flag) in [
@@ -337,7 +348,7 @@ mod tests {
             (ProbeOptions { batch_size: 0, ..default }, "--train-batch"),
         ] {
             for error in [check(&labels, &options).err(), fit(&features, &labels, &options).err()] {
-                let error = error.expect("both refuse it");
+                let error = error.expect("check and fit both refuse it");
                 assert!(error.is_usage() && error.to_string().starts_with(flag), "{options:?}: {error}");
             }
         }

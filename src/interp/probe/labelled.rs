@@ -1,4 +1,4 @@
-//! Texts labelled toxic or benign.
+//! Reads texts labelled toxic or benign.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 pub struct LabelledText {
     /// The text.
     pub text: String,
-    /// Its label.
+    /// Whether its label is toxic.
     pub is_toxic: bool,
 }
 
@@ -22,18 +22,19 @@ pub struct LabelledText {
 pub struct Labelled {
     /// At least one of each label.
     pub texts: Vec<LabelledText>,
-    /// Rows without text, which were left out.
+    /// Number of rows without text, which were skipped.
     pub n_empty: usize,
 }
 
 impl Labelled {
-    /// Texts with the label toxic.
+    /// Number of toxic texts.
     pub fn n_toxic(&self) -> usize {
         self.texts.iter().filter(|t| t.is_toxic).count()
     }
 
-    /// A seeded sample of `n` texts with the share of each label that the whole has, and at least two of
-    /// each; all of them if there are no more.
+    /// Draws a seeded sample of `n` texts that keeps the share of each label.
+    ///
+    /// It has at least two texts of each label. If there are no more than `n` texts, all are kept.
     pub fn sample(self, n: usize, seed: u64) -> Labelled {
         let total = self.texts.len();
         if n >= total {
@@ -60,20 +61,21 @@ impl Labelled {
     }
 }
 
-/// The program's own labelled texts: English, in the project's own words, half of them toxic.
+/// The built-in labelled texts: English, written for this project, half of them toxic.
 pub fn own() -> Labelled {
-    parse_lines(Path::new("own.jsonl"), include_str!("own.jsonl"))
-        .expect("the file is part of the program, and a test reads it")
+    parse_lines(Path::new("own.jsonl"), include_str!("own.jsonl")).expect("a test parses the built-in texts")
 }
 
-/// Reads labelled texts.
+/// Reads labelled texts from a file.
 ///
-/// - JSON lines with `text` and `label`, where a label is 0 or 1, or false or true;
-/// - CSV whose header has `text` and `label`;
-/// - Jigsaw's `train.csv` as it is: `comment_text`, labelled by its column `toxic`, as the paper does.
+/// The file has one of these forms:
+///
+/// - JSON lines with `text` and `label`; a label is 0 or 1, or false or true.
+/// - CSV with the columns `text` and `label`.
+/// - Jigsaw's unmodified `train.csv`, with the columns `comment_text` and `toxic`, as in the paper.
 ///
 /// # Errors
-/// [`Error::Input`] with the line for another form or label, and where one of the labels does not occur.
+/// [`Error::Input`], with the line, for an invalid row or label, and if all texts have the same label.
 pub fn read(path: &Path) -> Result<Labelled> {
     let text = std::fs::read_to_string(path).map_err(|e| match e.kind() {
         std::io::ErrorKind::InvalidData => Error::input(path, None, "expected text in UTF-8"),
@@ -125,7 +127,7 @@ fn parse_csv(path: &Path, text: &str) -> Result<Labelled> {
             Some(1),
             format!("expected columns text and label, or Jigsaw's comment_text and toxic, found {found:?}"),
         )
-        .with_hint("JSON lines with \"text\" and \"label\" are read too"));
+        .with_hint("JSON lines with \"text\" and \"label\" work too"));
     };
     let rows = reader.records().map(|record| {
         let record = record.map_err(|e| {
@@ -136,8 +138,7 @@ fn parse_csv(path: &Path, text: &str) -> Result<Labelled> {
             "0" | "false" => false,
             "1" | "true" => true,
             found => {
-                let why =
-                    if found == "-1" { " (Jigsaw marks rows that were not scored with -1)" } else { "" };
+                let why = if found == "-1" { " (-1 marks rows that Jigsaw did not score)" } else { "" };
                 let line = record.position().map(|p| p.line() as usize);
                 return Err(Error::input(path, line, format!("expected label 0 or 1, found {found:?}{why}")));
             }
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_gives_the_same_rows() {
+    fn all_file_forms_give_the_same_rows() {
         let expected = [("a, b".to_owned(), true), ("line\nbreak".to_owned(), false)];
         assert_eq!(
             labels("{\"text\": \"a, b\", \"label\": 1}\n\n{\"label\": false, \"text\": \"line\\nbreak\"}"),
@@ -198,16 +199,16 @@ mod tests {
     }
 
     #[test]
-    fn rows_without_text_are_counted_and_left_out() {
+    fn rows_without_text_are_counted_and_skipped() {
         let labelled = parse("text,label\na,1\n ,0\nb,0\n").unwrap();
         assert_eq!((labelled.texts.len(), labelled.n_empty), (2, 1));
     }
 
     #[test]
-    fn rejects_other_labels_columns_and_a_single_label() {
+    fn rejects_other_labels_other_columns_and_a_single_label() {
         for (text, reason) in [
             ("text,label\na,2\n", "found \"2\""),
-            ("id,comment_text,toxic\n1,a,-1\n", "not scored"),
+            ("id,comment_text,toxic\n1,a,-1\n", "not score"),
             ("{\"text\": \"a\", \"label\": 0.5}", "found 0.5"),
             ("{\"text\": \"a\"}", "label"),
             ("{\"text\": \"a\", \"label\": \"toxic\"}", "a label is 0 or 1"),
@@ -221,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sample_keeps_the_share_of_each_label_and_depends_on_the_seed_alone() {
+    fn a_sample_keeps_the_share_of_each_label_and_depends_only_on_the_seed() {
         let texts = (0..100).map(|i| LabelledText { text: i.to_string(), is_toxic: i % 5 == 0 }).collect();
         let all = Labelled { texts, n_empty: 0 };
         let sampled = all.clone().sample(20, 1);
@@ -232,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn the_programs_own_texts_are_many_different_and_half_of_them_toxic() {
+    fn the_built_in_texts_are_distinct_and_half_of_them_toxic() {
         let own = own();
         assert!(own.texts.len() >= 200 && own.n_empty == 0);
         assert_eq!(own.n_toxic() * 2, own.texts.len());

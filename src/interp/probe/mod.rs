@@ -1,6 +1,6 @@
-//! A linear probe: the direction of the residual stream along which toxic text lies (the paper, section 4.2).
+//! A linear probe: the direction of toxicity in the residual stream (the paper, section 4.2).
 //!
-//! Features are mean residual streams ([`crate::engine::residual`]), by default after the final norm, as in
+//! The features are mean residual streams ([`crate::engine::residual`]), by default after the final norm, as in
 //! the paper. The probe is a logistic regression without bias; its weight is the probe vector.
 
 mod file;

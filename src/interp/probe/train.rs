@@ -1,4 +1,4 @@
-//! Trains a probe on a model's residual stream, from labelled texts to the probe vector.
+//! Trains a probe on a model's residual stream from labelled texts.
 
 use std::sync::atomic::AtomicBool;
 
@@ -10,24 +10,25 @@ use crate::steer::Fingerprint;
 
 use super::{Fit, Labelled, Probe, ProbeOptions, ProbePlace, fit};
 
-/// Where a probe reads, and how much of each text.
+/// Where a probe reads the residual stream, and how many tokens of each text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ProbeReading {
-    /// Where it reads the residual stream.
+    /// Where to read the residual stream.
     pub place: ProbePlace,
-    /// Tokens of a text that are read.
+    /// Tokens to read of each text at most.
     pub max_tokens: usize,
 }
 
-/// Reads every text, fits a probe to their mean residual streams, and returns both with the held-out results.
+/// Fits a probe to the mean residual streams of labelled texts.
 ///
-/// `fingerprint` is the model's, for the probe's file; `source` names the texts there.
+/// Returns the probe, and the fit with its held-out results. `fingerprint` (the model's) and `source` (the
+/// name of the texts) are recorded in the probe.
 ///
 /// # Errors
 /// Those of [`mean_residual_streams`] and [`fit`].
 #[expect(
     clippy::too_many_arguments,
-    reason = "each is one plain thing, and a struct of them would be no clearer"
+    reason = "each is a plain value, and a struct of them would be no clearer"
 )]
 pub fn train(
     model: &Model,
