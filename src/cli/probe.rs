@@ -124,7 +124,7 @@ fn described(fit: &Fit, source: &str, n_toxic: usize, place: ProbePlace) -> Stri
     let n = fit.n_train + held_out.n;
     let at = match place {
         ProbePlace::FinalNorm => "after the final norm".into(),
-        ProbePlace::Embedding => "of the embeddings".into(),
+        ProbePlace::Embedding => "at the embeddings".into(),
         ProbePlace::Block(il) => format!("after layer {il}"),
     };
     let last = fit.epochs.last().copied();

@@ -346,7 +346,7 @@ impl SteerCommand {
         let mut metadata = Metadata::new();
         metadata.set("detox_gguf.version", Value::Str(crate::version().into()));
         metadata.set("detox_gguf.source", Value::Str(self.described(sources)));
-        // What neurons write is then what they write under these adapters.
+        // With adapters, the value vectors were computed from the adapted down projections.
         let loras = self.steering.lora.iter().map(|path| path.display().to_string());
         let loras: Vec<String> = loras.chain(self.steering.lora_scaled.iter().cloned()).collect();
         if !loras.is_empty() {
@@ -431,7 +431,7 @@ impl SteerCommand {
             )
         };
         print(&format!(
-            "{} tokens of {} prompts        mean KL  largest KL       logit\n{}{}{}",
+            "{} tokens of {} prompts        mean KL  largest KL  logit diff\n{}{}{}",
             effect.n_tokens,
             texts.len(),
             row("effect of the steering", &effect),

@@ -163,7 +163,7 @@ fn check_layer(model: &GgufFile, layer: usize) -> Result<()> {
     let find = |name: &str| model.tensor(&format!("blk.{layer}.{name}"));
     let reason = if let Some(experts) = find("ffn_down_exps.weight") {
         // The expert branch of the graph has no such bias, so the loader would find an unexpected tensor.
-        format!("layer {layer} is a mixture of experts ({}), which reads no bias here", experts.name())
+        format!("layer {layer} is a mixture of experts ({}), without a bias to bake into", experts.name())
     } else if let Some(scale) = find("ffn_down.scale") {
         // build_ffn adds the bias before the scale; with NVFP4 weights it aborts the process.
         format!("tensor {:?} would also scale the bias that is baked in", scale.name())

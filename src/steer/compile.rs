@@ -8,13 +8,13 @@
 //! ```
 //!
 //! An offset `d` on neuron `i` at every token adds the constant `d * W_down[:, i]` to the residual stream.
-//! An offset along a direction adds a constant too. Constants are moved to the control vector, which costs
-//! next to nothing, unless that would change the result. It would in these cases:
+//! An offset along a direction adds a constant too. Such a constant moves to the control vector, which costs
+//! next to nothing. It stays with the callback in these cases, where moving it would change the result:
 //!
-//! - Layer 0 has no control vector.
+//! - It is in layer 0, which has no control vector.
 //! - A norm, or a scale of quantised weights, follows `ffn_down`.
 //! - The intervention acts only on the prompt, or only on the generation.
-//! - Another edit in the list, which is not an offset, does not commute with it; see `is_movable`.
+//! - The list has another edit that is not an offset and does not commute with it; see `is_movable`.
 //!
 //! Edits at the same place are made in the order of the list. Across places, the block's own order holds:
 //! all edits of neurons in a layer come before all edits along directions, whatever the order of the list.
@@ -125,7 +125,7 @@ pub fn layer_vectors(
     let mut weights: BTreeMap<usize, BTreeMap<usize, f32>> = BTreeMap::new();
     for (neuron, offset) in offsets {
         let layer = neuron.layer as usize;
-        if !is_added_as_it_is(model, architecture, layer) {
+        if !is_added_unchanged(model, architecture, layer) {
             return Err(Error::model(
                 model.path(),
                 format!("the FFN output of layer {layer} is scaled or normed before it is added"),
@@ -152,7 +152,7 @@ pub fn layer_vectors(
 }
 
 /// Whether the output of `ffn_down` reaches the residual stream without a norm or a scale.
-fn is_added_as_it_is(model: &GgufFile, architecture: &Architecture, layer: usize) -> bool {
+fn is_added_unchanged(model: &GgufFile, architecture: &Architecture, layer: usize) -> bool {
     // NVFP4 models have this tensor; build_ffn multiplies by it after the adapters and the bias.
     let has_scale = model.tensor(&format!("blk.{layer}.ffn_down.scale")).is_some();
     !architecture.norm_after_ffn && !has_scale
@@ -407,7 +407,7 @@ fn is_movable(
     match edit.change {
         Change::Neuron { index, operation: Operation::Offset(_) } => {
             let is_last = order.last_of_neuron.get(&(edit.layer, index)).is_none_or(|&last| last < position);
-            is_last && architecture.is_some_and(|known| is_added_as_it_is(model, known, edit.layer))
+            is_last && architecture.is_some_and(|known| is_added_unchanged(model, known, edit.layer))
         }
         Change::Direction { operation: Operation::Offset(_), .. } => {
             order.first_in_layer.get(&edit.layer).is_none_or(|&first| first > position)

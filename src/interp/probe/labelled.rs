@@ -78,7 +78,7 @@ pub fn own() -> Labelled {
 /// [`Error::Input`], with the line, for an invalid row or label, and if all texts have the same label.
 pub fn read(path: &Path) -> Result<Labelled> {
     let text = std::fs::read_to_string(path).map_err(|e| match e.kind() {
-        std::io::ErrorKind::InvalidData => Error::input(path, None, "expected text in UTF-8"),
+        std::io::ErrorKind::InvalidData => Error::input(path, None, "expected UTF-8 text, found other bytes"),
         _ => Error::io("read", path)(e),
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
