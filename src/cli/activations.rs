@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::file::{base_name, create_folder};
 use crate::gguf::GgufFile;
 use crate::interp::activations::{
-    ActivationPrompt, Activations, PromptActivation, by_language, mean_activations,
+    ActivationPrompt, Activations, PromptActivation, by_language, mean_over_neurons,
 };
 use crate::report::json;
 use crate::steer::NeuronFile;
@@ -84,10 +84,7 @@ impl ActivationsCommand {
         let measure = |model: &crate::engine::Model| -> Result<Vec<f64>> {
             let options = self.engine.session_options();
             let progress = &mut Shown::new();
-            let means =
-                mean_activations(model, &options, &texts, &neurons, self.n_predict, progress, interrupt)?;
-            let n = neurons.len() as f64;
-            Ok(means.iter().map(|m| m.iter().map(|&a| f64::from(a)).sum::<f64>() / n).collect())
+            mean_over_neurons(model, &options, &texts, &neurons, self.n_predict, progress, interrupt)
         };
         let a = measure(&self.engine.open(&self.model)?)?;
         let b = model_b.as_ref().map(|(model, _)| measure(model)).transpose()?;

@@ -14,7 +14,7 @@ use crate::eval::prompts::PromptSource;
 use crate::file::base_name;
 use crate::gguf::{GgufFile, Metadata, Value};
 use crate::interp::contrast::{self, ContrastMethod, contrast_directions};
-use crate::interp::probe::{Probe, ProbePlace};
+use crate::interp::probe::Probe;
 use crate::progress::Progress;
 use crate::steer::compile::{self, Compiled, Route};
 use crate::steer::{
@@ -111,7 +111,7 @@ enum WhenArgument {
 
 /// Computes directions from text or from a probe.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "From text")]
+#[command(next_help_heading = "From text or a probe")]
 struct TextArguments {
     /// Directions from benign to toxic text; FILE is JSON lines with toxic and benign [default: built-in pairs]
     #[arg(long, value_name = "FILE", num_args = 0..=1, group = "directions")]
@@ -119,7 +119,7 @@ struct TextArguments {
     /// How to compute a direction from the pairs
     #[arg(long, value_enum, default_value = "mean", requires = "contrast")]
     method: MethodArgument,
-    /// The direction of this probe, scaled to length 1
+    /// Use the direction of this probe, scaled to length 1
     #[arg(long, value_name = "FILE", group = "directions")]
     probe: Option<PathBuf>,
     /// Layers to add a direction to, inclusive [default: all from 1; with --probe, the layer it reads]
@@ -303,13 +303,9 @@ impl SteerCommand {
         if let Some(path) = &self.text.probe {
             let probe = Probe::read(path)?;
             probe.check(model, path, self.steering.force)?;
-            let read = match probe.place {
-                ProbePlace::Block(il) => il as usize,
-                ProbePlace::Embedding => 1,
-                ProbePlace::FinalNorm => last,
-            };
+            let layer = probe.place.steering_layer(last + 1);
             let unit = probe.unit_direction();
-            return Ok(Some(layers((read, read))?.map(|layer| (layer, unit.clone())).collect()));
+            return Ok(Some(layers((layer, layer))?.map(|layer| (layer, unit.clone())).collect()));
         }
         let Some(file) = &self.text.contrast else { return Ok(None) };
         let pairs = match file {

@@ -96,6 +96,24 @@ pub fn mean_activations(
     Ok(recorded.into_iter().map(|r| r.mean).collect())
 }
 
+/// Measures the mean activation over `neurons` after each prompt, shape `[n_prompts]`.
+///
+/// # Errors
+/// Those of [`mean_activations`].
+pub fn mean_over_neurons(
+    model: &Model,
+    options: &SessionOptions,
+    prompts: &[ActivationPrompt<'_>],
+    neurons: &[LocatedNeuron],
+    n_predict: usize,
+    progress: &mut dyn Progress,
+    interrupt: &AtomicBool,
+) -> Result<Vec<f64>> {
+    let means = mean_activations(model, options, prompts, neurons, n_predict, progress, interrupt)?;
+    let n = neurons.len() as f64;
+    Ok(means.iter().map(|of_prompt| of_prompt.iter().map(|&a| f64::from(a)).sum::<f64>() / n).collect())
+}
+
 /// One prompt's mean activation over neurons and steps, of model A and optionally of model B.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptActivation {

@@ -118,12 +118,15 @@ fn bias_plus(model: &GgufFile, tensor: &TensorInfo, vector: &[f32]) -> Result<Ve
 fn check_vectors(model: &GgufFile, vectors: &BTreeMap<usize, Vec<f32>>) -> Result<()> {
     let (n_layer, n_embd) = (model.n_layer()? as usize, model.n_embd()? as usize);
     for (&layer, vector) in vectors {
-        if layer >= n_layer || vector.len() != n_embd || vector.iter().any(|x| !x.is_finite()) {
-            let reason = format!(
-                "expected {n_embd} finite numbers for a layer below {n_layer}, found {} for layer {layer}",
-                vector.len()
-            );
-            return Err(Error::setting("--bake", reason));
+        let refuse = |reason: String| Err(Error::setting("--bake", reason));
+        if layer >= n_layer {
+            return refuse(format!("expected a layer below {n_layer}, found layer {layer}"));
+        }
+        if vector.len() != n_embd {
+            return refuse(format!("layer {layer}: expected {n_embd} numbers, found {}", vector.len()));
+        }
+        if let Some(x) = vector.iter().find(|x| !x.is_finite()) {
+            return refuse(format!("layer {layer}: expected finite numbers, found {x}"));
         }
         check_layer(model, layer)?;
     }

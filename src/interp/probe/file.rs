@@ -30,6 +30,18 @@ impl ProbePlace {
         }
     }
 
+    /// The layer in which to steer along the probe's direction.
+    ///
+    /// That is the block the probe reads. The embeddings map to layer 1, the first with a control vector, and
+    /// the final norm maps to the last layer.
+    pub fn steering_layer(self, n_layer: usize) -> usize {
+        match self {
+            ProbePlace::Embedding => 1,
+            ProbePlace::FinalNorm => n_layer.saturating_sub(1),
+            ProbePlace::Block(il) => il as usize,
+        }
+    }
+
     fn number(self) -> i32 {
         match self {
             ProbePlace::Embedding => -2,
@@ -164,9 +176,12 @@ impl Probe {
             return Err(refuse(reason));
         }
         let n_embd = u64::from(file.u32("probe.n_embd")?);
-        let tensor = file.tensor(WEIGHT).filter(|t| t.shape() == [n_embd]);
         let tensor =
-            tensor.ok_or_else(|| refuse(format!("expected a tensor {WEIGHT:?} of {n_embd} numbers")))?;
+            file.tensor(WEIGHT).ok_or_else(|| refuse(format!("expected a tensor {WEIGHT:?}, found none")))?;
+        if tensor.shape() != [n_embd] {
+            let found = tensor.shape();
+            return Err(refuse(format!("tensor {WEIGHT:?}: expected shape [{n_embd}], found {found:?}")));
+        }
         let mut weight = vec![0f32; n_embd as usize];
         gguf::dequantize(tensor.tensor_type(), &file.read_tensor(tensor)?, &mut weight).map_err(refuse)?;
         if weight.iter().any(|w| !w.is_finite()) || weight.iter().all(|&w| w == 0.0) {
