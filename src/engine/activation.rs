@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 
 use super::schedule::Request;
 use super::{Sampling, Session, Token, sample};
+use crate::graph::place::{InBlock, Place};
 use crate::graph::recording::Recording;
-use crate::graph::watch::{InBlock, Place};
 
 /// What one prompt gave.
 #[derive(Debug, Clone, PartialEq)]

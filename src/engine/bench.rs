@@ -8,8 +8,9 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 
 use super::model::Model;
+use super::options::SessionOptions;
 use super::schedule::{self, GenerateOptions, GenerateStats, Request};
-use super::session::{Session, SessionOptions};
+use super::session::Session;
 use super::steering::{Change, ControlVector, Edit, Operation, Steering, When};
 use super::{Sampling, Token, sample};
 

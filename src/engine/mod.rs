@@ -21,6 +21,7 @@ pub mod bench;
 mod ffi;
 pub mod logprob;
 pub mod model;
+pub mod options;
 pub mod random;
 pub mod residual;
 pub mod sample;
@@ -29,9 +30,10 @@ pub mod session;
 mod vocabulary;
 
 pub use crate::graph::{Architecture, architecture, steering};
-pub use model::{LoadedSteering, Model, ModelOptions};
+pub use model::{LoadedSteering, Model};
+pub use options::{CacheType, FlashAttention, ModelOptions, SessionOptions};
 pub use sample::Sampling;
-pub use session::{CacheType, FlashAttention, Session, SessionOptions};
+pub use session::Session;
 pub use steering::Steering;
 pub use vocabulary::Vocabulary;
 

@@ -9,23 +9,9 @@ use crate::gguf::{self, GgufFile};
 use super::Token;
 use super::architecture::Architecture;
 use super::ffi::{self, LoadParams, LoraHandle, ModelHandle};
+use super::options::ModelOptions;
 use super::steering::{Change, Operation, Steering};
 use super::vocabulary::Vocabulary;
-
-/// How to load a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ModelOptions {
-    /// Layers kept on an accelerator; negative for all (`-ngl`).
-    pub n_gpu_layers: i32,
-    /// Read every tensor once and look for values that are not numbers (`--check-tensors`).
-    pub check_tensors: bool,
-}
-
-impl Default for ModelOptions {
-    fn default() -> Self {
-        ModelOptions { n_gpu_layers: -1, check_tensors: false }
-    }
-}
 
 /// A model in memory, ready for any number of sessions.
 #[derive(Debug, Clone)]

@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 
 use super::logprob::MOST_LOGIT_BYTES;
 use super::{Session, Token};
+use crate::graph::place::{InBlock, Phase, Place};
 use crate::graph::recording::Recording;
-use crate::graph::watch::{InBlock, Phase, Place};
 
 /// Where the residual stream is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -4,7 +4,7 @@ use super::steering::{Change, Edit, Operation, When};
 
 /// An edit with what can be worked out beforehand.
 #[derive(Debug, Clone)]
-pub(super) struct Prepared {
+pub(super) struct PreparedEdit {
     pub(super) when: When,
     coefficient: f32,
     change: PreparedChange,
@@ -17,9 +17,9 @@ enum PreparedChange {
     Component { unit: Vec<f32>, operation: Operation },
 }
 
-impl Prepared {
+impl PreparedEdit {
     /// Works out what can be.
-    pub(super) fn of(edit: &Edit) -> Prepared {
+    pub(super) fn of(edit: &Edit) -> PreparedEdit {
         let change = match &edit.change {
             &Change::Neuron { index, operation } => PreparedChange::Neuron { index, operation },
             Change::Direction { vector, operation: Operation::Offset(offset) } => {
@@ -31,7 +31,7 @@ impl Prepared {
                 PreparedChange::Component { unit, operation: *operation }
             }
         };
-        Prepared { when: edit.when, coefficient: edit.coefficient, change }
+        PreparedEdit { when: edit.when, coefficient: edit.coefficient, change }
     }
 
     /// Edits one row, `times` as much as the edit says; `None` if it is shorter than the edit needs.
@@ -74,8 +74,8 @@ fn changed(a: f32, operation: Operation, coefficient: f32) -> f32 {
 mod tests {
     use super::*;
 
-    fn edit(coefficient: f32, change: PreparedChange) -> Prepared {
-        Prepared { when: When::Both, coefficient, change }
+    fn edit(coefficient: f32, change: PreparedChange) -> PreparedEdit {
+        PreparedEdit { when: When::Both, coefficient, change }
     }
 
     #[test]

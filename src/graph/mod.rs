@@ -15,6 +15,8 @@ pub mod architecture;
 mod edit;
 pub mod node;
 #[cfg_attr(not(feature = "engine"), allow(dead_code, reason = "the engine alone records"))]
+pub(crate) mod place;
+#[cfg_attr(not(feature = "engine"), allow(dead_code, reason = "the engine alone records"))]
 pub(crate) mod recording;
 pub(crate) mod rows;
 pub mod steering;

@@ -1,6 +1,6 @@
 //! Values read in the graph: recorded as they are, or read by a probe.
 
-use super::watch::Place;
+use super::place::Place;
 
 /// Values recorded at one place, of the last decode.
 #[derive(Debug, Clone)]

@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 
-use super::watch::Phase;
+use super::place::Phase;
 
 /// How a context's KV cache is laid out, which decides the order of tokens in a micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,39 +1,12 @@
 //! What the eval callback looks for in a graph, and does there: edits of values, and recordings of them.
 
 use super::architecture::{Architecture, BLOCK_OUTPUT, FINAL_NORM};
-use super::edit::Prepared;
+use super::edit::PreparedEdit;
 use super::node::{Node, with_values};
+use super::place::{InBlock, Phase, Place};
 use super::recording::{Reader, Reading, Recording};
 use super::rows::{Announced, Row, Rows, Streams};
 use super::steering::{Change, Edit, When};
-
-/// A place in the graph, in the order in which it is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Place {
-    /// The residual stream before the first block, `[n_embd]` a token.
-    Embedding,
-    /// In a block, its layer and what of it.
-    Block(usize, InBlock),
-    /// The residual stream after the final norm, `[n_embd]` a token.
-    FinalNorm,
-}
-
-/// A place in a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum InBlock {
-    /// The neurons' activations, `[n_ff]` a token.
-    Neurons,
-    /// The residual stream as the block leaves it, `[n_embd]` a token.
-    Output,
-}
-
-/// Which tokens the decode in progress is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum Phase {
-    #[default]
-    Prompt,
-    Generation,
-}
 
 /// What a node is, found once for all that is asked about it: llama.cpp asks about every node of every graph.
 #[derive(Debug, Clone, Copy)]
@@ -51,8 +24,8 @@ pub(crate) struct Watch {
     n_seq_max: usize,
     streams: Streams,
     /// By layer.
-    neuron_edits: Vec<Vec<Prepared>>,
-    output_edits: Vec<Vec<Prepared>>,
+    neuron_edits: Vec<Vec<PreparedEdit>>,
+    output_edits: Vec<Vec<PreparedEdit>>,
     /// Whether there is any of them: asked of every node.
     has_edits: bool,
     /// What the coefficients of all edits are multiplied by.
@@ -127,7 +100,7 @@ impl Watch {
                 Change::Neuron { .. } => &mut self.neuron_edits,
                 Change::Direction { .. } => &mut self.output_edits,
             };
-            of_layers[edit.layer].push(Prepared::of(edit));
+            of_layers[edit.layer].push(PreparedEdit::of(edit));
         }
     }
 
@@ -350,7 +323,7 @@ impl Watch {
         }
     }
 
-    fn edits_at(&self, place: Place) -> &[Prepared] {
+    fn edits_at(&self, place: Place) -> &[PreparedEdit] {
         match place {
             Place::Block(il, InBlock::Neurons) => &self.neuron_edits[il],
             Place::Block(il, InBlock::Output) => &self.output_edits[il],

@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
+use crate::graph::place::Phase;
 use crate::graph::rows::{Announced, Streams};
-use crate::graph::watch::{Phase, Watch};
+use crate::graph::watch::Watch;
 use crate::graph::{Architecture, Node};
 
 use super::gate::{Gate, GateOptions, GateState};
-use super::steer::Inner;
+use super::loaded::LoadedSteer;
 
 /// What a context was made with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +46,7 @@ pub struct Token {
 /// for one context, which decodes on one thread at a time.
 #[derive(Debug)]
 pub struct Callback {
-    steer: Arc<Inner>,
+    steer: Arc<LoadedSteer>,
     n_seq_max: usize,
     streams: Streams,
     /// `[n_seq_max]`.
@@ -69,7 +70,7 @@ struct State {
 }
 
 impl Callback {
-    pub(super) fn new(steer: Arc<Inner>, context: &ContextOptions) -> Result<Callback> {
+    pub(super) fn new(steer: Arc<LoadedSteer>, context: &ContextOptions) -> Result<Callback> {
         let n_seq_max = context.n_seq_max;
         if n_seq_max == 0 || n_seq_max > MOST_SEQUENCES {
             let reason = format!("expected 1 to {MOST_SEQUENCES} sequences, found {n_seq_max}");
@@ -128,7 +129,7 @@ impl Callback {
 
     /// Whether sequences can be told apart at all.
     fn check_by_sequence(&self, what: &str) -> Result<()> {
-        if self.steer.has_control_vector() {
+        if self.steer.control_vector.is_some() {
             return Err(Error::refused(
                 what,
                 "a part of this intervention is a control vector, which llama.cpp adds to all sequences",

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::graph::place::{InBlock, Place};
 use crate::graph::recording::{Reader, Reading};
-use crate::graph::watch::{InBlock, Place};
 use crate::interp::probe::{Probe, ProbePlace, sigmoid};
 
-use super::steer::Inner;
+use super::loaded::LoadedSteer;
 
 /// When a gate opens.
 ///
@@ -67,7 +67,7 @@ impl Gate {
     pub(super) fn open(
         path: &Path,
         options: &GateOptions,
-        model: &Inner,
+        model: &LoadedSteer,
         n_seq_max: usize,
         number: u64,
     ) -> Result<(Gate, Reader)> {

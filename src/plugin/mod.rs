@@ -110,6 +110,7 @@
 mod c;
 mod callback;
 mod gate;
+mod loaded;
 mod steer;
 
 pub use crate::graph::{Node, Shape};

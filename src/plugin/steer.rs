@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 
 use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
@@ -12,6 +12,7 @@ use crate::steer::compile::{CompileOptions, Route, compile};
 use crate::steer::{Fingerprint, SteerFile};
 
 use super::callback::{Callback, ContextOptions};
+use super::loaded::LoadedSteer;
 
 /// How to load an intervention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,36 +35,7 @@ impl Default for SteerOptions {
 /// An intervention for one model. Clones share one coefficient; all methods may be called from any thread.
 #[derive(Debug, Clone)]
 pub struct Steer {
-    pub(super) inner: Arc<Inner>,
-}
-
-#[derive(Debug)]
-pub(super) struct Inner {
-    /// `None` for one that the callback does not know; then there are no edits.
-    pub(super) architecture: Option<&'static Architecture>,
-    pub(super) n_layer: usize,
-    pub(super) n_embd: usize,
-    pub(super) fingerprint: Fingerprint,
-    /// Whether llama.cpp keeps two caches for this model, and may then cut batches in more than one way.
-    pub(super) has_sliding_window: bool,
-    /// Compiled at a coefficient of 1.
-    control_vector: Option<ControlVector>,
-    pub(super) edits: Vec<Edit>,
-    choices: Vec<String>,
-    /// Of all that is multiplied by the coefficient, the largest.
-    largest: f32,
-    /// Bits of an f32.
-    coefficient: AtomicU32,
-}
-
-impl Inner {
-    pub(super) fn coefficient(&self) -> f32 {
-        f32::from_bits(self.coefficient.load(Ordering::Acquire))
-    }
-
-    pub(super) fn has_control_vector(&self) -> bool {
-        self.control_vector.is_some()
-    }
+    loaded: Arc<LoadedSteer>,
 }
 
 impl Steer {
@@ -93,7 +65,7 @@ impl Steer {
         let largest = edits.iter().map(largest_of).chain(rows).fold(0.0, f32::max);
         let sliding_window = model.arch_key("attention.sliding_window")?;
         let steer = Steer {
-            inner: Arc::new(Inner {
+            loaded: Arc::new(LoadedSteer {
                 architecture: Architecture::find(model.architecture()?),
                 n_layer: model.n_layer()? as usize,
                 n_embd: model.n_embd()? as usize,
@@ -114,34 +86,34 @@ impl Steer {
     /// now; `None` if that is nothing. It has to be set again after the coefficient was changed.
     pub fn control_vector(&self) -> Option<ControlVector> {
         let coefficient = self.coefficient();
-        let vector = self.inner.control_vector.as_ref().filter(|_| coefficient != 0.0)?;
+        let vector = self.loaded.control_vector.as_ref().filter(|_| coefficient != 0.0)?;
         let rows = vector.rows.iter().map(|x| x * coefficient).collect();
         Some(ControlVector { n_embd: vector.n_embd, rows })
     }
 
     /// Whether the control vector is not the whole of it.
     pub fn needs_callback(&self) -> bool {
-        !self.inner.edits.is_empty()
+        !self.loaded.edits.is_empty()
     }
 
     /// Sentences for people: which way each part goes.
     pub fn choices(&self) -> &[String] {
-        &self.inner.choices
+        &self.loaded.choices
     }
 
     /// Blocks of the model.
     pub fn n_layer(&self) -> usize {
-        self.inner.n_layer
+        self.loaded.n_layer
     }
 
     /// Width of the model's residual stream.
     pub fn n_embd(&self) -> usize {
-        self.inner.n_embd
+        self.loaded.n_embd
     }
 
     /// What the file's own coefficients are multiplied by.
     pub fn coefficient(&self) -> f32 {
-        self.inner.coefficient()
+        self.loaded.coefficient()
     }
 
     /// Changes the coefficient, while decoding too: a micro-batch has one coefficient from its start to its end. At 0
@@ -154,11 +126,11 @@ impl Steer {
             let reason = format!("expected a finite number, found {coefficient}");
             return Err(Error::setting("coefficient", reason));
         }
-        if !(self.inner.largest * coefficient).is_finite() {
+        if !(self.loaded.largest * coefficient).is_finite() {
             let reason = format!("what {coefficient:e} adds exceeds the largest f32, {:e}", f32::MAX);
             return Err(Error::setting("coefficient", reason));
         }
-        self.inner.coefficient.store(coefficient.to_bits(), Ordering::Release);
+        self.loaded.set_coefficient(coefficient);
         Ok(())
     }
 
@@ -167,7 +139,7 @@ impl Steer {
     /// # Errors
     /// [`Error::Setting`] for a number of sequences that no context has.
     pub fn callback(&self, context: &ContextOptions) -> Result<Callback> {
-        Callback::new(self.inner.clone(), context)
+        Callback::new(self.loaded.clone(), context)
     }
 }
 

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use llama_cpp_sys_2 as sys;
 
 use super::adapter::LoraHandle;
-use super::callback::{CallbackState, eval_callback};
+use super::eval_callback::{CallbackState, eval_callback};
 use super::model::ModelHandle;
 use crate::engine::Token;
-use crate::engine::session::{CacheType, FlashAttention};
+use crate::engine::options::{CacheType, FlashAttention};
 use crate::graph::watch::Watch;
 
 /// Context parameters, in llama.cpp's own terms.

@@ -6,8 +6,8 @@
 //! in `Batch::check` above all.
 
 mod adapter;
-mod callback;
 mod context;
+mod eval_callback;
 mod model;
 
 use std::ffi::{CStr, c_char, c_void};

@@ -167,6 +167,12 @@ pub(super) unsafe fn array<'a, T>(
     Ok(Some(unsafe { std::slice::from_raw_parts(pointer, n) }))
 }
 
+/// A sequence of a context.
+pub(super) fn sequence_of(sequence: i32) -> Result<usize, Failure> {
+    usize::try_from(sequence)
+        .map_err(|_| Failure::argument(format!("sequence: expected 0 or more, found {sequence}")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

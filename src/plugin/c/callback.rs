@@ -1,18 +1,15 @@
-//! The eval callback over a program's table, with the program's own callback behind it.
+//! C functions for callbacks: making one, decoding with it, and steering sequences apart.
 
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::argument::{SizedStruct, array, check_out, read_options};
+use super::argument::{SizedStruct, array, check_out, read_options, sequence_of};
 use super::handle::{self, Running};
-use super::host::{HostNode, HostTable, RawTable, Tensor};
+use super::host::{HostTable, RawTable, Tensor};
+use super::host_callback::{EvalFn, HostCallback};
 use super::status::{Failure, Status, guard};
 use crate::error::Error;
-use crate::plugin::{Callback, ContextOptions, Token};
-
-/// `detox_eval_fn`.
-type EvalFn = unsafe extern "C" fn(*mut Tensor, bool, *mut c_void) -> bool;
+use crate::plugin::{ContextOptions, Token};
 
 /// `detox_callback_options`.
 #[repr(C)]
@@ -30,66 +27,6 @@ unsafe impl SizedStruct for RawCallbackOptions {
     const LEAST: usize = std::mem::offset_of!(RawCallbackOptions, next);
     const ENDS: &'static [usize] =
         &[std::mem::offset_of!(RawCallbackOptions, next_user_data), size_of::<RawCallbackOptions>()];
-}
-
-/// What a `detox_callback` stands for.
-#[derive(Debug)]
-pub(super) struct HostCallback {
-    pub(super) callback: Callback,
-    table: HostTable,
-    /// Whether rows can be followed only with the table's optional functions.
-    needs_sources: bool,
-    next: Option<Next>,
-    /// Of the node that was asked about last: whether its value was wanted here.
-    is_wanted: AtomicBool,
-}
-
-/// The program's own callback.
-#[derive(Debug)]
-struct Next {
-    function: EvalFn,
-    user_data: *mut c_void,
-    /// As [`HostCallback::is_wanted`], there.
-    is_wanted: AtomicBool,
-}
-
-// SAFETY: the pointer is only handed back to the program's own function, in the thread that decodes, as llama.cpp
-// itself would do.
-unsafe impl Send for Next {}
-// SAFETY: as above; the rest of it is an atomic.
-unsafe impl Sync for Next {}
-
-impl HostCallback {
-    /// # Safety
-    /// As [`detox_eval_callback`].
-    unsafe fn eval(&self, tensor: *mut Tensor, ask: bool) -> bool {
-        if ask || self.is_wanted.load(Ordering::Relaxed) {
-            // SAFETY: as this function's own contract.
-            let mut node = unsafe { HostNode::new(&self.table, tensor) };
-            let answer = self.callback.eval(&mut node, ask);
-            if ask {
-                self.is_wanted.store(answer, Ordering::Relaxed);
-            }
-            return answer;
-        }
-        true
-    }
-}
-
-impl Next {
-    /// # Safety
-    /// As [`detox_eval_callback`].
-    unsafe fn eval(&self, tensor: *mut Tensor, ask: bool) -> bool {
-        if ask || self.is_wanted.load(Ordering::Relaxed) {
-            // SAFETY: the program's own callback, with its own data, as llama.cpp would call it.
-            let answer = unsafe { (self.function)(tensor, ask, self.user_data) };
-            if ask {
-                self.is_wanted.store(answer, Ordering::Relaxed);
-            }
-            return answer;
-        }
-        true
-    }
 }
 
 /// # Safety
@@ -120,18 +57,11 @@ unsafe extern "C" fn detox_steer_callback(
             (HostTable::read(table)?, read_options("options", options, default)?)
         };
         let (n_seq_max, kv_unified) = (options.n_seq_max as usize, options.kv_unified != 0);
-        let made = HostCallback {
-            callback: steer.callback(&ContextOptions { n_seq_max, kv_unified })?,
-            table,
-            needs_sources: n_seq_max > 1 && !kv_unified,
-            next: options.next.map(|function| Next {
-                function,
-                user_data: options.next_user_data,
-                is_wanted: AtomicBool::new(false),
-            }),
-            is_wanted: AtomicBool::new(false),
-        };
-        // SAFETY: not null and aligned, see `check_out`, and writable by the contract.
+        let made = steer.callback(&ContextOptions { n_seq_max, kv_unified })?;
+        let needs_sources = n_seq_max > 1 && !kv_unified;
+        let next = options.next.map(|function| (function, options.next_user_data));
+        let made = HostCallback::new(made, table, needs_sources, next);
+        // SAFETY: `check_out` saw that it is neither null nor misaligned; writable by the contract.
         unsafe { callback.write(handle::insert_callback(made)) };
         Ok(())
     })
@@ -148,16 +78,8 @@ extern "C" fn detox_callback_free(callback: *mut c_void) -> Status {
 unsafe extern "C" fn detox_eval_callback(tensor: *mut Tensor, ask: bool, user_data: *mut c_void) -> bool {
     let found = catch_unwind(AssertUnwindSafe(|| Running::enter(user_data))).unwrap_or_default();
     let Some(running) = found.filter(|_| !tensor.is_null()) else { return !ask };
-    let entry = running.callback();
     // SAFETY: a live tensor by the contract, and not null.
-    let ours = catch_unwind(AssertUnwindSafe(|| unsafe { entry.eval(tensor, ask) })).unwrap_or(!ask);
-    // Not within a guard: the program's own function may do what it likes.
-    // SAFETY: as above.
-    let theirs = entry.next.as_ref().map(|next| unsafe { next.eval(tensor, ask) });
-    match ask {
-        true => ours || theirs.unwrap_or(false),
-        false => ours && theirs.unwrap_or(true),
-    }
+    unsafe { running.callback().eval(tensor, ask) }
 }
 
 #[unsafe(no_mangle)]
@@ -225,9 +147,4 @@ extern "C" fn detox_set_sequence(callback: *mut c_void, sequence: i32, is_on: bo
         let sequence = sequence_of(sequence)?;
         Ok(handle::callback(callback)?.callback.callback.set_sequence(sequence, is_on)?)
     })
-}
-
-pub(super) fn sequence_of(sequence: i32) -> Result<usize, Failure> {
-    usize::try_from(sequence)
-        .map_err(|_| Failure::argument(format!("sequence: expected 0 or more, found {sequence}")))
 }

@@ -2,8 +2,7 @@
 
 use std::ffi::{c_char, c_void};
 
-use super::argument::{SizedStruct, check_out, path, read_options};
-use super::callback::sequence_of;
+use super::argument::{SizedStruct, check_out, path, read_options, sequence_of};
 use super::handle;
 use super::status::{Status, guard};
 use crate::plugin::GateOptions;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
-use super::callback::HostCallback;
+use super::host_callback::HostCallback;
 use super::status::Failure;
 use crate::error::Error;
 use crate::plugin::Steer;

@@ -15,6 +15,7 @@ mod callback;
 mod gate;
 mod handle;
 mod host;
+mod host_callback;
 mod score;
 mod status;
 mod steer;
