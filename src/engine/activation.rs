@@ -9,25 +9,27 @@ use super::{Sampling, Session, Token, sample};
 use crate::graph::place::{InBlock, Place};
 use crate::graph::recording::Recording;
 
-/// What one prompt gave.
+/// The recording of one prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptActivations {
-    /// The mean activation of each neuron over the steps, shape `[n_neurons]`, in the order asked for.
+    /// The mean activation of each neuron over the steps, `[n_neurons]`, in the order of the request.
     pub mean: Vec<f32>,
-    /// The greedy continuation, one token a step.
+    /// The greedy continuation, one token per step.
     pub tokens: Vec<Token>,
 }
 
-/// Mean activations of `neurons`, each a layer and an index, over the next `n_predict` greedy tokens of each
-/// prompt: the mean over steps of the activation at the last position, that is at the last token of the
-/// prompt and at all tokens generated but the last (the paper's protocol, section 4.2, as its script
-/// collects them). The steps are `n_predict` for every prompt: an end-of-generation token does not end them.
+/// Mean activations of neurons while the model continues each prompt greedily.
 ///
-/// The session must have been opened with [`Session::open_with_callback`]. `done` is called after every
-/// group of prompts with the number of prompts that are finished.
+/// `neurons` are pairs of layer and index. Each prompt is continued for `n_predict` steps, even past an
+/// end-of-generation token, and the mean is over the steps of the activation at the last position: the last token
+/// of the prompt, and every generated token but the last. This is the paper's protocol (section 4.2), as its script
+/// does it.
 ///
-/// Errors: [`Error::PromptTooLong`] before anything runs; [`Error::Setting`] for a neuron that the model has
-/// not, or a session without callback; [`Error::Interrupted`].
+/// The session must have been opened with [`Session::open_with_callback`]. `done` is called after every group of
+/// prompts, with the number of finished prompts.
+///
+/// Errors: [`Error::PromptTooLong`] before anything runs; [`Error::Setting`] for a neuron out of range, or for a
+/// session without the callback; [`Error::Interrupted`].
 pub fn record(
     session: &mut Session,
     prompts: &[Request],
@@ -46,10 +48,13 @@ pub fn record(
     if let Some((il, i)) = neurons.iter().find(|&&(il, i)| n_ff.get(il).is_none_or(|&n| i >= n)) {
         return Err(Error::setting(
             "--neurons",
-            format!("the model has no neuron {i} in layer {il}: {} layers of {n_ff:?} neurons", n_ff.len()),
+            format!(
+                "the model has no neuron {i} in layer {il}: it has {} layers of {n_ff:?} neurons",
+                n_ff.len()
+            ),
         ));
     }
-    // One recording a layer; `columns[n]` is where neuron n stands: its recording and its column there.
+    // One recording per layer. `columns[n]` says where neuron n is found: its recording, and its column there.
     let mut layers: Vec<usize> = neurons.iter().map(|&(il, _)| il).collect();
     layers.sort_unstable();
     layers.dedup();
@@ -82,7 +87,7 @@ pub fn record(
     result.map(|()| all)
 }
 
-/// A prompt in its slot.
+/// A prompt in its slot, with what was generated and summed so far.
 struct Running {
     slot: usize,
     n_prompt: usize,
@@ -108,7 +113,7 @@ fn record_group(
             tokens: vec![greedy(session, &row)?],
             sums: vec![0.0; columns.len()],
         };
-        // The prompt's last piece of a batch ends with its last token.
+        // Long prompts are decoded in pieces of a batch. The last piece ends with the prompt's last token.
         let last = (prompt.tokens.len() - 1) % session.context.n_batch();
         new.add(session, columns, last)?;
         session.fork_prompt(new.slot);
@@ -118,7 +123,7 @@ fn record_group(
         stop_if(interrupt)?;
         session.batch.clear();
         for r in &running {
-            // A running prompt has the token that its prompt's logits gave.
+            // The first token was chosen from the prompt's logits.
             let last = *r.tokens.last().expect("a running prompt has a token");
             session.batch.push(last, r.n_prompt + r.tokens.len() - 1, r.slot, true);
         }
@@ -133,7 +138,7 @@ fn record_group(
 }
 
 impl Running {
-    /// Adds what was recorded at token `index` of the last batch.
+    /// Adds the activations recorded for token `index` of the last batch.
     fn add(&mut self, session: &mut Session, columns: &[(usize, usize)], index: usize) -> Result<()> {
         for (sum, &(recording, column)) in self.sums.iter_mut().zip(columns) {
             *sum += f64::from(session.recorded(recording, index)?[column]);

@@ -1,4 +1,4 @@
-//! How fast this build generates, in the terms of llama.cpp's own `llama-batched-bench -pps`.
+//! Measures generation speed, in the terms of llama.cpp's `llama-batched-bench -pps`.
 
 use std::sync::atomic::AtomicBool;
 
@@ -14,7 +14,7 @@ use super::session::Session;
 use super::steering::{Change, ControlVector, Edit, Operation, Steering, When};
 use super::{Sampling, Token, sample};
 
-/// One line of the table: `n_parallel` continuations of one prompt, decoded together.
+/// Speed at one number of sequences: continuations of one prompt, decoded together.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BenchRow {
     /// Sequences decoded at once.
@@ -23,23 +23,23 @@ pub struct BenchRow {
     pub n_prompt: usize,
     /// Tokens decoded in each sequence.
     pub n_predict: usize,
-    /// Runs, of which the medians follow.
+    /// Runs. The figures below are their medians.
     pub n_runs: usize,
-    /// Tokens a second, decoding and sampling together; prompts and the start of samples apart.
+    /// Tokens per second, decoding and sampling; without prompts and the start of samples.
     pub generate_tokens_per_second: f64,
-    /// Tokens a second of decoding alone: what `llama-batched-bench` calls S_TG.
+    /// Tokens per second, decoding only: S_TG in `llama-batched-bench`.
     pub decode_tokens_per_second: f64,
-    /// Share of the time of a step spent choosing tokens, in [0, 1].
+    /// Fraction of a step's time spent on sampling, in [0, 1].
     pub sample_share: f64,
-    /// Tokens a second of prompt.
+    /// Prompt tokens per second.
     pub prompt_tokens_per_second: f64,
 }
 
 /// Measures generation at each number of sequences in `parallel`.
 ///
-/// The prompt is `n_prompt` random tokens, shared; each sequence then decodes exactly `n_predict`
-/// tokens (the first token of a continuation is chosen from the prompt's logits, so `n_predict + 1`
-/// are generated), end-of-generation tokens notwithstanding. The first run of each line is not counted.
+/// All sequences share a prompt of `n_prompt` random tokens. Each then decodes exactly `n_predict` tokens, even past
+/// an end-of-generation token. It generates `n_predict + 1`, because the first one is chosen from the prompt's
+/// logits. One warm-up run per number of sequences is not counted.
 #[allow(clippy::too_many_arguments, reason = "flat named parameters of one measurement, from one caller")]
 pub fn bench(
     model: &Model,
@@ -51,15 +51,20 @@ pub fn bench(
     n_runs: usize,
     interrupt: &AtomicBool,
 ) -> Result<Vec<BenchRow>> {
+    check_counts(n_prompt, n_predict, n_runs)?;
+    parallel
+        .iter()
+        .map(|&n| bench_row(model, options, sampling, n, n_prompt, n_predict, n_runs, interrupt))
+        .collect()
+}
+
+fn check_counts(n_prompt: usize, n_predict: usize, n_runs: usize) -> Result<()> {
     for (flag, n) in [("--n-prompt", n_prompt), ("-n/--n-predict", n_predict), ("--runs", n_runs)] {
         if n == 0 {
             return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
         }
     }
-    parallel
-        .iter()
-        .map(|&n| bench_row(model, options, sampling, n, n_prompt, n_predict, n_runs, interrupt))
-        .collect()
+    Ok(())
 }
 
 #[allow(clippy::too_many_arguments, reason = "flat named parameters of one measurement, from one caller")]
@@ -107,24 +112,25 @@ fn bench_row(
     })
 }
 
-/// What one way of steering costs.
+/// Speed with one kind of steering.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SteeringRow {
-    /// The way.
+    /// The kind of steering.
     pub way: &'static str,
-    /// Tokens a second, decoding and sampling together: the median.
+    /// Median tokens per second, decoding and sampling.
     pub tokens_per_second: f64,
-    /// The median over rounds of its time in a round as a multiple of the unsteered time in that round.
+    /// Time relative to the unsteered time of the same round; the median over rounds.
     pub relative_time: f64,
 }
 
-/// Measures generation unsteered and steered in several ways, in turns, so that all meet the same machine.
+/// Measures generation unsteered and with several kinds of steering.
 ///
-/// The steering changes next to nothing (offsets of 1e-6), but costs what any steering of its kind does:
-/// a control vector on all layers, and the callback on one layer, on a quarter of them, and on all, each
-/// with 8 neurons a layer. Prompt and continuations as in [`bench`]. The first round is not counted.
+/// Every round runs all kinds in turn, so that all run under the same load. The steering has almost no effect
+/// (offsets of 1e-6), but costs as much as any of its kind: a control vector on all layers, and the callback on one
+/// layer, on a quarter of them, and on all, with 8 neurons per layer. Prompt and continuations are as in [`bench`].
+/// One warm-up round is not counted.
 ///
-/// Errors: as [`bench`]; [`Error::Model`] for an architecture that the callback does not know.
+/// Errors: as [`bench`]; [`Error::Model`] for an architecture that the callback does not support.
 pub fn bench_steering(
     model: &Model,
     options: &SessionOptions,
@@ -134,39 +140,9 @@ pub fn bench_steering(
     n_runs: usize,
     interrupt: &AtomicBool,
 ) -> Result<Vec<SteeringRow>> {
-    for (flag, n) in [("--n-prompt", n_prompt), ("-n/--n-predict", n_predict), ("--runs", n_runs)] {
-        if n == 0 {
-            return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
-        }
-    }
-    const OFFSET: f32 = 1e-6;
-    let n_layer = model.n_layer();
-    let neurons_of = |layers: std::ops::Range<usize>| Steering {
-        edits: layers
-            .flat_map(|layer| (0..8).map(move |index| (layer, index)))
-            .map(|(layer, index)| Edit {
-                layer,
-                when: When::Both,
-                coefficient: 1.0,
-                change: Change::Neuron { index, operation: Operation::Offset(OFFSET) },
-            })
-            .collect(),
-        ..Steering::default()
-    };
-    let n_embd = model.n_embd();
-    let rows = vec![OFFSET; n_embd * n_layer.saturating_sub(1)];
-    let ways = [
-        ("unsteered", Steering::default()),
-        (
-            "control vector, all layers",
-            Steering { control_vector: Some(ControlVector { n_embd, rows }), ..Steering::default() },
-        ),
-        ("callback, 1 layer", neurons_of(n_layer / 2..n_layer / 2 + 1)),
-        ("callback, a quarter of the layers", neurons_of(0..n_layer.div_ceil(4))),
-        ("callback, all layers", neurons_of(0..n_layer)),
-    ];
+    check_counts(n_prompt, n_predict, n_runs)?;
     let options = SessionOptions { n_parallel: Some(n_parallel), ..options.clone() };
-    let mut sessions = ways
+    let mut sessions = steerings(model)
         .into_iter()
         .map(|(way, steering)| {
             let steered = model.with_steering(steering)?;
@@ -181,7 +157,7 @@ pub fn bench_steering(
         seed: 0,
         ignore_eos: true,
     };
-    // Seconds a token, `[n_ways][n_runs]`.
+    // Seconds per token, `[n_ways][n_runs]`.
     let mut times = vec![Vec::with_capacity(n_runs); sessions.len()];
     for run in 0..=n_runs {
         for ((_, session), times) in sessions.iter_mut().zip(&mut times) {
@@ -201,17 +177,47 @@ pub fn bench_steering(
     Ok(rows.collect())
 }
 
+/// The kinds of steering that [`bench_steering`] compares; the first is none.
+fn steerings(model: &Model) -> [(&'static str, Steering); 5] {
+    const OFFSET: f32 = 1e-6;
+    let n_layer = model.n_layer();
+    let neurons_of = |layers: std::ops::Range<usize>| Steering {
+        edits: layers
+            .flat_map(|layer| (0..8).map(move |index| (layer, index)))
+            .map(|(layer, index)| Edit {
+                layer,
+                when: When::Both,
+                coefficient: 1.0,
+                change: Change::Neuron { index, operation: Operation::Offset(OFFSET) },
+            })
+            .collect(),
+        ..Steering::default()
+    };
+    let n_embd = model.n_embd();
+    let rows = vec![OFFSET; n_embd * n_layer.saturating_sub(1)];
+    [
+        ("unsteered", Steering::default()),
+        (
+            "control vector, all layers",
+            Steering { control_vector: Some(ControlVector { n_embd, rows }), ..Steering::default() },
+        ),
+        ("callback, 1 layer", neurons_of(n_layer / 2..n_layer / 2 + 1)),
+        ("callback, a quarter of the layers", neurons_of(0..n_layer.div_ceil(4))),
+        ("callback, all layers", neurons_of(0..n_layer)),
+    ]
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
 
-/// Tokens that stand for text, chosen by a fixed seed.
+/// Random text tokens, from a fixed seed.
 fn random_tokens(model: &Model, n: usize) -> Vec<Token> {
     let mut random = sample::random_stream(0, "bench prompt", 0);
     let n_vocab = model.n_vocab() as u64;
     let mut tokens = Vec::with_capacity(n);
-    // A vocabulary of control tokens alone does not exist; the bound keeps a broken one from looping.
+    // Every real vocabulary has text tokens. The bound prevents an endless loop on a broken one.
     for _ in 0..1000 * n {
         let token = (random.next_u64() % n_vocab) as Token;
         if !model.is_control(token) && !model.is_end_of_generation(token) {

@@ -11,32 +11,33 @@ use super::{Session, Token, sample};
 /// A prompt with the continuations to score after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// Names the prompt in errors.
+    /// Name of the prompt in errors.
     pub id: String,
-    /// The prompt, with BOS where the model wants one.
+    /// The prompt, with BOS if the model needs one.
     pub prompt: Vec<Token>,
-    /// Continuations, each without BOS; an empty one has no log-probabilities.
+    /// Continuations without BOS. An empty one gets no log-probabilities.
     pub continuations: Vec<Vec<Token>>,
 }
 
-/// The rows of logits that one decode may produce: 256 MiB, whatever the vocabulary.
+/// Most bytes of logits that one decode may produce: 256 MiB, whatever the vocabulary.
 pub(super) const MOST_LOGIT_BYTES: usize = 256 << 20;
 
-/// A continuation in a slot, of which `n_done` tokens have been decoded.
+/// A continuation in a slot.
 struct Task {
     slot: usize,
     request: usize,
     continuation: usize,
+    /// Number of its tokens that were decoded.
     n_done: usize,
 }
 
-/// Natural log-probabilities of every token of every continuation, given what stands before it.
+/// Natural log-probability of every token of every continuation, given the text before it.
 ///
-/// Shape: `[requests][continuations][tokens]`. Each prompt is decoded once; its KV is shared by its
-/// continuations, and the continuations of several prompts share a batch.
+/// Shape: `[requests][continuations][tokens]`. Each prompt is decoded once, and its KV copied to its continuations;
+/// continuations of several prompts share a batch.
 ///
-/// Errors: [`Error::PromptTooLong`] before anything runs; [`Error::Interrupted`];
-/// [`Error::Decode`] and [`Error::Model`] when llama.cpp fails or gives NaN.
+/// Errors: [`Error::PromptTooLong`] before anything runs; [`Error::Interrupted`]; [`Error::Decode`] if llama.cpp
+/// fails; [`Error::Model`] if logits are NaN.
 pub fn score(
     session: &mut Session,
     requests: &[Request],
@@ -76,7 +77,7 @@ pub fn score(
     Ok(logprobs)
 }
 
-/// Decodes the continuations of `tasks` to their ends, and empties it.
+/// Decodes all continuations in `tasks`, and clears it.
 fn run(
     session: &mut Session,
     requests: &[Request],
@@ -96,7 +97,7 @@ fn run(
         for task in tasks.iter_mut() {
             let tokens = tokens_of(task);
             let n_prompt = requests[task.request].prompt.len();
-            // The last token is predicted, never decoded.
+            // The last token is only predicted, so it is not decoded.
             while task.n_done + 1 < tokens.len() && predicted.len() < most_rows {
                 session.batch.push(tokens[task.n_done], n_prompt + task.n_done, task.slot, true);
                 predicted.push((task.request, task.continuation, tokens[task.n_done + 1]));

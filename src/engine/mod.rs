@@ -1,20 +1,25 @@
-//! Models and sessions over llama.cpp: many continuations of many prompts, and log-probabilities.
+//! Runs models with llama.cpp: samples continuations, and computes log-probabilities.
 //!
 //! ```text
-//! Model ──► Session ──► schedule::generate     k sampled continuations a prompt
+//! Model ──► Session ──► schedule::generate     k sampled continuations per prompt
 //!   ▲              ├──► logprob::score         log-probabilities of given continuations
 //! Steering         ├──► activation::record     mean activations of neurons over greedy continuations
 //!                  └──► residual::record       mean residual streams of texts, by layer
 //! ```
 //!
-//! A [`Model`] is shared; each [`Session`] owns one `llama_context`. Its sequences are slots: slot 0
-//! holds the prompt that is being served, slots 1 to `n_parallel` the continuations. Every slot has a
-//! KV stream of its own, so a token attends over its own sequence only; a prompt is decoded once, in
-//! slot 0, and its KV is copied to the slots that continue it.
+//! A [`Model`] is shared; each [`Session`] owns one `llama_context`. A session's sequences are its slots: slot 0
+//! holds the current prompt, slots 1 to `n_parallel` its continuations. Every slot has its own KV stream, so a token
+//! attends only to its own sequence. A prompt is decoded once, in slot 0, and its KV is copied to the slots that
+//! continue it.
 //!
-//! [`Steering`] describes what changes a model while it runs. A [`Model`] carries one to every session
-//! opened over it; [`Session::steer`] changes it between two decodes. Values inside the graph are read and
-//! written by llama.cpp's eval callback, which only sessions that need it have.
+//! A [`Steering`] describes what changes a model while it runs. A [`Model`] passes its steering to every session
+//! opened over it; [`Session::steer`] replaces it between two decodes. Sessions that edit or record values inside
+//! the graph do so in llama.cpp's eval callback; the others run without it.
+//!
+//! - [`sample`] is the way from logits to a token: temperature, top-k, top-p, min-p.
+//! - [`random`] has the random streams.
+//! - [`mod@bench`] measures generation speed.
+//! - `ffi` has all `unsafe` code of the engine.
 
 pub mod activation;
 pub mod bench;
@@ -37,7 +42,7 @@ pub use session::Session;
 pub use steering::Steering;
 pub use vocabulary::Vocabulary;
 
-/// A token id, as llama.cpp counts them: `0..n_vocab`.
+/// A token id, in `0..n_vocab`.
 pub type Token = i32;
 
 /// The version of llama.cpp in this build.
@@ -45,7 +50,7 @@ pub fn llama_version() -> String {
     ffi::llama_version()
 }
 
-/// What ggml in this build uses of the CPU, in its own words.
+/// The CPU features that ggml uses in this build, as ggml prints them.
 pub fn system_info() -> String {
     ffi::system_info()
 }

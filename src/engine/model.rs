@@ -1,4 +1,4 @@
-//! A loaded model: its sizes, its tokenizer, and what steers it.
+//! A loaded model: its sizes, its tokenizer, and its steering.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,21 +13,21 @@ use super::options::ModelOptions;
 use super::steering::{Change, Operation, Steering};
 use super::vocabulary::Vocabulary;
 
-/// A model in memory, ready for any number of sessions.
+/// A model in memory, for any number of sessions.
 #[derive(Debug, Clone)]
 pub struct Model {
     pub(super) handle: Arc<ModelHandle>,
     vocabulary: Vocabulary,
     architecture: String,
     n_layer: usize,
-    /// Neurons of each layer, `[n_layer]`.
+    /// Number of neurons of each layer, `[n_layer]`.
     n_ff: Vec<usize>,
     kv_bytes_per_cell: usize,
     on_cpu: bool,
     steering: Arc<LoadedSteering>,
 }
 
-/// A [`Steering`] that was checked against a model, with its adapters in memory.
+/// A [`Steering`] checked against a model, with its adapters in memory.
 #[derive(Debug)]
 pub struct LoadedSteering {
     steering: Steering,
@@ -36,7 +36,7 @@ pub struct LoadedSteering {
 }
 
 impl LoadedSteering {
-    /// What it does.
+    /// Its description.
     pub fn steering(&self) -> &Steering {
         &self.steering
     }
@@ -45,9 +45,10 @@ impl LoadedSteering {
 impl Model {
     /// Loads the GGUF at `path`.
     ///
-    /// The file is validated by our own reader first, because llama.cpp ends the process where it is
-    /// surprised. Errors: [`Error::Io`], [`Error::Gguf`], and [`Error::Model`] for a file that is well
-    /// formed but no model that generates text, or that llama.cpp does not know.
+    /// Our own reader validates the file first, because llama.cpp may abort the process on a malformed file.
+    ///
+    /// Errors: [`Error::Io`]; [`Error::Gguf`]; [`Error::Model`] for a well-formed file that is not a text-generation
+    /// model, or whose architecture llama.cpp does not support.
     pub fn open(path: &Path, options: &ModelOptions) -> Result<Model> {
         let file = GgufFile::open(path)?;
         gguf::check_decoder(&file)?;
@@ -64,7 +65,7 @@ impl Model {
         let handle = ModelHandle::load(path, params).ok_or_else(|| {
             refused(
                 format!("llama.cpp {} refused it (architecture {architecture:?})", super::llama_version()),
-                "run again with -v to see llama.cpp's own words",
+                "run again with -v to see llama.cpp's log",
             )
         })?;
         if !handle.is_decoder_only() {
@@ -90,10 +91,10 @@ impl Model {
         })
     }
 
-    /// Checks what is to steer this model, and loads its adapters.
+    /// Checks a steering against this model, and loads its adapters.
     ///
-    /// Errors: [`Error::Model`] for an architecture that edits do not know, and for layers, neurons or
-    /// lengths that the model has not; also where llama.cpp refuses an adapter.
+    /// Errors: [`Error::Model`] for edits on an unsupported architecture, for layers or neurons out of range, for
+    /// vectors of the wrong length, and if llama.cpp refuses an adapter.
     pub fn load_steering(&self, steering: Steering) -> Result<LoadedSteering> {
         self.check_steering(&steering)?;
         let loras = steering
@@ -105,7 +106,7 @@ impl Model {
                         &lora.path,
                         format!("llama.cpp refused it as a LoRA adapter of {}", self.path().display()),
                     )
-                    .with_hint("run again with -v to see llama.cpp's own words")
+                    .with_hint("run again with -v to see llama.cpp's log")
                 })?;
                 Ok((Arc::new(handle), lora.scale))
             })
@@ -113,7 +114,7 @@ impl Model {
         Ok(LoadedSteering { steering, loras, model: self.handle.clone() })
     }
 
-    /// The same model, steered in every session that is opened over it.
+    /// The same model, with a steering that every session opened over it uses.
     ///
     /// Errors: as [`Model::load_steering`].
     pub fn with_steering(&self, steering: Steering) -> Result<Model> {
@@ -121,14 +122,14 @@ impl Model {
         Ok(Model { steering, ..self.clone() })
     }
 
-    /// What steers it.
+    /// Its steering, which may be empty.
     pub fn steering(&self) -> &Arc<LoadedSteering> {
         &self.steering
     }
 
-    /// What llama.cpp's graph of it is like.
+    /// The entry for its architecture in the table of known graphs.
     ///
-    /// Errors: [`Error::Model`] for an architecture that interventions and recordings do not know.
+    /// Errors: [`Error::Model`] for an architecture that interventions and recordings do not support.
     pub fn graph(&self) -> Result<&'static Architecture> {
         Architecture::require(&self.architecture, self.path())
     }
@@ -146,7 +147,7 @@ impl Model {
                 )));
             }
             if vector.rows.iter().any(|v| !v.is_finite()) {
-                return Err(refuse("a control vector holds NaN or infinite values".into()));
+                return Err(refuse("a control vector contains NaN or infinity".into()));
             }
         }
         if let Some(lora) = steering.loras.iter().find(|lora| !lora.scale.is_finite()) {
@@ -163,7 +164,7 @@ impl Model {
             if edit.layer >= self.n_layer {
                 let n_layer = self.n_layer;
                 return Err(refuse(format!(
-                    "an edit of layer {}, and it has layers 0 to {}",
+                    "expected edits of layers 0 to {1}, found one of layer {0}",
                     edit.layer,
                     n_layer - 1
                 )));
@@ -173,7 +174,7 @@ impl Model {
                     let n_ff = self.n_ff.get(edit.layer).copied().unwrap_or(0);
                     if *index >= n_ff {
                         return Err(refuse(format!(
-                            "an edit of neuron {index} of layer {}, which has {n_ff} neurons",
+                            "expected edits of neurons below {n_ff} in layer {}, found one of neuron {index}",
                             edit.layer
                         )));
                     }
@@ -188,7 +189,7 @@ impl Model {
                         )));
                     }
                     if vector.iter().any(|v| !v.is_finite()) || vector.iter().all(|&v| v == 0.0) {
-                        return Err(refuse("a direction is zero, or holds NaN or infinite values".into()));
+                        return Err(refuse("a direction is zero, or contains NaN or infinity".into()));
                     }
                     operation
                 }
@@ -224,12 +225,12 @@ impl Model {
         self.handle.description()
     }
 
-    /// Tokens in the vocabulary.
+    /// Size of the vocabulary.
     pub fn n_vocab(&self) -> usize {
         self.vocabulary.n_vocab()
     }
 
-    /// Blocks.
+    /// Number of layers (blocks).
     pub fn n_layer(&self) -> usize {
         self.n_layer
     }
@@ -239,57 +240,57 @@ impl Model {
         self.handle.n_embd()
     }
 
-    /// Neurons of each layer's FFN, shape `[n_layer]`; empty where the file does not say.
+    /// Number of neurons in each layer's FFN, `[n_layer]`; empty if the file does not give it.
     pub fn n_ff(&self) -> &[usize] {
         &self.n_ff
     }
 
-    /// Tokens of context that the model was trained with.
+    /// Context length that the model was trained with, in tokens.
     pub fn n_ctx_train(&self) -> usize {
         self.handle.n_ctx_train()
     }
 
-    /// Weights in the model.
+    /// Number of weights.
     pub fn n_params(&self) -> u64 {
         self.handle.n_params()
     }
 
-    /// Bytes of F16 KV cache that one token takes over all layers.
+    /// Bytes of F16 KV cache per token, over all layers.
     pub fn kv_bytes_per_cell(&self) -> usize {
         self.kv_bytes_per_cell
     }
 
-    /// Whether every layer is computed on the CPU.
+    /// Whether every layer runs on the CPU.
     pub fn on_cpu(&self) -> bool {
         self.on_cpu
     }
 
-    /// Its tokens and tokenizer.
+    /// Its tokenizer and tokens.
     pub fn vocabulary(&self) -> &Vocabulary {
         &self.vocabulary
     }
 
-    /// As [`Vocabulary::tokenize_prompt`].
+    /// See [`Vocabulary::tokenize_prompt`].
     pub fn tokenize_prompt(&self, text: &str) -> Result<Vec<Token>> {
         self.vocabulary.tokenize_prompt(text)
     }
 
-    /// As [`Vocabulary::tokenize_text`].
+    /// See [`Vocabulary::tokenize_text`].
     pub fn tokenize_text(&self, text: &str) -> Result<Vec<Token>> {
         self.vocabulary.tokenize_text(text)
     }
 
-    /// As [`Vocabulary::piece`].
+    /// See [`Vocabulary::piece`].
     pub fn piece(&self, token: Token) -> Vec<u8> {
         self.vocabulary.piece(token)
     }
 
-    /// As [`Vocabulary::detokenize`].
+    /// See [`Vocabulary::detokenize`].
     pub fn detokenize(&self, tokens: &[Token]) -> String {
         self.vocabulary.detokenize(tokens)
     }
 
-    /// Whether `token` is a control token, which stands for no text.
+    /// Whether `token` is a control token, which has no text.
     pub fn is_control(&self, token: Token) -> bool {
         self.handle.is_control(token)
     }
@@ -300,7 +301,7 @@ impl Model {
     }
 }
 
-/// From metadata alone: layers times heads times (key + value) times two bytes.
+/// Layers times heads times (key + value) width times two bytes, from the metadata.
 fn kv_bytes_per_cell(file: &GgufFile) -> usize {
     let n_layer = file.n_layer().unwrap_or(1) as usize;
     let n_embd = file.n_embd().unwrap_or(1) as usize;

@@ -3,9 +3,9 @@
 /// How to load a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModelOptions {
-    /// Layers kept on an accelerator; negative for all (`-ngl`).
+    /// Number of layers to offload to a GPU; negative for all (`-ngl`).
     pub n_gpu_layers: i32,
-    /// Read every tensor once and look for values that are not numbers (`--check-tensors`).
+    /// Check every tensor for NaN and infinity while loading (`--check-tensors`).
     pub check_tensors: bool,
 }
 
@@ -15,63 +15,26 @@ impl Default for ModelOptions {
     }
 }
 
-/// Whether attention runs in one fused operation (`-fa`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum FlashAttention {
-    /// Always.
-    On,
-    /// Never.
-    Off,
-    /// Where the backend supports it.
-    #[default]
-    Auto,
-}
-
-/// How keys or values are kept in the KV cache (`-ctk`, `-ctv`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[allow(missing_docs, non_camel_case_types, reason = "ggml's own spelling")]
-pub enum CacheType {
-    F32,
-    #[default]
-    F16,
-    Bf16,
-    Q8_0,
-}
-
-impl CacheType {
-    /// Bits of one number.
-    pub(super) fn bits(self) -> usize {
-        match self {
-            CacheType::F32 => 32,
-            CacheType::F16 | CacheType::Bf16 => 16,
-            // Blocks of 32 have a scale of two bytes; half a bit a number, rounded up.
-            CacheType::Q8_0 => 9,
-        }
-    }
-}
-
-/// llama.cpp's flags for a context, with llama.cpp's meanings.
+/// How to open a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SessionOptions {
-    /// Sequences decoded at once (`-np`); chosen from memory and context if `None`.
+    /// Sequences decoded at once (`-np`); if `None`, chosen from memory and context.
     pub n_parallel: Option<usize>,
-    /// Tokens of context, all sequences together (`-c`); as much as the work needs if `None`.
+    /// Tokens of context, shared by all sequences (`-c`); if `None`, as many as the work needs.
     pub n_ctx: Option<usize>,
-    /// Tokens given to llama.cpp at once (`-b`).
+    /// Most tokens passed to llama.cpp at once (`-b`).
     pub n_batch: usize,
-    /// Tokens computed at once (`-ub`).
+    /// Most tokens that llama.cpp computes at once (`-ub`).
     pub n_ubatch: usize,
-    /// Threads (`-t`); all cores if `None`.
+    /// Threads (`-t`); if `None`, all cores.
     pub n_threads: Option<usize>,
-    /// Threads for prompts and batches (`-tb`); as `n_threads` if `None`.
+    /// Threads for prompts and batches (`-tb`); if `None`, the same as `n_threads`.
     pub n_threads_batch: Option<usize>,
-    /// Fused attention (`-fa`).
+    /// Flash attention (`-fa`).
     pub flash_attention: FlashAttention,
-    /// Keys in the cache (`-ctk`).
+    /// Type of the keys in the KV cache (`-ctk`).
     pub cache_type_k: CacheType,
-    /// Values in the cache (`-ctv`).
+    /// Type of the values in the KV cache (`-ctv`).
     pub cache_type_v: CacheType,
 }
 
@@ -87,6 +50,43 @@ impl Default for SessionOptions {
             flash_attention: FlashAttention::Auto,
             cache_type_k: CacheType::default(),
             cache_type_v: CacheType::default(),
+        }
+    }
+}
+
+/// Whether attention runs as one fused operation (`-fa`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FlashAttention {
+    /// Always.
+    On,
+    /// Never.
+    Off,
+    /// If the backend supports it.
+    #[default]
+    Auto,
+}
+
+/// Type of the keys or values in the KV cache (`-ctk`, `-ctv`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, non_camel_case_types, reason = "ggml's own spelling")]
+pub enum CacheType {
+    F32,
+    #[default]
+    F16,
+    Bf16,
+    Q8_0,
+}
+
+impl CacheType {
+    /// Bits per value.
+    pub(super) fn bits(self) -> usize {
+        match self {
+            CacheType::F32 => 32,
+            CacheType::F16 | CacheType::Bf16 => 16,
+            // 8 bits, and a scale of two bytes per block of 32: half a bit more per value, rounded up.
+            CacheType::Q8_0 => 9,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Records the residual stream of texts, as its mean over each text's tokens.
+//! Records the mean residual stream of each text.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -9,19 +9,19 @@ use super::{Session, Token};
 use crate::graph::place::{InBlock, Phase, Place};
 use crate::graph::recording::Recording;
 
-/// Where the residual stream is read.
+/// A place at which the residual stream is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ResidualPlace {
-    /// Before the first block: the embeddings, as the first block gets them.
+    /// Before the first block: the embeddings, as the first block receives them.
     Embedding,
-    /// After this block, from 0.
+    /// After this block, counted from 0.
     AfterBlock(usize),
-    /// After the last block and the final norm: what the output matrix gets.
+    /// After the last block and the final norm: the input of the output matrix.
     AfterFinalNorm,
 }
 
 impl ResidualPlace {
-    /// All places of a model in order, `n_layer + 2` of them.
+    /// All `n_layer + 2` places of a model, in order.
     pub fn all(n_layer: usize) -> Vec<ResidualPlace> {
         let blocks = (0..n_layer).map(ResidualPlace::AfterBlock);
         [ResidualPlace::Embedding].into_iter().chain(blocks).chain([ResidualPlace::AfterFinalNorm]).collect()
@@ -36,14 +36,14 @@ impl ResidualPlace {
     }
 }
 
-/// The mean residual stream of each text at each of `places`, shape `[texts][places][n_embd]`.
+/// The mean residual stream of each text at each place, `[texts][places][n_embd]`.
 ///
-/// The mean is over all tokens of a text, a BOS included. The session must have been opened with
-/// [`Session::open_with_callback`]; the graph ends at the last place, so that logits cost nothing. `done` is
-/// called after every batch with the number of texts that are finished.
+/// The mean is over all tokens of a text, including BOS. The session must have been opened with
+/// [`Session::open_with_callback`]. The graph ends at the last place, so no logits are computed. `done` is called
+/// after every batch, with the number of finished texts.
 ///
-/// Errors: [`Error::PromptTooLong`] before anything runs, [`Error::Setting`] for a place that the model has
-/// not or a session without callback, [`Error::Interrupted`].
+/// Errors: [`Error::PromptTooLong`] before anything runs; [`Error::Setting`] for a layer out of range, or for a
+/// session without the callback; [`Error::Interrupted`].
 pub fn record(
     session: &mut Session,
     texts: &[Vec<Token>],
@@ -77,18 +77,18 @@ fn record_all(
     interrupt: &AtomicBool,
     done: &mut impl FnMut(usize),
 ) -> Result<Vec<Vec<Vec<f32>>>> {
-    // llama.cpp has room for the logits of every output, also where none are computed.
+    // llama.cpp allocates logits for every output, even if none are computed.
     let row_bytes = session.model().n_vocab() * size_of::<f32>();
     let most_tokens = (MOST_LOGIT_BYTES / row_bytes.max(1)).clamp(1, session.context.n_batch());
     let n_slots = session.n_parallel() + 1;
     let n_embd = session.model().n_embd();
     let mut means: Vec<Vec<Vec<f32>>> = vec![Vec::new(); texts.len()];
-    // A micro-batch takes as many tokens of each of its sequences: texts of one length go well together.
+    // A micro-batch takes the same number of tokens from each of its sequences, so group texts of similar length.
     let mut order: Vec<usize> = (0..texts.len()).collect();
     order.sort_by_key(|&text| texts[text].len());
     let mut start = 0;
     while start < order.len() {
-        // As many whole texts as fit; a text that is longer than a batch has it to itself, in pieces.
+        // Take as many whole texts as fit. A text longer than a batch is decoded alone, in pieces.
         let mut end = start + 1;
         let mut n_tokens = texts[order[start]].len();
         while end < order.len() && end - start < n_slots && n_tokens + texts[order[end]].len() <= most_tokens
@@ -97,7 +97,7 @@ fn record_all(
             end += 1;
         }
         session.context.clear();
-        // [slots][places][n_embd]. Of the texts in hand alone: of a hundred thousand they would fill gigabytes.
+        // [slots][places][n_embd], only of this group: the sums of a hundred thousand texts would take gigabytes.
         let mut sums = vec![vec![vec![0f64; n_embd]; n_places]; end - start];
         let of_slots = order[start..end].iter().enumerate();
         let tokens: Vec<(usize, usize, Token)> = of_slots

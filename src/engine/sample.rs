@@ -46,7 +46,7 @@ impl Sampling {
         if !(temperature.is_finite() && temperature >= 0.0) {
             return Err(Error::setting(
                 "--temp",
-                format!("expected a number of at least 0, found {temperature}"),
+                format!("expected a number from 0 up, found {temperature}"),
             ));
         }
         if !(top_p > 0.0 && top_p <= 1.0) {

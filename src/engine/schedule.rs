@@ -1,9 +1,8 @@
-//! Many prompts times k samples, through a fixed number of slots.
+//! Generates k samples of many prompts through a fixed number of slots.
 //!
-//! A prompt is decoded once, in the prompt slot. Each of its samples gets a copy of that KV in a slot
-//! of its own; a slot whose sample ends takes the next sample at once, so that the batch stays full.
-//! When no samples are left to start, the slots that still run are moved together, because llama.cpp
-//! computes only neighbouring sequences in one go.
+//! A prompt is decoded once, in the prompt slot, and its KV is copied to the slot of each of its samples. When a
+//! sample ends, its slot takes the next sample at once, so the batch stays full. When no samples are left to start,
+//! the slots still running are moved together, because llama.cpp computes only adjacent sequences in one micro-batch.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,24 +19,24 @@ use super::{Sampling, Session, Token};
 /// A prompt to continue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// Names the prompt's random streams; unique within a run.
+    /// Id of the prompt, unique within a run. It selects the prompt's random streams.
     pub id: String,
-    /// The prompt, with BOS where the model wants one.
+    /// The prompt, with BOS if the model needs one.
     pub tokens: Vec<Token>,
 }
 
 /// What to generate for each prompt.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GenerateOptions {
-    /// Continuations a prompt.
+    /// Continuations per prompt.
     pub k: u32,
-    /// Most tokens a continuation.
+    /// Most tokens per continuation.
     pub n_predict: usize,
     /// How tokens are chosen.
     pub sampling: Sampling,
     /// The run's seed.
     pub seed: u64,
-    /// Go on after an end-of-generation token (`--ignore-eos`); for measuring speed.
+    /// Continue past an end-of-generation token (`--ignore-eos`), to measure speed.
     pub ignore_eos: bool,
 }
 
@@ -47,7 +46,7 @@ pub struct GenerateOptions {
 pub enum Finish {
     /// It has `n_predict` tokens.
     Length,
-    /// The model chose an end-of-generation token, which is not part of the text.
+    /// The model chose an end-of-generation token. It is not part of the text.
     Stop,
 }
 
@@ -56,28 +55,28 @@ pub enum Finish {
 pub struct Continuation {
     /// Index of its prompt among the requests.
     pub request: usize,
-    /// Its number among the k of its prompt, from 0.
+    /// Its number among the k samples of its prompt, from 0.
     pub sample: u32,
-    /// Its tokens, without the one that ended it.
+    /// Its tokens, without the end-of-generation token.
     pub tokens: Vec<Token>,
-    /// Sum of the tokens' natural log-probabilities under the model (temperature 1, nothing cut).
+    /// Sum of the tokens' natural log-probabilities under the model, at temperature 1 with nothing cut.
     pub logprob: f64,
     /// Why it ended.
     pub finish: Finish,
 }
 
-/// Where the time of a generation went.
+/// Token counts and times of a generation.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct GenerateStats {
-    /// Tokens of prompts decoded.
+    /// Prompt tokens decoded.
     pub n_prompt: usize,
-    /// Tokens of continuations decoded; the last token of a continuation never is.
+    /// Continuation tokens decoded. The last token of a continuation is never decoded.
     pub n_decoded: usize,
     /// Steps that decoded continuations.
     pub n_steps: usize,
-    /// Time spent on decoding prompts.
+    /// Time spent decoding prompts.
     pub prompt_time: Duration,
-    /// Time spent on starting samples: their first tokens, and copies of their prompts' KV.
+    /// Time spent starting samples: choosing their first tokens, and copying their prompts' KV.
     pub start_time: Duration,
     /// Time spent decoding continuations.
     pub decode_time: Duration,
@@ -97,7 +96,7 @@ struct Running {
 }
 
 impl Running {
-    /// Takes a chosen token; says whether the continuation has ended, and why.
+    /// Adds a chosen token; returns why the continuation ended, if it did.
     fn take(&mut self, choice: Choice, session: &Session, options: &GenerateOptions) -> Option<Finish> {
         if !options.ignore_eos && session.model().is_end_of_generation(choice.token) {
             return Some(Finish::Stop);
@@ -116,18 +115,18 @@ impl Running {
 /// The prompt in the prompt slot.
 struct Loaded {
     request: usize,
-    /// Logits after its last token, `[n_vocab]`: the first token of each sample is chosen from them.
+    /// Logits after its last token, `[n_vocab]`. The first token of each sample is chosen from them.
     logits: Vec<f32>,
 }
 
-/// Samples `options.k` continuations of each request; `done` gets each as it ends.
+/// Samples `options.k` continuations of each request, and passes each to `done` when it ends.
 ///
-/// Which text comes out depends on the requests, the options and the session's shape (slots, batch,
-/// threads), in the order given: the same call on the same build gives the same tokens. Another shape
-/// can change the last bits of logits, and so now and then a token.
+/// The same call on the same build gives the same tokens. They depend on the requests in their order, the options,
+/// and the session's shape (slots, batch, threads): another shape can change the last bits of logits, and so
+/// sometimes a token.
 ///
-/// Errors: [`Error::PromptTooLong`] before anything runs; [`Error::Interrupted`] once `interrupt` is
-/// set; [`Error::Decode`] and [`Error::Model`] when llama.cpp fails or gives NaN.
+/// Errors: [`Error::PromptTooLong`] before anything runs; [`Error::Interrupted`] once `interrupt` is set;
+/// [`Error::Decode`] if llama.cpp fails; [`Error::Model`] if logits are NaN; and any error that `done` returns.
 pub fn generate(
     session: &mut Session,
     requests: &[Request],
@@ -143,32 +142,60 @@ pub fn generate(
         return Err(Error::setting("-n/--n-predict", "expected a number from 1 up, found 0"));
     }
     session.context.clear();
-
-    let mut stats = GenerateStats::default();
-    let mut waiting: VecDeque<(usize, u32)> =
-        (0..requests.len()).flat_map(|r| (0..options.k).map(move |s| (r, s))).collect();
-    let mut free: Vec<usize> = (1..=session.n_parallel()).rev().collect();
-    let mut running: Vec<Running> = Vec::with_capacity(session.n_parallel());
-    let mut loaded: Option<Loaded> = None;
-
+    let n_parallel = session.n_parallel();
+    let mut schedule = Schedule {
+        waiting: (0..requests.len()).flat_map(|r| (0..options.k).map(move |s| (r, s))).collect(),
+        free: (1..=n_parallel).rev().collect(),
+        running: Vec::with_capacity(n_parallel),
+        loaded: None,
+        stats: GenerateStats::default(),
+    };
     loop {
         if interrupt.load(Ordering::Relaxed) {
             return Err(Error::Interrupted);
         }
-        let (started, before) = (Instant::now(), stats.prompt_time);
-        while let (Some(&slot), Some(&(request, sample))) = (free.last(), waiting.front()) {
+        schedule.fill_slots(session, requests, options, &mut done)?;
+        if schedule.running.is_empty() {
+            return Ok(schedule.stats);
+        }
+        schedule.step(session, options, &mut done)?;
+    }
+}
+
+/// The samples of one call of [`generate`]: those that wait, and those in slots.
+struct Schedule {
+    /// Request and number of each sample that has not started.
+    waiting: VecDeque<(usize, u32)>,
+    /// Free slots, the highest first.
+    free: Vec<usize>,
+    running: Vec<Running>,
+    loaded: Option<Loaded>,
+    stats: GenerateStats,
+}
+
+impl Schedule {
+    /// Starts waiting samples until no slot is free.
+    fn fill_slots(
+        &mut self,
+        session: &mut Session,
+        requests: &[Request],
+        options: &GenerateOptions,
+        done: &mut impl FnMut(Continuation) -> Result<()>,
+    ) -> Result<()> {
+        let (started, before) = (Instant::now(), self.stats.prompt_time);
+        while let (Some(&slot), Some(&(request, sample))) = (self.free.last(), self.waiting.front()) {
             let prompt = &requests[request];
-            let current = match &mut loaded {
+            let current = match &mut self.loaded {
                 Some(l) if l.request == request => l,
                 _ => {
                     let started = Instant::now();
                     let logits = session.load_prompt(&prompt.tokens)?;
-                    stats.prompt_time += started.elapsed();
-                    stats.n_prompt += prompt.tokens.len();
-                    loaded.insert(Loaded { request, logits })
+                    self.stats.prompt_time += started.elapsed();
+                    self.stats.n_prompt += prompt.tokens.len();
+                    self.loaded.insert(Loaded { request, logits })
                 }
             };
-            waiting.pop_front();
+            self.waiting.pop_front();
             let mut random = sample::random_stream(options.seed, &prompt.id, sample);
             let choice = sample::choose(&current.logits, &options.sampling, &mut random)
                 .ok_or_else(|| session.no_distribution())?;
@@ -178,25 +205,32 @@ pub fn generate(
             match new.take(choice, session, options) {
                 Some(finish) => done(new.finished(finish))?,
                 None => {
-                    free.pop();
+                    self.free.pop();
                     session.fork_prompt(slot);
-                    running.push(new);
+                    self.running.push(new);
                 }
             }
         }
-        stats.start_time += (started.elapsed() + before).saturating_sub(stats.prompt_time);
-        if running.is_empty() {
-            return Ok(stats);
-        }
+        self.stats.start_time += (started.elapsed() + before).saturating_sub(self.stats.prompt_time);
+        Ok(())
+    }
 
+    /// Decodes one token of each running continuation, and chooses the next.
+    fn step(
+        &mut self,
+        session: &mut Session,
+        options: &GenerateOptions,
+        done: &mut impl FnMut(Continuation) -> Result<()>,
+    ) -> Result<()> {
+        let Schedule { waiting, free, running, stats, .. } = self;
         running.sort_unstable_by_key(|r| r.slot);
         if waiting.is_empty() {
-            close_gaps(session, &mut running, &mut free);
+            close_gaps(session, running, free);
         }
         let started = Instant::now();
         session.batch.clear();
-        for r in &running {
-            // `take` put a token there before the continuation started to run, and after every step.
+        for r in running.iter() {
+            // `take` added a token before the continuation started to run, and another after every step.
             let last = *r.tokens.last().expect("a running continuation has a token");
             session.batch.push(last, r.n_prompt + r.tokens.len() - 1, r.slot, true);
         }
@@ -206,7 +240,7 @@ pub fn generate(
         stats.n_steps += 1;
 
         let started = Instant::now();
-        let choices = choose_all(session, &mut running, &options.sampling)?;
+        let choices = choose_all(session, running, &options.sampling)?;
         stats.sample_time += started.elapsed();
         let mut left = Vec::with_capacity(running.capacity());
         for (mut r, choice) in running.drain(..).zip(choices) {
@@ -218,13 +252,14 @@ pub fn generate(
                 None => left.push(r),
             }
         }
-        running = left;
-        // The lowest free slot goes first, so that the slots in use stay neighbours.
+        *running = left;
+        // The lowest free slot is used first, so that the used slots stay adjacent.
         free.sort_unstable_by(|a, b| b.cmp(a));
+        Ok(())
     }
 }
 
-/// One choice for each running continuation, from the rows of the last decode, in parallel.
+/// Chooses a token for each running continuation in parallel, from the logits of the last decode.
 fn choose_all(session: &Session, running: &mut [Running], sampling: &Sampling) -> Result<Vec<Choice>> {
     let rows: Vec<&[f32]> = (0..running.len()).map(|i| session.row(i)).collect::<Result<_>>()?;
     let choices: Option<Vec<Choice>> = session.pool.install(|| {
@@ -237,8 +272,9 @@ fn choose_all(session: &Session, running: &mut [Running], sampling: &Sampling) -
     choices.ok_or_else(|| session.no_distribution())
 }
 
-/// Moves running sequences together where there is a gap between them: from the highest slots into free
-/// ones below. `running` is in order of slot, and stays so.
+/// Closes the gaps between running sequences, by moving the highest into free slots below.
+///
+/// `running` is in order of slot, before and after.
 fn close_gaps(session: &mut Session, running: &mut [Running], free: &mut [usize]) {
     let n = running.len();
     let first = running.first().map_or(0, |r| r.slot);
@@ -246,7 +282,7 @@ fn close_gaps(session: &mut Session, running: &mut [Running], free: &mut [usize]
         return;
     }
     for slot in free.iter_mut().filter(|slot| **slot <= n) {
-        // As many running slots lie above n as free ones lie at or below it.
+        // There are as many running slots above n as free slots at or below it.
         if let Some(highest) = running.iter_mut().max_by_key(|r| r.slot) {
             session.context.remove(*slot);
             session.context.copy(highest.slot, *slot);

@@ -1,5 +1,7 @@
 //! A session: one `llama_context` with its KV cache, divided into slots.
 
+use std::sync::Arc;
+
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
@@ -15,80 +17,147 @@ use crate::graph::recording::Recording;
 use crate::graph::rows::Streams;
 use crate::graph::watch::Watch;
 
-/// More sequences than this no longer decode faster on a CPU: measured with `bench generate`.
+/// More sequences than this decode no faster on a CPU, measured with `bench generate`.
 const MOST_PARALLEL: usize = 100;
 
+/// ggml's own limit, `GGML_MAX_N_THREADS`.
+const MOST_THREADS: usize = 512;
+
+/// llama.cpp rounds the cells of a sequence up to a multiple of this.
+const CELLS: usize = 256;
+
+/// The slot that holds the current prompt.
+pub(super) const PROMPT_SLOT: usize = 0;
+
 impl SessionOptions {
-    /// The number of threads: all cores, unless said otherwise.
+    /// The number of threads: `n_threads`, or all cores.
     pub fn resolve_threads(&self) -> usize {
         self.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
     }
 
-    /// Bytes of KV cache that one token takes over all layers.
-    fn kv_bytes_per_cell(&self, model: &Model) -> usize {
-        // Keys and values have nearly the same width in every model: their mean type is close enough.
-        model.kv_bytes_per_cell() * (self.cache_type_k.bits() + self.cache_type_v.bits()) / 32
-    }
-
-    /// The number of sequences to decode at once, when each needs `n_ctx_seq` tokens.
+    /// The number of sequences to decode at once, if each needs `n_ctx_seq` tokens.
     ///
-    /// Without `-np`: as many as a quarter of the machine's memory holds, at most 100. The memory is
-    /// the machine's, not what is free, so that the same command chooses the same number.
+    /// Without `-np` this is as many as a quarter of the machine's memory holds, and at most 100. It depends on
+    /// total memory rather than free memory, so the same command chooses the same number.
     pub fn resolve_parallel(&self, model: &Model, n_ctx_seq: usize) -> usize {
         self.n_parallel.unwrap_or_else(|| {
             let quarter = usize::try_from(memory::total_bytes() / 4).unwrap_or(usize::MAX);
             let of_memory =
                 quarter / (self.kv_bytes_per_cell(model) * n_ctx_seq.next_multiple_of(CELLS)).max(1);
-            // Under -c the sequences share what was given.
+            // With -c the sequences share the context that was given.
             let of_context = self.n_ctx.map_or(MOST_PARALLEL, |n_ctx| n_ctx / n_ctx_seq.max(1));
             MOST_PARALLEL.min(of_memory).min(of_context).max(1)
         })
     }
+
+    /// Bytes of KV cache per token, over all layers.
+    fn kv_bytes_per_cell(&self, model: &Model) -> usize {
+        // Keys and values have nearly the same width in every model, so the mean of their types is close enough.
+        model.kv_bytes_per_cell() * (self.cache_type_k.bits() + self.cache_type_v.bits()) / 32
+    }
+
+    /// Tokens that one of `n_parallel` sequences holds: its share of `-c`, or `n_ctx_seq`.
+    fn resolve_ctx_seq(&self, n_parallel: usize, n_ctx_seq: usize) -> Result<usize> {
+        match self.n_ctx {
+            Some(n_ctx) if n_ctx / n_parallel == 0 => Err(Error::setting(
+                "-c/--ctx-size",
+                format!("{n_ctx} tokens shared by {n_parallel} sequences leave none for each"),
+            )),
+            Some(n_ctx) => Ok(n_ctx / n_parallel),
+            None => Ok(n_ctx_seq.max(1)),
+        }
+    }
+
+    /// Checks the options and puts them in llama.cpp's terms.
+    fn context_params(&self, n_parallel: usize, n_ctx_seq: usize) -> Result<ContextParams> {
+        if n_parallel > self.n_batch {
+            return Err(Error::setting(
+                "-np/--parallel",
+                format!("{n_parallel} sequences do not fit into a batch of {} tokens", self.n_batch),
+            )
+            .with_hint(format!("raise -b/--batch-size to {n_parallel}")));
+        }
+        let n_threads = self.resolve_threads();
+        check_threads("-t/--threads", n_threads)?;
+        let n_threads_batch = self.n_threads_batch.unwrap_or(n_threads);
+        check_threads("-tb/--threads-batch", n_threads_batch)?;
+        let n_seq_max = n_parallel + 1;
+        let most_sequences = ffi::most_sequences();
+        if n_seq_max > most_sequences {
+            return Err(Error::setting(
+                "-np/--parallel",
+                format!("expected at most {} sequences, found {n_parallel}", most_sequences - 1),
+            ));
+        }
+        let too_large = || {
+            Error::setting(
+                "-c/--ctx-size",
+                format!("{n_seq_max} sequences of {n_ctx_seq} tokens are more than llama.cpp can count"),
+            )
+        };
+        let n_ctx = n_ctx_seq.checked_next_multiple_of(CELLS).and_then(|n| n.checked_mul(n_seq_max));
+        Ok(ContextParams {
+            n_ctx: n_ctx.and_then(|n| u32::try_from(n).ok()).ok_or_else(too_large)?,
+            n_batch: u32::try_from(self.n_batch).map_err(|_| too_large())?,
+            n_ubatch: u32::try_from(self.n_ubatch).map_err(|_| too_large())?,
+            n_seq_max: u32::try_from(n_seq_max).map_err(|_| too_large())?,
+            n_threads: n_threads as i32,
+            n_threads_batch: n_threads_batch as i32,
+            flash_attention: self.flash_attention,
+            cache_type_k: self.cache_type_k,
+            cache_type_v: self.cache_type_v,
+        })
+    }
 }
 
-/// llama.cpp rounds the cells of a sequence up to a multiple of this.
-const CELLS: usize = 256;
-
-/// The slot that holds the prompt being served.
-pub(super) const PROMPT_SLOT: usize = 0;
+fn check_threads(flag: &str, n: usize) -> Result<()> {
+    match (1..=MOST_THREADS).contains(&n) {
+        true => Ok(()),
+        false => Err(Error::setting(flag, format!("expected 1 to {MOST_THREADS}, found {n}"))),
+    }
+}
 
 /// A `llama_context` with `n_parallel` slots for continuations, and one for their prompt.
 #[derive(Debug)]
 pub struct Session {
     pub(super) context: ContextHandle,
     pub(super) batch: Batch,
-    /// Sampling runs here, as wide as decoding.
+    /// Threads for sampling, as many as for decoding.
     pub(super) pool: ThreadPool,
-    /// KV of the prompt slot, on the CPU.
+    /// The KV of the prompt slot, in host memory; used only if the model runs on the CPU.
     prompt_state: Option<SequenceState>,
     model: Model,
     n_parallel: usize,
     n_ctx_seq: usize,
     has_control_vector: bool,
-    /// Sequences that are exempt from edits.
+    /// Number of sequences that are exempt from edits.
     n_exempt: usize,
 }
 
 fn control_vector_is_for_all() -> Error {
-    Error::setting("steering", "llama.cpp adds a control vector to all sequences, and some are to be exempt")
+    Error::setting("steering", "llama.cpp adds a control vector to all sequences, but some are to be exempt")
         .with_hint("compile the intervention for the callback (steer::compile, Route::Callback)")
 }
 
 impl Session {
-    /// Opens a session whose sequences hold at least `n_ctx_seq` tokens each, prompt and continuation,
-    /// steered as `model` is.
+    /// Opens a session, steered like `model`.
     ///
-    /// Errors: [`Error::Setting`] where the flags contradict each other, [`Error::Model`] when
-    /// llama.cpp cannot allocate the context.
+    /// Each sequence holds at least `n_ctx_seq` tokens, prompt and continuation together. The eval callback is
+    /// installed only if the model's steering has edits.
+    ///
+    /// Errors: [`Error::Setting`] if options contradict each other; [`Error::Model`] if llama.cpp cannot allocate
+    /// the context.
     pub fn open(model: &Model, options: &SessionOptions, n_ctx_seq: usize) -> Result<Session> {
         let needs_callback = !model.steering().steering().edits.is_empty();
         Session::open_as(model, options, n_ctx_seq, needs_callback)
     }
 
-    /// As [`Session::open`], with the eval callback installed: needed to record values, to make edits that
-    /// the model was not steered by at the start, and to exempt sequences from them.
+    /// Opens a session like [`Session::open`], and always installs the eval callback.
     ///
-    /// Errors: also [`Error::Model`] for an architecture that the callback does not know.
+    /// The callback is needed to record values, to exempt sequences from edits, and to make edits later if the
+    /// model has none yet.
+    ///
+    /// Errors: as [`Session::open`], and [`Error::Model`] for an architecture that the callback does not support.
     pub fn open_with_callback(model: &Model, options: &SessionOptions, n_ctx_seq: usize) -> Result<Session> {
         Session::open_as(model, options, n_ctx_seq, true)
     }
@@ -109,76 +178,28 @@ impl Session {
                 return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
             }
         }
-        let n_ctx_seq = match options.n_ctx {
-            Some(n_ctx) if n_ctx / n_parallel == 0 => {
-                return Err(Error::setting(
-                    "-c/--ctx-size",
-                    format!("{n_ctx} tokens shared by {n_parallel} sequences leave none for each"),
-                ));
-            }
-            Some(n_ctx) => n_ctx / n_parallel,
-            None => n_ctx_seq.max(1),
-        };
-        if n_parallel > options.n_batch {
-            return Err(Error::setting(
-                "-np/--parallel",
-                format!("{n_parallel} sequences do not fit into a batch of {} tokens", options.n_batch),
-            )
-            .with_hint(format!("raise -b/--batch-size to {n_parallel}")));
-        }
-        let n_threads = options.resolve_threads();
-        if n_threads == 0 || n_threads > MOST_THREADS {
-            return Err(Error::setting(
-                "-t/--threads",
-                format!("expected 1 to {MOST_THREADS}, found {n_threads}"),
-            ));
-        }
-        let n_threads_batch = options.n_threads_batch.unwrap_or(n_threads);
-        if n_threads_batch == 0 || n_threads_batch > MOST_THREADS {
-            return Err(Error::setting(
-                "-tb/--threads-batch",
-                format!("expected 1 to {MOST_THREADS}, found {n_threads_batch}"),
-            ));
-        }
+        let n_ctx_seq = options.resolve_ctx_seq(n_parallel, n_ctx_seq)?;
+        let params = options.context_params(n_parallel, n_ctx_seq)?;
         let n_seq_max = n_parallel + 1;
-        let most_sequences = ffi::most_sequences();
-        if n_seq_max > most_sequences {
-            return Err(Error::setting(
-                "-np/--parallel",
-                format!("expected at most {} sequences, found {n_parallel}", most_sequences - 1),
-            ));
-        }
-        let too_large = || {
-            Error::setting(
-                "-c/--ctx-size",
-                format!("{n_seq_max} sequences of {n_ctx_seq} tokens are more than llama.cpp can count"),
-            )
-        };
-        let n_ctx = n_ctx_seq.checked_next_multiple_of(CELLS).and_then(|n| n.checked_mul(n_seq_max));
-        let params = ContextParams {
-            n_ctx: n_ctx.and_then(|n| u32::try_from(n).ok()).ok_or_else(too_large)?,
-            n_batch: u32::try_from(options.n_batch).map_err(|_| too_large())?,
-            n_ubatch: u32::try_from(options.n_ubatch).map_err(|_| too_large())?,
-            n_seq_max: u32::try_from(n_seq_max).map_err(|_| too_large())?,
-            n_threads: n_threads as i32,
-            n_threads_batch: n_threads_batch as i32,
-            flash_attention: options.flash_attention,
-            cache_type_k: options.cache_type_k,
-            cache_type_v: options.cache_type_v,
-        };
         let watch = match has_callback {
             true => Some(Watch::new(model.graph()?, model.n_layer(), n_seq_max, Streams::OfSequences)),
             false => None,
         };
-        let context = ContextHandle::new(model.handle.clone(), &params, watch).ok_or_else(|| Error::model(model.path(), format!(
-                "llama.cpp could not open a context of {n_seq_max} sequences of {n_ctx_seq} tokens ({} MiB of KV cache)",
-                options.kv_bytes_per_cell(model).saturating_mul(params.n_ctx as usize) >> 20
-            )).with_hint("lower -np/--parallel or -c/--ctx-size, or run again with -v to see llama.cpp's own words"))?;
+        let context = ContextHandle::new(model.handle.clone(), &params, watch).ok_or_else(|| {
+            let mib = options.kv_bytes_per_cell(model).saturating_mul(params.n_ctx as usize) >> 20;
+            let reason = format!(
+                "llama.cpp could not open a context of {n_seq_max} sequences of {n_ctx_seq} tokens ({mib} MiB of KV cache)"
+            );
+            Error::model(model.path(), reason).with_hint(
+                "lower -np/--parallel or -c/--ctx-size, or run again with -v to see llama.cpp's log",
+            )
+        })?;
+        let n_threads = params.n_threads as usize;
         let pool =
             ThreadPoolBuilder::new().num_threads(n_threads).thread_name(|i| format!("sample-{i}")).build();
         let pool = pool
             .map_err(|e| Error::setting("-t/--threads", format!("cannot start {n_threads} threads: {e}")))?;
-        // What was asked for, not what llama.cpp rounded it up to: -c means what it says.
+        // llama.cpp rounds the context up. Keep the requested size, so that -c is a limit and not a hint.
         let n_ctx_seq = n_ctx_seq.min(context.n_ctx_seq());
         let mut session = Session {
             context,
@@ -197,19 +218,18 @@ impl Session {
         Ok(session)
     }
 
-    /// Steers what is decoded from now on, in place of what did until now. KV that was computed before
-    /// stays as it is.
+    /// Replaces the steering, for everything decoded from now on. Existing KV does not change.
     ///
-    /// Errors: [`Error::Model`] for a steering loaded for another model, and for a control vector on an
-    /// architecture that ignores it; [`Error::Setting`] for edits in a session without the eval callback,
-    /// and for a control vector while sequences are exempt.
+    /// Errors: [`Error::Model`] for a steering loaded for another model, and for a control vector that the
+    /// architecture ignores; [`Error::Setting`] for edits in a session without the eval callback, and for a
+    /// control vector while sequences are exempt.
     pub fn steer(&mut self, loaded: &LoadedSteering) -> Result<()> {
-        if !std::sync::Arc::ptr_eq(&loaded.model, &self.model.handle) {
+        if !Arc::ptr_eq(&loaded.model, &self.model.handle) {
             return Err(self.refusal("the steering was loaded for another model".into()));
         }
         let steering = loaded.steering();
         let rows = steering.control_vector.as_ref().map(|vector| vector.rows.as_slice());
-        // Rows of zeros add nothing, and cost nothing when they are left out.
+        // Rows of zeros add nothing. Leaving them out saves their cost.
         let rows = rows.filter(|rows| rows.iter().any(|&v| v != 0.0));
         if rows.is_some() && self.n_exempt > 0 {
             return Err(control_vector_is_for_all());
@@ -220,7 +240,7 @@ impl Session {
             None => {
                 return Err(Error::setting(
                     "steering",
-                    "these edits need the eval callback, which this session was opened without",
+                    "these edits need the eval callback, and this session was opened without it",
                 ));
             }
         }
@@ -242,7 +262,7 @@ impl Session {
         Ok(())
     }
 
-    /// Some graphs have no place for a control vector, and ignore it: then logits do not change.
+    /// Checks that a control vector changes the logits: the graphs of some architectures ignore it.
     fn prove_control_vector(&mut self, rows: Option<&[f32]>) -> Result<()> {
         let tokens = [0];
         self.set_control_vector(None)?;
@@ -253,17 +273,19 @@ impl Session {
         if without != with {
             return Ok(());
         }
-        Err(Error::model(self.model.path(), format!(
-                "this control vector does nothing: logits do not change (llama.cpp ignores control vectors on some architectures, and architecture {:?} may be one)",
-                self.model.architecture()
-            )).with_hint("use a LoRA adapter instead, or a model of another architecture"))
+        let reason = format!(
+            "this control vector has no effect: logits do not change (llama.cpp ignores control vectors on some architectures, and architecture {:?} may be one)",
+            self.model.architecture()
+        );
+        Err(self.refusal(reason).with_hint("use a LoRA adapter instead, or a model of another architecture"))
     }
 
-    /// Exempts a sequence from all edits, or no longer. Slot 0 holds prompts, 1 to `n_parallel` what
-    /// continues them.
+    /// Exempts a sequence from all edits, or ends its exemption.
     ///
-    /// Errors: [`Error::Setting`] without the eval callback, and under a control vector, which llama.cpp
-    /// adds to all sequences: compile the intervention for the callback.
+    /// Slot 0 holds the prompt, slots 1 to `n_parallel` its continuations.
+    ///
+    /// Errors: [`Error::Setting`] for a slot out of range; without the eval callback; and if a control vector is
+    /// set, because llama.cpp adds it to all sequences. Compile the intervention for the callback then.
     pub fn set_exempt(&mut self, slot: usize, is_exempt: bool) -> Result<()> {
         if slot > self.n_parallel {
             let reason = format!("expected a slot from 0 to {}, found {slot}", self.n_parallel);
@@ -290,12 +312,12 @@ impl Session {
         Error::model(self.model.path(), reason)
     }
 
-    /// The model it runs.
+    /// The session's model.
     pub fn model(&self) -> &Model {
         &self.model
     }
 
-    /// Continuations decoded at once.
+    /// Number of continuations decoded at once.
     pub fn n_parallel(&self) -> usize {
         self.n_parallel
     }
@@ -305,14 +327,16 @@ impl Session {
         self.n_ctx_seq
     }
 
-    /// Refuses a prompt that does not fit together with `n_predict` more tokens, or has no token.
+    /// Checks that a prompt has tokens, and fits into a sequence with `n_predict` more.
     ///
     /// Errors: [`Error::PromptTooLong`], and [`Error::Model`] for a prompt without tokens.
     pub fn check_fits(&self, prompt: &str, n_prompt: usize, n_predict: usize) -> Result<()> {
         if n_prompt == 0 {
             return Err(Error::model(
                 self.model.path(),
-                format!("prompt {prompt:?} has no tokens, and this model adds no BOS: nothing to continue"),
+                format!(
+                    "prompt {prompt:?} has no tokens, and this model adds no BOS: there is nothing to continue"
+                ),
             )
             .with_hint("give a prompt of at least one character"));
         }
@@ -342,13 +366,13 @@ impl Session {
             }
             self.decode_as(Phase::Prompt)?;
         }
-        // llama.cpp copies a whole stream, used or not. On a CPU the cells in use alone are copied, through
-        // the host; a device copies faster by itself.
+        // llama.cpp copies a whole stream, including unused cells. On a CPU it is faster to copy only the used
+        // cells through host memory; a GPU copies faster by itself.
         self.prompt_state = if self.model.on_cpu() { self.context.save(PROMPT_SLOT) } else { None };
         self.row(last).map(<[f32]>::to_vec)
     }
 
-    /// Makes `slot` a continuation of the prompt slot.
+    /// Copies the prompt into `slot`, to be continued there.
     pub(super) fn fork_prompt(&mut self, slot: usize) {
         self.context.remove(slot);
         let restored = self.prompt_state.as_ref().is_some_and(|state| self.context.restore(state, slot));
@@ -357,12 +381,12 @@ impl Session {
         }
     }
 
-    /// Decodes `self.batch`, which continues prompts.
+    /// Decodes `self.batch`, whose tokens continue prompts.
     pub(super) fn decode(&mut self) -> Result<()> {
         self.decode_as(Phase::Generation)
     }
 
-    /// Decodes `self.batch`.
+    /// Decodes `self.batch`, whose tokens are all of one phase.
     pub(super) fn decode_as(&mut self, phase: Phase) -> Result<()> {
         let n_tokens = self.batch.len();
         if let Some(watch) = self.context.watch() {
@@ -379,7 +403,7 @@ impl Session {
         })
     }
 
-    /// Records at each decode from now on; with `stops_early` the graph ends at the last of the places.
+    /// Records at each decode from now on. With `stops_early` the graph ends at the last recorded place.
     pub(super) fn start_recording(&mut self, recordings: Vec<Recording>, stops_early: bool) -> Result<()> {
         let Some(watch) = self.context.watch() else {
             return Err(Error::setting("recording", "this session was opened without the eval callback"));
@@ -394,36 +418,37 @@ impl Session {
         }
     }
 
-    /// What recording `recording` saw at token `index` of the last batch.
+    /// The values of recording number `recording` for token `index` of the last batch.
     pub(super) fn recorded(&mut self, recording: usize, index: usize) -> Result<&[f32]> {
         let n_tokens = self.batch.len();
         let recordings = self.context.watch().map(|watch| watch.recordings()).unwrap_or_default();
         recordings.get(recording).and_then(|r| r.row(index)).ok_or_else(|| Error::Decode {
             n_tokens,
-            reason: format!("recording {recording} has nothing of token {index}"),
+            reason: format!("recording {recording} has no values for token {index}"),
         })
     }
 
-    /// The error for a row of logits from which nothing can be chosen.
+    /// The error for a row of logits that defines no distribution.
     pub(super) fn no_distribution(&self) -> Error {
-        Error::model(self.model.path(), "its logits hold NaN or no finite value")
+        self.refusal("its logits contain NaN, or no finite value".into())
             .with_hint("the file may be damaged: load it with --check-tensors, or download it again")
     }
 
-    /// Logits after every token of `tokens` as one sequence, shape `[tokens.len()][n_vocab]`.
+    /// Logits after every token of one sequence, shape `[tokens.len()][n_vocab]`.
     ///
-    /// For comparisons with a reference; evaluation never needs whole rows.
+    /// For comparison with a reference; evaluation never needs whole rows.
     pub fn logits(&mut self, tokens: &[Token]) -> Result<Vec<Vec<f32>>> {
         let mut of_sequences = self.logits_of_each(&[tokens])?;
         Ok(of_sequences.pop().unwrap_or_default())
     }
 
-    /// As [`Session::logits`] for several sequences in one batch, in slots 0, 1, …: shape
-    /// `[sequences][tokens][n_vocab]`. The tokens count as prompts.
+    /// Logits after every token of several sequences, shape `[sequences][tokens][n_vocab]`.
+    ///
+    /// The sequences share batches, in slots 0, 1, …, and their tokens count as prompts.
     pub fn logits_of_each(&mut self, sequences: &[&[Token]]) -> Result<Vec<Vec<Vec<f32>>>> {
         if sequences.len() > self.n_parallel + 1 {
             let reason =
-                format!("{} sequences, and there are {} slots", sequences.len(), self.n_parallel + 1);
+                format!("{} sequences do not fit into {} slots", sequences.len(), self.n_parallel + 1);
             return Err(Error::setting("-np/--parallel", reason));
         }
         for tokens in sequences {
@@ -454,9 +479,6 @@ impl Session {
     }
 }
 
-/// As many threads as ggml can have (its `GGML_MAX_N_THREADS`).
-const MOST_THREADS: usize = 512;
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -465,7 +487,7 @@ mod tests {
     use crate::engine::ModelOptions;
 
     #[test]
-    fn a_slot_copied_by_llama_cpp_and_one_through_the_host_are_equal_to_the_bit() {
+    fn copying_a_slot_in_llama_cpp_or_through_host_memory_gives_the_same_bits() {
         for name in ["llama", "gemma3"] {
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("gguf/tiny/{name}.gguf"));
             let model = Model::open(&path, &ModelOptions::default()).unwrap();
@@ -476,7 +498,7 @@ mod tests {
             session.load_prompt(&prompt).unwrap();
             assert!(session.prompt_state.is_some());
             session.fork_prompt(1);
-            // As on a device.
+            // As on a GPU: llama.cpp copies.
             session.prompt_state = None;
             session.fork_prompt(2);
             session.batch.clear();

@@ -1,4 +1,4 @@
-//! A model's tokens: its tokenizer, and what each token stands for.
+//! A model's tokenizer, and the text of its tokens.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,8 +9,9 @@ use crate::gguf::{self, GgufFile};
 use super::Token;
 use super::ffi::{LoadParams, ModelHandle};
 
-/// A model's tokens, of a whole [`Model`](super::Model) or alone: then it is loaded in a moment, whatever
-/// the size of the model.
+/// A model's tokenizer and tokens.
+///
+/// It is part of a [`Model`](super::Model), or loaded by itself: that is quick, whatever the size of the model.
 #[derive(Debug, Clone)]
 pub struct Vocabulary {
     handle: Arc<ModelHandle>,
@@ -29,15 +30,15 @@ impl Vocabulary {
         let params = LoadParams { n_gpu_layers: 0, check_tensors: false, vocab_only: true };
         let handle = ModelHandle::load(path, params).ok_or_else(|| {
             Error::model(path, format!("llama.cpp {} refused its vocabulary", super::llama_version()))
-                .with_hint("run again with -v to see llama.cpp's own words")
+                .with_hint("run again with -v to see llama.cpp's log")
         })?;
         Ok(Vocabulary::new(Arc::new(handle), &file))
     }
 
-    /// That of a loaded model.
+    /// The vocabulary of a loaded model.
     pub(super) fn new(handle: Arc<ModelHandle>, file: &GgufFile) -> Vocabulary {
-        // Without the key llama.cpp assumes an id by the kind of tokenizer, and that id of some other
-        // vocabulary may be any word here (11 for every BPE): such a token ends nothing.
+        // Without this key llama.cpp assumes an id from the kind of tokenizer (11 for every BPE). In this vocabulary
+        // that id may be any word, so it is not used as the EOS.
         let is_named = file.metadata().get("tokenizer.ggml.eos_token_id").is_some();
         let eos = handle.eos().filter(|_| is_named);
         Vocabulary { handle, path: file.path().to_path_buf(), eos }
@@ -48,27 +49,29 @@ impl Vocabulary {
         &self.path
     }
 
-    /// Tokens in the vocabulary.
+    /// Size of the vocabulary.
     pub fn n_vocab(&self) -> usize {
         self.handle.n_vocab()
     }
 
-    /// The token that the metadata asks for in front of every prompt; none where it asks for none, even
-    /// if the vocabulary has one.
+    /// The BOS token that the metadata asks for before every prompt.
+    ///
+    /// `None` if the metadata asks for none, even if the vocabulary has one.
     pub fn bos(&self) -> Option<Token> {
         self.handle.added_begin()
     }
 
-    /// The token that ends a text, where the metadata names one (`tokenizer.ggml.eos_token_id`), whether
-    /// or not it asks for it behind every text.
+    /// The token that ends a text, if the metadata names one (`tokenizer.ggml.eos_token_id`).
+    ///
+    /// It does not matter whether the metadata asks for it after every text.
     pub fn eos(&self) -> Option<Token> {
         self.eos
     }
 
-    /// Tokens of a prompt, as it is: with the model's own BOS if its metadata asks for one, and with
-    /// text such as `<s>` read as plain text.
+    /// Tokenizes a prompt, with BOS if the metadata asks for one.
     ///
-    /// An EOS that the metadata asks for is left out: nothing goes on after the end of a text.
+    /// Special tokens are not parsed: `<s>` is plain text. An EOS that the metadata asks for is left out, because a
+    /// text that has ended cannot be continued.
     pub fn tokenize_prompt(&self, text: &str) -> Result<Vec<Token>> {
         let mut tokens = self.tokenize(text, true)?;
         if tokens.last().copied() == self.handle.added_end() {
@@ -77,7 +80,7 @@ impl Vocabulary {
         Ok(tokens)
     }
 
-    /// Tokens of a piece of text, without BOS or EOS.
+    /// Tokenizes a piece of text, without BOS or EOS.
     pub fn tokenize_text(&self, text: &str) -> Result<Vec<Token>> {
         self.tokenize(text, false)
     }
@@ -88,29 +91,30 @@ impl Vocabulary {
         })
     }
 
-    /// The bytes that one token stands for; none for control tokens.
+    /// The bytes of one token; empty for control tokens.
     pub fn piece(&self, token: Token) -> Vec<u8> {
         self.handle.piece(token)
     }
 
-    /// The text of one token, with bytes that are no UTF-8 replaced; empty for control tokens.
+    /// The text of one token, with invalid UTF-8 replaced; empty for control tokens.
     pub fn text(&self, token: Token) -> String {
         String::from_utf8_lossy(&self.piece(token)).into_owned()
     }
 
-    /// The text of `tokens`. A character that the last tokens leave unfinished is left out; bytes that
-    /// are no UTF-8 elsewhere become U+FFFD.
+    /// The text of `tokens`.
+    ///
+    /// An incomplete character at the end is dropped; other invalid UTF-8 becomes U+FFFD.
     pub fn detokenize(&self, tokens: &[Token]) -> String {
         let bytes: Vec<u8> = tokens.iter().flat_map(|&t| self.piece(t)).collect();
         text_of(&bytes)
     }
 }
 
-/// UTF-8 with an unfinished last character dropped, and anything else that is wrong replaced.
+/// Decodes UTF-8: drops an incomplete last character, and replaces other invalid bytes.
 fn text_of(bytes: &[u8]) -> String {
     let whole = match std::str::from_utf8(bytes) {
         Ok(text) => return text.to_owned(),
-        // `error_len` is none exactly when the input ends in the middle of a character.
+        // `error_len` is `None` exactly if the input ends in the middle of a character.
         Err(e) if e.error_len().is_none() => &bytes[..e.valid_up_to()],
         Err(_) => {
             let unfinished = bytes.utf8_chunks().last().is_some_and(|c| {
@@ -129,7 +133,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_cut_inside_a_character_ends_before_it() {
+    fn an_incomplete_last_character_is_dropped() {
         // "né" is 6e c3 a9; "漢" is e6 bc a2.
         assert_eq!(text_of(&[0x6e, 0xc3]), "n");
         assert_eq!(text_of(&[0x6e, 0xe6, 0xbc]), "n");
@@ -137,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_replaced_where_they_stand() {
+    fn invalid_bytes_are_replaced() {
         assert_eq!(text_of(&[0x61, 0xff, 0x62]), "a\u{fffd}b");
         assert_eq!(text_of(&[0x61, 0xff, 0x62, 0xe6, 0xbc]), "a\u{fffd}b");
         assert_eq!(text_of(&[0xff]), "\u{fffd}");

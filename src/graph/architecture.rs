@@ -1,7 +1,7 @@
-//! What llama.cpp's graphs are like inside, for the architectures that interventions and recordings know.
+//! The architectures whose graphs interventions and recordings support.
 //!
-//! Names of nodes are details of the pinned revision of llama.cpp, so this one table holds them all, and
-//! an architecture that is not in it is refused, never guessed.
+//! Node names are details of the pinned revision of llama.cpp, so this one table holds them all. An architecture
+//! that is not in the table is refused, never guessed.
 
 use std::path::Path;
 
@@ -12,21 +12,21 @@ use crate::error::{Error, Result};
 pub struct Architecture {
     /// `general.architecture`.
     pub name: &'static str,
-    /// Node of the neuron activations of a block, without `-{layer}`: the input of `ffn_down`.
+    /// Node of a block's neuron activations, the input of `ffn_down`, without `-{layer}`.
     pub neurons: &'static str,
     /// Node of the residual stream before the first block.
     pub embedding: &'static str,
-    /// Whether a norm stands between `ffn_down` and the residual stream, so that an offset on a neuron is
-    /// no constant added to the residual stream.
+    /// Whether there is a norm between `ffn_down` and the residual stream. If so, an offset on a neuron does not add
+    /// a constant to the residual stream.
     pub norm_after_ffn: bool,
-    /// Whether the graph adds `blk.N.ffn_down.bias` where a file has one.
+    /// Whether the graph adds `blk.N.ffn_down.bias` if the file has one.
     pub reads_down_bias: bool,
 }
 
-/// The residual stream as a block leaves it, after the control vector was added.
+/// Node of the residual stream after a block, with the control vector added.
 pub(super) const BLOCK_OUTPUT: &str = "l_out";
 
-/// The residual stream after the final norm.
+/// Node of the residual stream after the final norm.
 pub(super) const FINAL_NORM: &str = "result_norm";
 
 const fn gated(name: &'static str) -> Architecture {
@@ -39,7 +39,7 @@ const fn gated(name: &'static str) -> Architecture {
     }
 }
 
-/// Each is tested against PyTorch on a tiny model (`tests/engine`).
+/// The supported architectures, each tested against PyTorch on a tiny model (`tests/engine`).
 pub const ARCHITECTURES: [Architecture; 7] = [
     Architecture { reads_down_bias: true, ..gated("llama") },
     gated("command-r"),
@@ -51,16 +51,18 @@ pub const ARCHITECTURES: [Architecture; 7] = [
 ];
 
 impl Architecture {
-    /// The entry for `general.architecture`, if there is one.
+    /// The entry for a `general.architecture`, if there is one.
     pub fn find(name: &str) -> Option<&'static Architecture> {
         ARCHITECTURES.iter().find(|a| a.name == name)
     }
 
-    /// The entry, or an error that names those there are; `path` is the model's.
+    /// The entry for a `general.architecture`, or an error that lists the supported ones.
+    ///
+    /// `path` is the model's, for the error ([`Error::Model`]).
     pub fn require(name: &str, path: &Path) -> Result<&'static Architecture> {
         Architecture::find(name).ok_or_else(|| {
-            Error::model(path, format!("interventions and recordings do not know architecture {name:?}"))
-                .with_hint(format!("they know {}", ARCHITECTURES.map(|a| a.name).join(", ")))
+            Error::model(path, format!("interventions and recordings do not support architecture {name:?}"))
+                .with_hint(format!("they support {}", ARCHITECTURES.map(|a| a.name).join(", ")))
         })
     }
 }

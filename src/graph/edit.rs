@@ -1,8 +1,8 @@
-//! Edits of one row of values.
+//! Applies an edit to one row of values.
 
 use super::steering::{Change, Edit, Operation, When};
 
-/// An edit with what can be worked out beforehand.
+/// An [`Edit`] with everything computed that does not depend on the row.
 #[derive(Debug, Clone)]
 pub(super) struct PreparedEdit {
     pub(super) when: When,
@@ -18,7 +18,6 @@ enum PreparedChange {
 }
 
 impl PreparedEdit {
-    /// Works out what can be.
     pub(super) fn of(edit: &Edit) -> PreparedEdit {
         let change = match &edit.change {
             &Change::Neuron { index, operation } => PreparedChange::Neuron { index, operation },
@@ -34,9 +33,11 @@ impl PreparedEdit {
         PreparedEdit { when: edit.when, coefficient: edit.coefficient, change }
     }
 
-    /// Edits one row, `times` as much as the edit says; `None` if it is shorter than the edit needs.
-    pub(super) fn apply(&self, row: &mut [f32], times: f32) -> Option<()> {
-        let coefficient = self.coefficient * times;
+    /// Edits one row, with the edit's coefficient multiplied by `factor`.
+    ///
+    /// `None` if the row does not have the width that the edit needs.
+    pub(super) fn apply(&self, row: &mut [f32], factor: f32) -> Option<()> {
+        let coefficient = self.coefficient * factor;
         match &self.change {
             PreparedChange::Neuron { index, operation } => {
                 let a = row.get_mut(*index)?;
@@ -61,7 +62,7 @@ impl PreparedEdit {
     }
 }
 
-/// `a + coefficient * (operation(a) - a)`, without rounding where the coefficient is 1.
+/// `a + coefficient * (operation(a) - a)`; exactly `operation(a)` if the coefficient is 1.
 fn changed(a: f32, operation: Operation, coefficient: f32) -> f32 {
     match operation {
         Operation::Offset(offset) => a + coefficient * offset,
@@ -79,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_neuron_is_changed_by_the_share_that_the_coefficient_says() {
+    fn the_coefficient_scales_the_change_of_a_neuron() {
         for (operation, coefficient, expected) in [
             (Operation::Offset(-3.0), 0.5, 0.5),
             (Operation::Assign(6.0), 1.0, 6.0),
@@ -96,8 +97,8 @@ mod tests {
     }
 
     #[test]
-    fn a_component_is_changed_along_its_direction_alone() {
-        // Along (0.6, 0.8) the row (5, 0) has the component 3; what is left of it is (3.2, -2.4).
+    fn a_component_is_changed_only_along_its_direction() {
+        // The row (5, 0) has the component 3 along (0.6, 0.8). Without it, (3.2, -2.4) is left.
         let unit = vec![0.6, 0.8];
         let mut row = [5.0, 0.0];
         let assign = PreparedChange::Component { unit: unit.clone(), operation: Operation::Assign(0.0) };

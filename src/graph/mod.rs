@@ -1,4 +1,4 @@
-//! What llama.cpp's graphs are like inside, and what is changed there: all of it without running a model.
+//! llama.cpp's graphs from inside: their nodes, and edits and recordings of the nodes' values.
 //!
 //! ```text
 //! architecture (names of nodes) ─► watch ◄── steering (what to change)
@@ -6,10 +6,14 @@
 //!                                  node: the engine's own tensors · a host's
 //! ```
 //!
-//! - [`architecture`] names the nodes of the graphs that are known.
+//! Nothing here runs a model or calls llama.cpp.
+//!
+//! - [`architecture`] has the names of the nodes, for the supported architectures. A new architecture goes here.
 //! - [`steering`] describes what changes a model while it runs.
-//! - [`node`] is what is asked of one node of a graph that is being computed.
-//! - `watch` looks at the nodes as they come, and edits and reads their values.
+//! - [`node`] is the interface to one node of a running graph.
+//! - `place` names the places that are edited or recorded.
+//! - `watch` follows the nodes of a graph as they are computed, and edits and reads their values.
+//! - `edit` computes an edit, `recording` keeps recorded values, and `rows` finds the token of each row.
 
 pub mod architecture;
 mod edit;

@@ -1,18 +1,18 @@
-//! Values read in the graph: recorded as they are, or read by a probe.
+//! Values read from the graph: recorded as they are, or multiplied with a probe.
 
 use super::place::Place;
 
-/// Values recorded at one place, of the last decode.
+/// Values recorded at one place during the last decode.
 #[derive(Debug, Clone)]
 pub(crate) struct Recording {
     pub(super) place: Place,
-    /// Which of a row's numbers; all if `None`.
+    /// The columns that are recorded; all if `None`.
     columns: Option<Vec<usize>>,
-    /// Numbers in a recorded row.
+    /// Number of values in a recorded row.
     width: usize,
     /// `[n_tokens][width]`, in the batch's order.
     values: Vec<f32>,
-    /// `[n_tokens]`: whether the row was seen. In the last block only outputs are.
+    /// `[n_tokens]`: whether the token's row was seen. In the last block only outputs have rows.
     pub(super) seen: Vec<bool>,
 }
 
@@ -21,13 +21,13 @@ impl Recording {
         Recording { place, columns, width: 0, values: Vec::new(), seen: Vec::new() }
     }
 
-    /// The values of token `index` of the last batch.
+    /// The values of token `index` of the last batch; `None` if its row was not seen.
     pub(crate) fn row(&self, index: usize) -> Option<&[f32]> {
         let is_seen = *self.seen.get(index)?;
         is_seen.then(|| &self.values[index * self.width..(index + 1) * self.width])
     }
 
-    /// Takes a row of the graph as token `index` of `n_tokens`.
+    /// Records a row of the graph, which is token `index` of `n_tokens`.
     pub(super) fn take(&mut self, index: usize, n_tokens: usize, row: &[f32]) -> Result<(), String> {
         let width = self.columns.as_ref().map_or(row.len(), Vec::len);
         if self.seen.len() != n_tokens || self.width != width {
@@ -41,7 +41,7 @@ impl Recording {
             Some(columns) => {
                 for (to, &column) in to.iter_mut().zip(columns) {
                     *to = *row.get(column).ok_or_else(|| {
-                        format!("no column {column} at {:?}, which has {}", self.place, row.len())
+                        format!("no column {column} at {:?}, which has {} columns", self.place, row.len())
                     })?;
                 }
             }
@@ -51,17 +51,17 @@ impl Recording {
     }
 }
 
-/// A probe that reads every row of one place as it passes.
+/// A probe that reads every row at one place while the graph runs.
 #[derive(Debug, Clone)]
 pub(crate) struct Reader {
-    /// Which reader it is: readings carry the number.
+    /// The reader's number, which its readings carry.
     pub(crate) number: u64,
     pub(crate) place: Place,
-    /// The probe vector, as long as a row.
+    /// The probe vector, `[width]` of a row.
     pub(crate) weight: Vec<f32>,
 }
 
-/// What a probe read of one token: its product with the token's residual stream.
+/// A probe's reading of one token: the dot product of the probe and the token's residual stream.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Reading {
     pub(crate) reader: u64,
@@ -70,7 +70,7 @@ pub(crate) struct Reading {
 }
 
 impl Reader {
-    /// Reads a row; `None` if it has another width.
+    /// The dot product with a row; `None` if the widths differ.
     pub(super) fn read(&self, row: &[f32]) -> Option<f64> {
         (row.len() == self.weight.len())
             .then(|| self.weight.iter().zip(row).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum())

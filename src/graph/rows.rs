@@ -1,62 +1,62 @@
-//! Which row of a node is which token.
+//! Finds the token of each row of a node.
 //!
-//! A batch reaches the graph in pieces (micro-batches), maybe with its tokens in another order, and the last
-//! block sees only the tokens whose logits were asked for. Where every sequence has a stream of its own in
-//! the KV cache, llama.cpp reorders, and each token is found by where the graph writes its keys: the tokens
-//! of one sequence keep their order. Where all share one stream, the batch is cut in its own order.
+//! llama.cpp splits a batch into micro-batches, may reorder its tokens, and computes the last block only for tokens
+//! whose logits are needed. If each sequence has its own stream in the KV cache, tokens are reordered, and each one is
+//! found by the row of the cache that its key is written to: the tokens of one sequence keep their order. If all
+//! sequences share one stream, the batch is split in its own order.
 
 use std::collections::VecDeque;
 
 use super::place::Phase;
 
-/// How a context's KV cache is laid out, which decides the order of tokens in a micro-batch.
+/// The layout of a context's KV cache. It decides the order of tokens in a micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Streams {
-    /// One stream for each sequence, all of one length, one after the other (`kv_unified = false`).
+    /// One stream per sequence, all of the same length, one after the other (`kv_unified = false`).
     OfSequences,
-    /// One for all sequences (`kv_unified = true`, or a context for one sequence alone).
+    /// One stream for all sequences (`kv_unified = true`, or a context with one sequence).
     One,
 }
 
-/// A token of a batch, as it was announced.
+/// A token of an announced batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Announced {
     pub(crate) sequence: usize,
     pub(crate) is_output: bool,
-    /// `None` where the caller does not tell.
+    /// `None` if the caller did not say.
     pub(crate) phase: Option<Phase>,
 }
 
-/// A token of the micro-batch in progress.
+/// A token of the current micro-batch.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Row {
-    /// `None` where it is not known.
+    /// `None` if unknown.
     pub(super) sequence: Option<usize>,
-    /// In the batch; of the micro-batch where no batch was announced.
+    /// Index in the batch, or in the micro-batch if no batch was announced.
     pub(super) index: usize,
     pub(super) phase: Option<Phase>,
-    /// `None` where it is not known.
+    /// `None` if unknown.
     pub(super) is_output: Option<bool>,
 }
 
-/// More tokens than a micro-batch has; what says otherwise is not believed, and nothing is allocated for it.
+/// More tokens than any micro-batch has. Nothing is allocated for a larger number.
 pub(crate) const MOST_TOKENS: usize = 1 << 20;
 
-/// The tokens of the decode in progress, and the micro-batch that they have come to.
+/// The tokens of the current decode, and which of them are in the current micro-batch.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
-    /// The batch, `[n_tokens]`; empty where none was announced.
+    /// The batch, `[n_tokens]`; empty if none was announced.
     pub(super) batch: Vec<Announced>,
-    /// For each sequence the batch indices of its tokens that no micro-batch has had yet.
+    /// For each sequence, the batch indices of its tokens that were in no micro-batch yet.
     queues: Vec<VecDeque<usize>>,
-    /// Of one stream: the tokens that micro-batches have had.
+    /// Number of tokens that were in a micro-batch.
     n_taken: usize,
-    /// The micro-batch in progress, in the graph's order; empty until it is known.
+    /// The current micro-batch, in the graph's order; empty until it is known.
     pub(super) rows: Vec<Row>,
 }
 
 impl Rows {
-    /// A decode of these tokens begins.
+    /// Starts a decode of these tokens.
     pub(super) fn begin(&mut self, batch: Vec<Announced>, n_seq_max: usize) {
         let mut queues = vec![VecDeque::new(); n_seq_max];
         for (index, token) in batch.iter().enumerate() {
@@ -65,17 +65,17 @@ impl Rows {
         *self = Rows { batch, queues, n_taken: 0, rows: Vec::new() };
     }
 
-    /// Whether tokens were announced that no micro-batch has had yet.
+    /// Whether some announced tokens were in no micro-batch yet.
     pub(super) fn is_pending(&self) -> bool {
         self.n_left() > 0
     }
 
-    /// Tokens that were announced and that no micro-batch has had yet.
+    /// Number of announced tokens that were in no micro-batch yet.
     pub(super) fn n_left(&self) -> usize {
         self.batch.len() - self.n_taken
     }
 
-    /// What was announced and has not come is not expected any more.
+    /// Stops expecting the announced tokens that were in no micro-batch yet.
     pub(super) fn drop_rest(&mut self) {
         self.n_taken = self.batch.len();
     }
@@ -85,21 +85,21 @@ impl Rows {
         Row { sequence: Some(sequence), index, phase, is_output: Some(is_output) }
     }
 
-    /// A micro-batch of `n` tokens begins, in the batch's order.
+    /// Starts a micro-batch of the next `n` tokens, in the batch's order.
     pub(super) fn take_in_order(&mut self, n: usize) -> Result<(), String> {
         let left = self.n_left();
         if n > left {
-            return Err(format!("a micro-batch has {n} tokens, and {left} of those announced are left"));
+            return Err(format!("a micro-batch has {n} tokens, but only {left} announced tokens are left"));
         }
         self.rows = (self.n_taken..self.n_taken + n).map(|index| self.row(index)).collect();
         self.n_taken += n;
         Ok(())
     }
 
-    /// A micro-batch begins whose keys are written to these of `n_cells` rows of the cache.
+    /// Starts a micro-batch, given the rows of the cache (out of `n_cells`) that its keys are written to.
     pub(super) fn take_by_keys(&mut self, targets: &[i64], n_cells: usize) -> Result<(), String> {
-        let unknown = || "cannot tell the tokens of a micro-batch apart".to_owned();
-        // All streams have one length and lie one after the other.
+        let unknown = || "cannot tell which tokens are in a micro-batch".to_owned();
+        // All streams have the same length and lie one after the other.
         let n_streams = self.queues.len();
         if n_cells == 0 || !n_cells.is_multiple_of(n_streams) {
             return Err(unknown());
@@ -116,25 +116,25 @@ impl Rows {
         Ok(())
     }
 
-    /// A micro-batch of `n` tokens begins that nobody announced.
+    /// Starts a micro-batch of `n` tokens that were not announced.
     pub(super) fn take_unknown(&mut self, n: usize, n_seq_max: usize) -> Result<(), String> {
         if n > MOST_TOKENS {
             return Err(format!(
-                "a micro-batch has {n} tokens, more than llama.cpp was known to compute at once"
+                "a micro-batch has {n} tokens, more than llama.cpp computes at once ({MOST_TOKENS} at most)"
             ));
         }
         self.batch.clear();
         self.n_taken = 0;
-        // One sequence alone needs no announcement.
+        // With a single sequence, no announcement is needed.
         let sequence = (n_seq_max == 1).then_some(0);
         self.rows = (0..n).map(|index| Row { sequence, index, phase: None, is_output: None }).collect();
         Ok(())
     }
 
-    /// The rows that a node has: all, or where only outputs have rows, those of the outputs.
+    /// The rows of a node: those of all tokens, or of outputs only if `is_reduced`.
     pub(super) fn of_node(&self, is_reduced: bool, n_rows: usize) -> Result<Vec<Row>, String> {
         let rows: Vec<Row> = match (is_reduced, self.rows.first()) {
-            // Which tokens are outputs nobody said, so that all that is known is their number.
+            // Nobody said which tokens are outputs; only their count is known.
             (true, Some(Row { is_output: None, .. })) => self.rows.iter().take(n_rows).copied().collect(),
             (true, _) => self.rows.iter().filter(|row| row.is_output == Some(true)).copied().collect(),
             (false, _) => self.rows.clone(),
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_found_by_where_their_keys_go() {
+    fn tokens_are_found_by_the_rows_their_keys_are_written_to() {
         let mut rows = Rows::default();
         rows.begin(batch(&[0, 1, 0, 1, 1]), 2);
         // Two streams of 10 cells. The first micro-batch has two tokens of each sequence.
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn of_one_stream_a_batch_is_cut_in_its_order() {
+    fn a_batch_of_one_stream_is_split_in_its_order() {
         let mut rows = Rows::default();
         rows.begin(batch(&[0, 1, 0]), 2);
         rows.take_in_order(2).unwrap();
@@ -191,12 +191,12 @@ mod tests {
         assert!(rows.take_by_keys(&[0], 21).is_err(), "streams of different lengths");
         assert!(rows.take_by_keys(&[0], 0).is_err());
         rows.begin(batch(&[0, 1]), 2);
-        assert!(rows.take_by_keys(&[0, 1], 20).is_err(), "two tokens of sequence 0, where one was announced");
+        assert!(rows.take_by_keys(&[0, 1], 20).is_err(), "two tokens of sequence 0, but one was announced");
         assert!(rows.take_in_order(3).unwrap_err().contains("3 tokens"));
     }
 
     #[test]
-    fn without_an_announcement_only_one_sequence_alone_is_known() {
+    fn without_an_announcement_only_a_single_sequence_is_known() {
         let mut rows = Rows::default();
         rows.take_unknown(2, 1).unwrap();
         assert!(rows.rows.iter().all(|row| row.sequence == Some(0)));

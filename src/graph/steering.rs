@@ -1,18 +1,17 @@
-//! What changes a model while it runs: adapters, a control vector, and edits by callback.
+//! Descriptions of what changes a running model: adapters, a control vector, and edits by callback.
 //!
-//! These are llama.cpp's own means, in the order of their cost. Which of them an intervention needs is
-//! decided by [`crate::steer::compile`]; here they are only described.
+//! [`crate::steer::compile`] decides which of these an intervention needs.
 
 use std::path::PathBuf;
 
-/// Everything that changes a model while it runs. The default changes nothing.
+/// Everything that changes a running model. The default changes nothing.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Steering {
     /// LoRA adapters, each with its scale.
     pub loras: Vec<LoraScaled>,
-    /// Added to the residual stream after blocks 1 and up; free of cost.
+    /// Added to the residual stream after blocks 1 and up, at almost no cost.
     pub control_vector: Option<ControlVector>,
-    /// Made by the eval callback, in this order where several meet.
+    /// Made by the eval callback. Several edits of one value are made in this order.
     pub edits: Vec<Edit>,
 }
 
@@ -28,42 +27,42 @@ impl Steering {
 pub struct LoraScaled {
     /// The adapter (GGUF).
     pub path: PathBuf,
-    /// As `--lora-scaled` takes it; the adapter's own alpha / rank comes on top.
+    /// As in `--lora-scaled`: multiplied with the adapter's own alpha / rank.
     pub scale: f32,
 }
 
-/// One vector for each block but the first, as `llama_set_adapter_cvec` takes them.
+/// One vector per block except the first, as `llama_set_adapter_cvec` takes them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ControlVector {
     /// Width of the residual stream.
     pub n_embd: usize,
-    /// Coefficients applied, shape `[n_layer - 1][n_embd]`: row 0 is added after block 1. Rows of zeros
-    /// where nothing is added.
+    /// The vectors, already multiplied by their coefficients: `[n_layer - 1][n_embd]`. Row 0 is added after block 1.
+    /// A row of zeros adds nothing.
     pub rows: Vec<f32>,
 }
 
-/// One edit at one place of one block.
+/// One edit in one block.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Edit {
     /// The block, from 0.
     pub layer: usize,
     /// Which tokens it is made on.
     pub when: When,
-    /// Share of the change that is made: the place becomes `x + coefficient * (edited(x) - x)`.
+    /// Fraction of the change that is made: x becomes `x + coefficient * (edited(x) - x)`.
     pub coefficient: f32,
     /// What is changed, and how.
     pub change: Change,
 }
 
-/// Which tokens an intervention is made on.
+/// Which tokens an intervention applies to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum When {
-    /// Those of the prompt.
+    /// Tokens of the prompt.
     Prompt,
-    /// Those that follow it.
+    /// Tokens after the prompt.
     Generation,
-    /// All.
+    /// All tokens.
     #[default]
     Both,
 }
@@ -73,26 +72,26 @@ pub enum When {
 pub enum Change {
     /// One neuron's activation, after the non-linearity and gate: the input of `ffn_down`.
     Neuron {
-        /// Which of the block's `n_ff` neurons.
+        /// The neuron, below `n_ff`.
         index: usize,
-        /// What becomes of it.
+        /// The operation on its activation.
         operation: Operation,
     },
-    /// The residual stream as the block leaves it, along a direction.
+    /// The residual stream after the block, along a direction.
     ///
-    /// [`Operation::Offset`] adds the vector as it is, times the offset. The others act on the component
-    /// `c = x . v / |v|` along the vector: the residual stream becomes `x + (operation(c) - c) v / |v|`, so
-    /// that assigning 0 projects the direction out.
+    /// [`Operation::Offset`] adds the vector itself, times the offset. The other operations act on the component
+    /// `c = x . v / |v|` along the vector: the residual stream becomes `x + (operation(c) - c) v / |v|`. Assigning 0
+    /// therefore projects the direction out.
     Direction {
         /// Shape `[n_embd]`, finite, not all zero.
         vector: Vec<f32>,
-        /// What becomes of the component.
+        /// The operation on the vector or the component.
         operation: Operation,
     },
 }
 
 impl Change {
-    /// What becomes of the neuron, or of the component.
+    /// The operation on the neuron or the direction.
     pub fn operation(&self) -> Operation {
         match self {
             Change::Neuron { operation, .. } | Change::Direction { operation, .. } => *operation,
@@ -100,27 +99,27 @@ impl Change {
     }
 }
 
-/// What becomes of a number.
+/// An operation on one value.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Operation {
-    /// It plus this: `a + offset` (the paper's intervention, section 4.2).
+    /// Adds this: `a + offset` (the paper's intervention, section 4.2).
     Offset(f32),
-    /// This instead of it.
+    /// Replaces the value.
     Assign(f32),
-    /// It times this; 0 switches a neuron off.
+    /// Multiplies by this; 0 switches a neuron off.
     Scale(f32),
-    /// It, but no less than `min` and no more than `max`.
+    /// Limits the value to `[min, max]`.
     Clamp {
-        /// Least value.
+        /// Lower bound.
         min: f32,
-        /// Most.
+        /// Upper bound.
         max: f32,
     },
 }
 
 impl Operation {
-    /// The number after the operation.
+    /// The value after the operation.
     pub fn apply(self, a: f32) -> f32 {
         match self {
             Operation::Offset(offset) => a + offset,

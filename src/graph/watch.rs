@@ -1,4 +1,4 @@
-//! What the eval callback looks for in a graph, and does there: edits of values, and recordings of them.
+//! Follows the nodes of a running graph, and edits and records their values.
 
 use super::architecture::{Architecture, BLOCK_OUTPUT, FINAL_NORM};
 use super::edit::PreparedEdit;
@@ -8,59 +8,64 @@ use super::recording::{Reader, Reading, Recording};
 use super::rows::{Announced, Row, Rows, Streams};
 use super::steering::{Change, Edit, When};
 
-/// What a node is, found once for all that is asked about it: llama.cpp asks about every node of every graph.
+/// What a node is to the watch. Found once per node, because llama.cpp asks about every node of every graph.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Look {
     place: Option<Place>,
-    /// Whether a micro-batch starts with it.
+    /// Whether the node starts a micro-batch.
     pub(crate) starts_micro_batch: bool,
 }
 
-/// What is looked for and done during each decode of one context.
+/// The edits and recordings of one context, and the progress of its current decode.
 #[derive(Debug)]
 pub(crate) struct Watch {
     architecture: &'static Architecture,
     n_layer: usize,
     n_seq_max: usize,
     streams: Streams,
-    /// By layer.
+    /// `[n_layer]`.
     neuron_edits: Vec<Vec<PreparedEdit>>,
+    /// `[n_layer]`.
     output_edits: Vec<Vec<PreparedEdit>>,
-    /// Whether there is any of them: asked of every node.
+    /// Whether there are any edits. Kept as a flag because every node needs it.
     has_edits: bool,
-    /// What the coefficients of all edits are multiplied by.
+    /// Multiplies the coefficients of all edits.
     coefficient: f32,
     recordings: Vec<Recording>,
     reader: Option<Reader>,
-    /// What replaces the reader when the next micro-batch begins.
+    /// Replaces the reader when the next micro-batch starts.
     next_reader: Option<Option<Reader>>,
-    /// Since they were last taken.
+    /// Readings since they were last taken.
     readings: Vec<Reading>,
-    /// `[n_seq_max]`: sequences on which no edit is made.
+    /// `[n_seq_max]`: sequences that are not edited.
     is_exempt: Vec<bool>,
-    /// Whether the graph may end at the last recording.
+    /// Whether the graph ends at the last recorded place.
     stops_early: bool,
     phase: Phase,
     progress: Progress,
 }
 
-/// Where the decode in progress stands.
+/// Progress of the current decode.
+///
+/// Counts are since the decode began, or since [`Watch::forget_counts`].
 #[derive(Debug, Default)]
 struct Progress {
     rows: Rows,
-    /// The embedding's values and width, where it comes before the rows are known.
+    /// The embedding's values and width, kept if it is computed before its rows are known.
     unplaced: Option<(Vec<f32>, usize)>,
-    /// Whether the micro-batch in progress is edited at all.
+    /// Whether the current micro-batch is edited at all.
     is_active: bool,
-    /// Places with edits that were passed, each once a micro-batch, and those that should have been.
+    /// Places that were edited, counted once per micro-batch.
     n_edited: usize,
+    /// Places that should have been edited.
     n_to_edit: usize,
-    /// The same of the reader's place.
+    /// Micro-batches that the probe read.
     n_read: usize,
+    /// Micro-batches that the probe should have read.
     n_to_read: usize,
-    /// Since the decode began, or since what there was before was forgotten.
+    /// Micro-batches that started.
     n_micro_batches: usize,
-    /// Nodes that were asked about in the same time, while there was something to do.
+    /// Nodes that llama.cpp asked about while there was something to do.
     n_asked: usize,
 }
 
@@ -91,7 +96,7 @@ impl Watch {
         }
     }
 
-    /// Makes these edits and no others. Their layers are those of the model, which the caller saw to.
+    /// Replaces the edits. The caller has checked that their layers exist.
     pub(crate) fn set_edits(&mut self, edits: &[Edit]) {
         self.neuron_edits.iter_mut().chain(&mut self.output_edits).for_each(Vec::clear);
         self.has_edits = !edits.is_empty();
@@ -104,7 +109,7 @@ impl Watch {
         }
     }
 
-    /// What the coefficients of all edits are multiplied by, from the next micro-batch on.
+    /// Sets the factor on the coefficients of all edits, from the next micro-batch on.
     pub(crate) fn set_coefficient(&mut self, coefficient: f32) {
         self.coefficient = coefficient;
     }
@@ -118,17 +123,17 @@ impl Watch {
         &self.recordings
     }
 
-    /// Reads every token at one place, before the edits there are made, from the next micro-batch on.
+    /// Sets the probe, from the next micro-batch on. It reads each token before the edits at its place are made.
     pub(crate) fn set_reader(&mut self, reader: Option<Reader>) {
         self.next_reader = Some(reader);
     }
 
-    /// What was read since the last call, the tokens of one sequence in their order.
+    /// Takes the readings since the last call; those of one sequence are in the order of its tokens.
     pub(crate) fn take_readings(&mut self) -> Vec<Reading> {
         std::mem::take(&mut self.readings)
     }
 
-    /// Returns whether that is a change.
+    /// Exempts a sequence from edits, or not; returns whether that changed.
     pub(crate) fn set_exempt(&mut self, sequence: usize, is_exempt: bool) -> bool {
         std::mem::replace(&mut self.is_exempt[sequence], is_exempt) != is_exempt
     }
@@ -137,12 +142,12 @@ impl Watch {
         self.phase = phase;
     }
 
-    /// Whether graphs end before their logits.
+    /// Whether graphs end before the logits are computed.
     pub(crate) fn stops_early(&self) -> bool {
         self.stops_early
     }
 
-    /// A decode begins, of tokens with these sequences and outputs, shapes `[n_tokens]`.
+    /// Starts a decode. `sequences` and `outputs` are those of its tokens, `[n_tokens]`.
     pub(crate) fn begin(&mut self, sequences: &[i32], outputs: &[i8]) {
         let phase = Some(self.phase);
         let tokens = sequences.iter().zip(outputs);
@@ -151,7 +156,7 @@ impl Watch {
         );
     }
 
-    /// A decode of these tokens begins. Their sequences are below `n_seq_max`, which the caller saw to.
+    /// Starts a decode of these tokens. The caller has checked that their sequences are below `n_seq_max`.
     pub(crate) fn announce(&mut self, batch: Vec<Announced>) {
         self.progress = Progress::default();
         self.progress.rows.begin(batch, self.n_seq_max);
@@ -160,15 +165,19 @@ impl Watch {
         }
     }
 
-    /// A decode has ended. An edit that was not made, or a recording that saw nothing, means that the graph
-    /// is not the one that the table of architectures describes.
+    /// Checks a decode that has ended.
+    ///
+    /// If an edit was not made, or a recording saw nothing, the graph is not the one that the table of architectures
+    /// describes.
     pub(crate) fn finish(&self) -> Result<(), String> {
         if self.is_idle() {
             return Ok(());
         }
         let progress = &self.progress;
         if progress.n_micro_batches == 0 || progress.rows.is_pending() {
-            return Err("the graph does not write to its KV cache as it was known to".into());
+            return Err(
+                "the graph does not write its KV cache in the way that was expected of llama.cpp".into()
+            );
         }
         self.verify()?;
         let has_output = progress.rows.batch.iter().any(|token| token.is_output);
@@ -180,7 +189,7 @@ impl Watch {
         }
     }
 
-    /// Whether the micro-batches until now, each computed to its end, were edited and read as they should be.
+    /// Checks that the micro-batches so far, all of them complete, were edited and read as they should be.
     pub(crate) fn verify(&self) -> Result<(), String> {
         let Progress { n_edited, n_to_edit, n_read, n_to_read, .. } = self.progress;
         if n_edited != n_to_edit {
@@ -192,7 +201,7 @@ impl Watch {
         Ok(())
     }
 
-    /// As [`Watch::verify`], after a decode: one that was seen began, and one that was announced is all there.
+    /// Checks like [`Watch::verify`] after a decode, and that all announced tokens were decoded.
     pub(crate) fn verify_ended(&self) -> Result<(), String> {
         if self.is_idle() {
             return Ok(());
@@ -201,11 +210,11 @@ impl Watch {
         match (*n_micro_batches, *n_asked) {
             (0, 0) if rows.is_pending() => {
                 return Err(
-                    "a batch was announced, and no node of its graph was seen: is cb_eval set?".into()
+                    "a batch was announced, but no node of its graph was seen: is cb_eval set?".into()
                 );
             }
             (0, n) if n > 0 => {
-                return Err(self.unknown_graph("no micro-batch was seen to begin"));
+                return Err(self.unknown_graph("no micro-batch was seen to start"));
             }
             _ => {}
         }
@@ -216,12 +225,12 @@ impl Watch {
         }
     }
 
-    /// Whether no node was asked about since the decode began.
+    /// Whether llama.cpp asked about no node since the decode began.
     pub(crate) fn is_untouched(&self) -> bool {
         self.progress.n_micro_batches == 0 && self.progress.n_asked == 0
     }
 
-    /// Counts anew, after what there is was verified.
+    /// Resets the counts, once they were verified.
     pub(crate) fn forget_counts(&mut self) {
         let progress = &mut self.progress;
         (progress.n_edited, progress.n_to_edit, progress.n_read, progress.n_to_read) = (0, 0, 0, 0);
@@ -230,20 +239,20 @@ impl Watch {
 
     fn unknown_graph(&self, what: &str) -> String {
         let name = self.architecture.name;
-        format!("{what}: the graph has not the nodes that were known of architecture {name:?}")
+        format!("{what}: the graph does not have the nodes expected of architecture {name:?}")
     }
 
     fn is_idle(&self) -> bool {
         self.recordings.is_empty() && self.reader.is_none() && self.next_reader.is_none() && !self.has_edits
     }
 
-    /// Where the graph may end, if it may.
+    /// The place at which the graph ends, if it ends early.
     fn last_place(&self) -> Option<Place> {
         let last = self.recordings.iter().map(|r| r.place).max();
         last.filter(|_| self.stops_early)
     }
 
-    /// Whether only outputs have rows there.
+    /// Whether only outputs have rows at a place.
     fn is_reduced(&self, place: Place) -> bool {
         match place {
             Place::Embedding => false,
@@ -252,13 +261,15 @@ impl Watch {
         }
     }
 
-    /// Whether the rows of the coming micro-batch are read from where its keys are written.
+    /// Whether the rows of the next micro-batch will be known only when its keys are written.
     fn waits_for_keys(&self) -> bool {
         self.streams == Streams::OfSequences && self.progress.rows.is_pending()
     }
 
-    /// What a node is that is about to be computed. Where it starts a micro-batch, the caller may change the coefficient
-    /// and the exemptions before [`Watch::wants`], which then takes them as they are.
+    /// Looks at a node that is about to be computed.
+    ///
+    /// If it starts a micro-batch, the caller may change the coefficient and the exemptions before it calls
+    /// [`Watch::wants`], which puts them into effect.
     pub(crate) fn look<N: Node>(&self, node: &N) -> Look {
         if self.is_idle() {
             return Look { place: None, starts_micro_batch: false };
@@ -272,18 +283,18 @@ impl Watch {
         Look { place, starts_micro_batch }
     }
 
-    /// Whether the value of a node is needed, before it is computed.
+    /// Whether the value of a node is needed. Called before the node is computed.
     pub(crate) fn wants<N: Node>(&mut self, node: &N, look: Look) -> Result<bool, String> {
         if self.is_idle() {
-            // A graph passes that nobody follows: what was announced of it is no longer to come.
+            // An unobserved graph: skip it, with the tokens that were announced for it.
             self.progress.rows.drop_rest();
             self.progress.n_asked = 0;
             return Ok(false);
         }
         self.progress.n_asked += 1;
         let Look { place, starts_micro_batch } = look;
-        // The embedding is the first node of all, also where the keys tell the rows; what reads there cannot
-        // come later.
+        // The embedding is the first node, even if the micro-batch starts only with the first keys. A new reader of
+        // the embedding must take effect there, because it cannot read later.
         let reads_embedding =
             |next: &Option<Reader>| next.as_ref().is_some_and(|reader| reader.place == Place::Embedding);
         if place == Some(Place::Embedding)
@@ -295,9 +306,9 @@ impl Watch {
             self.start_micro_batch(node)?;
         }
         let Some(place) = place else { return Ok(false) };
-        // Of a batch of embeddings, say, whose graph has no node for them.
+        // This happens, for example, with a batch of embeddings, whose graph has no embedding node.
         if self.progress.n_micro_batches == 0 && place != Place::Embedding && self.is_looked_at(place) {
-            return Err(format!("{place:?} came before a micro-batch was seen to begin"));
+            return Err(format!("{place:?} was reached before a micro-batch was seen to start"));
         }
         Ok(self.is_edited(place)
             || self.recordings.iter().any(|r| r.place == place)
@@ -309,7 +320,7 @@ impl Watch {
             let digits = name.strip_prefix(prefix.as_bytes())?.strip_prefix(b"-")?;
             std::str::from_utf8(digits).ok()?.parse().ok().filter(|&il| il < self.n_layer)
         };
-        // The two that are asked for most come first; the embedding of some is named like a block's node.
+        // The two most frequent places come first. Some architectures name the embedding like a block's node.
         if let Some(il) = layer_after(self.architecture.neurons) {
             return Some(Place::Block(il, InBlock::Neurons));
         }
@@ -339,12 +350,12 @@ impl Watch {
         self.progress.is_active && !self.edits_at(place).is_empty()
     }
 
-    /// Learns which token each row of the coming micro-batch is.
+    /// Finds the token of each row of the micro-batch that starts, and counts its edits and readings.
     fn start_micro_batch<N: Node>(&mut self, node: &N) -> Result<(), String> {
         let rows = &mut self.progress.rows;
         if self.streams == Streams::OfSequences && rows.is_pending() {
             let (targets, n_cells) =
-                node.row_targets().ok_or("cannot tell the tokens of a micro-batch apart")?;
+                node.row_targets().ok_or("cannot tell which tokens are in a micro-batch")?;
             rows.take_by_keys(&targets, n_cells)?;
         } else if rows.is_pending() {
             rows.take_in_order(node.shape().n_rows())?;
@@ -373,13 +384,13 @@ impl Watch {
         Ok(())
     }
 
-    /// A node was computed: reads, edits and records it. Returns whether the graph goes on.
+    /// Reads, edits and records a node that was computed; returns whether the graph should continue.
     pub(crate) fn sees<N: Node>(&mut self, node: &mut N) -> Result<bool, String> {
         let Some(place) = self.place_of(node.name()) else { return Ok(true) };
         let shape = node.shape();
         let width = shape.width();
         if place == Place::Embedding && self.waits_for_keys() {
-            // It comes before the keys of the first block, which tell the rows.
+            // The keys of the first block tell the rows, and they are written after the embedding.
             self.progress.unplaced = Some((with_values(node, false, |values| values.to_vec())?, width));
             return Ok(true);
         }
@@ -397,7 +408,7 @@ impl Watch {
         Ok(self.last_place() != Some(place))
     }
 
-    /// Makes the edits of a place on its rows, `values` of shape `[n_rows][width]`.
+    /// Makes the edits of a place, on `values` of shape `[n_rows][width]`.
     fn edit(&self, place: Place, rows: &[Row], values: &mut [f32], width: usize) -> Result<(), String> {
         for (row, values) in rows.iter().zip(values.chunks_exact_mut(width.max(1))) {
             if self.is_exempt(row)? {
@@ -418,7 +429,7 @@ impl Watch {
         match row.sequence {
             Some(sequence) => Ok(self.is_exempt[sequence]),
             None if self.is_exempt.contains(&true) && self.is_exempt.contains(&false) => {
-                Err("some sequences are steered and some are not, and nobody announced the batch".into())
+                Err("some sequences are steered and some are not, but the batch was not announced".into())
             }
             None => Ok(self.is_exempt[0]),
         }
@@ -429,9 +440,10 @@ impl Watch {
             return Ok(());
         };
         for (row, values) in rows.iter().zip(values.chunks_exact(width.max(1))) {
-            let sequence = row.sequence.ok_or("a probe reads by sequence, and nobody announced the batch")?;
+            let sequence =
+                row.sequence.ok_or("a probe reads by sequence, but the batch was not announced")?;
             let product = reader.read(values).ok_or_else(|| {
-                format!("the probe has {} numbers, and {place:?} has {width}", reader.weight.len())
+                format!("the probe has width {}, but {place:?} has width {width}", reader.weight.len())
             })?;
             self.readings.push(Reading { reader: reader.number, sequence, product });
         }
@@ -450,7 +462,7 @@ impl Watch {
     }
 }
 
-/// Whether an edit is made on a token.
+/// Whether an edit applies to a token.
 fn is_now(when: When, row: &Row) -> Result<bool, String> {
     match (when, row.phase) {
         (When::Both, _) => Ok(true),
@@ -463,8 +475,10 @@ fn is_now(when: When, row: &Row) -> Result<bool, String> {
     }
 }
 
-/// Whether a node writes the keys of the first block: the name is that of the cache with what ggml adds for
-/// a view. Each micro-batch has one such node, before every place but the embedding.
+/// Whether a node writes the keys of the first block.
+///
+/// The name is the cache's, with the suffix that ggml adds for a view. Each micro-batch has one such node, before
+/// every place except the embedding.
 fn is_first_key_write(name: &[u8]) -> bool {
     name.strip_prefix(b"cache_").is_some_and(|rest| rest.starts_with(b"k_l0 "))
 }
@@ -474,7 +488,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_key_write_of_a_micro_batch_is_known_by_its_name() {
+    fn the_first_key_write_of_a_micro_batch_is_recognised_by_its_name() {
         assert!(is_first_key_write(b"cache_k_l0 (view)"));
         assert!(is_first_key_write(b"cache_k_l0 (reshaped) (view)"));
         assert!(!is_first_key_write(b"cache_k_l10 (view)"));

@@ -1,4 +1,4 @@
-//! An owned `llama_context`: decoding, logits, and the KV of its sequences.
+//! An owned `llama_context`: decoding, logits, and the KV cache of its sequences.
 
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -40,7 +40,7 @@ impl CacheType {
 
 /// Tokens to decode, each with its sequence and position.
 ///
-/// Four arrays of one length `n_tokens`, as `llama_batch` wants them.
+/// The four arrays have the same length `n_tokens`, as in `llama_batch`.
 #[derive(Debug, Default, Clone)]
 pub(in crate::engine) struct Batch {
     tokens: Vec<Token>,
@@ -61,7 +61,7 @@ impl Batch {
         self.tokens.len()
     }
 
-    /// Adds a token; returns its index, under which its logits are found after decoding.
+    /// Adds a token; returns its index, for [`ContextHandle::logits`] after decoding.
     pub(in crate::engine) fn push(
         &mut self,
         token: Token,
@@ -76,7 +76,7 @@ impl Batch {
         self.tokens.len() - 1
     }
 
-    /// What llama.cpp would answer with an assertion, or an error without a reason.
+    /// Checks for mistakes at which llama.cpp would abort, or fail without a reason.
     fn check(&self, model: &ModelHandle, n_batch: usize, n_seq_max: usize) -> Result<(), String> {
         if self.tokens.is_empty() {
             return Err("the batch is empty".into());
@@ -88,21 +88,21 @@ impl Batch {
             return Err(format!("token {token} is outside the vocabulary of {}", model.n_vocab()));
         }
         if let Some(s) = self.sequences.iter().find(|&&s| s < 0 || s as usize >= n_seq_max) {
-            return Err(format!("sequence {s} is outside the {n_seq_max} of this session"));
+            return Err(format!("sequence {s} is outside the {n_seq_max} sequences of this session"));
         }
         Ok(())
     }
 }
 
-/// The KV of one sequence, outside of any context.
+/// A copy of one sequence's KV, outside of any context.
 #[derive(Debug)]
 pub(in crate::engine) struct SequenceState {
     bytes: Vec<u8>,
-    /// Whose it is.
+    /// The model that computed it.
     model: Arc<ModelHandle>,
 }
 
-/// A context over a model, with its KV cache: one KV stream a sequence.
+/// A context over a model, with one KV stream per sequence.
 #[derive(Debug)]
 pub(in crate::engine) struct ContextHandle {
     context: NonNull<sys::llama_context>,
@@ -111,11 +111,11 @@ pub(in crate::engine) struct ContextHandle {
     n_seq_max: usize,
     /// Which tokens of the last decoded batch have logits.
     outputs: Vec<i8>,
-    /// Scratch of `decode`: `llama_batch` wants a pointer to every token's list of sequences.
+    /// Scratch space of `decode`: `llama_batch` needs a pointer to every token's list of sequences.
     n_sequences: Vec<i32>,
     sequence_pointers: Vec<*mut i32>,
-    /// What the eval callback works on, where there is one. Came from `Box::into_raw`; llama.cpp has the
-    /// same pointer, and uses it inside `llama_decode` alone.
+    /// State of the eval callback, if it is installed. Came from `Box::into_raw`; llama.cpp has the same pointer,
+    /// and uses it only inside `llama_decode`.
     callback: Option<NonNull<CallbackState>>,
     /// The adapters that the context uses, with their scales; dropped after it.
     loras: Vec<(Arc<LoraHandle>, f32)>,
@@ -123,9 +123,9 @@ pub(in crate::engine) struct ContextHandle {
     model: Arc<ModelHandle>,
 }
 
-// SAFETY: a `llama_context` may be used from any one thread at a time; the handle is not `Sync`, and
-// its raw pointers lead to memory that it owns alone (the scratch pointers are rebuilt before each use; a
-// `CallbackState` is `Send`, see the assertion below).
+// SAFETY: a `llama_context` may be used from any thread, by one thread at a time, and the handle is not `Sync`. Its
+// raw pointers lead to memory that it owns alone: the scratch pointers are rebuilt before each use, and
+// `CallbackState` is `Send`, as asserted below.
 unsafe impl Send for ContextHandle {}
 
 const _: () = {
@@ -135,23 +135,23 @@ const _: () = {
 
 impl Drop for ContextHandle {
     fn drop(&mut self) {
-        // SAFETY: both pointers came from their constructors and are freed once; the context is freed
-        // before the threads that it uses and before the model (a field of this struct).
+        // SAFETY: both pointers came from their constructors and are freed once. The context is freed before the
+        // threads that it uses, and before the model, which is a field of this struct.
         unsafe {
             sys::llama_free(self.context.as_ptr());
             sys::ggml_threadpool_free(self.threadpool.as_ptr());
         }
         if let Some(state) = self.callback {
-            // SAFETY: came from `Box::into_raw` and is freed once; the context that knew it is gone.
+            // SAFETY: came from `Box::into_raw` and is freed once; the context that had the pointer is gone.
             drop(unsafe { Box::from_raw(state.as_ptr()) });
         }
     }
 }
 
 impl ContextHandle {
-    /// `None` when llama.cpp refuses, which it explains in its log: too little memory, most often.
+    /// Opens a context; with a `watch`, installs the eval callback, which cannot be done later.
     ///
-    /// With a `watch` the eval callback is installed; it cannot be later.
+    /// `None` if llama.cpp refuses, most often because memory runs out. Its log has the reason.
     pub(in crate::engine) fn new(
         model: Arc<ModelHandle>,
         params: &ContextParams,
@@ -170,7 +170,7 @@ impl ContextHandle {
             FlashAttention::Off => sys::LLAMA_FLASH_ATTN_TYPE_DISABLED,
             FlashAttention::Auto => sys::LLAMA_FLASH_ATTN_TYPE_AUTO,
         };
-        // One stream a sequence: in a unified cache every token attends over all sequences' cells.
+        // One stream per sequence: in a unified cache every token attends over the cells of all sequences.
         raw.kv_unified = false;
         raw.no_perf = true;
         raw.type_k = params.cache_type_k.raw();
@@ -179,12 +179,12 @@ impl ContextHandle {
             let state = Box::into_raw(Box::new(CallbackState { watch, fault: None }));
             raw.cb_eval = Some(eval_callback);
             raw.cb_eval_user_data = state.cast();
-            // SAFETY: `Box::into_raw` gives no null pointer.
+            // SAFETY: `Box::into_raw` never returns null.
             unsafe { NonNull::new_unchecked(state) }
         });
         let free_callback = || {
             if let Some(state) = callback {
-                // SAFETY: came from `Box::into_raw` above; no context has it, since none was made.
+                // SAFETY: came from `Box::into_raw` above, and no context has it, because none was made.
                 drop(unsafe { Box::from_raw(state.as_ptr()) });
             }
         };
@@ -192,21 +192,22 @@ impl ContextHandle {
         // SAFETY: returns a plain struct.
         let mut threads =
             unsafe { sys::ggml_threadpool_params_default(params.n_threads.max(params.n_threads_batch)) };
-        // SAFETY: the parameters were filled in by ggml and live during the call.
+        // SAFETY: ggml filled in the parameters, and they live during the call.
         let Some(threadpool) = NonNull::new(unsafe { sys::ggml_threadpool_new(&mut threads) }) else {
             free_callback();
             return None;
         };
-        // SAFETY: the model is alive and held by the handle; pointers inside `raw` are the defaults.
+        // SAFETY: the model is alive and held by the handle. The pointers in `raw` are the defaults, or the callback
+        // and its state, which live until the context is freed.
         let context = unsafe { sys::llama_init_from_model(model.model.as_ptr(), raw) };
         let Some(context) = NonNull::new(context) else {
-            // SAFETY: nothing else has seen the threads.
+            // SAFETY: came from ggml_threadpool_new; nothing else uses the pool.
             unsafe { sys::ggml_threadpool_free(threadpool.as_ptr()) };
             free_callback();
             return None;
         };
-        // Without a pool of its own llama.cpp starts and ends its threads at every decode.
-        // SAFETY: both are alive; the pool is freed after the context, in `drop`.
+        // Without a pool, llama.cpp starts and ends threads at every decode.
+        // SAFETY: both are alive, and `drop` frees the pool after the context.
         unsafe { sys::llama_attach_threadpool(context.as_ptr(), threadpool.as_ptr(), ptr::null_mut()) };
         // SAFETY: the context is alive.
         let (n_batch, n_seq_max) =
@@ -225,7 +226,7 @@ impl ContextHandle {
         })
     }
 
-    /// Cells that each sequence has; llama.cpp rounds up what was asked for.
+    /// Cells of each sequence; llama.cpp rounds the requested number up.
     pub(in crate::engine) fn n_ctx_seq(&self) -> usize {
         // SAFETY: the context is alive.
         unsafe { sys::llama_n_ctx_seq(self.context.as_ptr()) as usize }
@@ -235,13 +236,13 @@ impl ContextHandle {
         self.n_batch
     }
 
-    /// Decodes a batch; afterwards [`ContextHandle::logits`] has the rows that were asked for.
+    /// Decodes a batch; afterwards [`ContextHandle::logits`] has the requested rows.
     pub(in crate::engine) fn decode(&mut self, batch: &mut Batch) -> Result<(), String> {
         self.outputs.clear();
         batch.check(&self.model, self.n_batch, self.n_seq_max)?;
         let n_tokens = batch.len();
         if let Some(mut state) = self.callback {
-            // SAFETY: see `callback`; no decode is in progress.
+            // SAFETY: alive, see the field `callback`; no decode is in progress.
             let state = unsafe { state.as_mut() };
             state.fault = None;
             state.watch.begin(&batch.sequences, &batch.outputs);
@@ -259,13 +260,12 @@ impl ContextHandle {
             seq_id: self.sequence_pointers.as_mut_ptr(),
             logits: batch.outputs.as_mut_ptr(),
         };
-        // SAFETY: every array of `raw` has n_tokens entries and lives during the call, each sequence
-        // list has the one entry that n_seq_id says, tokens and sequences were checked above, and
-        // llama_decode keeps none of the pointers.
+        // SAFETY: every array of `raw` has n_tokens entries and lives during the call; each sequence list has one
+        // entry, as n_seq_id says; tokens and sequences were checked above; llama_decode keeps none of the pointers.
         let code = unsafe { sys::llama_decode(self.context.as_ptr(), raw) };
         let mut is_whole = true;
         if let Some(mut state) = self.callback {
-            // SAFETY: as above: the decode is over.
+            // SAFETY: alive, as above, and the decode is over.
             let state = unsafe { state.as_mut() };
             if let Some(fault) = state.fault.take() {
                 return Err(fault);
@@ -276,13 +276,13 @@ impl ContextHandle {
             is_whole = !state.watch.stops_early();
         }
         match code {
-            // The graph ended before its logits: there are none.
+            // The graph ended before the logits, so there are none.
             0 if !is_whole => Ok(()),
             0 => {
                 self.outputs.clone_from(&batch.outputs);
                 if let Some(first) = batch.outputs.iter().position(|&output| output == 1) {
-                    // SAFETY: the context is alive and the index is one whose logits were asked for; the
-                    // answer is not used. See `logits` for why.
+                    // SAFETY: the context is alive, and the index is of a token with logits. The result is not used;
+                    // `logits` says why the call is made.
                     unsafe { sys::llama_get_logits_ith(self.context.as_ptr(), first as i32) };
                 }
                 Ok(())
@@ -296,27 +296,28 @@ impl ContextHandle {
 
     /// The logits after token `index` of the last batch, shape `[n_vocab]`.
     ///
-    /// `None` unless that token was pushed as an output and the batch was decoded.
+    /// `None` unless the batch was decoded and the token is one of its outputs.
     pub(in crate::engine) fn logits(&self, index: usize) -> Option<&[f32]> {
         if self.outputs.get(index) != Some(&1) {
             return None;
         }
-        // SAFETY: the context is alive, and the index is one whose logits were asked for; a null
-        // answer is handled. The first such call after a decode puts the rows into the batch's order:
-        // `decode` makes it, so that no row moves under a slice given out here.
+        // SAFETY: the context is alive, the index is of a token with logits, and null is handled below. The first
+        // such call after a decode reorders the rows to the batch's order. `decode` makes that call, so no row moves
+        // under a slice returned here.
         let row = unsafe { sys::llama_get_logits_ith(self.context.as_ptr(), index as i32) };
-        // SAFETY: a row that is not null has n_vocab floats and lives until the next decode.
+        // SAFETY: a non-null row has n_vocab floats and lives until the next decode.
         NonNull::new(row).map(|row| unsafe { std::slice::from_raw_parts(row.as_ptr(), self.model.n_vocab()) })
     }
 
-    /// What the eval callback looks for and does, if the context has one.
+    /// The watch of the eval callback, if it is installed.
     pub(in crate::engine) fn watch(&mut self) -> Option<&mut Watch> {
-        // SAFETY: see `callback`; no decode is in progress while `self` is borrowed here.
+        // SAFETY: alive, see the field `callback`; no decode is in progress while `self` is borrowed here.
         self.callback.map(|mut state| unsafe { &mut state.as_mut().watch })
     }
 
-    /// Adds rows to the residual stream, shape `[n_layer - 1][n_embd]` from block 1 on; `None` for nothing.
-    /// False when llama.cpp refuses.
+    /// Sets the control vector, or removes it with `None`; false if llama.cpp refuses.
+    ///
+    /// `rows` are added to the residual stream, `[n_layer - 1][n_embd]`, from block 1 on.
     #[must_use]
     pub(in crate::engine) fn set_control_vector(&mut self, rows: Option<&[f32]>, n_layer: usize) -> bool {
         let n_embd = self.model.n_embd();
@@ -324,8 +325,8 @@ impl ContextHandle {
             return false;
         }
         let (data, len) = rows.map_or((ptr::null(), 0), |rows| (rows.as_ptr(), rows.len()));
-        // SAFETY: the context is alive; the buffer has the rows of every layer but the first, as llama.cpp
-        // counts them, and is copied during the call. Null clears.
+        // SAFETY: the context is alive. The buffer has a row for every layer but the first, as llama.cpp expects, and
+        // is copied during the call. Null removes the vector.
         let code = unsafe {
             sys::llama_set_adapter_cvec(
                 self.context.as_ptr(),
@@ -339,17 +340,17 @@ impl ContextHandle {
         code == 0
     }
 
-    /// Uses these adapters and no others.
+    /// Replaces the adapters.
     pub(in crate::engine) fn set_loras(&mut self, loras: &[(Arc<LoraHandle>, f32)]) {
         assert!(
             loras.iter().all(|(lora, _)| Arc::ptr_eq(&lora.model, &self.model)),
-            "adapters are loaded for the model of this context"
+            "adapters must be loaded for the model of this context"
         );
         let mut adapters: Vec<*mut sys::llama_adapter_lora> =
             loras.iter().map(|(lora, _)| lora.adapter.as_ptr()).collect();
         let mut scales: Vec<f32> = loras.iter().map(|&(_, scale)| scale).collect();
-        // SAFETY: the context is alive; both arrays have the length given and are read during the call; the
-        // adapters belong to this context's model and live as long as it uses them: `self.loras` holds them.
+        // SAFETY: the context is alive; both arrays have the given length and are read only during the call; the
+        // adapters belong to this context's model, and `self.loras` keeps them alive while they are in use.
         unsafe {
             sys::llama_set_adapters_lora(
                 self.context.as_ptr(),
@@ -358,13 +359,13 @@ impl ContextHandle {
                 scales.as_mut_ptr(),
             )
         };
-        // After the call, so that those in use until now are not freed before.
+        // Only now, so that the adapters used until now outlive the call.
         self.loras = loras.to_vec();
     }
 
     /// Forgets every sequence.
     pub(in crate::engine) fn clear(&mut self) {
-        // SAFETY: the context is alive; a context of a decoder has a memory, and null is refused below.
+        // SAFETY: the context is alive. A decoder's context has a memory, and null is checked for.
         unsafe {
             let memory = sys::llama_get_memory(self.context.as_ptr());
             if !memory.is_null() {
@@ -375,8 +376,8 @@ impl ContextHandle {
 
     /// Forgets one sequence.
     pub(in crate::engine) fn remove(&mut self, sequence: usize) {
-        assert!(sequence < self.n_seq_max, "sequences are slots of this session");
-        // SAFETY: the context is alive, the sequence is in range (llama.cpp would assert).
+        assert!(sequence < self.n_seq_max, "sequences must be slots of this session");
+        // SAFETY: the context is alive, and the sequence is in range, which llama.cpp would assert.
         unsafe {
             let memory = sys::llama_get_memory(self.context.as_ptr());
             if !memory.is_null() {
@@ -385,43 +386,43 @@ impl ContextHandle {
         }
     }
 
-    /// Takes a copy of a sequence's KV, of the cells it uses; `None` when llama.cpp cannot.
+    /// Copies the used cells of a sequence's KV; `None` if llama.cpp cannot.
     pub(in crate::engine) fn save(&mut self, sequence: usize) -> Option<SequenceState> {
         let sequence = i32::try_from(sequence).ok().filter(|&s| (s as usize) < self.n_seq_max)?;
         // SAFETY: the context is alive and the sequence in range.
         let n_bytes = unsafe { sys::llama_state_seq_get_size(self.context.as_ptr(), sequence) };
         let mut bytes = vec![0u8; n_bytes];
-        // SAFETY: as above; the buffer is as long as said, and llama.cpp writes at most that.
+        // SAFETY: as above; the buffer has n_bytes, and llama.cpp writes at most that many.
         let n = unsafe {
             sys::llama_state_seq_get_data(self.context.as_ptr(), bytes.as_mut_ptr(), n_bytes, sequence)
         };
         (n > 0 && n == n_bytes).then(|| SequenceState { bytes, model: self.model.clone() })
     }
 
-    /// Makes `sequence` what was saved; false when llama.cpp cannot, and the sequence is then empty.
+    /// Restores a saved sequence; if llama.cpp cannot, returns false and leaves the sequence empty.
     #[must_use]
     pub(in crate::engine) fn restore(&mut self, state: &SequenceState, sequence: usize) -> bool {
         let SequenceState { bytes, model } = state;
-        // Another model's bytes would be read as ours: they come from a context over this very model.
+        // Bytes of another model would be misread, so they must come from a context over this same model.
         if sequence >= self.n_seq_max || !Arc::ptr_eq(model, &self.model) {
             return false;
         }
-        // SAFETY: the context is alive, the sequence in range, and the bytes are as long as said and were
-        // written by `save` for this model, so their header and sizes are what llama.cpp expects.
+        // SAFETY: the context is alive, the sequence is in range, and `save` wrote these bytes for this model, so
+        // their header and sizes are what llama.cpp expects.
         let n = unsafe {
             sys::llama_state_seq_set_data(self.context.as_ptr(), bytes.as_ptr(), bytes.len(), sequence as i32)
         };
         n > 0
     }
 
-    /// Makes `to` a copy of `from`; the bytes are copied at the next decode.
+    /// Copies sequence `from` to `to`; the bytes are copied at the next decode.
     pub(in crate::engine) fn copy(&mut self, from: usize, to: usize) {
         assert!(
             from < self.n_seq_max && to < self.n_seq_max && from != to,
-            "sequences are slots of this session"
+            "sequences must be slots of this session"
         );
-        // SAFETY: the context is alive and both sequences are in range; a copy between streams is
-        // supported for whole sequences, which -1, -1 asks for.
+        // SAFETY: the context is alive and both sequences are in range. Between streams only whole sequences can be
+        // copied, which is what -1, -1 asks for.
         unsafe {
             let memory = sys::llama_get_memory(self.context.as_ptr());
             if !memory.is_null() {

@@ -1,9 +1,10 @@
-//! Every `unsafe` over llama.cpp: owned handles whose methods cannot be called wrongly.
+//! Safe owned handles over llama.cpp. All `unsafe` code of the engine is here.
 //!
-//! Three handles: [`ModelHandle`] owns a `llama_model`, [`LoraHandle`] an adapter to it, and
-//! [`ContextHandle`] a `llama_context`; the last two hold their model, so that it is freed last. llama.cpp
-//! ends the process on a failed assertion; what can be checked is therefore checked here before each call,
-//! in `Batch::check` above all.
+//! [`ModelHandle`] owns a `llama_model`, [`LoraHandle`] an adapter of it, and [`ContextHandle`] a `llama_context`.
+//! Adapters and contexts hold their model, so it is freed last. llama.cpp aborts the process on a failed assertion,
+//! so arguments are checked here before each call, above all in `Batch::check`.
+//!
+//! `eval_callback` is the function that llama.cpp calls for every node of a graph.
 
 mod adapter;
 mod context;
@@ -20,12 +21,12 @@ pub(super) use adapter::LoraHandle;
 pub(super) use context::{Batch, ContextHandle, ContextParams, SequenceState};
 pub(super) use model::{LoadParams, ModelHandle};
 
-/// Starts llama.cpp once for the process, and sends its log to `tracing`.
+/// Starts llama.cpp once per process, and sends its log to `tracing`.
 pub(super) fn start_backend() {
     static STARTED: Once = Once::new();
     STARTED.call_once(|| {
-        // SAFETY: the callback is a function that lives as long as the program and takes no user data;
-        // starting the backend has no precondition, and doing it again changes nothing.
+        // SAFETY: the callback is a function, so it lives as long as the program, and it takes no user data.
+        // Starting the backend has no precondition, and a second start changes nothing.
         unsafe {
             sys::llama_log_set(Some(log), ptr::null_mut());
             sys::llama_backend_init();
@@ -33,14 +34,14 @@ pub(super) fn start_backend() {
     });
 }
 
-/// A line of llama.cpp's log that has not ended yet, with its level.
+/// The incomplete last line of llama.cpp's log, with its level.
 static UNFINISHED: Mutex<(tracing::Level, String)> = Mutex::new((tracing::Level::INFO, String::new()));
 
-/// Receives llama.cpp's log, which comes in parts of lines.
+/// Receives llama.cpp's log, which arrives in parts of lines.
 extern "C" fn log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_void) {
-    // A panic (of a subscriber, say) must not cross into C; a lost line of log is the lesser harm.
+    // A panic, for example of a subscriber, must not cross into C. Losing a line of the log is the lesser harm.
     let _ = std::panic::catch_unwind(|| {
-        // SAFETY: llama.cpp passes a terminated string that lives during the call.
+        // SAFETY: llama.cpp passes a NUL-terminated string that lives during the call.
         let text = unsafe { text_of(text) };
         let mut unfinished = UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner);
         match level {
@@ -66,43 +67,43 @@ extern "C" fn log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_voi
     });
 }
 
-/// The version of llama.cpp that is linked in.
+/// The version of llama.cpp in this build.
 pub(super) fn llama_version() -> String {
-    // SAFETY: returns a pointer to a static, terminated string.
+    // SAFETY: returns a pointer to a static, NUL-terminated string.
     unsafe { text_of(sys::llama_version()) }
 }
 
-/// What this build of ggml uses of the CPU, such as `CPU : AVX512 = 1 | AMX_INT8 = 1`.
+/// The CPU features that this build of ggml uses, such as `CPU : AVX512 = 1 | AMX_INT8 = 1`.
 pub(super) fn system_info() -> String {
     static INFO: OnceLock<String> = OnceLock::new();
     let info = INFO.get_or_init(|| {
         start_backend();
-        // SAFETY: llama.cpp writes the text into one static buffer at each call; this is the only call, made
-        // once, and it copies the text before it returns.
+        // SAFETY: llama.cpp writes the text into one static buffer at each call. This is the only call, it is made
+        // once, and the text is copied at once.
         unsafe { text_of(sys::llama_print_system_info()) }
     });
     info.clone()
 }
 
-/// The most sequences that one context can have.
+/// Most sequences that one context can have.
 pub(super) fn most_sequences() -> usize {
     // SAFETY: returns a constant.
     unsafe { sys::llama_max_parallel_sequences() }
 }
 
-/// Whether this build can compute elsewhere than on the CPU.
+/// Whether this build can run layers on a GPU.
 pub(super) fn supports_offload() -> bool {
     start_backend();
-    // SAFETY: asks the registered backends, which `start_backend` has registered; changes nothing.
+    // SAFETY: only queries the backends, which `start_backend` registered.
     unsafe { sys::llama_supports_gpu_offload() }
 }
 
 /// # Safety
-/// `pointer` is null or points to a terminated string that lives during the call.
+/// `pointer` is null, or points to a NUL-terminated string that lives during the call.
 unsafe fn text_of(pointer: *const c_char) -> String {
     if pointer.is_null() {
         return String::new();
     }
-    // SAFETY: not null, and terminated by the contract above.
+    // SAFETY: not null, and NUL-terminated by the contract above.
     unsafe { CStr::from_ptr(pointer) }.to_string_lossy().into_owned()
 }

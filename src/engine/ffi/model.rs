@@ -10,12 +10,12 @@ use llama_cpp_sys_2 as sys;
 use super::start_backend;
 use crate::engine::Token;
 
-/// Loading parameters, in llama.cpp's own terms.
+/// Load parameters, in llama.cpp's own terms.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::engine) struct LoadParams {
     pub n_gpu_layers: i32,
     pub check_tensors: bool,
-    /// Only the vocabulary: such a model has a tokenizer, and cannot run.
+    /// Load only the vocabulary. Such a model can tokenize, but not run.
     pub vocab_only: bool,
 }
 
@@ -28,22 +28,22 @@ pub(in crate::engine) struct ModelHandle {
     pub(super) adapters: Mutex<()>,
 }
 
-// SAFETY: a `llama_model` is not written to after it was loaded, but for its list of adapters, which
-// `adapters` guards; llama.cpp itself shares one between threads that each have their own context.
+// SAFETY: a loaded `llama_model` is not written to, except for its list of adapters, which `adapters` guards.
+// llama.cpp itself shares one between threads that each have their own context.
 unsafe impl Send for ModelHandle {}
-// SAFETY: as above: every method here only reads.
+// SAFETY: as for `Send`; every method here only reads.
 unsafe impl Sync for ModelHandle {}
 
 impl Drop for ModelHandle {
     fn drop(&mut self) {
-        // SAFETY: the pointer came from llama_model_load_from_file, is freed once, and every context
-        // over it holds an `Arc` of this handle, so that none is left.
+        // SAFETY: the pointer came from llama_model_load_from_file and is freed once. Every context over it holds an
+        // `Arc` of this handle, so none is left.
         unsafe { sys::llama_model_free(self.model.as_ptr()) }
     }
 }
 
 impl ModelHandle {
-    /// Loads a GGUF that `gguf::GgufFile::open` has validated; `None` when llama.cpp refuses it.
+    /// Loads a GGUF that `gguf::GgufFile::open` has validated; `None` if llama.cpp refuses it.
     pub(in crate::engine) fn load(path: &Path, params: LoadParams) -> Option<ModelHandle> {
         start_backend();
         let path = CString::new(path.to_str()?).ok()?;
@@ -52,10 +52,10 @@ impl ModelHandle {
         raw.n_gpu_layers = params.n_gpu_layers;
         raw.check_tensors = params.check_tensors;
         raw.vocab_only = params.vocab_only;
-        // SAFETY: `path` is terminated and lives during the call; the pointers inside `raw` are the
-        // defaults (null), and the backend was started above.
+        // SAFETY: `path` is NUL-terminated and lives during the call; the pointers in `raw` are the defaults (null);
+        // the backend was started above.
         let model = NonNull::new(unsafe { sys::llama_model_load_from_file(path.as_ptr(), raw) })?;
-        // SAFETY: the model is alive; the vocabulary belongs to it and lives as long.
+        // SAFETY: the model is alive; its vocabulary belongs to it and lives as long.
         let vocab = unsafe { sys::llama_model_get_vocab(model.as_ptr()) };
         match NonNull::new(vocab.cast_mut()) {
             Some(vocab) => Some(ModelHandle { model, vocab, adapters: Mutex::new(()) }),
@@ -88,7 +88,7 @@ impl ModelHandle {
         unsafe { sys::llama_model_n_params(self.model.as_ptr()) }
     }
 
-    /// Whether tokens are generated one after the other by a decoder alone.
+    /// Whether the model generates token by token, with a decoder only.
     pub(in crate::engine) fn is_decoder_only(&self) -> bool {
         // SAFETY: the model is alive.
         unsafe {
@@ -102,20 +102,20 @@ impl ModelHandle {
     /// llama.cpp's description, such as `llama 134.52M Q4_1`.
     pub(in crate::engine) fn description(&self) -> String {
         let mut buffer = [0u8; 256];
-        // SAFETY: the buffer is as long as said; llama.cpp writes at most that and terminates it.
+        // SAFETY: the buffer has the given length; llama.cpp writes at most that and terminates it with NUL.
         unsafe { sys::llama_model_desc(self.model.as_ptr(), buffer.as_mut_ptr().cast(), buffer.len()) };
         CStr::from_bytes_until_nul(&buffer).map(|s| s.to_string_lossy().into_owned()).unwrap_or_default()
     }
 
     pub(in crate::engine) fn is_end_of_generation(&self, token: Token) -> bool {
         self.holds(token)
-            // SAFETY: the token is inside the vocabulary, which lives as long as the model.
+            // SAFETY: the token is in the vocabulary, which lives as long as the model.
             && unsafe { sys::llama_vocab_is_eog(self.vocab.as_ptr(), token) }
     }
 
     pub(in crate::engine) fn is_control(&self, token: Token) -> bool {
         self.holds(token)
-            // SAFETY: the token is inside the vocabulary, which lives as long as the model.
+            // SAFETY: the token is in the vocabulary, which lives as long as the model.
             && unsafe { sys::llama_vocab_is_control(self.vocab.as_ptr(), token) }
     }
 
@@ -130,7 +130,7 @@ impl ModelHandle {
         self.holds(token).then_some(token)
     }
 
-    /// The token that begins a text, if the model's metadata asks for one before every text.
+    /// The BOS token, if the metadata asks for it before every text.
     pub(in crate::engine) fn added_begin(&self) -> Option<Token> {
         // SAFETY: the vocabulary lives as long as the model.
         let (is_added, token) = unsafe {
@@ -139,14 +139,14 @@ impl ModelHandle {
         (is_added && self.holds(token)).then_some(token)
     }
 
-    /// The token that ends a text, if the model's metadata asks for one after every text.
+    /// The EOS token, if the metadata asks for it after every text.
     pub(in crate::engine) fn added_end(&self) -> Option<Token> {
         // SAFETY: the vocabulary lives as long as the model.
         let is_added = unsafe { sys::llama_vocab_get_add_eos(self.vocab.as_ptr()) };
         self.eos().filter(|_| is_added)
     }
 
-    /// Tokens of `text`; `None` when it is longer than llama.cpp can count.
+    /// Tokenizes `text`; `None` if it is longer than llama.cpp can count.
     pub(in crate::engine) fn tokenize(
         &self,
         text: &str,
@@ -154,11 +154,12 @@ impl ModelHandle {
         parse_special: bool,
     ) -> Option<Vec<Token>> {
         let n_bytes = i32::try_from(text.len()).ok()?;
-        // A token covers at least a byte but for a few special ones; a negative answer gives the need.
+        // A token covers at least one byte, except for a few special tokens. If the buffer is still too small, the
+        // result is the negated number of tokens.
         let mut tokens = vec![0 as Token; text.len() + 8];
         for _ in 0..2 {
             let room = i32::try_from(tokens.len()).ok()?;
-            // SAFETY: text and token buffers are as long as said, and live during the call.
+            // SAFETY: the text and token buffers have the given lengths, and live during the call.
             let n = unsafe {
                 sys::llama_tokenize(
                     self.vocab.as_ptr(),
@@ -182,14 +183,14 @@ impl ModelHandle {
         None
     }
 
-    /// The bytes of one token; nothing for control tokens.
+    /// The bytes of one token; empty for control tokens.
     pub(in crate::engine) fn piece(&self, token: Token) -> Vec<u8> {
         if !self.holds(token) {
             return Vec::new();
         }
         let mut bytes = vec![0u8; 32];
         for _ in 0..2 {
-            // SAFETY: the token is inside the vocabulary; the buffer is as long as said.
+            // SAFETY: the token is in the vocabulary, and the buffer has the given length.
             let n = unsafe {
                 sys::llama_token_to_piece(
                     self.vocab.as_ptr(),

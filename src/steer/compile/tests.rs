@@ -395,7 +395,7 @@ fn rejects_an_unknown_architecture_only_for_neurons_and_the_callback() {
     assert!(refusal(&model, &[(file(3), 1.0)], options).contains("a layer below 3"));
 
     let by_callback = CompileOptions { route: Route::Callback, ..options };
-    let known = "do not know architecture \"x\"";
+    let known = "do not support architecture \"x\"";
     assert!(refusal(&model, &[(file(2), 1.0)], by_callback).contains(known));
     let on_neurons = source(vec![both(neurons(&[(0, 0)]), Operation::Offset(0.0))]);
     assert!(refusal(&model, &[on_neurons], options).contains(known));
