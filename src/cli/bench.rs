@@ -1,4 +1,4 @@
-//! `bench`: how fast does this build generate, and what does steering cost?
+//! `bench`: measures the speed of this build, and the cost of steering.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -20,18 +20,18 @@ use super::steering::SteeringArguments;
 /// What to measure.
 #[derive(Debug, Subcommand)]
 pub enum BenchCommand {
-    /// Tokens a second at several numbers of sequences
+    /// Tokens per second at several numbers of parallel sequences
     Generate(BenchGenerate),
-    /// Tokens a second unsteered, under a control vector, and with the callback on few and on all layers
+    /// Overhead of steering: a control vector, and the callback on one, some and all layers
     Steer(BenchSteer),
-    /// Time to rank all value vectors, against reading and dequantising them once
+    /// Time to rank all value vectors, compared with reading and dequantising them once
     Locate(BenchLocate),
-    /// Time to merge a random adapter for every matrix of a model
+    /// Time to merge a random adapter into every matrix of a model
     Merge(BenchMerge),
 }
 
 impl BenchCommand {
-    /// Measures and prints.
+    /// Runs the benchmark, and prints its results.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         match self {
             BenchCommand::Generate(arguments) => arguments.run(interrupt),
@@ -48,7 +48,7 @@ pub struct BenchLocate {
     /// Model (GGUF); only its down projections are read
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Rounds of both, after one that is not counted; medians are shown
+    /// Rounds to measure, after one warm-up; medians are printed
     #[arg(long, value_name = "N", default_value_t = 3)]
     runs: usize,
 }
@@ -71,13 +71,13 @@ impl BenchLocate {
 /// Arguments of `bench merge`.
 #[derive(Debug, Args)]
 pub struct BenchMerge {
-    /// Model (GGUF); no program needs to be able to run it
+    /// Model (GGUF); it is not run, so any architecture works
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
     /// Rank of the adapter
     #[arg(long, value_name = "N", default_value_t = 64)]
     rank: usize,
-    /// Folder of the merged model, which is removed again
+    /// Folder for the merged model, which is deleted afterwards
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     output: PathBuf,
 }
@@ -90,7 +90,11 @@ impl BenchMerge {
         let base = GgufFile::open(&self.model)?;
         let adapter = merge_bench::random_adapter(&base, self.rank);
         if adapter.factors.is_empty() {
-            return Err(Error::input(&self.model, None, "expected matrices to merge into, found none"));
+            return Err(Error::input(
+                &self.model,
+                None,
+                "expected matrices to merge an adapter into, found none",
+            ));
         }
         let measured = merge_bench::measure(&base, adapter, &self.output, interrupt)?;
         let MergeTime { seconds, n_tensors, n_weights, adapter_bytes } = measured;
@@ -108,7 +112,7 @@ pub struct BenchSteer {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Sequences
+    /// Sequences decoded in parallel
     #[arg(long, value_name = "N", default_value_t = 25)]
     sequences: usize,
     /// Tokens in the prompt
@@ -117,7 +121,7 @@ pub struct BenchSteer {
     /// Tokens decoded in each sequence
     #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
     n_predict: usize,
-    /// Rounds through all ways, after one that is not counted; medians are shown
+    /// Rounds to measure, after one warm-up; each runs every kind of steering, and medians are printed
     #[arg(long, value_name = "N", default_value_t = 9)]
     runs: usize,
     /// Print JSON instead of a table
@@ -140,14 +144,14 @@ impl BenchSteer {
             interrupt,
         )?;
         if self.json {
-            return print(&format!("{:#}\n", described(&model, &self.model, &rows)));
+            return print(&format!("{:#}\n", to_json(&model, &self.model, &rows)));
         }
         print(&format!("{}, {} sequences\n{}\n", model.description(), self.sequences, steering_table(&rows)))
     }
 }
 
-/// The measurements with what they were made on.
-fn described<T: serde::Serialize>(model: &Model, path: &Path, rows: &[T]) -> serde_json::Value {
+/// The measurements as JSON, with the model and the system.
+fn to_json<T: serde::Serialize>(model: &Model, path: &Path, rows: &[T]) -> serde_json::Value {
     serde_json::json!({
         "model": path.file_name().map(|f| f.to_string_lossy()),
         "description": model.description(),
@@ -162,7 +166,7 @@ fn described<T: serde::Serialize>(model: &Model, path: &Path, rows: &[T]) -> ser
 fn steering_table(rows: &[SteeringRow]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["", "tokens/s", "time against unsteered"]);
+    table.set_header(["", "tokens/s", "time vs unsteered"]);
     for row in rows {
         table.add_row([
             row.way.to_owned(),
@@ -182,7 +186,7 @@ pub struct BenchGenerate {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Numbers of sequences
+    /// Numbers of parallel sequences to measure
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_values_t = [1, 8, 25, 100])]
     sequences: Vec<usize>,
     /// Tokens in the prompt
@@ -191,7 +195,7 @@ pub struct BenchGenerate {
     /// Tokens decoded in each sequence
     #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
     n_predict: usize,
-    /// Runs of each line, after one that is not counted; the median is shown
+    /// Runs per number of sequences, after one warm-up; medians are printed
     #[arg(long, value_name = "N", default_value_t = 3)]
     runs: usize,
     /// Print JSON instead of a table
@@ -217,7 +221,7 @@ impl BenchGenerate {
             interrupt,
         )?;
         if self.json {
-            return print(&format!("{:#}\n", described(&model, &self.model, &rows)));
+            return print(&format!("{:#}\n", to_json(&model, &self.model, &rows)));
         }
         print(&format!(
             "{}, {} tokens in the vocabulary\n{}\n",

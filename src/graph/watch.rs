@@ -467,7 +467,7 @@ fn is_now(when: When, row: &Row) -> Result<bool, String> {
     match (when, row.phase) {
         (When::Both, _) => Ok(true),
         (_, None) => {
-            Err("an edit is for the prompt or for what follows alone, and nobody said which token is which"
+            Err("an edit applies to the prompt only, or to generated tokens only, but nobody said which token is which"
                 .into())
         }
         (When::Prompt, Some(phase)) => Ok(phase == Phase::Prompt),

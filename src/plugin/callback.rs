@@ -1,4 +1,4 @@
-//! What the eval callback of one `llama_context` works with.
+//! The eval callback of one `llama_context`, over any [`Node`].
 
 use std::cell::Cell;
 use std::path::Path;
@@ -14,58 +14,58 @@ use crate::graph::{Architecture, Node};
 use super::gate::{Gate, GateOptions, GateState};
 use super::loaded::LoadedSteer;
 
-/// What a context was made with.
+/// How the context was created.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ContextOptions {
-    /// `llama_context_params.n_seq_max`, or what `llama_n_seq_max` says.
+    /// `llama_context_params.n_seq_max`, or the result of `llama_n_seq_max`.
     pub n_seq_max: usize,
     /// `llama_context_params.kv_unified`.
     pub kv_unified: bool,
 }
 
-/// The most sequences that a context is believed to have; llama.cpp allows 256.
+/// Limit on the number of sequences. llama.cpp itself allows 256.
 const MOST_SEQUENCES: usize = 1 << 16;
 
-/// A token of a batch that is about to be decoded.
+/// A token of a batch to be decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Token {
     /// Its sequence, below `n_seq_max`.
     pub sequence: usize,
-    /// Whether its logits are asked for.
+    /// Whether its logits are requested.
     pub is_output: bool,
-    /// Whether it was generated, as against being of the prompt; `None` where that is not known, which only
-    /// interventions on prompts or on generated tokens alone mind.
+    /// Whether it was generated, and is not part of the prompt. `None` if unknown; only interventions on prompts alone
+    /// or on generated tokens alone need it.
     pub is_generated: Option<bool>,
 }
 
-/// What the eval callback of one context works with: [`Callback::eval`] is called from it with every node.
+/// Steers one context: its eval callback calls [`Callback::eval`] with every node.
 ///
-/// All methods may be called from any thread, while another decodes: what they change takes effect from the next
-/// micro-batch on. A [`Node`] that it looks at may not call them: they are refused there, but for
-/// [`Callback::set_sequence`]. [`Callback::announce`] and [`Callback::check`] alone belong between two decodes. One callback is
-/// for one context, which decodes on one thread at a time.
+/// All methods may be called from any thread, even while another thread decodes. Changes take effect from the next
+/// micro-batch on. There are two exceptions. [`Callback::announce`] and [`Callback::check`] must be called between two
+/// decodes. A [`Node`] must not call back into the callback that uses it; such calls are refused, except for
+/// [`Callback::set_sequence`]. Each context needs its own callback, and must decode on one thread at a time.
 #[derive(Debug)]
 pub struct Callback {
     steer: Arc<LoadedSteer>,
     n_seq_max: usize,
     streams: Streams,
-    /// `[n_seq_max]`.
+    /// `[n_seq_max]`: whether the sequence is steered.
     is_on: Vec<AtomicBool>,
     /// Whether a thread is in [`Callback::eval`].
     is_busy: AtomicBool,
-    /// Whether two threads were there at once.
+    /// Whether two threads were in [`Callback::eval`] at once.
     was_shared: AtomicBool,
-    /// Gates that were set until now.
+    /// Number of gates set so far.
     n_gates: AtomicU64,
     state: Mutex<State>,
 }
 
 #[derive(Debug)]
 struct State {
-    /// `None` where there is nothing to do by callback, on an architecture that it does not know.
+    /// `None` if the callback does not support the architecture. There is nothing to do then.
     watch: Option<Watch>,
     gate: Option<Gate>,
-    /// Why what was decoded cannot be trusted.
+    /// Why the decodes since the last check cannot be trusted, if they cannot.
     fault: Option<String>,
 }
 
@@ -95,17 +95,17 @@ impl Callback {
         })
     }
 
-    /// Sequences of the context.
+    /// Number of sequences of the context.
     pub fn n_seq_max(&self) -> usize {
         self.n_seq_max
     }
 
-    /// What is behind the lock, for a function that is not the eval callback.
+    /// Locks the state, outside of the eval callback.
     fn state(&self) -> Result<MutexGuard<'_, State>> {
         if IS_EVALUATING.get() {
             return Err(Error::refused(
                 "callback",
-                "it was called by a function that it called itself to look at a tensor",
+                "it was called from within a function that it uses to read or write a tensor",
             )
             .with_hint("call it from elsewhere, or between two decodes"));
         }
@@ -113,7 +113,7 @@ impl Callback {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic inside is turned into a fault, so that what is behind a poisoned lock says so itself.
+        // A panic under the lock becomes a fault in the state, so a poisoned lock needs no handling of its own.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -127,31 +127,35 @@ impl Callback {
         }
     }
 
-    /// Whether sequences can be told apart at all.
+    /// Checks that sequences can be steered differently.
     fn check_by_sequence(&self, what: &str) -> Result<()> {
         if self.steer.control_vector.is_some() {
             return Err(Error::refused(
                 what,
-                "a part of this intervention is a control vector, which llama.cpp adds to all sequences",
+                "part of this intervention is a control vector, which llama.cpp adds to all sequences",
             )
-            .with_hint("load it for the callback alone (Route::Callback, DETOX_ROUTE_CALLBACK)"));
+            .with_hint("load it for the callback (Route::Callback, DETOX_ROUTE_CALLBACK)"));
         }
         self.check_order(what)
     }
 
-    /// Whether batches are cut in an order that can be followed.
+    /// Checks that the order in which llama.cpp splits batches can be followed.
     fn check_order(&self, what: &str) -> Result<()> {
         if self.n_seq_max > 1 && self.streams == Streams::One && self.steer.has_sliding_window {
-            return Err(Error::refused(what, "with a unified KV cache and sliding windows llama.cpp may reorder a batch, so that its sequences cannot be told apart").with_hint("make the context with kv_unified = false"));
+            return Err(Error::refused(
+                what,
+                "with a unified KV cache and sliding windows llama.cpp may reorder a batch, and its sequences cannot be told apart",
+            )
+            .with_hint("create the context with kv_unified = false"));
         }
         Ok(())
     }
 
-    /// Steers a sequence, or no longer; all are steered at first.
+    /// Switches the steering of a sequence on or off. All sequences start switched on.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a sequence that the context has not; [`Error::Refused`] where a part of the intervention is a control
-    /// vector, which is for all.
+    /// [`Error::Setting`] for a sequence out of range; [`Error::Refused`] if part of the intervention is a control
+    /// vector, because llama.cpp adds it to all sequences.
     pub fn set_sequence(&self, sequence: usize, is_on: bool) -> Result<()> {
         self.check_sequence(sequence)?;
         if !is_on {
@@ -161,12 +165,15 @@ impl Callback {
         Ok(())
     }
 
-    /// Steers each sequence only while a probe says that its text is turning toxic, see [`GateOptions`]. Every batch
-    /// has to be announced from now on, unless the context has one sequence.
+    /// Sets a gate: each sequence is steered only while a probe says that its text is turning toxic.
+    ///
+    /// [`GateOptions`] says when exactly. From now on every batch must be announced, unless the context has only one
+    /// sequence.
     ///
     /// # Errors
-    /// As [`crate::interp::probe::Probe::read`] and its `check`; [`Error::Setting`] for a threshold outside [0, 1];
-    /// [`Error::Refused`] as for [`Callback::set_sequence`]; [`Error::Model`] for an architecture that the callback does not know.
+    /// As [`crate::interp::probe::Probe::read`] and `Probe::check_model`; [`Error::Setting`] for a threshold outside
+    /// [0, 1]; [`Error::Refused`] as for [`Callback::set_sequence`]; [`Error::Model`] for an architecture that the
+    /// callback does not support.
     pub fn set_gate(&self, probe: &Path, options: &GateOptions) -> Result<()> {
         self.check_by_sequence("gate")?;
         Architecture::require(&self.steer.fingerprint.architecture, probe)?;
@@ -180,10 +187,10 @@ impl Callback {
         Ok(())
     }
 
-    /// Steers whatever the text from now on.
+    /// Removes the gate: from now on sequences are steered whatever their text.
     ///
     /// # Errors
-    /// [`Error::Refused`] from within a [`Node`] that [`Callback::eval`] looks at.
+    /// [`Error::Refused`] if called from within a method of a [`Node`].
     pub fn remove_gate(&self) -> Result<()> {
         let mut state = self.state()?;
         if let Some(watch) = &mut state.watch {
@@ -193,7 +200,7 @@ impl Callback {
         Ok(())
     }
 
-    /// Does something with the gate, after it took in what was read until now.
+    /// Runs `act` on the gate, with all readings so far taken into account.
     fn with_gate<R>(&self, act: impl FnOnce(&mut Gate) -> R) -> Result<R> {
         let mut state = self.state()?;
         state.settle_gate();
@@ -211,16 +218,16 @@ impl Callback {
         self.with_gate(|gate| gate.set_threshold(threshold))?
     }
 
-    /// What the gate knows of a sequence after what was decoded until now.
+    /// The gate's state for a sequence, after everything decoded so far.
     ///
     /// # Errors
-    /// [`Error::Refused`] without a gate, [`Error::Setting`] for a sequence that the context has not.
+    /// [`Error::Refused`] without a gate, [`Error::Setting`] for a sequence out of range.
     pub fn gate_state(&self, sequence: usize) -> Result<GateState> {
         self.check_sequence(sequence)?;
         self.with_gate(|gate| gate.state(sequence))
     }
 
-    /// Forgets what was read of a sequence: call it where a sequence begins a new text.
+    /// Forgets the readings of a sequence. Call it when the sequence starts a new text.
     ///
     /// # Errors
     /// As [`Callback::gate_state`].
@@ -229,18 +236,17 @@ impl Callback {
         self.with_gate(|gate| gate.reset(sequence))
     }
 
-    /// Says what the next `llama_decode` is about. Needed where sequences are steered differently or by a gate, unless
-    /// the context has one sequence, and for interventions on prompts or generated tokens alone; else it may be left
-    /// out.
+    /// Announces the tokens of the next `llama_decode`, in the batch's order.
     ///
-    /// `tokens` are those of the batch, in its order. A token of several sequences cannot be told apart: leave such a
-    /// batch unannounced, while its sequences are steered alike.
+    /// This is needed in two cases: if the context has several sequences and they are steered differently or by a gate,
+    /// and for interventions on prompts alone or on generated tokens alone. Otherwise it is optional. Do not announce a
+    /// batch with tokens that belong to several sequences; such sequences must be steered alike.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a sequence that the context has not; [`Error::Refused`] where llama.cpp may reorder the batch in a way
-    /// that cannot be followed: a unified cache with sliding windows.
+    /// [`Error::Setting`] for a sequence out of range; [`Error::Refused`] if llama.cpp may reorder the batch in a way
+    /// that cannot be followed, which happens with a unified cache and sliding windows.
     pub fn announce(&self, tokens: &[Token]) -> Result<()> {
-        // Not whether sequences can be steered apart: edits beside a control vector may still be for prompts alone.
+        // `check_by_sequence` would be too strict: beside a control vector there may be edits of prompts alone.
         self.check_order("batch")?;
         tokens.iter().try_for_each(|token| self.check_sequence(token.sequence))?;
         let batch = tokens.iter().map(|token| Announced {
@@ -250,11 +256,11 @@ impl Callback {
         });
         let batch = batch.collect();
         let mut state = self.state()?;
-        // Readings of the last decode must not be taken for those of this one.
+        // Readings of the last decode must not be counted as readings of this one.
         state.settle_gate();
         let State { watch: Some(watch), fault, .. } = &mut *state else { return Ok(()) };
-        // What nobody checked yet is checked here, and kept for whoever does. A batch that was announced and of which
-        // nothing came is another matter: llama_decode refuses one for which its cache has no room.
+        // If the last decode was not checked yet, check it now and keep the fault. An announced batch of which no node
+        // was seen is no fault: llama_decode refuses a batch that does not fit into its cache.
         if !watch.is_untouched()
             && let Err(reason) = watch.verify_ended()
         {
@@ -264,13 +270,15 @@ impl Callback {
         Ok(())
     }
 
-    /// Whether everything that was decoded since the last call was steered as it should be. Call it after each
-    /// `llama_decode` that succeeded: a callback cannot stop one, so that this is how a fault is told. Where no node was
-    /// seen and nothing announced it cannot tell whether anything was decoded, and says that all is well.
+    /// Checks that everything decoded since the last call was steered as it should be.
+    ///
+    /// Call it after each successful `llama_decode`. A callback cannot make a decode fail, so faults are reported here.
+    /// Nothing is steered between a fault and the call that reports it. If no node was seen and no batch announced, it
+    /// returns `Ok`, because it cannot know whether anything was decoded.
     ///
     /// # Errors
-    /// [`Error::NotSteered`] where it was not, or where a batch was announced and not all of it decoded: the logits are then neither the steered ones nor the model's own. Until this
-    /// has told of a fault, nothing more is steered.
+    /// [`Error::NotSteered`] if something was not steered as it should be, or if an announced batch was decoded only in
+    /// part. The logits are then neither the steered ones nor the model's own.
     pub fn check(&self) -> Result<()> {
         let mut state = self.state()?;
         state.settle_gate();
@@ -292,8 +300,10 @@ impl Callback {
         Err(Error::NotSteered { reason })
     }
 
-    /// What llama.cpp's eval callback does with a node: with `ask` before it is computed, to learn whether its value
-    /// is wanted, and without afterwards. Returns what the callback returns. Never panics.
+    /// The body of the eval callback: llama.cpp calls it with `ask` before it computes a node, and without afterwards.
+    ///
+    /// Returns what llama.cpp's callback must return: whether the node's value is wanted, or whether the graph should
+    /// continue. Never panics.
     pub fn eval<N: Node>(&self, node: &mut N, ask: bool) -> bool {
         if self.is_busy.swap(true, Ordering::AcqRel) {
             self.was_shared.store(true, Ordering::Release);
@@ -322,7 +332,7 @@ impl Callback {
             Err(_) => "the eval callback panicked".into(),
         };
         state.fault = Some(fault);
-        // Nothing more is wanted, and the graph is computed to its end.
+        // From here on nothing is wanted, and the graph runs to its end.
         !ask
     }
 
@@ -345,12 +355,12 @@ impl Callback {
 }
 
 thread_local! {
-    /// Whether this thread holds a callback's lock while it looks at a node: who takes one then waits for itself, or
-    /// for another thread that waits for this one.
+    /// Whether this thread is in [`Callback::eval`] and holds a callback's lock. Taking a lock then could deadlock:
+    /// the thread would wait for itself, or for another thread that waits for it.
     static IS_EVALUATING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// While it lives the thread evaluates; afterwards what was before holds again.
+/// Marks the thread as evaluating while it lives, and restores the earlier mark when dropped.
 struct Evaluating(bool);
 
 impl Evaluating {
@@ -366,6 +376,7 @@ impl Drop for Evaluating {
 }
 
 impl State {
+    /// Passes the readings so far to the gate.
     fn settle_gate(&mut self) {
         let readings = self.watch.as_mut().map(Watch::take_readings).unwrap_or_default();
         if let Some(gate) = &mut self.gate {

@@ -1,4 +1,4 @@
-//! Conditional steering: a probe on the residual stream says of each sequence whether its text is turning toxic.
+//! Conditional steering: steers a sequence only while a probe says that its text is turning toxic.
 
 use std::path::Path;
 
@@ -11,20 +11,21 @@ use super::loaded::LoadedSteer;
 
 /// When a gate opens.
 ///
-/// The probe reads every token at its place in the graph, before the edits of that place are made. Its product with
-/// the residual stream is averaged: over the first `window` tokens of a sequence as a plain mean, and from then on
-/// each new token counts `1 / window`. The sigmoid of that mean is the probability that the text is toxic: a probe is
-/// trained on the mean residual stream of a text, and with a window of 0 (without end) this is that mean.
+/// The probe reads every token at the probe's place in the graph, before the edits at that place are made. Its dot
+/// product with the residual stream is averaged: a plain mean over the first `window` tokens of a sequence, and from
+/// then on a moving average in which each new token has weight `1 / window`. The sigmoid of that mean is the
+/// probability that the text is toxic. Probes are trained on the mean residual stream of whole texts; with a window of
+/// 0 (unlimited) the gate computes the same mean.
 ///
-/// Edits are made on a micro-batch of a sequence if the probability after the tokens before that micro-batch was at
-/// least `threshold`: a prompt that fits into one micro-batch is never steered, and each generated token by what was
-/// written before it. In the last block and after the final norm llama.cpp computes outputs alone, so that a probe
-/// there reads only tokens whose logits were asked for.
+/// A micro-batch of a sequence is steered if the probability after the tokens before it was at least `threshold`. So a
+/// prompt that fits into one micro-batch is never steered, and each generated token depends on the text before it. In
+/// the last block and after the final norm llama.cpp computes outputs only, so a probe there reads only tokens whose
+/// logits were requested.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GateOptions {
-    /// The least probability at which a sequence is steered, in [0, 1].
+    /// Steer from this probability on, in [0, 1].
     pub threshold: f64,
-    /// Tokens of the mean; 0 for all since the sequence began.
+    /// Tokens in the mean; 0 for all tokens of the sequence.
     pub window: u32,
     /// Allow a probe made for another quantisation or fine-tune of the same model.
     pub force: bool,
@@ -36,16 +37,16 @@ impl Default for GateOptions {
     }
 }
 
-/// What a gate knows of one sequence.
+/// State of a gate for one sequence.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GateState {
     /// The probability that its text is toxic; `None` before the first token.
     pub probability: Option<f64>,
-    /// Whether the next micro-batch of it is steered.
+    /// Whether the sequence's next micro-batch will be steered.
     pub is_open: bool,
 }
 
-/// The mean of what the probe read of one sequence.
+/// The mean of the probe's readings of one sequence.
 #[derive(Debug, Clone, Copy, Default)]
 struct Mean {
     n_tokens: u64,
@@ -54,7 +55,7 @@ struct Mean {
 
 #[derive(Debug)]
 pub(super) struct Gate {
-    /// Of its reader: another's readings are not for it.
+    /// Number of its reader. Readings of another reader are ignored.
     number: u64,
     threshold: f64,
     window: u64,
@@ -63,7 +64,7 @@ pub(super) struct Gate {
 }
 
 impl Gate {
-    /// The gate, and what reads for it.
+    /// Opens a probe file; returns the gate, and the reader that feeds it.
     pub(super) fn open(
         path: &Path,
         options: &GateOptions,
@@ -98,7 +99,7 @@ impl Gate {
     }
 
     pub(super) fn take(&mut self, Reading { reader, sequence, product }: Reading) {
-        // One product that is not a number, or overflows, would stay in the mean for good.
+        // One NaN or infinite product would stay in the mean for ever.
         if reader != self.number || !product.is_finite() {
             return;
         }
@@ -108,7 +109,7 @@ impl Gate {
         mean.product += (product - mean.product) / n as f64;
     }
 
-    /// Forgets a sequence's text.
+    /// Forgets the readings of a sequence.
     pub(super) fn reset(&mut self, sequence: usize) {
         self.means[sequence] = Mean::default();
     }
@@ -116,7 +117,7 @@ impl Gate {
     pub(super) fn state(&self, sequence: usize) -> GateState {
         let mean = self.means[sequence];
         let probability = (mean.n_tokens > 0).then(|| sigmoid(mean.product));
-        // Finite products can make a mean that is not, which opens nothing.
+        // Finite products can still give a mean that is not finite. NaN does not open the gate.
         GateState { probability, is_open: probability.is_some_and(|p| p >= self.threshold) }
     }
 }
@@ -141,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gate_is_closed_until_something_was_read_and_sequences_are_apart() {
+    fn a_gate_is_closed_before_the_first_token_and_separate_for_each_sequence() {
         let mut gate = gate(0.0, 4);
         assert_eq!(gate.state(0), GateState { probability: None, is_open: false });
         read(&mut gate, &[0.0]);
@@ -152,15 +153,15 @@ mod tests {
     }
 
     #[test]
-    fn what_another_gates_probe_read_is_not_taken() {
+    fn readings_of_another_gates_probe_are_ignored() {
         let mut gate = gate(0.0, 4);
         gate.take(Reading { reader: 6, sequence: 0, product: 1.0 });
         assert_eq!(gate.state(0).probability, None);
     }
 
     #[test]
-    fn the_mean_is_plain_over_the_window_and_then_forgets() {
-        // Means: 2, 1, then with a window of 2: 1 + (4 - 1) / 2 = 2.5.
+    fn the_mean_is_plain_within_the_window_and_then_moves() {
+        // Means: 2, then 1, then with a window of 2: 1 + (4 - 1) / 2 = 2.5.
         let mut gate = gate(0.9, 2);
         for (product, mean) in [(2.0, 2.0), (0.0, 1.0), (4.0, 2.5)] {
             read(&mut gate, &[product]);
@@ -170,19 +171,19 @@ mod tests {
     }
 
     #[test]
-    fn without_a_window_the_mean_is_that_of_all_tokens() {
+    fn without_a_window_the_mean_is_over_all_tokens() {
         let mut gate = gate(0.5, 0);
         read(&mut gate, &[1.0, 2.0, 3.0, 6.0]);
         assert_eq!(gate.state(0).probability, Some(sigmoid(3.0)));
     }
 
     #[test]
-    fn what_is_not_a_number_opens_nothing() {
+    fn readings_that_are_not_finite_are_ignored() {
         let mut gate = gate(0.0, 0);
         read(&mut gate, &[f64::NAN, f64::INFINITY]);
         assert_eq!(gate.state(0), GateState { probability: None, is_open: false });
         read(&mut gate, &[2.0, f64::NAN, f64::NEG_INFINITY, 4.0]);
-        assert_eq!(gate.state(0).probability, Some(sigmoid(3.0)), "and is forgotten");
+        assert_eq!(gate.state(0).probability, Some(sigmoid(3.0)), "the mean stays finite");
         for threshold in [-0.1, 1.1, f64::NAN] {
             assert!(gate.set_threshold(threshold).is_err());
         }

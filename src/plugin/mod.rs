@@ -1,4 +1,4 @@
-//! Steering inside a program that runs llama.cpp itself, with its own build of it.
+//! Steers models inside a program that runs its own build of llama.cpp.
 //!
 //! ```text
 //! model file + steer file ─► Steer ─► control_vector(), for the program's llama_set_adapter_cvec
@@ -6,18 +6,19 @@
 //! ```
 //!
 //! [`Steer`] reads an intervention file or a control vector, checks it against the model's file, and finds the
-//! cheapest exact way. What a control vector can do costs next to nothing; the rest (layer 0, assigning, clamping,
-//! architectures with a norm after the FFN) is done by a [`Callback`], which the program calls from llama.cpp's eval
-//! callback with every node of the graph, as a [`Node`]. A callback can leave sequences out, and steer the others only
-//! while a probe on the residual stream says that the text is turning toxic ([`GateOptions`]).
+//! cheapest exact way to apply it. Whatever a control vector can do costs almost nothing. The rest (layer 0, assigning,
+//! clamping, architectures with a norm after the FFN) is done by a [`Callback`]. The program calls it from llama.cpp's
+//! eval callback with every node of the graph, as a [`Node`]. A callback can leave out some sequences. It can also
+//! steer a sequence only while a probe on the residual stream says that its text is turning toxic ([`GateOptions`]).
 //!
-//! Nothing here calls llama.cpp: any revision, build and backend does, as long as its graphs have the nodes that
-//! [`crate::graph::architecture`] names. That is verified while decoding: [`Callback::check`] tells.
+//! Nothing here calls llama.cpp, so any version, build and backend works whose graphs have the nodes that
+//! [`crate::graph::architecture`] names. This is verified while decoding; [`Callback::check`] reports it.
 //!
-//! C programs do the same through `vendor/include/detox_gguf.h`; `docs/plugin.md` has the recipes.
+//! C programs do the same through `vendor/include/detox_gguf.h`; `docs/plugin.md` has the recipes. `c` holds the C
+//! functions, in a file for each file here: `c/callback.rs` is the C interface of `callback.rs`.
 //!
 //! # Example
-//! A program over `llama-cpp-sys-2` implements [`Node`] for the tensors that its callback gets:
+//! A program that uses `llama-cpp-sys-2` implements [`Node`] for the tensors that its callback receives:
 //!
 //! ```
 //! # #[cfg(feature = "engine")] {
@@ -32,17 +33,17 @@
 //!
 //! impl Node for Tensor {
 //!     fn name(&self) -> &[u8] {
-//!         // SAFETY: llama.cpp's own tensor, alive while the callback runs; its name ends with NUL.
+//!         // SAFETY: llama.cpp's own tensor, alive during the callback; its name is NUL-terminated.
 //!         unsafe { CStr::from_ptr(sys::ggml_get_name(self.0)) }.to_bytes()
 //!     }
 //!     fn shape(&self) -> Shape {
-//!         // SAFETY: as above, and nobody changes it meanwhile.
+//!         // SAFETY: as above, and nothing writes to the struct during the callback.
 //!         let tensor = unsafe { &*self.0 };
 //!         Shape { is_f32: tensor.type_ == sys::GGML_TYPE_F32, ne: tensor.ne, nb: tensor.nb }
 //!     }
 //!     fn get(&self, values: &mut [f32]) -> Result<(), String> {
 //!         let n_bytes = size_of_val(values);
-//!         // SAFETY: a live tensor, computed already, with as many bytes: detox_gguf took their number from its shape.
+//!         // SAFETY: a live tensor that was computed; detox_gguf sized `values` by its shape.
 //!         unsafe { sys::ggml_backend_tensor_get(self.0, values.as_mut_ptr().cast(), 0, n_bytes) };
 //!         Ok(())
 //!     }
@@ -55,7 +56,7 @@
 //! }
 //!
 //! extern "C" fn cb_eval(tensor: *mut sys::ggml_tensor, ask: bool, callback: *mut c_void) -> bool {
-//!     // SAFETY: the callback that was given to the context below, and is dropped after it.
+//!     // SAFETY: the callback that is passed to the context below, and dropped after it.
 //!     let callback = unsafe { &*callback.cast::<Callback>() };
 //!     callback.eval(&mut Tensor(tensor), ask)
 //! }
@@ -72,8 +73,8 @@
 //! let callback = Box::new(steer.callback(&ContextOptions { n_seq_max: 1, kv_unified: false })?);
 //!
 //! let mut logits = Vec::new();
-//! // SAFETY: model and context are used between their making and their end, on this thread alone; the batch has the
-//! // three tokens that it says; after a decode there is a row of logits; the callback lives until the end.
+//! // SAFETY: model and context are used only while they exist, and only on this thread; the batch has three tokens, as
+//! // it says; after a decode there is a row of logits; the callback outlives the context.
 //! unsafe {
 //! #   sys::llama_log_set(Some(quiet), std::ptr::null_mut());
 //! #   extern "C" fn quiet(_: sys::ggml_log_level, _: *const std::ffi::c_char, _: *mut c_void) {}
@@ -102,9 +103,9 @@
 //! # }
 //! ```
 //!
-//! A program over `llama-cpp-2` does the same where that takes an eval callback. Version 0.1.160 does not, sets no
-//! control vector, and keeps its pointers to itself: contexts that are to be steered are then made over
-//! `llama-cpp-sys-2`, as here.
+//! A program that uses `llama-cpp-2` does the same if that crate accepts an eval callback. Version 0.1.160 does not, it
+//! cannot set a control vector, and it does not expose its pointers. Create contexts to be steered with
+//! `llama-cpp-sys-2` then, as here.
 
 #[cfg(feature = "capi")]
 mod c;

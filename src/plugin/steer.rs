@@ -1,4 +1,4 @@
-//! An intervention, checked against a model's file and ready to be made in a running model.
+//! An intervention, checked against a model's file and compiled for it.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,12 +17,12 @@ use super::loaded::LoadedSteer;
 /// How to load an intervention.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SteerOptions {
-    /// What the file's own coefficients are multiplied by; [`Steer::set_coefficient`] changes it.
+    /// Multiplies the file's own coefficients. [`Steer::set_coefficient`] changes it.
     pub coefficient: f32,
-    /// [`Route::Callback`] makes everything a matter of the callback: needed to leave sequences out, and for gates.
+    /// [`Route::Callback`] applies everything by callback. Gates need this, and so does leaving out sequences.
     pub route: Route,
-    /// Allow a file made for another quantisation or fine-tune of the same model, and a control vector whose only
-    /// mark of origin, `controlvector.model_hint`, is not the model's architecture.
+    /// Allow a file made for another quantisation or fine-tune of the same model. Also allow a control vector that has
+    /// no fingerprint and whose `controlvector.model_hint` is not the model's architecture.
     pub force: bool,
 }
 
@@ -32,15 +32,19 @@ impl Default for SteerOptions {
     }
 }
 
-/// An intervention for one model. Clones share one coefficient; all methods may be called from any thread.
+/// An intervention for one model.
+///
+/// Clones share one coefficient. All methods may be called from any thread.
 #[derive(Debug, Clone)]
 pub struct Steer {
     loaded: Arc<LoadedSteer>,
 }
 
 impl Steer {
-    /// Reads an intervention file or a control vector, checks it against the model's file, and finds the cheapest
-    /// exact way for each part. No weights but those of the neurons concerned are read.
+    /// Loads an intervention file or a control vector for a model.
+    ///
+    /// Checks it against the model's file, and finds the cheapest exact way to apply each part. Of the weights, only
+    /// those of the edited neurons are read.
     ///
     /// # Errors
     /// As [`GgufFile::open`] for the model, [`SteerFile::open`] for the file, and [`compile`]; [`Error::Setting`] for
@@ -48,13 +52,13 @@ impl Steer {
     pub fn load(model: &Path, steer: &Path, options: &SteerOptions) -> Result<Steer> {
         let model = GgufFile::open(model)?;
         let source = SteerFile::open(steer)?;
-        // A program has nobody who would read a warning.
+        // An error and not a warning: nobody would read a warning inside another program.
         if let SteerFile::ControlVector(file) = &source
             && !options.force
             && let Some(reason) = file.doubt(&Fingerprint::of(&model)?)
         {
-            let hint = Some("use one that was made for this model, or set force".into());
-            return Err(Error::Input { path: steer.to_path_buf(), line: None, reason, hint });
+            let hint = "use one that was made for this model, or set force";
+            return Err(Error::input(steer, None, reason).with_hint(hint));
         }
         let sources = [(source, 1.0)];
         let how = CompileOptions { route: options.route, force: options.force, ..CompileOptions::default() };
@@ -82,8 +86,10 @@ impl Steer {
         Ok(steer)
     }
 
-    /// What is added to the residual stream after blocks 1 and up, for `llama_set_adapter_cvec`, at the coefficient of
-    /// now; `None` if that is nothing. It has to be set again after the coefficient was changed.
+    /// The control vector to set with `llama_set_adapter_cvec`, at the current coefficient.
+    ///
+    /// It is added to the residual stream after blocks 1 and up. `None` if nothing is added. Set it again whenever the
+    /// coefficient changes.
     pub fn control_vector(&self) -> Option<ControlVector> {
         let coefficient = self.coefficient();
         let vector = self.loaded.control_vector.as_ref().filter(|_| coefficient != 0.0)?;
@@ -91,17 +97,17 @@ impl Steer {
         Some(ControlVector { n_embd: vector.n_embd, rows })
     }
 
-    /// Whether the control vector is not the whole of it.
+    /// Whether some part needs the callback, beyond the control vector.
     pub fn needs_callback(&self) -> bool {
         !self.loaded.edits.is_empty()
     }
 
-    /// Sentences for people: which way each part goes.
+    /// How each part is applied, in sentences for people.
     pub fn choices(&self) -> &[String] {
         &self.loaded.choices
     }
 
-    /// Blocks of the model.
+    /// Number of the model's layers (blocks).
     pub fn n_layer(&self) -> usize {
         self.loaded.n_layer
     }
@@ -111,39 +117,42 @@ impl Steer {
         self.loaded.n_embd
     }
 
-    /// What the file's own coefficients are multiplied by.
+    /// The factor on the file's own coefficients.
     pub fn coefficient(&self) -> f32 {
         self.loaded.coefficient()
     }
 
-    /// Changes the coefficient, while decoding too: a micro-batch has one coefficient from its start to its end. At 0
-    /// the callback does nothing, and logits are those of the model to the bit.
+    /// Changes the factor on the file's own coefficients.
+    ///
+    /// This is allowed during a decode: each micro-batch uses one coefficient throughout. At 0 the callback does
+    /// nothing, and logits have the same bits as the model's own.
     ///
     /// # Errors
-    /// [`Error::Setting`] where it is not finite, or makes what is added so.
+    /// [`Error::Setting`] if it is not finite, or so large that an edit would not be finite.
     pub fn set_coefficient(&self, coefficient: f32) -> Result<()> {
         if !coefficient.is_finite() {
             let reason = format!("expected a finite number, found {coefficient}");
             return Err(Error::setting("coefficient", reason));
         }
         if !(self.loaded.largest * coefficient).is_finite() {
-            let reason = format!("what {coefficient:e} adds exceeds the largest f32, {:e}", f32::MAX);
+            let reason =
+                format!("with {coefficient:e}, an edit would exceed the largest f32, {:e}", f32::MAX);
             return Err(Error::setting("coefficient", reason));
         }
         self.loaded.set_coefficient(coefficient);
         Ok(())
     }
 
-    /// What a context's eval callback works with. Each context needs one of its own.
+    /// Creates the callback for one context. Each context needs its own.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a number of sequences that no context has.
+    /// [`Error::Setting`] for a number of sequences that no context can have.
     pub fn callback(&self, context: &ContextOptions) -> Result<Callback> {
         Callback::new(self.loaded.clone(), context)
     }
 }
 
-/// The largest number that an edit's coefficient makes with what it multiplies.
+/// The largest number that the coefficient multiplies in an edit.
 fn largest_of(edit: &Edit) -> f32 {
     let own = edit.coefficient.abs();
     match &edit.change {
@@ -173,7 +182,7 @@ mod tests {
     const OFFSETS: &str = "{\"what\": {\"neurons\": [[1, 3], [2, 4]]}, \"edit\": {\"offset\": 2}}";
 
     #[test]
-    fn what_a_control_vector_can_do_needs_no_callback() {
+    fn the_callback_is_needed_only_beyond_a_control_vector() {
         let steer = load("llama", OFFSETS, &SteerOptions::default()).unwrap();
         assert!(!steer.needs_callback());
         assert_eq!(steer.control_vector().unwrap().rows.len(), 2 * 64);
@@ -185,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_control_vector_that_says_it_is_for_another_architecture_needs_force() {
+    fn a_control_vector_with_another_model_hint_needs_force() {
         use crate::gguf::{GgufWriter, Metadata, TensorSpec, TensorType, Value};
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("steer.gguf");
@@ -211,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn the_coefficient_multiplies_the_control_vector() {
+    fn the_coefficient_scales_the_control_vector() {
         let steer = load("llama", OFFSETS, &SteerOptions::default()).unwrap();
         let whole = steer.control_vector().unwrap().rows;
         steer.clone().set_coefficient(-0.5).unwrap();
@@ -222,14 +231,14 @@ mod tests {
     }
 
     #[test]
-    fn rejects_coefficients_that_are_not_finite_or_make_something_so() {
+    fn rejects_coefficients_that_are_not_finite_or_make_an_edit_infinite() {
         let steer = load("llama", OFFSETS, &SteerOptions::default()).unwrap();
         for coefficient in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             assert!(steer.set_coefficient(coefficient).is_err(), "{coefficient}");
         }
         let options = SteerOptions { route: Route::Callback, ..SteerOptions::default() };
         let steer = load("llama", OFFSETS, &options).unwrap();
-        assert!(steer.set_coefficient(f32::MAX).is_err(), "twice the largest number");
+        assert!(steer.set_coefficient(f32::MAX).is_err(), "twice the largest f32");
         assert_eq!(steer.coefficient(), 1.0);
         let options = SteerOptions { coefficient: f32::NAN, ..options };
         assert!(load("llama", OFFSETS, &options).unwrap_err().is_usage());

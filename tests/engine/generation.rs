@@ -1,4 +1,4 @@
-//! The schedule: every sample once, whatever the slots; streams that depend on nothing else.
+//! The schedule generates every sample exactly once, from a stream that depends only on seed, prompt and number.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
@@ -8,7 +8,7 @@ use detox_gguf::engine::logprob;
 use detox_gguf::engine::schedule::{self, Continuation, Finish, GenerateOptions, Request};
 use detox_gguf::engine::{Model, Sampling, Session};
 
-use super::{go_on, open, options, session};
+use super::{open, options, session, uninterrupted};
 
 const OPTIONS: GenerateOptions =
     GenerateOptions { k: 5, n_predict: 12, sampling: Sampling::PAPER, seed: 7, ignore_eos: false };
@@ -22,7 +22,7 @@ fn requests(model: &Model) -> Vec<Request> {
 
 fn generate(session: &mut Session, requests: &[Request], options: &GenerateOptions) -> Vec<Continuation> {
     let mut found = Vec::new();
-    schedule::generate(session, requests, options, &go_on(), |c| {
+    schedule::generate(session, requests, options, &uninterrupted(), |c| {
         found.push(c);
         Ok(())
     })
@@ -32,7 +32,7 @@ fn generate(session: &mut Session, requests: &[Request], options: &GenerateOptio
 }
 
 #[test]
-fn every_sample_of_every_prompt_comes_out_once_for_any_number_of_slots() {
+fn every_sample_of_every_prompt_is_generated_once_with_any_number_of_slots() {
     let model = open("llama");
     let requests = requests(&model);
     for n_parallel in [1, 2, 3, 7, 20, 33] {
@@ -50,18 +50,18 @@ fn every_sample_of_every_prompt_comes_out_once_for_any_number_of_slots() {
 }
 
 #[test]
-fn the_same_call_gives_the_same_tokens_and_bits_twice() {
+fn the_same_call_gives_the_same_tokens_and_bits() {
     let model = open("gemma3");
     let requests = requests(&model);
     let mut one = session(&model, 7);
     let first = generate(&mut one, &requests, &OPTIONS);
-    assert_eq!(first, generate(&mut one, &requests, &OPTIONS), "a session forgets what it did before");
+    assert_eq!(first, generate(&mut one, &requests, &OPTIONS), "a session keeps nothing of an earlier call");
     assert_eq!(first, generate(&mut session(&model, 7), &requests, &OPTIONS));
 }
 
 #[test]
-fn a_samples_stream_depends_on_seed_prompt_and_number_alone() {
-    // One slot, so that the shape of the batch is the same whatever else is asked for.
+fn a_samples_stream_depends_only_on_seed_prompt_and_number() {
+    // With one slot the batch always has the same shape.
     let model = open("llama");
     let requests = requests(&model);
     let all = generate(&mut session(&model, 1), &requests, &OPTIONS);
@@ -87,7 +87,7 @@ fn samples_of_one_prompt_differ() {
 }
 
 #[test]
-fn the_log_probability_of_a_sample_is_that_of_its_tokens_given_the_prompt() {
+fn the_log_probability_of_a_sample_equals_that_of_its_tokens_given_the_prompt() {
     for name in ["llama", "gpt2"] {
         let model = open(name);
         let requests = requests(&model);
@@ -102,11 +102,11 @@ fn the_log_probability_of_a_sample_is_that_of_its_tokens_given_the_prompt() {
                 continuations: found.iter().filter(|c| c.request == i).map(|c| c.tokens.clone()).collect(),
             })
             .collect();
-        let scored = logprob::score(&mut session(&model, 4), &asked, &go_on()).unwrap();
+        let scored = logprob::score(&mut session(&model, 4), &asked, &uninterrupted()).unwrap();
         assert_eq!((found.len(), scored.iter().flatten().count()), (20, 20));
         for (c, logps) in found.iter().zip(scored.iter().flatten()) {
             let sum: f64 = logps.iter().sum();
-            // Twelve tokens, each within the F16 cache's 0.005 of the other way to compute it.
+            // Twelve tokens, each within 0.005 of the other computation, because of the F16 cache.
             assert!((c.logprob - sum).abs() < 0.06, "{name}: {} {sum}", c.logprob);
         }
     }
@@ -122,13 +122,13 @@ fn prompts_longer_than_a_batch_are_decoded_in_parts() {
     let parts = Session::open(&model, &small, 64).unwrap().logits(prompt).unwrap();
     assert_eq!((whole.len(), parts.len()), (prompt.len(), prompt.len()));
     for (a, b) in whole.iter().flatten().zip(parts.iter().flatten()) {
-        // Both are within the F16 cache's 0.013 of the reference (see `golden`).
+        // With the F16 cache both are within 0.013 of the reference (see `golden`).
         assert!((a - b).abs() < 0.03, "{a} {b}");
     }
 }
 
 #[test]
-fn an_interrupt_ends_the_work_and_the_session_can_go_on() {
+fn an_interrupt_stops_generation_and_the_session_remains_usable() {
     let model = open("llama");
     let requests = requests(&model);
     let mut session = session(&model, 3);

@@ -1,15 +1,15 @@
 //! Logits, log-probabilities, greedy continuations and token ids equal those of transformers.
 //!
-//! The session's KV cache is F16, as llama.cpp's default is: on the F32 models that moves logits (standard
-//! deviation 2.8) by at most 0.013, measured; 0.05 is the bound. Q8_0 weights are multiplied with
-//! activations rounded to 8 bits, which moves logits by 0.24; there the bound is 0.5.
+//! The KV cache is F16, llama.cpp's default. On the F32 models this changes logits (standard deviation 2.8) by at most
+//! 0.013, measured; the bound is 0.05. Products with Q8_0 weights round activations to 8 bits, which changes logits by
+//! 0.24; the bound is 0.5.
 
 use detox_gguf::engine::logprob::{self, Request};
 use detox_gguf::engine::schedule::{self, Finish, GenerateOptions};
 use detox_gguf::engine::{Sampling, Token};
 use serde::Deserialize;
 
-use super::{go_on, open, session};
+use super::{open, session, uninterrupted};
 
 const DECODERS: [&str; 8] = ["llama", "llama-q8_0", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];
 
@@ -26,7 +26,7 @@ struct Prompt {
     /// `[n_tokens][n_vocab]`
     logits: Vec<Vec<f32>>,
     greedy: Vec<Token>,
-    /// How far each greedy token's logit leads the second.
+    /// By how much each greedy token's logit exceeds the second largest.
     greedy_leads: Vec<f32>,
 }
 
@@ -43,7 +43,7 @@ fn golden(name: &str) -> Golden {
     super::golden(name)
 }
 
-/// Largest difference of a logit, and of a log-probability.
+/// Largest allowed difference of a logit, and of a log-probability.
 fn tolerance(name: &str) -> (f32, f64) {
     if name.ends_with("q8_0") { (0.5, 0.4) } else { (0.05, 0.02) }
 }
@@ -66,7 +66,7 @@ fn logits_at_every_position_equal_the_reference() {
 }
 
 #[test]
-fn prompts_have_the_references_tokens_and_tokens_the_prompts_text() {
+fn tokenizing_and_detokenizing_equal_the_reference() {
     for name in DECODERS {
         let model = open(name);
         let golden = golden(name);
@@ -93,9 +93,9 @@ fn greedy_continuations_equal_the_reference_in_every_slot() {
             .collect();
         let options =
             GenerateOptions { k: 3, n_predict: 8, sampling: Sampling::GREEDY, seed: 0, ignore_eos: true };
-        // Two slots for nine samples: every slot is refilled, also in the middle of a prompt's samples.
+        // Two slots for nine samples: every slot is refilled, even in the middle of a prompt's samples.
         let mut found = Vec::new();
-        schedule::generate(&mut session(&model, 2), &requests, &options, &go_on(), |c| {
+        schedule::generate(&mut session(&model, 2), &requests, &options, &uninterrupted(), |c| {
             found.push(c);
             Ok(())
         })
@@ -103,7 +103,7 @@ fn greedy_continuations_equal_the_reference_in_every_slot() {
         assert_eq!(found.len(), 9);
         for c in found {
             let prompt = &prompts[c.request];
-            // A lead below the logits' own tolerance decides nothing.
+            // Compare only up to the first lead within the logits' tolerance: after it the texts may differ.
             let decided = prompt.greedy_leads.iter().take_while(|&&lead| lead > tolerance(name).0).count();
             assert!(name.ends_with("q8_0") || decided == 8);
             assert_eq!(c.tokens[..decided], prompt.greedy[..decided], "{name}");
@@ -117,7 +117,7 @@ fn log_probabilities_of_given_continuations_equal_the_reference() {
     for name in DECODERS {
         let model = open(name);
         let continuations = golden(name).continuations;
-        // Each twice after its prompt, with an empty one between, in a session of three slots.
+        // Each continuation twice, with an empty one between, in a session of three slots.
         let requests: Vec<Request> = continuations
             .iter()
             .map(|c| Request {
@@ -126,7 +126,7 @@ fn log_probabilities_of_given_continuations_equal_the_reference() {
                 continuations: vec![c.continuation_tokens.clone(), vec![], c.continuation_tokens.clone()],
             })
             .collect();
-        let found = logprob::score(&mut session(&model, 3), &requests, &go_on()).unwrap();
+        let found = logprob::score(&mut session(&model, 3), &requests, &uninterrupted()).unwrap();
         for (found, expected) in found.iter().zip(&continuations) {
             assert!(found[1].is_empty());
             for of_tokens in [&found[0], &found[2]] {

@@ -1,10 +1,9 @@
-//! Interventions give the logits that PyTorch gives with forward hooks in the same places
-//! (`scripts/make_tiny_models.py`), and recordings its values.
+//! Interventions and recordings equal PyTorch's forward hooks at the same places (`scripts/make_tiny_models.py`).
 //!
-//! With an F32 cache the two programs differ by the order of their sums: by less than 2e-4 where the
-//! activation function is computed, and by up to 0.03 where ggml looks GELU up in a table of F16. An edit
-//! multiplies such differences as it does activations, so the bound grows with its effect. Products with Q8_0
-//! weights round activations to 8 bits, which moves logits by 0.25 without any edit.
+//! With an F32 cache the two programs differ by the order of their sums: by less than 2e-4 if ggml computes the
+//! activation function, and by up to 0.03 if it looks up GELU in an F16 table. An edit amplifies such differences along
+//! with the activations, so the bound grows with the edit's effect. Products with Q8_0 weights round activations to
+//! 8 bits, which changes logits by 0.25 even without an edit.
 
 use detox_gguf::engine::residual::{self, ResidualPlace};
 use detox_gguf::engine::schedule::Request;
@@ -12,7 +11,7 @@ use detox_gguf::engine::steering::{Change, Edit, Operation, When};
 use detox_gguf::engine::{Session, Steering, Token, activation};
 use serde::Deserialize;
 
-use super::{exact, go_on, golden, open, tolerance};
+use super::{exact, golden, open, tolerance, uninterrupted};
 
 const MODELS: [&str; 8] = ["llama", "llama-q8_0", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];
 
@@ -32,7 +31,7 @@ struct Case {
     name: String,
     edits: Vec<EditForm>,
     largest_effect: f32,
-    /// `[n_rows][n_vocab]`, of the last tokens.
+    /// Logits of the last tokens, `[n_rows][n_vocab]`.
     last_logits: Vec<Vec<f32>>,
 }
 
@@ -58,7 +57,7 @@ impl EditForm {
         let change = match (&self.neuron, &self.direction) {
             (&Some(index), None) => Change::Neuron { index, operation },
             (None, Some(vector)) => Change::Direction { vector: vector.clone(), operation },
-            _ => panic!("an edit of a neuron or along a direction"),
+            _ => panic!("expected an edit of a neuron or along a direction"),
         };
         Edit { layer: self.layer, when: When::Both, coefficient: self.coefficient, change }
     }
@@ -77,7 +76,7 @@ fn every_intervention_gives_the_logits_of_the_reference() {
         let model = open(name);
         let golden: Golden = golden(&format!("{name}_interventions"));
         assert!(golden.cases.len() >= 11);
-        assert!(golden.cases[0].edits.iter().any(|edit| edit.layer == 0), "layer 0 is among them");
+        assert!(golden.cases[0].edits.iter().any(|edit| edit.layer == 0), "layer 0 is tested");
         for case in golden.cases {
             let edits = case.edits.iter().map(EditForm::edit).collect();
             let steered = model.with_steering(Steering { edits, ..Steering::default() }).unwrap();
@@ -99,7 +98,7 @@ fn every_intervention_gives_the_logits_of_the_reference() {
             );
             assert!(
                 bound < case.largest_effect,
-                "{name}, {}: the bound would pass no edit at all",
+                "{name}, {}: without any edit the bound would hold too",
                 case.name
             );
         }
@@ -111,11 +110,11 @@ fn sentence_vectors_at_every_place_equal_the_reference() {
     for name in MODELS {
         let model = open(name);
         let golden: Golden = golden(&format!("{name}_interventions"));
-        // As Hugging Face has them: the last is after the final norm, in place of the last block's output.
+        // As in Hugging Face's `hidden_states`, the final norm's output replaces the last block's.
         let mut places = ResidualPlace::all(model.n_layer());
         places.remove(model.n_layer());
         let mut session = Session::open_with_callback(&model, &exact(2), 64).unwrap();
-        let found = residual::record(&mut session, &golden.texts, &places, &go_on(), |_| {}).unwrap();
+        let found = residual::record(&mut session, &golden.texts, &places, &uninterrupted(), |_| {}).unwrap();
         for (found, expected) in found.iter().zip(&golden.sentence_vectors) {
             assert_eq!(found.len(), expected.len());
             for (place, (found, expected)) in found.iter().zip(expected).enumerate() {
@@ -137,11 +136,11 @@ fn mean_activations_over_greedy_tokens_equal_the_reference() {
             .collect();
         // Two slots for three prompts.
         let mut session = Session::open_with_callback(&model, &exact(2), 64).unwrap();
-        let found =
-            activation::record(&mut session, &requests, &golden.neurons, 5, &go_on(), |_| {}).unwrap();
+        let found = activation::record(&mut session, &requests, &golden.neurons, 5, &uninterrupted(), |_| {})
+            .unwrap();
         for (found, expected) in found.iter().zip(&golden.activations) {
             let bound = if name == "llama-q8_0" { 0.3 } else { tolerance(name) };
-            // Where the reference hangs on a hair, the texts may part.
+            // If two tokens are nearly tied in the reference, the texts may differ.
             if expected.greedy_leads.iter().any(|&lead| lead < bound) {
                 assert_eq!(name, "llama-q8_0");
                 continue;

@@ -1,4 +1,4 @@
-//! The engine against references made by transformers (`scripts/make_tiny_models.py`), and against itself.
+//! Compares the engine with references made by transformers (`scripts/make_tiny_models.py`), and with itself.
 
 mod generation;
 mod golden;
@@ -22,7 +22,7 @@ fn open(name: &str) -> Model {
     Model::open(&tiny(name), &ModelOptions::default()).unwrap()
 }
 
-/// One thread: these models are too small to share.
+/// One thread: these models are too small for more.
 fn options(n_parallel: usize) -> SessionOptions {
     SessionOptions {
         n_parallel: Some(n_parallel),
@@ -36,12 +36,14 @@ fn session(model: &Model, n_parallel: usize) -> Session {
     Session::open(model, &options(n_parallel), 64).unwrap()
 }
 
-fn go_on() -> AtomicBool {
+/// An interrupt flag that stays off.
+fn uninterrupted() -> AtomicBool {
     AtomicBool::new(false)
 }
 
-/// As [`options`], with an F32 cache and without fused attention: what is left of the difference to
-/// PyTorch is the order of sums, and ggml's table of GELU in F16.
+/// As [`options`], with an F32 cache and without flash attention.
+///
+/// Only the order of sums and ggml's F16 table for GELU then differ from PyTorch.
 fn exact(n_parallel: usize) -> SessionOptions {
     SessionOptions {
         flash_attention: FlashAttention::Off,
@@ -51,7 +53,7 @@ fn exact(n_parallel: usize) -> SessionOptions {
     }
 }
 
-/// Largest difference to PyTorch of a value in the residual stream or a logit, under [`exact`].
+/// Largest allowed difference to PyTorch of a residual-stream value or a logit, under [`exact`].
 fn tolerance(name: &str) -> f32 {
     match name {
         "gpt2" | "bloom" | "gemma3" => 0.03,
@@ -59,7 +61,7 @@ fn tolerance(name: &str) -> f32 {
     }
 }
 
-/// A file of goldens.
+/// Reads a golden file.
 fn golden<T: DeserializeOwned>(name: &str) -> T {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/tiny_{name}.json"));
     serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()

@@ -1,13 +1,13 @@
-//! What the eval callback records equals PyTorch's forward hooks (`scripts/make_tiny_models.py`).
+//! Values recorded by the eval callback equal those of PyTorch's forward hooks (`scripts/make_tiny_models.py`).
 
 use detox_gguf::engine::residual::{self, ResidualPlace};
 use detox_gguf::engine::schedule::Request;
 use detox_gguf::engine::{Session, Token, activation};
 use serde::Deserialize;
 
-use super::{exact, go_on, golden, open, tolerance};
+use super::{exact, golden, open, tolerance, uninterrupted};
 
-/// Those in F32.
+/// The models in F32.
 const MODELS: [&str; 7] = ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];
 
 #[derive(Deserialize)]
@@ -36,10 +36,10 @@ fn residual_streams_after_every_block_equal_the_reference_at_every_token() {
         let model = open(name);
         let places: Vec<ResidualPlace> = (0..model.n_layer()).map(ResidualPlace::AfterBlock).collect();
         let tokens = golden.prompt.tokens;
-        // The means over the first 1, 2, … tokens tell what each token has; several are in one batch.
+        // The values of each token follow from the means over the first 1, 2, … tokens. Several texts share a batch.
         let texts: Vec<Vec<Token>> = (1..=tokens.len()).map(|n| tokens[..n].to_vec()).collect();
         let mut session = Session::open_with_callback(&model, &exact(3), 64).unwrap();
-        let means = residual::record(&mut session, &texts, &places, &go_on(), |_| {}).unwrap();
+        let means = residual::record(&mut session, &texts, &places, &uninterrupted(), |_| {}).unwrap();
         for (il, of_layer) in golden.residual_stream.iter().enumerate() {
             assert_eq!(of_layer.len(), tokens.len());
             for (t, expected) in of_layer.iter().enumerate() {
@@ -60,11 +60,12 @@ fn activations_of_every_neuron_equal_the_reference_at_every_token() {
         let neurons: Vec<(usize, usize)> =
             model.n_ff().iter().enumerate().flat_map(|(il, &n_ff)| (0..n_ff).map(move |i| (il, i))).collect();
         let tokens = golden.prompt.tokens;
-        // One step reads the last token of a prompt: every start of the text is a prompt.
+        // One step reads the last token of a prompt, so every prefix of the text is one prompt.
         let requests: Vec<Request> =
             (1..=tokens.len()).map(|n| Request { id: n.to_string(), tokens: tokens[..n].to_vec() }).collect();
         let mut session = Session::open_with_callback(&model, &exact(2), 64).unwrap();
-        let found = activation::record(&mut session, &requests, &neurons, 1, &go_on(), |_| {}).unwrap();
+        let found =
+            activation::record(&mut session, &requests, &neurons, 1, &uninterrupted(), |_| {}).unwrap();
         for (t, found) in found.iter().enumerate() {
             assert_eq!(found.mean.len(), golden.neuron_activations.iter().map(|l| l[t].len()).sum::<usize>());
             for (&(il, i), a) in neurons.iter().zip(&found.mean) {
@@ -101,18 +102,18 @@ struct Greedy {
 }
 
 #[test]
-fn sentences_have_the_mean_residual_streams_and_activations_of_the_reference() {
+fn mean_residual_streams_and_activations_of_sentences_equal_the_reference() {
     for name in MODELS {
         let golden: Sentences = golden(&format!("{name}_sentences"));
         let model = open(name);
-        // As Hugging Face has them: the last is after the final norm, in place of the last block's output.
+        // As in Hugging Face's `hidden_states`, the final norm's output replaces the last block's.
         let mut places = ResidualPlace::all(model.n_layer());
         places.remove(model.n_layer());
         let texts: Vec<Vec<Token>> =
             golden.texts.iter().map(|t| model.tokenize_prompt(&t.text).unwrap()).collect();
         assert!(texts.iter().zip(&golden.texts).all(|(found, t)| *found == t.tokens), "{name}");
         let mut session = Session::open_with_callback(&model, &exact(2), 64).unwrap();
-        let found = residual::record(&mut session, &texts, &places, &go_on(), |_| {}).unwrap();
+        let found = residual::record(&mut session, &texts, &places, &uninterrupted(), |_| {}).unwrap();
         for (found, expected) in found.iter().flatten().zip(golden.residual_stream_mean.iter().flatten()) {
             let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst < tolerance(name), "{name}: {worst}");
@@ -120,8 +121,8 @@ fn sentences_have_the_mean_residual_streams_and_activations_of_the_reference() {
         let request = |(i, a): (usize, &Greedy)| Request { id: i.to_string(), tokens: a.tokens.clone() };
         let requests: Vec<Request> = golden.activations.iter().enumerate().map(request).collect();
         let n = golden.activations[0].greedy.len();
-        let found =
-            activation::record(&mut session, &requests, &golden.neurons, n, &go_on(), |_| {}).unwrap();
+        let found = activation::record(&mut session, &requests, &golden.neurons, n, &uninterrupted(), |_| {})
+            .unwrap();
         for (found, expected) in found.iter().zip(&golden.activations) {
             assert_eq!(found.tokens, expected.greedy, "{name}");
             for (a, b) in found.mean.iter().zip(&expected.mean) {

@@ -1,4 +1,4 @@
-//! What the engine refuses, before llama.cpp could end the process.
+//! The engine refuses bad input before llama.cpp could abort the process.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use detox_gguf::Error;
 use detox_gguf::engine::schedule::{self, GenerateOptions, Request};
 use detox_gguf::engine::{Model, ModelOptions, Sampling, Session, SessionOptions};
 
-use super::{go_on, open, options, session, tiny};
+use super::{open, options, session, tiny, uninterrupted};
 
 fn refusal(path: &Path) -> Error {
     Model::open(path, &ModelOptions::default()).unwrap_err()
@@ -43,8 +43,8 @@ fn rejects_a_foreign_file() {
 }
 
 #[test]
-fn rejects_an_architecture_that_llama_cpp_does_not_know() {
-    // The name stands in a value and in keys; another of the same length keeps the file well formed.
+fn rejects_an_architecture_that_llama_cpp_does_not_support() {
+    // The name occurs in a value and in keys. Another name of the same length keeps the file well formed.
     let mut bytes = std::fs::read(tiny("llama")).unwrap();
     for i in 0..bytes.len() - 5 {
         if &bytes[i..i + 5] == b"llama" {
@@ -71,7 +71,7 @@ fn rejects_a_prompt_that_does_not_fit_before_anything_runs() {
         let options =
             GenerateOptions { k: 1, n_predict: 9, sampling: Sampling::GREEDY, seed: 0, ignore_eos: true };
         let mut n_done = 0;
-        let result = schedule::generate(session, &requests, &options, &go_on(), |_| {
+        let result = schedule::generate(session, &requests, &options, &uninterrupted(), |_| {
             n_done += 1;
             Ok(())
         });
@@ -92,7 +92,8 @@ fn rejects_a_prompt_without_tokens() {
     let requests = [Request { id: "empty".into(), tokens: model.tokenize_prompt("").unwrap() }];
     let options =
         GenerateOptions { k: 1, n_predict: 2, sampling: Sampling::GREEDY, seed: 0, ignore_eos: true };
-    let result = schedule::generate(&mut session(&model, 1), &requests, &options, &go_on(), |_| Ok(()));
+    let result =
+        schedule::generate(&mut session(&model, 1), &requests, &options, &uninterrupted(), |_| Ok(()));
     assert!(result.unwrap_err().to_string().contains("no tokens"));
 }
 
@@ -116,7 +117,7 @@ fn rejects_session_settings_that_contradict_each_other() {
 }
 
 #[test]
-fn a_damaged_tensor_gives_an_error_and_no_text() {
+fn a_damaged_tensor_gives_an_error_instead_of_text() {
     // NaN in the output norm: every logit becomes NaN.
     let bytes = std::fs::read(tiny("llama")).unwrap();
     let file = detox_gguf::gguf::GgufFile::open(tiny("llama")).unwrap();
@@ -136,13 +137,14 @@ fn a_damaged_tensor_gives_an_error_and_no_text() {
     let options =
         GenerateOptions { k: 1, n_predict: 2, sampling: Sampling::PAPER, seed: 0, ignore_eos: true };
     let error =
-        schedule::generate(&mut session(&model, 1), &requests, &options, &go_on(), |_| Ok(())).unwrap_err();
+        schedule::generate(&mut session(&model, 1), &requests, &options, &uninterrupted(), |_| Ok(()))
+            .unwrap_err();
     assert!(error.to_string().contains("NaN"), "{error}");
     assert!(error.hint().unwrap().contains("--check-tensors"));
 }
 
 #[test]
-fn an_end_that_the_tokenizer_adds_is_not_part_of_a_prompt() {
+fn an_eos_added_by_the_tokenizer_is_not_part_of_a_prompt() {
     use detox_gguf::gguf::{GgufFile, GgufWriter, TensorSpec, Value};
     let file = GgufFile::open(tiny("llama")).unwrap();
     let mut metadata = file.metadata().clone();
@@ -162,5 +164,5 @@ fn an_end_that_the_tokenizer_adds_is_not_part_of_a_prompt() {
     let (plain, with_end) = (open("llama"), Model::open(&path, &ModelOptions::default()).unwrap());
     let tokens = with_end.tokenize_prompt("hello there").unwrap();
     assert_eq!(tokens, plain.tokenize_prompt("hello there").unwrap());
-    assert_eq!(tokens[0], 1, "the beginning stays");
+    assert_eq!(tokens[0], 1, "the BOS stays");
 }

@@ -1,4 +1,4 @@
-//! Steering a session: the ways agree, undoing leaves nothing behind, and what cannot work is refused.
+//! Steering a session: the routes agree, undoing leaves nothing behind, and impossible steering is refused.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use super::{exact, open, tiny, tolerance};
 
 const TOKENS: [Token; 9] = [1, 60, 70, 80, 90, 100, 110, 120, 130];
 
-/// Architectures whose FFN writes to the residual stream without a norm between.
+/// Architectures without a norm between the FFN and the residual stream.
 const WITHOUT_NORM: [&str; 6] = ["llama", "command-r", "gpt2", "bloom", "qwen2", "qwen3"];
 
 fn neuron(layer: usize, index: usize, operation: Operation) -> Edit {
@@ -33,7 +33,7 @@ fn by_callback(model: &Model) -> Steering {
     edits(&offsets.iter().map(|&(l, i, x)| neuron(l, i, Operation::Offset(x))).collect::<Vec<_>>())
 }
 
-/// The same as a control vector, with the columns of `ffn_down` read here and not by the program.
+/// The same as a control vector, with the columns of `ffn_down` read by this test and not by the crate.
 fn by_control_vector(model: &Model, name: &str) -> Steering {
     let file = GgufFile::open(tiny(name)).unwrap();
     let n_embd = model.n_embd();
@@ -68,14 +68,14 @@ fn an_offset_by_callback_and_by_control_vector_gives_the_same_logits() {
         let plain = logits(&model, Steering::default());
         let callback = logits(&model, by_callback(&model));
         let vector = logits(&model, by_control_vector(&model, name));
-        assert!(largest_difference(&plain, &callback) > 1.0, "{name}: the offsets do something");
+        assert!(largest_difference(&plain, &callback) > 1.0, "{name}: the offsets have an effect");
         let difference = largest_difference(&callback, &vector);
         assert!(difference < 1e-4, "{name}: {difference}");
     }
 }
 
 #[test]
-fn where_a_norm_follows_the_ffn_the_two_differ() {
+fn with_a_norm_after_the_ffn_a_control_vector_differs_from_the_callback() {
     let model = open("gemma3");
     let callback = logits(&model, by_callback(&model));
     let vector = logits(&model, by_control_vector(&model, "gemma3"));
@@ -83,7 +83,7 @@ fn where_a_norm_follows_the_ffn_the_two_differ() {
 }
 
 #[test]
-fn steering_that_changes_nothing_is_equal_to_none_to_the_bit() {
+fn steering_without_effect_gives_the_bits_of_an_unsteered_run() {
     for name in ["llama", "gemma3", "llama-q8_0"] {
         let model = open(name);
         let plain = logits(&model, Steering::default());
@@ -92,20 +92,20 @@ fn steering_that_changes_nothing_is_equal_to_none_to_the_bit() {
         assert_eq!(plain, logits(&model, Steering { control_vector: Some(zeros), ..Steering::default() }));
         assert_eq!(plain, logits(&model, edits(&[neuron(0, 5, Operation::Offset(0.0))])), "{name}");
         assert_eq!(plain, logits(&model, edits(&[neuron(1, 5, Operation::Scale(1.0))])), "{name}");
-        // The callback alone, with nothing to do.
+        // Only the callback, with nothing to do.
         let mut session = Session::open_with_callback(&model, &exact(1), 64).unwrap();
         assert_eq!(plain, session.logits(&TOKENS).unwrap(), "{name}");
     }
 }
 
 #[test]
-fn a_steering_changed_a_thousand_times_between_decodes_leaks_nothing() {
+fn a_thousand_changes_of_steering_between_decodes_leave_nothing_behind() {
     for name in ["llama", "gemma3"] {
         let model = open(name);
         let mut session = Session::open_with_callback(&model, &exact(1), 64).unwrap();
         let none = model.load_steering(Steering::default()).unwrap();
         let before = session.logits(&TOKENS).unwrap();
-        // Rounds 14 apart have the same steering, and so the same logits to the bit.
+        // Rounds 14 apart have the same steering, so their logits have the same bits.
         let mut first: Vec<Option<Vec<Vec<f32>>>> = vec![None; 14];
         for round in 0..1000 {
             let coefficient = (round % 7) as f32 - 3.0;
@@ -120,7 +120,7 @@ fn a_steering_changed_a_thousand_times_between_decodes_leaks_nothing() {
             let logits = session.logits(&TOKENS[..3]).unwrap();
             assert_eq!(first[round % 14].get_or_insert(logits.clone()), &logits, "{name}, round {round}");
         }
-        // Coefficient 0 is round 3 without and round 10 with a control vector, of zeros; the rest differ.
+        // The coefficient is 0 in round 3, without a control vector, and in round 10, with one of zeros. The rest differ.
         assert_eq!(first[3], first[10], "{name}");
         let different: std::collections::HashSet<String> = first.iter().map(|l| format!("{l:?}")).collect();
         assert_eq!(different.len(), 13, "{name}");
@@ -130,7 +130,7 @@ fn a_steering_changed_a_thousand_times_between_decodes_leaks_nothing() {
 }
 
 #[test]
-fn a_steered_and_an_exempt_sequence_of_one_batch_each_equal_their_own_run() {
+fn steered_and_exempt_sequences_of_one_batch_equal_their_separate_runs() {
     for name in ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"] {
         let model = open(name);
         let all_layers: Vec<Edit> = (0..model.n_layer())
@@ -147,7 +147,7 @@ fn a_steered_and_an_exempt_sequence_of_one_batch_each_equal_their_own_run() {
         let alone = |model: &Model, tokens: &[Token]| {
             Session::open(model, &exact(1), 64).unwrap().logits(tokens).unwrap()
         };
-        // Of different lengths, in micro-batches of 4, so that rows and tokens are in no simple order.
+        // Different lengths and micro-batches of 4 mix up the order of rows and tokens.
         let options = SessionOptions { n_ubatch: 4, ..exact(2) };
         let mut session = Session::open(&steered, &options, 64).unwrap();
         session.set_exempt(1, true).unwrap();
@@ -167,7 +167,7 @@ fn a_steered_and_an_exempt_sequence_of_one_batch_each_equal_their_own_run() {
 }
 
 #[test]
-fn edits_of_prompts_and_of_continuations_are_made_on_those_alone() {
+fn edits_of_prompts_or_continuations_apply_to_those_tokens_only() {
     use detox_gguf::engine::logprob::{self, Request};
     let model = open("llama");
     let request = |prompt: &[Token]| Request {
@@ -180,11 +180,11 @@ fn edits_of_prompts_and_of_continuations_are_made_on_those_alone() {
         let steered =
             model.with_steering(edits(&when.map(of_layer_0).into_iter().collect::<Vec<_>>())).unwrap();
         let mut session = Session::open(&steered, &exact(1), 64).unwrap();
-        logprob::score(&mut session, &[request(&TOKENS[..4])], &super::go_on()).unwrap()[0][0].clone()
+        logprob::score(&mut session, &[request(&TOKENS[..4])], &super::uninterrupted()).unwrap()[0][0].clone()
     };
     let (plain, prompt) = (score(None), score(Some(When::Prompt)));
     let (generation, both) = (score(Some(When::Generation)), score(Some(When::Both)));
-    // The first token is predicted from the prompt's last.
+    // The first token is predicted from the last token of the prompt.
     assert_eq!(plain[0], generation[0]);
     assert_eq!(prompt[0], both[0]);
     assert_ne!(plain[0], prompt[0]);
@@ -201,7 +201,7 @@ fn refusal(model: &Model, steering: Steering) -> String {
 }
 
 #[test]
-fn rejects_edits_that_the_model_has_no_place_for() {
+fn rejects_edits_that_do_not_fit_the_model() {
     let model = open("llama");
     let direction = |vector: Vec<f32>| Edit {
         layer: 0,
@@ -225,7 +225,7 @@ fn rejects_edits_that_the_model_has_no_place_for() {
 }
 
 #[test]
-fn rejects_control_vectors_of_another_shape_and_adapters_that_are_none() {
+fn rejects_control_vectors_of_another_shape_and_files_that_are_not_adapters() {
     let model = open("llama");
     let vector = |n_embd: usize, rows: Vec<f32>| Steering {
         control_vector: Some(ControlVector { n_embd, rows }),
@@ -243,7 +243,7 @@ fn rejects_control_vectors_of_another_shape_and_adapters_that_are_none() {
 }
 
 #[test]
-fn rejects_steering_of_another_model_and_edits_without_the_callback() {
+fn rejects_steering_for_another_model_and_edits_without_the_callback() {
     let (model, other) = (open("llama"), open("llama"));
     let mut session = Session::open(&model, &exact(1), 64).unwrap();
     let of_other = other.load_steering(Steering::default()).unwrap();

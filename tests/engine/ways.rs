@@ -1,5 +1,5 @@
-//! One intervention by every way it can go: control vector, callback, baked into a model; with adapters; and
-//! where llama.cpp would ignore it.
+//! Every way to apply an intervention has the same effect: control vector, callback, baked model, with and without
+//! adapters. A control vector that llama.cpp would ignore is refused.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +22,7 @@ fn neurons(with_layer_0: bool) -> Vec<(Neuron, f32)> {
     all
 }
 
-/// Each neuron as an intervention of its own, since offsets differ.
+/// One intervention per neuron, because the offsets differ.
 fn sources(offsets: &[(Neuron, f32)]) -> Vec<(SteerFile, f32)> {
     let list = offsets.iter().map(|&(n, x)| Intervention::neuron_offset(vec![n], x).unwrap()).collect();
     vec![(SteerFile::Interventions(Interventions { path: "test.json".into(), fingerprint: None, list }), 1.0)]
@@ -69,7 +69,7 @@ fn control_vector_callback_and_baked_model_give_the_same_logits() {
 }
 
 #[test]
-fn a_control_vector_that_was_written_and_read_back_steers_as_before() {
+fn a_control_vector_written_and_read_back_gives_the_same_steering() {
     let folder = tempfile::tempdir().unwrap();
     for name in ["llama", "command-r", "qwen2", "qwen3"] {
         let path = tiny(name);
@@ -88,13 +88,13 @@ fn a_control_vector_that_was_written_and_read_back_steers_as_before() {
         // Half of it twice is the whole.
         let halves = [(read[0].0.clone(), 0.5), (read[0].0.clone(), 0.5)];
         assert_eq!(compiled(&path, &halves, &[], Route::Cheapest), steering);
-        // A coefficient of 0 is nothing at all.
+        // With a coefficient of 0 nothing is left.
         assert!(compiled(&path, &[(read[0].0.clone(), 0.0)], &[], Route::Cheapest).is_empty());
     }
 }
 
 #[test]
-fn on_a_quantised_model_the_ways_differ_by_no_more_than_the_noise_floor() {
+fn on_a_quantised_model_the_ways_differ_only_within_the_noise_of_quantisation() {
     let path = tiny("llama-q8_0");
     let sources = sources(&neurons(false));
     let model = Model::open(&path, &ModelOptions::default()).unwrap();
@@ -106,11 +106,11 @@ fn on_a_quantised_model_the_ways_differ_by_no_more_than_the_noise_floor() {
     let ways = difference(&model, &callback, &cheapest, &texts, &exact(1)).unwrap();
     let floor = noise_floor(&model, &callback, &texts, &exact(1)).unwrap();
     let effect = difference(&model, &Steering::default(), &callback, &texts, &exact(1)).unwrap();
-    // An offset coarsens the 31 neighbours in its block, which the control vector does not: that is more than
-    // the floor's nudge, but of its kind.
+    // By callback, an offset also coarsens the 31 other activations of its 8-bit block, which the control vector does
+    // not. That is more than the nudge behind the noise floor, but of the same kind.
     assert!(ways.mean_kl < 4.0 * floor.mean_kl, "{ways:?} {floor:?}");
     assert!(effect.mean_kl > 20.0 * ways.mean_kl, "{effect:?} {ways:?}");
-    // Baked in, it is added where the control vector adds it, to products that nothing has changed.
+    // The baked model adds the edit at the same place as the control vector, to unchanged products.
     let folder = tempfile::tempdir().unwrap();
     let baked = folder.path().join("baked.gguf");
     let file = GgufFile::open(&path).unwrap();
@@ -136,7 +136,7 @@ fn on_a_quantised_model_the_ways_differ_by_no_more_than_the_noise_floor() {
     assert!(to_callback / n < 4.0 * floor.mean_kl, "{} {floor:?}", to_callback / n);
 }
 
-/// The divergence of `softmax(q)` from `softmax(p)`, in nats.
+/// The KL divergence of `softmax(q)` from `softmax(p)`, in nats.
 fn kl(p: &[f32], q: &[f32]) -> f64 {
     let log_softmax = |row: &[f32]| -> Vec<f64> {
         let sum: f64 = row.iter().map(|&x| f64::from(x).exp()).sum();
@@ -145,7 +145,7 @@ fn kl(p: &[f32], q: &[f32]) -> f64 {
     log_softmax(p).iter().zip(log_softmax(q)).map(|(p, q)| p.exp() * (p - q)).sum()
 }
 
-/// The tiny llama with an adapter for `ffn_down` of layer 1 applied to its weights: W + scale alpha / rank B A.
+/// An adapter for `ffn_down` of layer 1 of the tiny llama, and the model with it merged: W + scale alpha / rank B A.
 fn adapter(folder: &Path, scale: f32) -> (PathBuf, PathBuf) {
     let model = GgufFile::open(tiny("llama")).unwrap();
     let (n_ff, n_embd, rank, alpha) = (96, 64, 4, 8.0f32);
@@ -203,7 +203,7 @@ fn adapter(folder: &Path, scale: f32) -> (PathBuf, PathBuf) {
 }
 
 #[test]
-fn an_adapter_gives_the_logits_of_the_merged_weights_with_and_without_an_intervention() {
+fn an_adapter_gives_the_logits_of_merged_weights_with_and_without_an_intervention() {
     let folder = tempfile::tempdir().unwrap();
     let path = tiny("llama");
     for scale in [1.0, -0.5] {
@@ -212,7 +212,7 @@ fn an_adapter_gives_the_logits_of_the_merged_weights_with_and_without_an_interve
         let found = logits(&path, compiled(&path, &[], &loras, Route::Cheapest));
         assert!(largest_difference(&found, &logits(&path, Steering::default())) > 0.5);
         assert!(largest_difference(&found, &logits(&merged, Steering::default())) < 1e-3);
-        // The value vectors are those of the changed matrix.
+        // The value vectors must be those of the merged matrix.
         let sources = sources(&neurons(true));
         for route in [Route::Cheapest, Route::Callback] {
             let found = logits(&path, compiled(&path, &sources, &loras, route));
@@ -224,8 +224,8 @@ fn an_adapter_gives_the_logits_of_the_merged_weights_with_and_without_an_interve
 }
 
 #[test]
-fn an_unknown_architecture_must_prove_that_a_control_vector_changes_logits() {
-    // minicpm is not in the table of architectures; its tensors are those of llama.
+fn on_an_unsupported_architecture_a_control_vector_must_change_logits() {
+    // minicpm is not in the table of architectures, and has the same tensors as llama.
     let model = GgufFile::open(tiny("llama")).unwrap();
     let mut metadata = Metadata::new();
     for (key, value) in model.metadata().iter() {
@@ -256,7 +256,7 @@ fn an_unknown_architecture_must_prove_that_a_control_vector_changes_logits() {
         Session::open(&model, &exact(1), 64)
     };
     assert!(open(0.5).is_ok());
-    // What the smallest of numbers adds is lost in rounding, as on a graph without a place for it.
+    // A tiny vector is lost in rounding, so logits do not change, as on a graph that ignores control vectors.
     let error = open(1e-40).unwrap_err();
     assert!(error.to_string().contains("architecture \"minicpm\""), "{error}");
     assert!(error.to_string().contains("logits do not change"), "{error}");
@@ -291,7 +291,7 @@ struct NeuronOffset {
 }
 
 #[test]
-fn adapters_give_the_logits_of_the_reference_with_and_without_an_intervention() {
+fn adapters_give_the_references_logits_with_and_without_an_intervention() {
     for name in ["llama", "gpt2", "gemma3"] {
         let golden: LoraGolden = super::golden(&format!("{name}_lora"));
         assert_eq!(golden.cases.iter().filter(|case| !case.edits.is_empty()).count(), 1);
@@ -308,7 +308,7 @@ fn adapters_give_the_logits_of_the_reference_with_and_without_an_intervention() 
             let sources = if offsets.is_empty() { Vec::new() } else { sources(&offsets) };
             for route in [Route::Cheapest, Route::Callback] {
                 let steering = compiled(&tiny(name), &sources, &loras, route);
-                // What neurons of gemma3 write is normed before it is added.
+                // gemma3 has a norm after the FFN, so its neurons have no control vector.
                 let by_vector = !offsets.is_empty() && route == Route::Cheapest && name != "gemma3";
                 assert_eq!(steering.control_vector.is_some(), by_vector, "{name}, {route:?}");
                 let model = Model::open(&tiny(name), &ModelOptions::default()).unwrap();
@@ -325,7 +325,7 @@ fn adapters_give_the_logits_of_the_reference_with_and_without_an_intervention() 
 
 #[test]
 fn rejects_a_control_vector_on_an_architecture_that_ignores_it() {
-    // llama.cpp's graph of plamo2 has no place for one.
+    // llama.cpp's graph of plamo2 does not add control vectors.
     let (path, folder) = (tiny("plamo2"), tempfile::tempdir().unwrap());
     let model = GgufFile::open(&path).unwrap();
     let n_embd = model.n_embd().unwrap() as usize;

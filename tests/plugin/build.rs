@@ -1,4 +1,4 @@
-//! Builds the library and the programs over it, once for all tests.
+//! Builds the library and the test programs, once for all tests.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -8,20 +8,20 @@ use std::time::SystemTime;
 
 use super::root;
 
-/// The folder of the build that this test is from: `target/release`.
+/// The folder of this test's build, such as `target/release`.
 fn profile_folder() -> PathBuf {
     let test = std::env::current_exe().unwrap();
-    test.ancestors().nth(2).expect("tests lie in deps").to_path_buf()
+    test.ancestors().nth(2).expect("tests are in the folder deps").to_path_buf()
 }
 
-/// Where the programs go.
+/// The folder for the programs.
 fn folder() -> PathBuf {
     let folder = profile_folder().join("../plugin-tests");
     std::fs::create_dir_all(&folder).unwrap();
     folder.canonicalize().unwrap()
 }
 
-/// Holds other test processes back while something is built.
+/// Locks out other test processes while something is built.
 fn lock() -> File {
     let file = File::create(folder().join("lock")).unwrap();
     file.lock().unwrap();
@@ -35,13 +35,15 @@ pub fn run(command: &mut Command) -> String {
     out.into_owned()
 }
 
-/// The compiler that `scripts/setup.sh` chose, else the system's.
+/// The compiler that `scripts/setup.sh` chose, or the system's.
 pub fn compiler(is_cpp: bool) -> String {
     let (variable, default) = if is_cpp { ("CXX", "c++") } else { ("CC", "cc") };
     std::env::var(variable).unwrap_or_else(|_| default.into())
 }
 
-/// What a script that builds with cargo prints, once a run: nextest runs each test in a process of its own.
+/// Runs a build script and returns its output.
+///
+/// Nextest runs each test in its own process, so the output is kept in a file for the other tests of the same run.
 fn build(script: &str, arguments: &[&Path]) -> String {
     let _lock = lock();
     let name = Path::new(script).file_stem().expect("a script").to_str().expect("its name");
@@ -55,7 +57,7 @@ fn build(script: &str, arguments: &[&Path]) -> String {
     }
     let target = profile_folder().join("..").canonicalize().unwrap();
     let mut command = Command::new(root().join(script));
-    // Cargo sets these for tests; a cargo inside must not take them for its own.
+    // Cargo sets these variables for tests. A nested cargo must not see them.
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("CARGO_PKG_"))
     {
         command.env_remove(name);
@@ -66,15 +68,15 @@ fn build(script: &str, arguments: &[&Path]) -> String {
     printed
 }
 
-/// What `scripts/build_plugin.sh` installs: `include` and `lib`.
+/// The folder in which `scripts/build_plugin.sh` installs `include` and `lib`.
 pub static PLUGIN: LazyLock<PathBuf> =
     LazyLock::new(|| PathBuf::from(build("scripts/build_plugin.sh", &[&folder().join("prefix")])));
 
-/// The static library with a sanitizer inside.
+/// The static library, compiled with the address sanitizer.
 pub static SANITIZED: LazyLock<PathBuf> =
     LazyLock::new(|| PathBuf::from(build("scripts/build_plugin_sanitized.sh", &[])));
 
-/// The `out` folder of the llama.cpp that this build has: `include` and `lib`.
+/// The `out` folder of this build's llama.cpp, with `include` and `lib`.
 pub static LLAMA: LazyLock<PathBuf> = LazyLock::new(|| {
     let builds = std::fs::read_dir(profile_folder().join("build")).unwrap();
     let folders = builds.map(|entry| entry.unwrap().path()).filter(|path| {
@@ -89,7 +91,7 @@ fn modified(path: &Path) -> SystemTime {
     std::fs::metadata(path).unwrap().modified().unwrap()
 }
 
-/// A C program of this repository, compiled and linked with the library and with llama.cpp.
+/// Compiles a C program of this repository, and links it with the library and llama.cpp.
 pub fn program(source: &str, name: &str, flags: &[&str]) -> PathBuf {
     let libraries = PLUGIN.join("lib");
     let library = libraries.join("libdetox_gguf.so");
@@ -97,9 +99,9 @@ pub fn program(source: &str, name: &str, flags: &[&str]) -> PathBuf {
     link(source, name, flags, &library, &linked)
 }
 
-/// The same with [`SANITIZED`]; `flags` have the address sanitizer among them.
+/// As [`program`], with [`SANITIZED`]; `flags` must include the address sanitizer.
 pub fn sanitized_program(source: &str, name: &str, flags: &[&str]) -> PathBuf {
-    // What unwinds panics.
+    // libgcc_s unwinds panics.
     link(source, name, flags, &SANITIZED, &["-lgcc_s".into()])
 }
 
@@ -122,7 +124,7 @@ fn link(source: &str, name: &str, flags: &[&str], library: &Path, linked: &[Stri
     let mut link = Command::new(compiler(true));
     link.args(flags).arg(&object).arg(library).args(linked).arg("-L").arg(llama.join("lib"));
     link.args(["-lllama", "-lggml", "-lggml-cpu", "-lggml-base", "-lpthread", "-lm", "-ldl"]);
-    // Renamed into its place, so that what is there is whole, though a test was killed while it linked.
+    // Link to a temporary name and rename, so that a test killed while linking leaves no partial program.
     let linking = folder().join(format!("{name}.linking"));
     run(link.arg("-o").arg(&linking));
     std::fs::rename(&linking, &program).unwrap();

@@ -1,4 +1,4 @@
-//! `examples/c/steer.c` against the engine: the same interventions, the same logits.
+//! `examples/c/steer.c` gives the engine's logits for the same interventions.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ use serde::Deserialize;
 use super::build::{program, run};
 use super::{TOKENS, engine_logits, interventions, largest_difference, tiny};
 
-/// What the example prints.
+/// The output of the example.
 #[derive(Debug, Deserialize)]
 pub struct Output {
     /// `[n_sequences][n_vocab]`, after the last token.
@@ -60,25 +60,25 @@ const CLAMP: &str =
     r#""what": {"neurons": [[1, 5], [1, 60]]}, "edit": {"clamp": {"min": -0.01, "max": 0.01}}"#;
 const ASSIGN: &str = r#""what": {"neurons": [[0, 9], [1, 7]]}, "edit": {"assign": 4}"#;
 
-/// The two programs cut batches and reserve caches differently, and nothing else: far below the effect.
+/// The two programs differ only in how they split batches and allocate caches. This is far below the effect.
 const TOLERANCE: f32 = 1e-4;
 
 #[test]
-fn a_control_vector_steers_as_it_does_in_the_engine() {
+fn a_control_vector_steers_like_in_the_engine() {
     let folder = tempfile::tempdir().unwrap();
     let file = interventions(folder.path(), &[OFFSETS]);
     for model in ["llama", "command-r", "gpt2", "bloom", "qwen2", "qwen3"] {
         let plain = example(model, None, &[]).logits.remove(0);
         let found = example(model, Some(&file), &["--coefficient", "1.5"]).logits.remove(0);
         let expected = engine_logits(model, Some((&file, 1.5)), Route::Cheapest);
-        assert!(largest_difference(&plain, &expected) > 0.1, "{model}: it does something");
+        assert!(largest_difference(&plain, &expected) > 0.1, "{model}: it has an effect");
         let difference = largest_difference(&found, &expected);
         assert!(difference < TOLERANCE, "{model}: {difference}");
     }
 }
 
 #[test]
-fn the_callback_steers_as_it_does_in_the_engine_where_no_control_vector_can() {
+fn the_callback_steers_like_in_the_engine_if_a_control_vector_cannot() {
     let folder = tempfile::tempdir().unwrap();
     for (model, edits, flags) in [
         ("llama", &[OFFSETS, LAYER_0][..], &[][..]),
@@ -96,14 +96,14 @@ fn the_callback_steers_as_it_does_in_the_engine_where_no_control_vector_can() {
         let found = example(model, Some(&file), &flags).logits.remove(0);
         let route = if flags.contains(&"--callback") { Route::Callback } else { Route::Cheapest };
         let expected = engine_logits(model, Some((&file, -0.75)), route);
-        assert!(largest_difference(&plain, &expected) > 0.05, "{model} {edits:?}: it does something");
+        assert!(largest_difference(&plain, &expected) > 0.05, "{model} {edits:?}: it has an effect");
         let difference = largest_difference(&found, &expected);
         assert!(difference < TOLERANCE, "{model} {edits:?} {flags:?}: {difference}");
     }
 }
 
 #[test]
-fn a_coefficient_of_0_is_equal_to_no_plugin_to_the_bit() {
+fn a_coefficient_of_0_gives_the_bits_of_a_run_without_the_plugin() {
     let folder = tempfile::tempdir().unwrap();
     let file = interventions(folder.path(), &[OFFSETS, LAYER_0, ASSIGN]);
     for model in ["llama", "gemma3", "llama-q8_0"] {
@@ -116,7 +116,7 @@ fn a_coefficient_of_0_is_equal_to_no_plugin_to_the_bit() {
 }
 
 #[test]
-fn sequences_that_are_left_out_are_those_of_the_model_and_the_others_are_steered() {
+fn left_out_sequences_equal_the_unsteered_model_and_the_others_are_steered() {
     let folder = tempfile::tempdir().unwrap();
     let file = interventions(folder.path(), &[OFFSETS, LAYER_0, ASSIGN]);
     for (model, layout) in [
@@ -138,7 +138,7 @@ fn sequences_that_are_left_out_are_those_of_the_model_and_the_others_are_steered
 }
 
 #[test]
-fn edits_of_prompts_or_generated_tokens_alone_follow_what_is_announced() {
+fn edits_of_prompts_or_generated_tokens_follow_the_announced_batch() {
     let folder = tempfile::tempdir().unwrap();
     let both = interventions(folder.path(), &[LAYER_0]);
     let plain = example("llama", None, &[]).logits;
@@ -150,16 +150,16 @@ fn edits_of_prompts_or_generated_tokens_alone_follow_what_is_announced() {
         let file = interventions(folder.path(), &[&edit]);
         assert_eq!(example("llama", Some(&file), &[on]).logits, steered, "{when}");
         assert_eq!(example("llama", Some(&file), &[off]).logits, plain, "{when}");
-        // Nobody said which token is which.
+        // The batch is not announced.
         let output = command("llama", Some(&file), &[]).output().unwrap();
-        let words = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success() && words.contains("status 7"), "{words}");
-        assert!(words.contains("nobody said which token is which"), "{words}");
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && stderr.contains("status 7"), "{stderr}");
+        assert!(stderr.contains("nobody said which token is which"), "{stderr}");
     }
 }
 
 #[test]
-fn with_sliding_windows_and_a_control_vector_a_batch_is_announced_where_its_order_is_known() {
+fn with_sliding_windows_a_batch_can_be_announced_only_if_its_order_is_known() {
     let folder = tempfile::tempdir().unwrap();
     let directions = folder.path().join("directions.gguf");
     let fingerprint = Fingerprint::of(&GgufFile::open(tiny("gemma3")).unwrap()).unwrap();
@@ -186,17 +186,17 @@ fn with_sliding_windows_and_a_control_vector_a_batch_is_announced_where_its_orde
             }
         }
     }
-    // Where it is not known it is refused, as before.
+    // With a unified cache the order is not known.
     let output = command("gemma3", Some(&whole), &["--sequences", "2", "--unified", "--as-prompt"]).output();
-    let words = String::from_utf8_lossy(&output.unwrap().stderr).into_owned();
-    assert!(words.contains("sliding windows"), "{words}");
+    let stderr = String::from_utf8_lossy(&output.unwrap().stderr).into_owned();
+    assert!(stderr.contains("sliding windows"), "{stderr}");
 }
 
 #[test]
-fn what_cannot_be_told_apart_and_numbers_that_are_none_are_refused() {
+fn indistinguishable_sequences_and_invalid_numbers_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     for (model, edits, flags, reason) in [
-        // A part is a control vector, which is for all.
+        // Part of it is a control vector, which llama.cpp adds to all sequences.
         ("llama", OFFSETS, &["--sequences", "2", "--off", "1"][..], "llama.cpp adds to all sequences"),
         ("gemma3", LAYER_0, &["--sequences", "2", "--off", "1", "--unified"], "sliding windows"),
         ("llama", LAYER_0, &["--sequences", "2", "--off", "2"], "expected a sequence below 2"),
@@ -205,17 +205,17 @@ fn what_cannot_be_told_apart_and_numbers_that_are_none_are_refused() {
     ] {
         let file = interventions(folder.path(), &[edits]);
         let output = command(model, Some(&file), flags).output().unwrap();
-        let words = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success() && words.contains(reason), "{words}");
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && stderr.contains(reason), "{stderr}");
     }
 }
 
 #[test]
-fn a_callback_that_the_program_has_sees_what_it_saw_before() {
+fn the_programs_own_callback_still_sees_every_node_it_wants() {
     let folder = tempfile::tempdir().unwrap();
     for (edits, flags) in [(LAYER_0, &[][..]), (CLAMP, &[]), (OFFSETS, &["--callback"])] {
         let file = interventions(folder.path(), &[edits]);
-        // 9 tokens in micro-batches of 4 are 3 times 3 blocks.
+        // 9 tokens in micro-batches of 4 are 3 micro-batches, each of 3 blocks.
         let common = ["--ubatch", "4", "--count"];
         let plain = example("llama", None, &common);
         assert_eq!(plain.n_blocks, 9);
@@ -240,5 +240,5 @@ fn a_coefficient_changed_by_another_thread_never_splits_a_decode() {
     let text = run(&mut command("llama", Some(&file), &["--callback", "--race", "400"]));
     let race: Race = serde_json::from_str(&text).unwrap();
     assert_eq!((race.neither, race.plain + race.steered), (0, 400));
-    assert!(race.plain > 0 && race.steered > 0, "both were met: {text}");
+    assert!(race.plain > 0 && race.steered > 0, "both occurred: {text}");
 }

@@ -1,4 +1,4 @@
-//! Gates in `examples/c/steer.c`: what they read is what the engine records, and they open when they should.
+//! Gates in `examples/c/steer.c` read what the engine records, and open when they should.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -12,7 +12,7 @@ use super::{TOKENS, exact, interventions, largest_difference, tiny};
 
 const EDIT: &str = r#""what": {"neurons": [[0, 9], [2, 7]]}, "edit": {"assign": 4}"#;
 
-/// A probe with weights of either sign.
+/// A probe with positive and negative weights.
 fn probe(folder: &Path, place: ProbePlace) -> (PathBuf, Probe) {
     let weight = (0..64).map(|i| ((i * 37 % 64) as f32 - 31.5) / 40.0).collect();
     let probe =
@@ -22,7 +22,7 @@ fn probe(folder: &Path, place: ProbePlace) -> (PathBuf, Probe) {
     (path, probe)
 }
 
-/// What the engine says of the text until before each generated token, unsteered.
+/// The engine's probability for the unsteered text before each generated token.
 fn expected(model: &str, probe: &Probe, generated: &[Generated]) -> Vec<f64> {
     let model = Model::open(&tiny(model), &ModelOptions::default()).unwrap();
     let mut session = Session::open_with_callback(&model, &exact(), 64).unwrap();
@@ -37,19 +37,19 @@ fn expected(model: &str, probe: &Probe, generated: &[Generated]) -> Vec<f64> {
         ProbePlace::Block(il) => ResidualPlace::AfterBlock(il as usize),
         ProbePlace::FinalNorm => ResidualPlace::AfterFinalNorm,
     };
-    let go_on = AtomicBool::new(false);
-    let means = residual::record(&mut session, &texts, &[place], &go_on, |_| {}).unwrap();
+    let interrupt = AtomicBool::new(false);
+    let means = residual::record(&mut session, &texts, &[place], &interrupt, |_| {}).unwrap();
     means.iter().map(|of_places| probe.probability(&of_places[0])).collect()
 }
 
 #[test]
-fn the_probability_is_that_of_the_mean_residual_stream_that_the_engine_records() {
+fn the_probability_equals_that_of_the_mean_residual_stream_recorded_by_the_engine() {
     let folder = tempfile::tempdir().unwrap();
     let file = interventions(folder.path(), &[EDIT]);
     for model in ["llama", "gemma3"] {
         for place in [ProbePlace::Block(0), ProbePlace::Block(1), ProbePlace::Embedding] {
             let (path, probe) = probe(folder.path(), place);
-            // Never open: the text is the model's own. 15 tokens are within the window of 16.
+            // The gate never opens, so the text is the model's own. Its 15 tokens fit into the window of 16.
             let flags = ["--callback", "--gate", path.to_str().unwrap(), "1", "-n", "7"];
             let found = example(model, Some(&file), &flags);
             assert_eq!(found.logits, example(model, None, &[]).logits);
@@ -64,7 +64,7 @@ fn the_probability_is_that_of_the_mean_residual_stream_that_the_engine_records()
 }
 
 #[test]
-fn a_gate_that_opens_at_once_steers_all_but_the_prompt() {
+fn a_gate_with_threshold_0_steers_everything_except_the_prompt() {
     let folder = tempfile::tempdir().unwrap();
     let generation = format!("{EDIT}, \"when\": \"generation\"");
     for place in [ProbePlace::Block(1), ProbePlace::FinalNorm] {
@@ -83,7 +83,7 @@ fn a_gate_that_opens_at_once_steers_all_but_the_prompt() {
 }
 
 #[test]
-fn a_gate_between_opens_and_closes_by_what_it_read() {
+fn a_gate_opens_and_closes_as_the_probability_crosses_the_threshold() {
     let folder = tempfile::tempdir().unwrap();
     let file = interventions(folder.path(), &[EDIT]);
     let (path, _) = probe(folder.path(), ProbePlace::Block(0));
@@ -91,7 +91,7 @@ fn a_gate_between_opens_and_closes_by_what_it_read() {
         let flags = ["--callback", "--gate", path.to_str().unwrap(), threshold, "-n", "12"];
         example("llama", Some(&file), &flags).generated
     };
-    // A threshold among the probabilities that a closed gate reads.
+    // A threshold between the probabilities that a closed gate reads.
     let mut seen: Vec<f64> = run("1").iter().map(|step| step.probability).collect();
     seen.sort_by(f64::total_cmp);
     let threshold = (seen[5] + seen[6]) / 2.0;
@@ -100,8 +100,8 @@ fn a_gate_between_opens_and_closes_by_what_it_read() {
         assert_eq!(step.is_open, step.probability >= threshold, "{}", step.probability);
     }
     let first_open = steps.iter().position(|step| step.is_open).expect("it opens");
-    assert!(steps.iter().any(|step| !step.is_open), "it is closed, too");
-    // Until it opens every step is the model's own, to the bit, and the first that is open is not.
+    assert!(steps.iter().any(|step| !step.is_open), "it closes as well");
+    // Until it opens every step has the bits of the model's own, and the first open step does not.
     let plain = example("llama", None, &["-n", "12"]).generated;
     for (step, plain) in steps.iter().zip(&plain).take(first_open) {
         assert_eq!((step.token, &step.logits), (plain.token, &plain.logits));
@@ -111,7 +111,7 @@ fn a_gate_between_opens_and_closes_by_what_it_read() {
 }
 
 #[test]
-fn gates_of_several_sequences_are_apart() {
+fn each_sequence_has_its_own_gate() {
     const N: usize = 8;
     let folder = tempfile::tempdir().unwrap();
     let file = interventions(folder.path(), &[EDIT]);
@@ -123,7 +123,7 @@ fn gates_of_several_sequences_are_apart() {
         let flags = ["--callback", "--gate", gate, threshold, "-n", "8"];
         example_of(&tokens, "llama", Some(&file), &flags).generated
     };
-    // A threshold among what closed gates read of three texts, so that some are open while others are closed.
+    // A threshold between the readings of three texts, so that some gates are open while others are closed.
     let mut seen: Vec<f64> = (0..3).flat_map(|s| alone(s, "1")).map(|step| step.probability).collect();
     seen.sort_by(f64::total_cmp);
     let threshold = format!("{:.17}", (seen[11] + seen[12]) / 2.0);

@@ -1,4 +1,4 @@
-//! The header: both languages, and the same interface as the library.
+//! The header compiles as C and C++, and declares the same interface as the library has.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -10,7 +10,7 @@ fn header() -> String {
     std::fs::read_to_string(root().join("vendor/include/detox_gguf.h")).unwrap()
 }
 
-/// Functions that a text declares, one a line.
+/// The functions that the header declares; each declaration starts a line.
 pub fn declared() -> BTreeSet<String> {
     let header = header();
     let after_api = header.lines().filter_map(|line| line.strip_prefix("DETOX_API "));
@@ -48,7 +48,7 @@ fn the_header_compiles_as_c11_and_cpp17_without_a_warning() {
             command
                 .args([standard, "-Wall", "-Wextra", "-Werror", "-fsyntax-only", &include, &llama])
                 .arg(path);
-            // llama.cpp's own headers are not pedantic about C; this one is.
+            // Our header compiles with -pedantic; llama.cpp's headers do not.
             if content == plain {
                 command.arg("-pedantic");
             }
@@ -63,7 +63,7 @@ fn the_code_in_the_documentation_compiles_as_c11_and_cpp17() {
     let text = std::fs::read_to_string(root().join("docs/plugin.md")).unwrap();
     let mut blocks = text.split("```c\n").skip(1).filter_map(|rest| rest.split("```").next());
     let code = blocks.find(|block| block.contains("#include <detox_gguf.h>")).expect("a program in C");
-    // Its directives, and then its statements with what the program has already.
+    // The directives, then the statements inside a function that declares the variables they use.
     let (directives, statements) = code.split_once("\n\n").unwrap();
     assert!(directives.lines().all(|line| line.starts_with('#')), "{directives}");
     let program = format!(
@@ -80,7 +80,7 @@ fn the_code_in_the_documentation_compiles_as_c11_and_cpp17() {
 }
 
 #[test]
-fn header_map_and_library_have_the_same_functions() {
+fn header_version_script_and_library_have_the_same_functions() {
     let declared = declared();
     assert!(declared.len() > 15, "{declared:?}");
     let map = std::fs::read_to_string(root().join("vendor/detox_gguf.map")).unwrap();
@@ -91,7 +91,7 @@ fn header_map_and_library_have_the_same_functions() {
     let symbols =
         run(Command::new("nm").args(["-D", "--defined-only"]).arg(PLUGIN.join("lib/libdetox_gguf.so")));
     let defined: Vec<&str> = symbols.lines().filter_map(|line| line.split_whitespace().nth(2)).collect();
-    // The version node is a symbol itself.
+    // The version node is a symbol too.
     let functions: BTreeSet<String> = defined
         .iter()
         .filter(|name| !name.starts_with("DETOX_GGUF_"))
@@ -105,8 +105,8 @@ fn header_map_and_library_have_the_same_functions() {
 }
 
 #[test]
-fn structs_and_numbers_of_the_header_are_those_of_the_library() {
-    // The same numbers stand in the tests of src/plugin/c/mod.rs.
+fn structs_and_constants_of_the_header_match_the_library() {
+    // The tests of src/plugin/c/mod.rs have the same numbers.
     let path = root().join("tests/plugin/layout.c");
     let include = format!("-I{}", root().join("vendor/include").display());
     let mut command = Command::new(compiler(false));

@@ -1,4 +1,4 @@
-//! The library by itself: no llama.cpp in it, and what a build with pkg-config needs.
+//! The installed library: it contains no llama.cpp, and programs can be built with it through pkg-config.
 
 use std::process::Command;
 
@@ -6,15 +6,15 @@ use super::build::{PLUGIN, compiler, run};
 use super::root;
 
 #[test]
-fn the_library_neither_has_nor_needs_a_symbol_of_llama_cpp() {
+fn the_library_neither_defines_nor_needs_symbols_of_llama_cpp() {
     let library = PLUGIN.join("lib/libdetox_gguf.so");
     let dynamic = run(Command::new("nm").arg("-D").arg(&library));
     let all = run(Command::new("nm").arg(&library));
-    assert!(all.contains("detox_steer_load"), "symbols are there to be looked at");
+    assert!(all.contains("detox_steer_load"), "the library is not stripped");
     for line in dynamic.lines().chain(all.lines()) {
         let name = line.split_whitespace().last().unwrap_or_default();
-        let is_theirs = ["llama_", "ggml_", "gguf_"].iter().any(|prefix| name.starts_with(prefix));
-        assert!(!is_theirs, "{line}");
+        let is_of_llama_cpp = ["llama_", "ggml_", "gguf_"].iter().any(|prefix| name.starts_with(prefix));
+        assert!(!is_of_llama_cpp, "{line}");
     }
     let needed = run(Command::new("readelf").arg("-d").arg(&library));
     let needed: Vec<&str> = needed.lines().filter(|line| line.contains("(NEEDED)")).collect();
@@ -27,27 +27,27 @@ fn the_library_neither_has_nor_needs_a_symbol_of_llama_cpp() {
 }
 
 #[test]
-fn the_library_s_name_has_the_version_of_the_interface() {
+fn the_soname_has_the_version_of_the_interface() {
     let dynamic = run(Command::new("readelf").arg("-d").arg(PLUGIN.join("lib/libdetox_gguf.so")));
     let soname = dynamic.lines().find(|line| line.contains("(SONAME)")).unwrap();
     assert!(soname.contains("[libdetox_gguf.so.1]"), "{soname}");
     assert!(PLUGIN.join("lib/libdetox_gguf.so.1").exists());
-    // What cargo-c takes for `cargo cinstall`.
+    // `cargo cinstall` (cargo-c) uses these settings.
     let manifest = std::fs::read_to_string(root().join("Cargo.toml")).unwrap();
     let capi = manifest.split("[package.metadata.capi.library]").nth(1).expect("settings for cargo-c");
-    assert!(capi.contains("version = \"1.0.0\""), "the same number");
+    assert!(capi.contains("version = \"1.0.0\""), "cargo-c has the same version");
     assert!(manifest.contains("from = \"vendor/include/detox_gguf.h\""));
 }
 
 #[test]
-fn the_pkg_config_file_has_what_compiles_a_program() {
+fn a_program_can_be_built_with_the_flags_of_the_pkg_config_file() {
     let text = std::fs::read_to_string(PLUGIN.join("lib/pkgconfig/detox_gguf.pc")).unwrap();
     let value = |key: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(key));
         line.unwrap_or_else(|| panic!("{key} in {text}")).trim().to_owned()
     };
     assert_eq!(value("Version:"), env!("CARGO_PKG_VERSION"));
-    // As pkg-config does, which not every system has.
+    // Resolve the variables here, because not every system has pkg-config.
     let prefix = value("prefix=");
     let resolve = |text: String| {
         let libdir = value("libdir=").replace("${prefix}", &prefix);
@@ -63,12 +63,12 @@ fn the_pkg_config_file_has_what_compiles_a_program() {
     command.args(resolve(value("Cflags:")).split_whitespace()).arg(&source);
     run(command.args(resolve(value("Libs:")).split_whitespace()).arg("-o").arg(&program));
     run(Command::new(&program).env("LD_LIBRARY_PATH", PLUGIN.join("lib")));
-    // And itself, where it is.
+    // Then with pkg-config itself, if it is installed.
     let mut pkg_config = Command::new("pkg-config");
     pkg_config.env("PKG_CONFIG_PATH", PLUGIN.join("lib/pkgconfig"));
     pkg_config.args(["--cflags", "--libs", "detox_gguf"]);
     if !Command::new("pkg-config").arg("--version").output().is_ok_and(|output| output.status.success()) {
-        eprintln!("skipped: no pkg-config here");
+        eprintln!("skipped: pkg-config is not installed");
         return;
     }
     let flags = run(&mut pkg_config);

@@ -1,5 +1,6 @@
-//! The plugin as programs use it: its C library, built without llama.cpp, in C and Python programs over a llama.cpp of
-//! their own. Needs a system with ELF libraries and a C compiler, as `scripts/build_plugin.sh` does.
+//! The plugin as programs use it: as a C library without llama.cpp, in C and Python programs with their own llama.cpp.
+//!
+//! Like `scripts/build_plugin.sh`, this needs a system with ELF libraries and a C compiler.
 #![cfg(target_os = "linux")]
 
 mod abi;
@@ -35,7 +36,7 @@ fn tiny(name: &str) -> PathBuf {
     root().join("gguf/tiny").join(format!("{name}.gguf"))
 }
 
-/// As the C example opens its context.
+/// The options with which the C example opens its context.
 fn exact() -> SessionOptions {
     SessionOptions {
         n_parallel: Some(1),
@@ -47,7 +48,7 @@ fn exact() -> SessionOptions {
     }
 }
 
-/// A file of interventions on neurons, each as `{"what": …, "edit": …}` without the braces.
+/// Writes a file of interventions; each is the JSON `{"what": …, "edit": …}` without the braces.
 fn interventions(folder: &Path, list: &[&str]) -> PathBuf {
     let path = folder.join("steer.json");
     let list = list.iter().map(|x| format!("{{{x}}}")).collect::<Vec<_>>().join(", ");
@@ -56,12 +57,12 @@ fn interventions(folder: &Path, list: &[&str]) -> PathBuf {
     path
 }
 
-/// The engine's own logits after the last of [`TOKENS`], steered by a file or not at all.
+/// The engine's logits after the last of [`TOKENS`], steered by a file or unsteered.
 fn engine_logits(model: &str, steer: Option<(&Path, f32)>, route: Route) -> Vec<f32> {
     engine_logits_of(&tiny(model), &TOKENS, steer, route, &exact())
 }
 
-/// The same of any model and tokens.
+/// As [`engine_logits`], for any model and tokens.
 fn engine_logits_of(
     path: &Path,
     tokens: &[Token],

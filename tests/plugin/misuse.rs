@@ -1,4 +1,4 @@
-//! What can be seen to be wrong is refused: by the C functions, and by the reader of files behind them.
+//! Detectable misuse is refused, by the C functions and by the file readers behind them.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::build::{program, run};
 use super::{interventions, tiny};
 
-/// The files that `tests/plugin/misuse.c` and `tests/plugin/fuzz.c` take.
+/// The files that `tests/plugin/misuse.c` and `tests/plugin/fuzz.c` take as arguments.
 pub fn files(folder: &std::path::Path) -> [PathBuf; 5] {
     let assign = interventions(folder, &[r#""what": {"neurons": [[0, 5]]}, "edit": {"assign": 4}"#]);
     let steer = folder.join("assign.json");
@@ -26,7 +26,7 @@ pub fn files(folder: &std::path::Path) -> [PathBuf; 5] {
 }
 
 #[test]
-fn every_function_refuses_what_can_be_seen_to_be_wrong_and_works_in_between() {
+fn every_function_refuses_detectable_misuse_and_still_works_afterwards() {
     let folder = tempfile::tempdir().unwrap();
     run(Command::new(program("tests/plugin/misuse.c", "misuse", &[])).args(files(folder.path())));
 }
@@ -59,7 +59,7 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.gguf");
         let mut bytes = std::fs::read(tiny("llama")).unwrap();
-        // The metadata and the list of tensors are at the start.
+        // The metadata and the list of tensors are at the start of the file.
         bytes[at.index(16 << 10)] = byte;
         let length = cut.index(2 * bytes.len()).min(bytes.len());
         std::fs::write(&path, &bytes[..length]).unwrap();

@@ -1,4 +1,4 @@
-//! `examples/c/overhead.c`: that it measures what it says. What it measures is in `docs/plugin.md`.
+//! `examples/c/overhead.c` measures what it says. `docs/plugin.md` has its results.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,13 +9,13 @@ use serde_json::Value;
 use super::build::{program, run};
 use super::{interventions, tiny};
 
-/// Of one context.
+/// The measurement of one context.
 #[derive(Debug)]
 struct Measured {
     ratio: f64,
     low: f64,
     high: f64,
-    /// A hash of its last logits.
+    /// A hash of the context's last logits.
     logits: String,
 }
 
@@ -33,7 +33,7 @@ fn command(edit: &str, folder: &Path, flags: &[&str]) -> Command {
     command
 }
 
-/// The contexts, by their names.
+/// The measurements, by name of the context.
 fn overhead(edit: &str, flags: &[&str]) -> BTreeMap<String, Measured> {
     let folder = tempfile::tempdir().unwrap();
     let found = run(&mut command(edit, folder.path(), flags));
@@ -42,7 +42,7 @@ fn overhead(edit: &str, flags: &[&str]) -> BTreeMap<String, Measured> {
     contexts.map(|(name, value)| (name, Measured::from(&value))).collect()
 }
 
-/// That each context is steered as its name says, or not at all.
+/// Asserts that each context is steered or unsteered, as its name says.
 fn assert_steered(found: &BTreeMap<String, Measured>) {
     let plain = &found["plain"].logits;
     for (name, measured) in found {
@@ -63,7 +63,7 @@ fn the_overhead_of_each_context_is_measured_with_an_interval() {
         for (name, &Measured { ratio, low, high, .. }) in &found {
             assert!(0.0 < low && low <= ratio && ratio <= high, "{name}: {low} {ratio} {high}");
         }
-        // Each token's ratios of the two unsteered contexts are 2 together: so are the medians, as printed.
+        // For each token the ratios of the two unsteered contexts add up to 2, and so do their printed medians.
         let (plain, again) = (&found["plain"], &found["plain_again"]);
         for (a, b) in [(plain.ratio, again.ratio), (plain.low, again.high), (plain.high, again.low)] {
             assert!((a + b - 2.0).abs() < 3e-4, "{found:?}");
@@ -72,30 +72,30 @@ fn the_overhead_of_each_context_is_measured_with_an_interval() {
 }
 
 #[test]
-fn what_no_control_vector_can_do_is_measured_by_the_callback_alone() {
+fn without_a_control_vector_only_the_callback_is_measured() {
     let assign = r#""what": {"neurons": [[0, 3]]}, "edit": {"assign": 3}"#;
     let found = overhead(assign, &["--tokens", "1"]);
     assert_eq!(found.keys().collect::<Vec<_>>(), ["callback", "callback_at_0", "plain", "plain_again"]);
     assert_steered(&found);
     let is_one_value = |of: &Measured| of.low == of.ratio && of.ratio == of.high;
-    assert!(found.values().all(is_one_value), "of one token: {found:?}");
+    assert!(found.values().all(is_one_value), "one token has no spread: {found:?}");
 }
 
 #[test]
-fn the_time_on_the_cpu_is_refused_for_several_threads() {
+fn measuring_cpu_time_of_several_threads_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let output = command(OFFSET, folder.path(), &["--cpu", "--threads", "2"]).output().unwrap();
-    let words = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && words.contains("--cpu is for one thread"), "{words}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && stderr.contains("--cpu is for one thread"), "{stderr}");
 }
 
 #[test]
-fn asking_about_a_node_that_is_not_wanted_is_quick() {
+fn asking_about_an_unwanted_node_is_fast() {
     let folder = tempfile::tempdir().unwrap();
     let file = interventions(folder.path(), &[r#""what": {"neurons": [[2, 3]]}, "edit": {"offset": 3}"#]);
     let mut command = Command::new(program("tests/plugin/ask.c", "ask", &[]));
     let ns: f64 = run(command.arg(tiny("llama")).arg(&file).arg("2000")).trim().parse().unwrap();
-    // 31 where it was written, at best of many rounds. Ten times that leaves room for slower processors, and catches texts
-    // that are put together for each node, or a look through all layers.
+    // It takes 31 ns on the machine where this was written, the best of many rounds. Ten times that leaves room for
+    // slower processors, and still catches string building or a loop over all layers for each node.
     assert!(ns < 300.0, "{ns} ns");
 }

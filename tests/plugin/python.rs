@@ -1,4 +1,4 @@
-//! `examples/python/steer.py` with llama-cpp-python, which has another build of llama.cpp.
+//! Runs `examples/python/steer.py` with llama-cpp-python, which brings its own build of llama.cpp.
 
 use std::process::Command;
 
@@ -7,7 +7,7 @@ use detox_gguf::steer::compile::Route;
 use super::build::{PLUGIN, run};
 use super::{TOKENS, engine_logits, interventions, largest_difference, root, tiny};
 
-/// Names a Python that has llama-cpp-python; `scripts/test.sh` prepares one where `CI=true`.
+/// Path of a Python that has llama-cpp-python. With `CI=true`, `scripts/test.sh` prepares one.
 const PYTHON: &str = "DETOX_GGUF_TEST_PYTHON";
 
 #[test]
@@ -31,7 +31,7 @@ fn the_python_example_steers_as_the_engine_does() {
         let found: Vec<f32> = serde_json::from_str(&run(&mut command)).unwrap();
         let plain = engine_logits(model, None, Route::Cheapest);
         let expected = engine_logits(model, Some((&file, 1.5)), Route::Cheapest);
-        assert!(largest_difference(&plain, &expected) > 0.05, "{model}: it does something");
+        assert!(largest_difference(&plain, &expected) > 0.05, "{model}: it has an effect");
         let difference = largest_difference(&found, &expected);
         assert!(difference < 1e-3, "{model} {edit}: {difference}");
     }

@@ -1,5 +1,6 @@
-//! The C programs under clang's address and undefined-behaviour sanitizers, and the C functions under its fuzzer, with a
-//! library that rustc compiled with the address sanitizer too.
+//! Runs the C programs under clang's address and undefined-behaviour sanitizers, and the C functions under its fuzzer.
+//!
+//! The library is also compiled with the address sanitizer.
 
 use std::process::Command;
 
@@ -9,7 +10,7 @@ use super::{TOKENS, interventions, tiny};
 
 const FLAGS: [&str; 2] = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"];
 
-/// Whether the compiler has its sanitizers; `scripts/test.sh` installs them where `CI=true`.
+/// Whether the compiler has its sanitizers. With `CI=true`, `scripts/test.sh` installs them.
 fn has_sanitizers() -> bool {
     let folder = tempfile::tempdir().unwrap();
     let source = folder.path().join("x.c");
@@ -29,19 +30,19 @@ fn has_sanitizers() -> bool {
 }
 
 #[test]
-fn the_sanitizer_sees_what_the_library_reads_beyond_an_array() {
+fn the_sanitizer_detects_a_read_of_the_library_past_the_end_of_an_array() {
     if !has_sanitizers() {
         return;
     }
     let beyond = sanitized_program("tests/plugin/beyond.c", "beyond", &FLAGS);
     let folder = tempfile::tempdir().unwrap();
     let [model, steer, ..] = files(folder.path());
-    // First as it should be.
+    // Correct use first.
     run(Command::new(&beyond).arg(&model).arg(&steer));
     let output = Command::new(&beyond).arg(&model).arg(&steer).arg("beyond").output().unwrap();
-    let words = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success() && words.contains("heap-buffer-overflow"), "{words}");
-    assert!(words.contains("READ of size 4") && words.contains("detox_batch"), "{words}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && stderr.contains("heap-buffer-overflow"), "{stderr}");
+    assert!(stderr.contains("READ of size 4") && stderr.contains("detox_batch"), "{stderr}");
 }
 
 #[test]
@@ -92,10 +93,11 @@ fn the_fuzzer_finds_nothing_in_ten_thousand_runs() {
     command.env("DETOX_FUZZ_FILES", files).current_dir(folder.path());
     command.args(["-runs=10000", "-seed=1", "-len_control=0", "-max_len=500", "-print_final_stats=1"]);
     let output = command.output().unwrap();
-    let words = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}\n{words}", output.status);
-    // `fuzz.c` alone has some five hundred: without the library's, the fuzzer would not see what its inputs reach.
-    let before = words.split_once(" inline 8-bit counters").expect("counters").0;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{}\n{stderr}", output.status);
+    // `fuzz.c` alone has about five hundred counters. Without the library's, the fuzzer could not see what code its
+    // inputs reach.
+    let before = stderr.split_once(" inline 8-bit counters").expect("counters").0;
     let n_counters: usize = before.rsplit('(').next().unwrap().trim().parse().unwrap();
-    assert!(n_counters > 3000, "{n_counters} counters: is the library compiled for the fuzzer?");
+    assert!(n_counters > 3000, "{n_counters} counters: was the library compiled for the fuzzer?");
 }

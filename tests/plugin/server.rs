@@ -1,5 +1,5 @@
-//! `examples/llama-server.sh`: the files that it makes, and what a real llama-server, over another build of llama.cpp,
-//! answers over HTTP with them.
+//! `examples/llama-server.sh` makes the right files, and a real llama-server with another build of llama.cpp steers
+//! with them.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,10 +17,10 @@ use super::build::run;
 use super::support::real_model;
 use super::{TOKENS, engine_logits_of, exact, interventions, root, tiny};
 
-/// Names a llama-server; `scripts/test.sh` prepares one where `CI=true`.
+/// Path of a llama-server. With `CI=true`, `scripts/test.sh` prepares one.
 const SERVER: &str = "DETOX_GGUF_TEST_LLAMA_SERVER";
 
-/// The server; `None`, said aloud, where there is none outside CI.
+/// The server; outside CI it may be missing, and `None` is logged.
 fn llama_server() -> Option<PathBuf> {
     let found = std::env::var_os(SERVER).map(PathBuf::from);
     if found.is_none() {
@@ -30,10 +30,10 @@ fn llama_server() -> Option<PathBuf> {
     found
 }
 
-/// A token that is a character of ASCII in all the models here.
+/// A token that is an ASCII character in all models of these tests.
 const ASCII: Token = 33;
 
-/// The recipe with some program as its server.
+/// The recipe, with any program in place of llama-server.
 fn recipe(server: &Path, way: &str, model: &Path, neurons: &Path, offset: &str, folder: &Path) -> Command {
     let mut command = Command::new(root().join("examples/llama-server.sh"));
     command.arg(way).arg(model).arg(neurons).arg(offset).arg(folder);
@@ -41,7 +41,7 @@ fn recipe(server: &Path, way: &str, model: &Path, neurons: &Path, offset: &str, 
     command
 }
 
-/// A server that runs, until it is dropped.
+/// A running server, stopped when dropped.
 struct Serving {
     child: Child,
     address: String,
@@ -51,7 +51,7 @@ struct Serving {
 impl Serving {
     /// Waits until the model is loaded.
     fn start(mut command: Command, folder: &Path) -> Serving {
-        // The server binds the port itself: where another program does between here and there, it ends.
+        // The server binds the port itself. If another program takes the port in between, the server exits.
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let log = folder.join("server.log");
         let file = File::create(&log).unwrap();
@@ -63,24 +63,24 @@ impl Serving {
         while !serving.request("GET", "/health", "").is_ok_and(|(status, _)| status == 200) {
             let ended = serving.child.try_wait().unwrap();
             let is_late = start.elapsed() > Duration::from_secs(120);
-            assert!(ended.is_none() && !is_late, "{command:?}: {ended:?}\n{}", serving.words());
+            assert!(ended.is_none() && !is_late, "{command:?}: {ended:?}\n{}", serving.read_log());
             std::thread::sleep(Duration::from_millis(50));
         }
         serving.assert_runs();
         serving
     }
 
-    /// An answer is believed only while this server runs: another one's at the same port is not.
+    /// Asserts that this server is running, so that an answer is not that of another server on the same port.
     fn assert_runs(&mut self) {
         let ended = self.child.try_wait().unwrap();
-        assert!(ended.is_none(), "{ended:?}\n{}", self.words());
+        assert!(ended.is_none(), "{ended:?}\n{}", self.read_log());
     }
 
-    fn words(&self) -> String {
+    fn read_log(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap()).into_owned()
     }
 
-    /// The status and the body of what is answered.
+    /// The status and body of the answer.
     fn request(&self, method: &str, path: &str, body: &str) -> io::Result<(u16, String)> {
         let mut stream = TcpStream::connect(&self.address)?;
         stream.set_read_timeout(Some(Duration::from_secs(120)))?;
@@ -98,16 +98,16 @@ impl Serving {
         Ok((status.ok_or(io::ErrorKind::InvalidData)?, body.to_owned()))
     }
 
-    /// The log-probs of the token after `tokens`, by its id.
+    /// The log-probs of the next token after `tokens`, `[n_vocab]`.
     fn logps(&mut self, tokens: &[Token], n_vocab: usize) -> Vec<f64> {
-        // The server holds a token back, and its log-probs, that ends within a character: this has it take one of ASCII,
-        // which the log-probs, those of the model, do not know of.
+        // The server holds back a token that ends within a character, and its log-probs. The bias makes it choose an
+        // ASCII token; the log-probs are the model's own, without the bias.
         let request = json!({
             "prompt": tokens, "n_predict": 1, "n_probs": n_vocab, "temperature": 0, "cache_prompt": false,
             "logit_bias": [[ASCII, 1e6]],
         });
         let (status, body) = self.request("POST", "/completion", &request.to_string()).unwrap();
-        assert_eq!(status, 200, "{body}\n{}", self.words());
+        assert_eq!(status, 200, "{body}\n{}", self.read_log());
         self.assert_runs();
         let answer: Value = serde_json::from_str(&body).unwrap();
         let found = &answer["completion_probabilities"][0]["top_logprobs"];
@@ -115,14 +115,14 @@ impl Serving {
         for found in found.as_array().unwrap_or_else(|| panic!("{body}")) {
             logps[found["id"].as_u64().unwrap() as usize] = found["logprob"].as_f64().unwrap();
         }
-        assert!(logps.iter().all(|logp| !logp.is_nan()), "a log-prob of each token: {body}");
+        assert!(logps.iter().all(|logp| !logp.is_nan()), "every token has a log-prob: {body}");
         logps
     }
 }
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        // The recipe becomes the server (`exec`), so that this is its process.
+        // The recipe replaces itself with the server (`exec`), so this is the server's process.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -139,7 +139,7 @@ fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
-/// Σ p ln(p/q).
+/// The KL divergence Σ p ln(p/q), from log-probs.
 fn divergence(p: &[f64], q: &[f64]) -> f64 {
     p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum()
 }
@@ -155,7 +155,7 @@ fn the_recipe_for_llama_server_makes_one_file_for_each_offset_and_keeps_it() {
     let (neurons, files) = (folder.path().join("neurons.json"), folder.path().join("files"));
     std::fs::write(&neurons, "[[0, 9], [1, 3], [1, 40]]").unwrap();
     let model = tiny("llama");
-    // In the server's place a program that prints what it was called with.
+    // In place of the server, `echo` prints the arguments that it was called with.
     let line = |way: &str, offset: &str| {
         let mut command = recipe(Path::new("echo"), way, &model, &neurons, offset, &files);
         run(command.args(["--port", "1"])).trim_end().to_owned()
@@ -166,21 +166,21 @@ fn the_recipe_for_llama_server_makes_one_file_for_each_offset_and_keeps_it() {
     let baked = line("baked", "-3.5");
     let start = format!("-m {}/steered-", files.display());
     assert!(baked.starts_with(&start) && baked.ends_with(".gguf --port 1"), "{baked}");
-    // What was made for one offset is not taken for another.
+    // A file made for one offset is not used for another.
     assert_ne!(line("vector", "2"), vector);
     assert_eq!(names(&files).len(), 3);
-    // And is there the next time: nobody makes it again, who could not.
+    // It is kept for the next time: `false` in place of detox-gguf could not make it again.
     let mut again = recipe(Path::new("echo"), "vector", &model, &neurons, "-3.5", &files);
     assert_eq!(run(again.args(["--port", "1"]).env("DETOX_GGUF", "false")).trim_end(), vector);
     let mut anew = recipe(Path::new("echo"), "vector", &model, &neurons, "-1", &files);
     assert!(!anew.env("DETOX_GGUF", "false").output().unwrap().status.success());
 }
 
-/// Both ways, with the neurons that each edits.
+/// Both ways, with the neurons that each one edits.
 const WAYS: [(&str, &str); 2] = [("vector", "[[1, 3], [1, 40]]"), ("baked", "[[0, 9], [1, 3], [1, 40]]")];
 
 #[test]
-fn llama_server_steers_as_the_engine_does_both_ways() {
+fn llama_server_steers_like_the_engine_both_ways() {
     let Some(server) = llama_server() else { return };
     let folder = tempfile::tempdir().unwrap();
     let neurons = folder.path().join("neurons.json");
@@ -197,7 +197,7 @@ fn llama_server_steers_as_the_engine_does_both_ways() {
             // As `exact`.
             command.args(["-c", "256", "-np", "1", "-t", "1", "-fa", "off", "-ctk", "f32", "-ctv", "f32"]);
             let found = Serving::start(command, folder.path()).logps(&TOKENS, plain.len());
-            assert!(largest_difference(&plain, &expected) > 0.1, "{name} {way}: it does something");
+            assert!(largest_difference(&plain, &expected) > 0.1, "{name} {way}: it has an effect");
             let difference = largest_difference(&found, &expected);
             assert!(difference < 1e-3, "{name} {way}: {difference}");
         }
@@ -205,7 +205,7 @@ fn llama_server_steers_as_the_engine_does_both_ways() {
 }
 
 #[test]
-fn llama_server_steers_a_quantised_model_as_the_engine_does_up_to_the_noise_of_its_weights() {
+fn llama_server_steers_a_quantised_model_like_the_engine_up_to_quantisation_noise() {
     let (Some(server), Some(model)) = (llama_server(), real_model()) else { return };
     let folder = tempfile::tempdir().unwrap();
     let neurons = folder.path().join("neurons.json");
@@ -230,7 +230,7 @@ fn llama_server_steers_a_quantised_model_as_the_engine_does_up_to_the_noise_of_i
         command.args(["-c", "256", "-np", "1", "-t", "1"]);
         let found = Serving::start(command, folder.path()).logps(&tokens, plain.len());
         let (to_steered, to_plain) = (divergence(&steered, &found), divergence(&plain, &found));
-        assert!(effect > 0.5, "{way}: it does something: {effect}");
+        assert!(effect > 0.5, "{way}: it has an effect: {effect}");
         assert!(to_steered < 0.1 * effect, "{way}: {to_steered} of {effect}");
         assert!(to_plain > 0.5 * effect, "{way}: {to_plain} of {effect}");
     }

@@ -22,7 +22,7 @@ pub(super) struct RawCallbackOptions {
     pub(super) next_user_data: *mut c_void,
 }
 
-// SAFETY: `repr(C)`, numbers and pointers that may be null, the size first.
+// SAFETY: `repr(C)`, plain numbers and nullable pointers, the size first.
 unsafe impl SizedStruct for RawCallbackOptions {
     const LEAST: usize = std::mem::offset_of!(RawCallbackOptions, next);
     const ENDS: &'static [usize] =
@@ -30,9 +30,9 @@ unsafe impl SizedStruct for RawCallbackOptions {
 }
 
 /// # Safety
-/// - `table` is null, or a struct that is as long as its size says, whose functions are those that the header
-///   describes, and stay so until the callback is freed.
-/// - `options` is null, or a struct that is as long as its size says; its `next` may be called with its data.
+/// - `table` is null, or a struct that is as long as its size says. Its functions do what the header says, until the
+///   callback is freed.
+/// - `options` is null, or a struct that is as long as its size says. Its `next` may be called with its user data.
 /// - `callback` is null, or can be written to.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn detox_steer_callback(
@@ -73,7 +73,8 @@ extern "C" fn detox_callback_free(callback: *mut c_void) -> Status {
 }
 
 /// # Safety
-/// `tensor` is null, or one that llama.cpp passes to the eval callback of a context of this program.
+/// `tensor` is null, or a tensor that llama.cpp passed to the eval callback of a context of this program, and that
+/// callback has not returned yet.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn detox_eval_callback(tensor: *mut Tensor, ask: bool, user_data: *mut c_void) -> bool {
     let found = catch_unwind(AssertUnwindSafe(|| Running::enter(user_data))).unwrap_or_default();
@@ -101,8 +102,9 @@ unsafe extern "C" fn detox_batch(
         let entry = handle::callback(callback)?;
         let HostCallback { callback, table, needs_sources, .. } = &entry.callback;
         if *needs_sources && !table.knows_sources() {
-            return Err(Error::refused("batch", "in this context sequences are told apart by the functions `op` and `source` of the host table, which it lacks").with_hint("give them, or make the context with kv_unified = true")
-            .into());
+            let reason = "to tell the sequences of this context apart, the host table needs the functions `op` and `source`, which it lacks";
+            let hint = "add them to the table, or create the context with kv_unified = true";
+            return Err(Error::refused("batch", reason).with_hint(hint).into());
         }
         // llama.cpp counts a batch's tokens in an i32.
         if i32::try_from(n_tokens).is_err() {
@@ -138,7 +140,7 @@ unsafe extern "C" fn detox_batch(
     })
 }
 
-/// A number that no array proves is not believed beyond this: more than any context holds.
+/// Most tokens of a batch that is announced without any array. No context holds more.
 const MOST_PLAIN_TOKENS: usize = 1 << 24;
 
 #[unsafe(no_mangle)]

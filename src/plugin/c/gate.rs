@@ -1,4 +1,4 @@
-//! Gates: steering only while a text is turning toxic.
+//! C functions for gates, which steer only while a text is turning toxic.
 
 use std::ffi::{c_char, c_void};
 
@@ -23,7 +23,7 @@ unsafe impl SizedStruct for RawGateOptions {
 }
 
 /// # Safety
-/// - `probe_path` is null, or a terminated string.
+/// - `probe_path` is null, or a NUL-terminated string.
 /// - `options` is null, or a struct that is as long as its size says.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn detox_gate_set(
@@ -55,7 +55,7 @@ extern "C" fn detox_gate_set_threshold(callback: *mut c_void, threshold: f64) ->
 }
 
 /// # Safety
-/// Each of the results is null, or can be written to.
+/// `probability` and `is_open` are each null, or can be written to.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn detox_gate_state(
     callback: *mut c_void,

@@ -1,5 +1,6 @@
-//! Handles: numbers in the form of pointers, looked up and never followed, and never given twice. So what was freed is
-//! told from what lives, whatever a program passes.
+//! Handles: numbers in the form of pointers, which are looked up and never dereferenced.
+//!
+//! A number is never used twice, so a freed handle is always recognised, whatever a program passes.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -13,31 +14,32 @@ use super::status::Failure;
 use crate::error::Error;
 use crate::plugin::Steer;
 
-/// What a handle stands for.
+/// The object behind a handle.
 #[derive(Debug, Clone)]
 pub(super) enum Object {
     Steer(Steer),
     Callback(Arc<Entry>),
 }
 
-/// A callback, with whether its handle still lives: a thread may remember one.
+/// A callback, and whether its handle was freed: a thread may still have it in its cache.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) callback: HostCallback,
     is_freed: AtomicBool,
-    /// Threads that are in the eval callback with it.
+    /// Number of threads that are running this eval callback.
     n_running: AtomicUsize,
 }
 
-/// A thread's stay in the eval callback, during which what it works with is not freed.
+/// Keeps a callback from being freed while a thread runs it.
 pub(super) struct Running(Arc<Entry>);
 
 impl Running {
-    /// `None` where the callback was freed, or never was.
+    /// `None` if the callback was freed, or never existed.
     pub(super) fn enter(handle: *const c_void) -> Option<Running> {
         let entry = callback(handle).ok()?;
-        // Counted first and asked then, and in `free_callback` told first and counted then, all in one order of all
-        // threads: either this sees that it is freed, or that waits for this.
+        // This increments `n_running` and then reads `is_freed`; `free_callback` sets `is_freed` and then reads
+        // `n_running`. All four are sequentially consistent, so either this sees that the callback is freed, or
+        // `free_callback` waits for this.
         entry.n_running.fetch_add(1, Ordering::SeqCst);
         N_RUNNING.with(|n| n.set(n.get() + 1));
         let running = Running(entry);
@@ -62,9 +64,9 @@ static OBJECTS: LazyLock<RwLock<HashMap<usize, Object>>> = LazyLock::new(RwLock:
 static NEXT: AtomicUsize = AtomicUsize::new(1);
 
 thread_local! {
-    /// The callback that was looked up last: llama.cpp asks for one thousands of times in a row.
+    /// Cache of the last lookup: llama.cpp calls the same callback thousands of times in a row.
     static LAST: RefCell<Option<(usize, Weak<Entry>)>> = const { RefCell::new(None) };
-    /// Eval callbacks that this thread is in, one inside the other.
+    /// Number of eval callbacks that this thread is in; they can be nested.
     static N_RUNNING: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -91,13 +93,13 @@ fn unknown(name: &str, handle: *const c_void) -> Failure {
     match handle.is_null() {
         true => Failure::argument(format!("{name}: expected a handle, found NULL")),
         false => Failure::handle(format!(
-            "{name}: expected a handle that lives, found one that was freed or never was"
+            "{name}: expected a live handle, found one that was freed or never existed"
         )),
     }
 }
 
 fn other_kind(name: &str) -> Failure {
-    Failure::handle(format!("{name}: expected a handle of its own kind, found one of another"))
+    Failure::handle(format!("{name}: expected a handle of this kind, found one of another kind"))
 }
 
 pub(super) fn steer(handle: *const c_void) -> Result<Steer, Failure> {
@@ -128,7 +130,7 @@ pub(super) fn callback(handle: *const c_void) -> Result<Arc<Entry>, Failure> {
     }
 }
 
-/// Removes what a handle stands for, if that is of the kind that `is_kind` knows.
+/// Removes the object of a handle, if `is_kind` holds for it. NULL is ignored.
 fn remove(
     name: &str,
     handle: *const c_void,
@@ -149,11 +151,13 @@ pub(super) fn free_steer(handle: *const c_void) -> Result<(), Failure> {
     remove("steer", handle, |object| matches!(object, Object::Steer(_))).map(drop)
 }
 
-/// Waits until no thread is in the eval callback with it: then the program's own callback is not called any more.
+/// Frees a callback, and waits until no thread runs it.
+///
+/// After that the program's own callback is no longer called either.
 pub(super) fn free_callback(handle: *const c_void) -> Result<(), Failure> {
     if N_RUNNING.with(Cell::get) > 0 {
-        // It would wait for itself, or for another thread that waits for this one.
-        return Err(Error::refused("callback", "it is freed from within an eval callback")
+        // This would deadlock: the thread would wait for itself, or for another thread that waits for it.
+        return Err(Error::refused("callback", "it cannot be freed from within an eval callback")
             .with_hint("free it once llama_decode has returned")
             .into());
     }

@@ -1,4 +1,4 @@
-//! A program's table of functions over its own llama.cpp, and a tensor of it as a [`Node`].
+//! The host program's table of ggml functions, and a tensor of the host as a [`Node`].
 
 use std::ffi::{CStr, c_char, c_void};
 
@@ -7,7 +7,7 @@ use super::status::Failure;
 use crate::graph::rows::MOST_TOKENS;
 use crate::graph::{Node, Shape};
 
-/// `struct ggml_tensor`, of which nothing is known here.
+/// `struct ggml_tensor`, opaque.
 #[repr(C)]
 #[derive(Debug)]
 pub(super) struct Tensor {
@@ -42,13 +42,13 @@ pub(super) struct RawTable {
     pub(super) source: Option<SourceFn>,
 }
 
-// SAFETY: `repr(C)`, the size first; a function pointer that is zero is `None`.
+// SAFETY: `repr(C)`, the size first; a null function pointer is `None`.
 unsafe impl SizedStruct for RawTable {
     const LEAST: usize = std::mem::offset_of!(RawTable, op);
     const ENDS: &'static [usize] = &[std::mem::offset_of!(RawTable, source), size_of::<RawTable>()];
 }
 
-/// The same, with what is required.
+/// A checked [`RawTable`]: the required functions are present.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct HostTable {
     name: NameFn,
@@ -60,9 +60,11 @@ pub(super) struct HostTable {
 }
 
 impl HostTable {
+    /// Reads and checks a table.
+    ///
     /// # Safety
     /// - `table` is null, or a `detox_host_table` that is as long as its size says.
-    /// - Its functions are those that the header describes, and stay so as long as the table is used.
+    /// - Its functions do what the header says, for as long as the table is used.
     pub(super) unsafe fn read(table: *const RawTable) -> Result<HostTable, Failure> {
         // SAFETY: as this function's own contract.
         let raw = unsafe { read_struct("table", table)? };
@@ -78,24 +80,24 @@ impl HostTable {
         })
     }
 
-    /// Whether it can tell which token of which sequence each row of a micro-batch is.
+    /// Whether the table has the optional functions, which tell the sequences of a micro-batch apart.
     pub(super) fn knows_sources(&self) -> bool {
         self.op.is_some() && self.source.is_some()
     }
 
     fn shape_of(&self, tensor: *const Tensor) -> RawShape {
         let mut shape = RawShape::default();
-        // SAFETY: the table's function, by the contract of `read`, on a tensor of the graph that is being computed.
+        // SAFETY: the table's function, by the contract of `read`, on a tensor of the running graph.
         unsafe { (self.shape)(tensor, &raw mut shape) };
         shape
     }
 }
 
-/// `GGML_TYPE_F32` and `GGML_TYPE_I64`: numbers of types are part of the GGUF format, and never change.
+/// `GGML_TYPE_F32` and `GGML_TYPE_I64`. Type numbers are part of the GGUF format and never change.
 const F32: i32 = 0;
 const I64: i32 = 27;
 
-/// A tensor of the program, while its callback runs.
+/// A tensor of the host, valid only during the callback.
 pub(super) struct HostNode<'a> {
     table: &'a HostTable,
     tensor: *mut Tensor,
@@ -110,7 +112,7 @@ impl<'a> HostNode<'a> {
         let name = unsafe { (table.name)(tensor) };
         let name: &[u8] = match name.is_null() {
             true => b"",
-            // SAFETY: a terminated string in the tensor, which lives while the callback runs.
+            // SAFETY: a NUL-terminated string in the tensor, which lives during the callback.
             false => unsafe { CStr::from_ptr(name) }.to_bytes(),
         };
         HostNode { table, tensor, name }
@@ -128,8 +130,8 @@ impl Node for HostNode<'_> {
     }
 
     fn get(&self, values: &mut [f32]) -> Result<(), String> {
-        // SAFETY: the table's function, by the contract of `HostTable::read`; `values` has room for as many bytes as
-        // are asked for, which the tensor has: the caller took their number from its shape.
+        // SAFETY: the table's function, by the contract of `HostTable::read`, on a live tensor. The caller has sized
+        // `values` by the tensor's shape, so both have the requested bytes.
         unsafe { (self.table.get)(self.tensor, values.as_mut_ptr().cast(), 0, size_of_val(values)) };
         Ok(())
     }
@@ -144,13 +146,13 @@ impl Node for HostNode<'_> {
         let Some(op) = self.table.op else { return false };
         // SAFETY: the table's function, by the contract of `HostTable::read`, on a live tensor.
         let op = unsafe { op(self.tensor) };
-        // SAFETY: not null, and then a terminated string that ggml owns.
+        // SAFETY: not null, so a NUL-terminated string that ggml owns.
         !op.is_null() && unsafe { CStr::from_ptr(op) } == c"SET_ROWS"
     }
 
     fn row_targets(&self) -> Option<(Vec<i64>, usize)> {
         let source = self.table.source?;
-        // Sources of SET_ROWS: what is written, the indices, and what is written into.
+        // Sources of SET_ROWS: 0 the values, 1 the row indices, 2 the tensor written to.
         // SAFETY: the table's function, by the contract of `HostTable::read`, on a live tensor.
         let (indices, target) = unsafe { (source(self.tensor, 1), source(self.tensor, 2)) };
         if indices.is_null() || target.is_null() {
@@ -163,7 +165,7 @@ impl Node for HostNode<'_> {
             return None;
         }
         let mut values = vec![0i64; n];
-        // SAFETY: as in `get`; `values` has room for all numbers of the tensor, 8 bytes each.
+        // SAFETY: as in `get`; `values` has room for all values of the tensor, 8 bytes each.
         unsafe { (self.table.get)(indices, values.as_mut_ptr().cast(), 0, n * size_of::<i64>()) };
         Some((values, usize::try_from(self.table.shape_of(target).ne[1]).ok()?))
     }

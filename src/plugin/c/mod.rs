@@ -1,14 +1,13 @@
-//! The C functions of `vendor/include/detox_gguf.h`, which says what each does.
+//! The C functions of `vendor/include/detox_gguf.h`, which documents them.
 //!
 //! ```text
-//! argument (pointers checked) ─► steer · callback · gate · score ─► status (panics and errors stop here)
-//!                                    │        ▲
-//!                                 handle    host (the program's table as a Node)
+//! argument (checks pointers) ─► steer · callback · gate · score ─► status (stops panics and errors)
+//!                                    │
+//!                                 handle ─► host_callback ─► host (the program's table as a Node)
 //! ```
 //!
-//! What a C program can get wrong and can be seen is refused: null and misaligned pointers, structs that are too small,
-//! handles that were freed. What cannot be seen are the `# Safety` lists: pointers that lead nowhere, and lengths that
-//! are not those of what is pointed to.
+//! Mistakes of a C program that can be detected are refused: null and misaligned pointers, structs that are too small,
+//! freed handles. Those that cannot be detected are in the `# Safety` lists: dangling pointers, and wrong lengths.
 
 mod argument;
 mod callback;
@@ -61,8 +60,8 @@ mod tests {
     }
 
     #[test]
-    fn structs_are_laid_out_as_in_c() {
-        // The same numbers stand in tests/plugin/layout.c.
+    fn structs_have_the_layout_of_the_header() {
+        // tests/plugin/layout.c has the same numbers.
         assert_eq!(size_of::<Status>(), 4);
         assert_eq!(offsets!(RawSteerOptions: coefficient, route, force), (24, [8, 12, 16]));
         let vector = offsets!(RawControlVector: len, n_embd, il_start, il_end, is_whole);

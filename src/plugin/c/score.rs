@@ -1,4 +1,4 @@
-//! The embedded scorer.
+//! The C function of the embedded scorer.
 
 use std::ffi::c_char;
 
@@ -7,7 +7,7 @@ use super::status::{Status, guard};
 use crate::score::{self, Text};
 
 /// # Safety
-/// - `text` and `language` are null, or terminated strings.
+/// - `text` and `language` are null, or NUL-terminated strings.
 /// - `toxicity` is null, or can be written to.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn detox_score(text: *const c_char, language: *const c_char, toxicity: *mut f64) -> Status {
@@ -19,7 +19,7 @@ unsafe extern "C" fn detox_score(text: *const c_char, language: *const c_char, t
             (self::text("text", text)?, language)
         };
         let found = score::by_name(score::LEXICAL)?.toxicity(Text { text, language })?;
-        // SAFETY: not null and aligned, see `check_out`, and writable by the contract.
+        // SAFETY: `check_out` saw that it is neither null nor misaligned; writable by the contract.
         unsafe { toxicity.write(found) };
         Ok(())
     })

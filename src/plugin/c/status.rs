@@ -1,4 +1,4 @@
-//! What a C function says: a status, and words for the thread that asked. No panic goes past here.
+//! The result of a C function: a status, and a message for the calling thread. Panics stop here.
 
 use std::cell::RefCell;
 use std::ffi::{CString, c_char};
@@ -47,7 +47,7 @@ impl From<Error> for Failure {
             Error::Setting { .. } => Status::InvalidArgument,
             Error::Refused { .. } => Status::Refused,
             Error::NotSteered { .. } => Status::NotSteered,
-            // None of these comes out of what the plugin calls.
+            // Nothing that the plugin calls returns one of these.
             Error::Decode { .. }
             | Error::PromptTooLong { .. }
             | Error::RunFolder { .. }
@@ -69,24 +69,27 @@ thread_local! {
     static LAST_ERROR: RefCell<CString> = RefCell::default();
 }
 
-/// The message of the last failure in this thread.
+/// The message of the last failure in this thread; empty if there was none.
 pub(super) fn last_error() -> *const c_char {
-    // In a thread that is ending there is none any more.
+    // A thread that is ending may have dropped its message already.
     LAST_ERROR.try_with(|last| last.borrow().as_ptr()).unwrap_or(c"".as_ptr())
 }
 
 fn set_last_error(message: String) {
-    // A NUL, of a file's name say, would end the message.
+    // A NUL, for example from a file name, would end the message.
     let message = CString::new(message.replace('\0', "\u{fffd}")).unwrap_or_default();
     let _ = LAST_ERROR.try_with(|last| *last.borrow_mut() = message);
 }
 
-/// Runs a function's body.
+/// Runs the body of a C function, and turns errors and panics into a status and a message.
 pub(super) fn guard(body: impl FnOnce() -> Result<(), Failure>) -> Status {
     let result = catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| {
-        let words = panic.downcast_ref::<String>().map(String::as_str);
-        let words = words.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-        Err(Failure { status: Status::InternalError, message: format!("a fault of the library: {words}") })
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+        Err(Failure {
+            status: Status::InternalError,
+            message: format!("internal error of the library: {text}"),
+        })
     });
     match result {
         Ok(()) => Status::Ok,
@@ -104,21 +107,21 @@ mod tests {
     use super::*;
 
     fn message() -> String {
-        // SAFETY: the pointer is that of this thread's message, which nothing changes meanwhile.
+        // SAFETY: the pointer is to this thread's message, and nothing changes it meanwhile.
         unsafe { CStr::from_ptr(last_error()) }.to_str().unwrap().to_owned()
     }
 
     #[test]
-    fn a_panic_becomes_a_status_and_the_message_is_that_of_the_thread() {
+    fn a_panic_becomes_a_status_and_a_message_of_its_thread() {
         assert_eq!(guard(|| panic!("{} wrong", "quite")), Status::InternalError);
         assert!(message().ends_with("quite wrong"));
         std::thread::spawn(|| assert_eq!(message(), "")).join().unwrap();
         assert_eq!(guard(|| Ok(())), Status::Ok);
-        assert!(message().ends_with("quite wrong"), "what succeeds leaves it");
+        assert!(message().ends_with("quite wrong"), "success leaves the message");
     }
 
     #[test]
-    fn a_hint_stands_on_a_line_of_its_own() {
+    fn a_hint_gets_its_own_line() {
         let error = Error::setting("a\0b", "c").with_hint("d");
         assert_eq!(guard(|| Err(error.into())), Status::InvalidArgument);
         assert_eq!(message(), "a\u{fffd}b: c\nhint: d");

@@ -1,4 +1,4 @@
-//! Loading an intervention, its coefficient, and its control vector.
+//! C functions for interventions: loading one, its coefficient, and its control vector.
 
 use std::ffi::{c_char, c_void};
 
@@ -15,7 +15,7 @@ pub(super) struct RawSteerOptions {
     pub(super) size: usize,
     pub(super) coefficient: f32,
     pub(super) route: i32,
-    /// A `bool` of C, of which other bytes than 0 and 1 are no value in Rust.
+    /// A C `bool`. Not a Rust `bool`, because C code could write bytes other than 0 and 1.
     pub(super) force: u8,
 }
 
@@ -42,7 +42,7 @@ unsafe impl SizedStruct for RawControlVector {
 }
 
 /// # Safety
-/// - The paths are null, or terminated strings.
+/// - The paths are null, or NUL-terminated strings.
 /// - `options` is null, or a struct that is as long as its size says.
 /// - `steer` is null, or can be written to.
 #[unsafe(no_mangle)]
@@ -71,7 +71,7 @@ unsafe extern "C" fn detox_steer_load(
         };
         let options = SteerOptions { coefficient: options.coefficient, route, force: options.force != 0 };
         let loaded = handle::insert_steer(Steer::load(&model, &file, &options)?);
-        // SAFETY: not null and aligned, see `check_out`, and writable by the contract.
+        // SAFETY: `check_out` saw that it is neither null nor misaligned; writable by the contract.
         unsafe { steer.write(loaded) };
         Ok(())
     })
@@ -94,7 +94,7 @@ unsafe extern "C" fn detox_get_coefficient(steer: *mut c_void, coefficient: *mut
     guard(|| {
         check_out("coefficient", coefficient)?;
         let found = handle::steer(steer)?.coefficient();
-        // SAFETY: not null and aligned, see `check_out`, and writable by the contract.
+        // SAFETY: `check_out` saw that it is neither null nor misaligned; writable by the contract.
         unsafe { coefficient.write(found) };
         Ok(())
     })
@@ -102,7 +102,7 @@ unsafe extern "C" fn detox_get_coefficient(steer: *mut c_void, coefficient: *mut
 
 /// # Safety
 /// - `vector` is null, or a struct that is as long as its size says and can be written to.
-/// - `data` is null, or has room for `capacity` numbers.
+/// - `data` is null, or has room for `capacity` values.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn detox_steer_control_vector(
     steer: *mut c_void,
@@ -119,10 +119,10 @@ unsafe extern "C" fn detox_steer_control_vector(
             check_out("data", data)?;
             if capacity < rows.len() {
                 let expected = rows.len();
-                let reason = format!("capacity: expected room for {expected} numbers, found {capacity}");
+                let reason = format!("capacity: expected room for {expected} values, found {capacity}");
                 return Err(Failure::argument(reason));
             }
-            // SAFETY: room for `capacity` numbers by the contract, which are enough, as seen above.
+            // SAFETY: room for `capacity` values by the contract, and `capacity` is enough, as checked above.
             unsafe { std::ptr::copy_nonoverlapping(rows.as_ptr(), data, rows.len()) };
         }
         let number = |n: usize| {
@@ -136,7 +136,7 @@ unsafe extern "C" fn detox_steer_control_vector(
             il_end: number(steer.n_layer().saturating_sub(1))?,
             is_whole: u8::from(!steer.needs_callback()),
         };
-        // SAFETY: it passed `check_out_struct`, and can be written by the contract.
+        // SAFETY: it passed `check_out_struct`, and is writable by the contract.
         unsafe { write_struct(vector, size, &found) };
         Ok(())
     })
