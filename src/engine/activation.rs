@@ -54,7 +54,7 @@ pub fn record(
             ),
         ));
     }
-    // One recording per layer. `columns[n]` says where neuron n is found: its recording, and its column there.
+    // One recording per layer. `columns[n]` is the recording of neuron n, and its column there.
     let mut layers: Vec<usize> = neurons.iter().map(|&(il, _)| il).collect();
     layers.sort_unstable();
     layers.dedup();

@@ -16,6 +16,35 @@
 //! opened over it; [`Session::steer`] replaces it between two decodes. Sessions that edit or record values inside
 //! the graph do so in llama.cpp's eval callback; the others run without it.
 //!
+//! # Example
+//! Sample five continuations of a prompt while an intervention steers the model:
+//!
+//! ```
+//! # use std::sync::atomic::AtomicBool;
+//! # std::env::set_current_dir(env!("CARGO_MANIFEST_DIR"))?;
+//! # let folder = tempfile::tempdir()?;
+//! # let file = folder.path().join("steer.json");
+//! # std::fs::write(&file, r#"{"detox_gguf": "interventions", "format": 1, "interventions":
+//! #     [{"what": {"neurons": [[1, 3], [2, 40]]}, "edit": {"offset": -3}}]}"#)?;
+//! use detox_gguf::engine::schedule::{self, GenerateOptions, Request};
+//! use detox_gguf::engine::{Model, ModelOptions, Sampling, Session, SessionOptions};
+//! use detox_gguf::gguf::GgufFile;
+//! use detox_gguf::steer::{CompileOptions, SteerFile, compile::compile};
+//!
+//! let path = std::path::Path::new("gguf/tiny/llama.gguf");
+//! let sources = [(SteerFile::open(&file)?, 1.0)]; // a steer.json or a control vector, and its coefficient
+//! let compiled = compile(&GgufFile::open(path)?, &sources, &[], &CompileOptions::default())?;
+//! let model = Model::open(path, &ModelOptions::default())?.with_steering(compiled.steering)?;
+//! let mut session = Session::open(&model, &SessionOptions::default(), 64)?;
+//! let prompt = Request { id: "en/1".into(), tokens: model.tokenize_prompt("Once upon a time")? };
+//! let options = GenerateOptions { k: 5, n_predict: 20, sampling: Sampling::PAPER, seed: 1, ignore_eos: false };
+//! let print = |c: schedule::Continuation| Ok(println!("{}", model.detokenize(&c.tokens)));
+//! let stats = schedule::generate(&mut session, &[prompt], &options, &AtomicBool::new(false), print)?;
+//! # assert!(stats.n_decoded > 0);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Modules
 //! - [`sample`] is the way from logits to a token: temperature, top-k, top-p, min-p.
 //! - [`random`] has the random streams.
 //! - [`mod@bench`] measures generation speed.

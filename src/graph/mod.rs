@@ -18,13 +18,13 @@
 pub mod architecture;
 mod edit;
 pub mod node;
-#[cfg_attr(not(feature = "engine"), allow(dead_code, reason = "the engine alone records"))]
+#[cfg_attr(not(feature = "engine"), allow(dead_code, reason = "only the engine records"))]
 pub(crate) mod place;
-#[cfg_attr(not(feature = "engine"), allow(dead_code, reason = "the engine alone records"))]
+#[cfg_attr(not(feature = "engine"), allow(dead_code, reason = "only the engine records"))]
 pub(crate) mod recording;
 pub(crate) mod rows;
 pub mod steering;
-#[cfg_attr(not(feature = "engine"), allow(dead_code, reason = "the engine alone records"))]
+#[cfg_attr(not(feature = "engine"), allow(dead_code, reason = "only the engine records"))]
 pub(crate) mod watch;
 
 pub use architecture::Architecture;

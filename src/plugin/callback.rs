@@ -34,7 +34,7 @@ pub struct Token {
     /// Whether its logits are requested.
     pub is_output: bool,
     /// Whether it was generated, and is not part of the prompt. `None` if unknown; only interventions on prompts alone
-    /// or on generated tokens alone need it.
+    /// or on generated tokens alone use it.
     pub is_generated: Option<bool>,
 }
 

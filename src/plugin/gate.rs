@@ -117,7 +117,7 @@ impl Gate {
     pub(super) fn state(&self, sequence: usize) -> GateState {
         let mean = self.means[sequence];
         let probability = (mean.n_tokens > 0).then(|| sigmoid(mean.product));
-        // Finite products can still give a mean that is not finite. NaN does not open the gate.
+        // Finite products can still give a mean that is NaN, which does not open the gate.
         GateState { probability, is_open: probability.is_some_and(|p| p >= self.threshold) }
     }
 }

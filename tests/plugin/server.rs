@@ -20,7 +20,7 @@ use super::{TOKENS, engine_logits_of, exact, interventions, root, tiny};
 /// Path of a llama-server. With `CI=true`, `scripts/test.sh` prepares one.
 const SERVER: &str = "DETOX_GGUF_TEST_LLAMA_SERVER";
 
-/// The server; outside CI it may be missing, and `None` is logged.
+/// The server. `None` if there is none, which is allowed only outside CI and is logged.
 fn llama_server() -> Option<PathBuf> {
     let found = std::env::var_os(SERVER).map(PathBuf::from);
     if found.is_none() {
