@@ -127,10 +127,10 @@ pub struct SteeringRow {
 ///
 /// Every round runs all kinds in turn, so that all run under the same load. The steering has almost no effect
 /// (offsets of 1e-6), but costs as much as any of its kind: a control vector on all layers, and the callback on one
-/// layer, on a quarter of them, and on all, with 8 neurons per layer. Prompt and continuations are as in [`bench`].
+/// layer, on a quarter of them, and on all, with 8 neurons per layer. Prompt and continuations are as in [`bench()`].
 /// One warm-up round is not counted.
 ///
-/// Errors: as [`bench`]; [`Error::Model`] for an architecture that the callback does not support.
+/// Errors: as [`bench()`]; [`Error::Model`] for an architecture that the callback does not support.
 pub fn bench_steering(
     model: &Model,
     options: &SessionOptions,

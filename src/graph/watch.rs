@@ -8,7 +8,7 @@ use super::recording::{Reader, Reading, Recording};
 use super::rows::{Announced, Row, Rows, Streams};
 use super::steering::{Change, Edit, When};
 
-/// What a node is to the watch. Found once per node, because llama.cpp asks about every node of every graph.
+/// The watch's view of a node. Found once per node, because llama.cpp asks about every node of every graph.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Look {
     place: Option<Place>,
@@ -23,9 +23,9 @@ pub(crate) struct Watch {
     n_layer: usize,
     n_seq_max: usize,
     streams: Streams,
-    /// `[n_layer]`.
+    /// Edits of neurons, `[n_layer]`.
     neuron_edits: Vec<Vec<PreparedEdit>>,
-    /// `[n_layer]`.
+    /// Edits of the residual stream after a block, `[n_layer]`.
     output_edits: Vec<Vec<PreparedEdit>>,
     /// Whether there are any edits. Kept as a flag because every node needs it.
     has_edits: bool,
@@ -114,6 +114,7 @@ impl Watch {
         self.coefficient = coefficient;
     }
 
+    /// Replaces the recordings. With `stops_early` the graph ends at the last recorded place.
     pub(crate) fn set_recordings(&mut self, recordings: Vec<Recording>, stops_early: bool) {
         self.recordings = recordings;
         self.stops_early = stops_early && !self.recordings.is_empty();
@@ -415,7 +416,7 @@ impl Watch {
                 continue;
             }
             for edit in self.edits_at(place) {
-                if !is_now(edit.when, row)? {
+                if !applies_to(edit.when, row)? {
                     continue;
                 }
                 edit.apply(values, self.coefficient)
@@ -463,7 +464,7 @@ impl Watch {
 }
 
 /// Whether an edit applies to a token.
-fn is_now(when: When, row: &Row) -> Result<bool, String> {
+fn applies_to(when: When, row: &Row) -> Result<bool, String> {
     match (when, row.phase) {
         (When::Both, _) => Ok(true),
         (_, None) => {
