@@ -105,6 +105,14 @@ fn header_version_script_and_library_have_the_same_functions() {
 }
 
 #[test]
+fn every_function_of_the_header_is_tested_by_the_misuse_program() {
+    let program = std::fs::read_to_string(root().join("tests/plugin/misuse.c")).unwrap();
+    for function in declared() {
+        assert!(program.contains(&function), "tests/plugin/misuse.c does not call {function}");
+    }
+}
+
+#[test]
 fn structs_and_constants_of_the_header_match_the_library() {
     // The tests of src/plugin/c/mod.rs have the same numbers.
     let path = root().join("tests/plugin/layout.c");
