@@ -20,19 +20,20 @@
 //! Sample five continuations of a prompt while an intervention steers the model:
 //!
 //! ```
-//! # use std::sync::atomic::AtomicBool;
 //! # std::env::set_current_dir(env!("CARGO_MANIFEST_DIR"))?;
 //! # let folder = tempfile::tempdir()?;
-//! # let file = folder.path().join("steer.json");
-//! # std::fs::write(&file, r#"{"detox_gguf": "interventions", "format": 1, "interventions":
-//! #     [{"what": {"neurons": [[1, 3], [2, 40]]}, "edit": {"offset": -3}}]}"#)?;
+//! use std::{path::Path, sync::atomic::AtomicBool};
+//!
 //! use detox_gguf::engine::schedule::{self, GenerateOptions, Request};
 //! use detox_gguf::engine::{Model, ModelOptions, Sampling, Session, SessionOptions};
 //! use detox_gguf::gguf::GgufFile;
 //! use detox_gguf::steer::{CompileOptions, SteerFile, compile::compile};
 //!
-//! let path = std::path::Path::new("gguf/tiny/llama.gguf");
-//! let sources = [(SteerFile::open(&file)?, 1.0)]; // a steer.json or a control vector, and its coefficient
+//! let (path, steer) = (Path::new("gguf/tiny/llama.gguf"), Path::new("steer.json"));
+//! # let steer = &folder.path().join(steer);
+//! # std::fs::write(steer, r#"{"detox_gguf": "interventions", "format": 1, "interventions":
+//! #     [{"what": {"neurons": [[1, 3], [2, 40]]}, "edit": {"offset": -3}}]}"#)?;
+//! let sources = [(SteerFile::open(steer)?, 1.0)]; // with a coefficient of 1
 //! let compiled = compile(&GgufFile::open(path)?, &sources, &[], &CompileOptions::default())?;
 //! let model = Model::open(path, &ModelOptions::default())?.with_steering(compiled.steering)?;
 //! let mut session = Session::open(&model, &SessionOptions::default(), 64)?;
