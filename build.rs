@@ -23,8 +23,31 @@ fn main() {
         None => version.to_owned(),
     };
     println!("cargo:rustc-env=DETOX_GGUF_VERSION={version}");
+    cuda_limits();
     #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
     cuda::build();
+}
+
+/// Writes the integers of `vendor/cuda/limits.h` as Rust constants; the types with kernels become one list.
+fn cuda_limits() {
+    const HEADER: &str = "vendor/cuda/limits.h";
+    println!("cargo:rerun-if-changed={HEADER}");
+    let text =
+        std::fs::read_to_string(HEADER).unwrap_or_else(|error| panic!("cannot read {HEADER}: {error}"));
+    let (mut constants, mut types) = (String::new(), Vec::new());
+    for definition in text.lines().filter_map(|line| line.strip_prefix("#define DETOX_CUDA_")) {
+        let number =
+            definition.split_once(' ').and_then(|(name, value)| Some((name, value.parse::<u64>().ok()?)));
+        let (name, value) =
+            number.unwrap_or_else(|| panic!("{HEADER}: expected NAME INTEGER, found {definition:?}"));
+        match name.strip_prefix("TYPE_") {
+            Some(_) => types.push(value),
+            None => constants += &format!("pub const {name}: usize = {value};\n"),
+        }
+    }
+    constants += &format!("pub const KERNEL_TYPES: [u32; {}] = {types:?};\n", types.len());
+    let folder = std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR for build scripts");
+    std::fs::write(Path::new(&folder).join("cuda_limits.rs"), constants).expect("OUT_DIR can be written");
 }
 
 fn git(arguments: &[&str]) -> Option<String> {

@@ -277,9 +277,11 @@ impl TrainCommand {
         config: &Config,
         prepared: &mut Prepared,
     ) -> Result<(crate::train::device::cuda::Cuda, bool)> {
+        use crate::train::device::limits::check_kernels;
         use crate::train::device::name::Frozen;
-        use crate::train::run::placement::{Needs, Wanted, check_kernels};
-        check_kernels(&prepared.base, config, prepared.settings.method)?;
+        use crate::train::run::placement::{Needs, Wanted};
+        let has_frozen = prepared.settings.method != MethodName::Full;
+        check_kernels(&prepared.base, &config.attention, &config.rope, has_frozen)?;
         let mut device = crate::train::device::cuda::Cuda::open(ordinal, Frozen::Quantised)?;
         let (free, total) = device.memory_bytes()?;
         let wanted = Wanted {
@@ -289,7 +291,7 @@ impl TrainCommand {
         };
         let rows = |pair: &TokenPair| Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected);
         let longest = prepared.token_pairs.iter().map(rows).max().unwrap_or(0);
-        let needs = Needs::new(&prepared.base, config, &prepared.settings, longest);
+        let needs = Needs::new(&prepared.base, &prepared.settings, longest);
         let choice = needs.choose(wanted, prepared.settings.device, free)?;
         let mib = |bytes: u64| bytes >> 20;
         eprintln!(
@@ -298,7 +300,7 @@ impl TrainCommand {
             device.model(),
             mib(free),
             mib(total),
-            mib(needs.bytes(choice))
+            mib(needs.bytes(choice)?)
         );
         if choice.frozen == Frozen::Quantised && wanted.frozen.is_none() {
             eprintln!("frozen weights stay in the file's blocks, to save memory (--frozen)");

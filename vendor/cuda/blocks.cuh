@@ -3,21 +3,22 @@
 
 #include <type_traits>
 
+#include "limits.h"
 #include "platform.cuh"
 
 // ggml's numbers for the supported types.
 enum BlockType {
-    TYPE_F32 = 0,
-    TYPE_F16 = 1,
-    TYPE_Q4_0 = 2,
-    TYPE_Q4_1 = 3,
-    TYPE_Q5_0 = 6,
-    TYPE_Q5_1 = 7,
-    TYPE_Q8_0 = 8,
-    TYPE_Q4_K = 12,
-    TYPE_Q5_K = 13,
-    TYPE_Q6_K = 14,
-    TYPE_BF16 = 30,
+    TYPE_F32 = DETOX_CUDA_TYPE_F32,
+    TYPE_F16 = DETOX_CUDA_TYPE_F16,
+    TYPE_Q4_0 = DETOX_CUDA_TYPE_Q4_0,
+    TYPE_Q4_1 = DETOX_CUDA_TYPE_Q4_1,
+    TYPE_Q5_0 = DETOX_CUDA_TYPE_Q5_0,
+    TYPE_Q5_1 = DETOX_CUDA_TYPE_Q5_1,
+    TYPE_Q8_0 = DETOX_CUDA_TYPE_Q8_0,
+    TYPE_Q4_K = DETOX_CUDA_TYPE_Q4_K,
+    TYPE_Q5_K = DETOX_CUDA_TYPE_Q5_K,
+    TYPE_Q6_K = DETOX_CUDA_TYPE_Q6_K,
+    TYPE_BF16 = DETOX_CUDA_TYPE_BF16,
 };
 
 // Numbers that one thread reads. Every block length is a multiple of it.

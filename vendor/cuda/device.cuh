@@ -27,9 +27,8 @@ struct detox_cuda_device {
     cudaMemPool_t pool = nullptr;
     Multiplier* multiplier = nullptr;
     cudaDeviceProp properties{};
-    // If only a matrix's blocks are kept, products dequantise this many bytes of bf16 at a time: enough to run the
-    // products at full rate, little compared with a model.
-    int64_t part_bytes = 256 << 20;
+    // If only a matrix's blocks are kept, products dequantise this many bytes of bf16 at a time.
+    int64_t part_bytes = DETOX_CUDA_PART_BYTES;
     // Held during each operation, because its kernels may share scratch memory.
     std::mutex mutex;
 };

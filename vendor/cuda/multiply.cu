@@ -5,8 +5,7 @@
 
 namespace {
 
-// cuBLASLt's workspace. NVIDIA recommends 32 MiB for Hopper; other GPUs need less.
-constexpr size_t WORKSPACE_BYTES = 32 << 20;
+constexpr size_t WORKSPACE_BYTES = DETOX_CUDA_WORKSPACE_BYTES;
 
 void check_blas(cublasStatus_t status, const char* what) {
     if (status == CUBLAS_STATUS_SUCCESS) return;

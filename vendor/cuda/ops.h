@@ -13,14 +13,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "limits.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-// Limits of the kernels: heads per block, head size, and rotated pairs per head.
-#define DETOX_CUDA_MOST_HEADS 256
-#define DETOX_CUDA_MOST_HEAD_DIM 256
-#define DETOX_CUDA_MOST_ROPE_PAIRS 256
 
 // Result of a call. `detox_cuda_last_error` returns the message.
 typedef enum {

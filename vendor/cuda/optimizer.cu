@@ -10,7 +10,7 @@ namespace {
 constexpr int TENSORS = 64;
 
 // Limit of thread blocks per tensor.
-constexpr int64_t MOST_BLOCKS = 64;
+constexpr int64_t MOST_BLOCKS = DETOX_CUDA_SQUARE_SUM_BLOCKS;
 
 int blocks_for(int64_t most_numbers) {
     int64_t n = blocks_of(most_numbers, THREADS);

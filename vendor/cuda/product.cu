@@ -5,8 +5,7 @@
 
 namespace {
 
-// Parts have a multiple of this many rows, so that each part's columns of y and dy are as well aligned as the first's.
-constexpr int64_t PART_ROWS = 256;
+constexpr int64_t PART_ROWS = DETOX_CUDA_PART_ROWS;
 
 // Calls `work` with rounded rows [first, first + n) of W, one part at a time.
 template <typename Work>

@@ -33,8 +33,8 @@ struct Chain {
 };
 
 // Maximum rows of the larger and the smaller tiles.
-constexpr int LARGE_TILE = 32;
-constexpr int SMALL_TILE = 16;
+constexpr int LARGE_TILE = DETOX_CUDA_LARGE_TILE;
+constexpr int SMALL_TILE = DETOX_CUDA_SMALL_TILE;
 
 struct detox_cuda_rows {
     detox_cuda_device* device = nullptr;

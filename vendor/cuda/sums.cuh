@@ -4,7 +4,7 @@
 #include "device.cuh"
 
 // Rows per part.
-constexpr int64_t PART_ROWS = 64;
+constexpr int64_t PART_ROWS = DETOX_CUDA_SUM_ROWS;
 
 // x[R][C] itself.
 struct Plain {

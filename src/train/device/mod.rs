@@ -5,9 +5,11 @@
 //! A buffer holds f32 numbers, densely. Gradients are *added* to what a buffer holds, since a value may be
 //! used more than once; everything else overwrites.
 
+pub mod counting;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod cuda;
+pub mod limits;
 pub mod name;
 #[cfg(test)]
 mod tests;
@@ -209,6 +211,11 @@ pub trait Device: Debug + Send + Sync {
     /// Does `work`, which calls many operations, where calling them is cheapest.
     fn scope<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         work()
+    }
+
+    /// Whether it reads what is uploaded to it. If not, weights may be zeros instead of the file's numbers.
+    fn reads_values(&self) -> bool {
+        true
     }
 
     /// Bytes of logits that are computed at a time; more make larger products.

@@ -174,8 +174,8 @@ impl<D: Device> Loader<'_, D> {
         let weight = self.weight(name, n_embd, n_vocab)?;
         let low_rank = match self.method {
             Method::Lora(options) if options.trains(name) => {
-                let (rank, random) = (options.rank, &mut self.random);
-                let a = lora::first_a(random, n_vocab, rank, rank);
+                let rank = options.rank;
+                let a = self.first_a(n_vocab, rank, rank);
                 let (a_shape, b_shape) = (vec![n_vocab, rank], vec![n_embd, rank]);
                 Some(self.low_rank(name, rank, (a_shape, &a), b_shape)?)
             }
@@ -282,6 +282,32 @@ impl<D: Device> Loader<'_, D> {
         }
     }
 
+    /// All numbers of a tensor, in f32; zeros if the device does not read them.
+    fn numbers(&self, tensor: &TensorInfo) -> Result<Vec<f32>> {
+        match self.device.reads_values() {
+            true => read_numbers(self.file, tensor),
+            false => Ok(vec![0.0; tensor.n_elements() as usize]),
+        }
+    }
+
+    /// A tensor's blocks; zeros if the device does not read them.
+    fn blocks(&self, tensor: &TensorInfo) -> Result<Vec<u8>> {
+        if !self.device.reads_values() {
+            return Ok(vec![0; tensor.n_bytes() as usize]);
+        }
+        let bytes = self.file.read_tensor(tensor)?;
+        check_finite(self.file, tensor, &bytes)?;
+        Ok(bytes)
+    }
+
+    /// The first numbers of A; zeros if the device does not read them.
+    fn first_a(&mut self, n_rows: usize, n_cols: usize, fan_in: usize) -> Vec<f32> {
+        match self.device.reads_values() {
+            true => lora::first_a(&mut self.random, n_rows, n_cols, fan_in),
+            false => vec![0.0; n_rows * n_cols],
+        }
+    }
+
     /// Numbers of a norm, a bias or a table.
     fn row(&mut self, name: &str, n: usize) -> Result<Row<D>> {
         let Some(tensor) = self.file.tensor(name).filter(|tensor| tensor.n_elements() == n as u64) else {
@@ -290,7 +316,7 @@ impl<D: Device> Loader<'_, D> {
             let reason = format!("tensor {name:?}: expected {n} numbers, found {found}");
             return Err(Error::gguf(self.file.path(), reason));
         };
-        let values = read_numbers(self.file, tensor)?;
+        let values = self.numbers(tensor)?;
         match self.method {
             Method::Full => {
                 let shape = tensor.shape().iter().rev().map(|&n| n as usize).collect();
@@ -312,12 +338,11 @@ impl<D: Device> Loader<'_, D> {
     fn weight(&mut self, name: &str, n_in: usize, n_out: usize) -> Result<Weight<D>> {
         let tensor = self.tensor(name, &[n_in, n_out])?;
         if *self.method == Method::Full {
-            let values = read_numbers(self.file, tensor)?;
+            let values = self.numbers(tensor)?;
             let id = self.parameters.add(self.device, name.to_owned(), vec![n_out, n_in], &values)?;
             return Ok(Weight::Trained(id));
         }
-        let bytes = self.file.read_tensor(tensor)?;
-        check_finite(self.file, tensor, &bytes)?;
+        let bytes = self.blocks(tensor)?;
         let matrix = HostMatrix {
             name: name.to_owned(),
             tensor_type: tensor.tensor_type(),
@@ -339,7 +364,7 @@ impl<D: Device> Loader<'_, D> {
         };
         let low_rank = match self.method {
             Method::Lora(options) if options.trains(&name) => {
-                let a = lora::first_a(&mut self.random, options.rank, n_in, n_in);
+                let a = self.first_a(options.rank, n_in, n_in);
                 let (a_shape, b_shape) = (vec![options.rank, n_in], vec![n_out, options.rank]);
                 Some(self.low_rank(&name, options.rank, (a_shape, &a), b_shape)?)
             }

@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use crate::error::{Error, Result};
 use crate::gguf::TensorType;
 use crate::train::device::HostMatrix;
+use crate::train::device::limits::NO_KERNEL_HINT;
 use crate::train::device::name::Frozen;
 
 use crate::train::device::cuda::ffi;
@@ -32,22 +33,17 @@ impl Matrix {
     /// [`Error::Setting`] where its bytes are not those of its shape, or there is no kernel for its type.
     pub fn new(handle: &Arc<Handle>, matrix: HostMatrix, frozen: Frozen) -> Result<Matrix> {
         let HostMatrix { name, tensor_type, n_in, n_out, bytes, is_table } = matrix;
-        let refuse = |reason: String, hint: Option<&str>| Error::Setting {
-            setting: name.clone(),
-            reason,
-            hint: hint.map(str::to_owned),
-        };
         let row_bytes = tensor_type.row_bytes(n_in as u64).unwrap_or(0) as usize;
         if row_bytes == 0 || row_bytes.checked_mul(n_out) != Some(bytes.len()) {
             let reason = format!(
                 "expected {n_out} rows of {n_in} numbers of type {tensor_type}, found {} bytes",
                 bytes.len()
             );
-            return Err(refuse(reason, None));
+            return Err(Error::setting(name, reason));
         }
         if kernel_block(tensor_type) != Some((tensor_type.block_len(), tensor_type.block_bytes())) {
-            let hint = "quantise the model to a type that has one (such as Q4_K_M or Q8_0), or train with --device cpu";
-            return Err(refuse(format!("the GPU has no kernel for type {tensor_type}"), Some(hint)));
+            let reason = format!("the GPU has no kernel for type {tensor_type}");
+            return Err(Error::setting(name, reason).with_hint(NO_KERNEL_HINT));
         }
         let mut made = Matrix {
             tensor_type,

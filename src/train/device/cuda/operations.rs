@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use crate::error::Result;
 use crate::train::data::pack::Packed;
+use crate::train::device::limits::LOGIT_BYTES;
 use crate::train::device::{
     Activation, AdamwStep, Attention, Device, Gemm, HostMatrix, Index, Norm, RmspropStep, Rope, RopePairs,
     Trained,
 };
 use crate::train::recipe::dpo::{AnswerLogps, PairLoss, Preference};
-use crate::train::run::placement::GPU_LOGIT_BYTES;
 
 use crate::train::device::cuda::{
     Buffer, Cuda, Matrix, Rows, activation_id, attention_kind, check_attention, ffi, index_of, norm_kind,
@@ -26,7 +26,7 @@ impl Device for Cuda {
     }
 
     fn logit_bytes(&self) -> usize {
-        GPU_LOGIT_BYTES
+        LOGIT_BYTES
     }
 
     fn trim(&self) -> Result<()> {

@@ -4,13 +4,12 @@ use std::sync::LazyLock;
 
 use crate::gguf::TensorType;
 use crate::train::device::cuda::{Cuda, Frozen, is_present};
+use crate::train::device::limits::has_kernel;
 use crate::train::device::tests::on_host::OnHost;
 use crate::train::device::tests::repeat::{assert_same, everything};
 use crate::train::device::tests::{Tested, device_tests};
 use crate::train::device::{Device, HostMatrix};
-use crate::train::run::placement::{MOST_HEAD_DIM, MOST_HEADS, MOST_ROPE_PAIRS, has_kernel};
 
-use crate::train::device::cuda::ffi;
 use crate::train::device::cuda::matrix::kernel_block;
 
 impl Tested for OnHost<Cuda> {
@@ -114,14 +113,11 @@ fn refuses_what_another_handle_holds() {
 }
 
 #[test]
-fn what_a_model_is_checked_against_is_what_kernels_can_do() {
+fn kernels_read_the_types_in_the_header_with_the_files_block_sizes() {
     for &tensor_type in TensorType::ALL {
         let expected = has_kernel(tensor_type).then(|| (tensor_type.block_len(), tensor_type.block_bytes()));
         assert_eq!(kernel_block(tensor_type), expected, "{tensor_type}");
     }
-    let of_kernels =
-        [ffi::DETOX_CUDA_MOST_HEADS, ffi::DETOX_CUDA_MOST_HEAD_DIM, ffi::DETOX_CUDA_MOST_ROPE_PAIRS];
-    assert_eq!(of_kernels.map(|n| n as usize), [MOST_HEADS, MOST_HEAD_DIM, MOST_ROPE_PAIRS]);
 }
 
 #[test]
