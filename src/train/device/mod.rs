@@ -1,9 +1,11 @@
-//! What a device does for the trainer: the operations of a transformer, forward and backward.
+//! The operations of a transformer that a device computes for the trainer, forward and backward.
 //!
-//! Letters of shapes, slowest axis first: `R` rows of a batch (one a token), `C` columns, `I` and `O` a
-//! matrix's inputs and outputs, `H` heads, `K` key and value heads, `D` a head's size, `V` the vocabulary.
-//! A buffer holds f32 numbers, densely. Gradients are *added* to what a buffer holds, since a value may be
-//! used more than once; everything else overwrites.
+//! - [`cpu`] is the reference, with the naive formulas and ggml's or this program's 8-bit products.
+//! - `cuda` runs the kernels of `vendor/cuda`. Its tests hold it to the CPU's results.
+//! - [`counting`] computes nothing and counts the memory a GPU would allocate.
+//!
+//! Shapes are written slowest axis first, in these letters: `R` rows of a batch (one per token), `C` columns, `I` and
+//! `O` inputs and outputs of a matrix, `H` query heads, `K` key and value heads, `D` size of a head, `V` vocabulary.
 
 pub mod counting;
 pub mod cpu;
@@ -23,72 +25,72 @@ use crate::gguf::TensorType;
 use crate::train::data::pack::Packed;
 use crate::train::recipe::dpo::{AnswerLogps, PairLoss, Preference};
 
-/// A frozen matrix as it lies in the file, `[O][I]`.
+/// A frozen matrix as the file stores it, `[O][I]`.
 #[derive(Debug, Clone)]
 pub struct HostMatrix {
-    /// The tensor's name, for errors.
+    /// Name of the tensor, for errors.
     pub name: String,
     /// How its numbers are stored.
     pub tensor_type: TensorType,
-    /// Numbers in a row.
+    /// Numbers per row, I.
     pub n_in: usize,
-    /// Rows.
+    /// Rows, O.
     pub n_out: usize,
-    /// The rows' blocks, one row after the other.
+    /// The blocks of every row, one row after the other.
     pub bytes: Vec<u8>,
-    /// Whether rows of it are read one by one, as token embeddings are; else it is multiplied with alone.
+    /// Whether [`Device::embed`] reads rows of it, as of token embeddings. Other matrices are only multiplied by.
     pub is_table: bool,
 }
 
-/// `C = beta C + alpha op(A) op(B)`, where C is `[m][n]`.
+/// `C = beta C + alpha op(A) op(B)`, with C of shape `[m][n]`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Gemm {
     /// Rows of C.
     pub m: usize,
     /// Columns of C.
     pub n: usize,
-    /// Products in a sum.
+    /// Terms of each sum, at least one.
     pub k: usize,
-    /// A is `[k][m]`, not `[m][k]`.
+    /// A is stored as `[k][m]` instead of `[m][k]`.
     pub transpose_a: bool,
-    /// B is `[n][k]`, not `[k][n]`.
+    /// B is stored as `[n][k]` instead of `[k][n]`.
     pub transpose_b: bool,
-    /// Multiplies the product.
+    /// Scales the product.
     pub alpha: f32,
-    /// Multiplies what C held; at 0 it is not read.
+    /// Scales the previous content of C. If 0, C is not read and may hold NaN.
     pub beta: f32,
 }
 
-/// Which row of a table a row of a batch looks at.
+/// The table row that each row of a batch reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Index {
     /// Row `tokens[r]`.
     Token,
     /// Row `positions[r]`.
     Position,
-    /// Row `outputs[o].row`, for the outputs `o` of this range.
+    /// Row `outputs[o].row`, for every output `o` in this range.
     Output(Range<usize>),
 }
 
 /// What a norm divides by.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum NormKind {
-    /// The root of the mean square (arXiv 1910.07467).
+    /// Root mean square (arXiv 1910.07467).
     Rms,
-    /// The standard deviation, after the mean was taken away (arXiv 1607.06450).
+    /// Standard deviation, after subtracting the mean (arXiv 1607.06450).
     Layer,
 }
 
-/// A norm over rows.
+/// A norm over each row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Norm {
     /// What it divides by.
     pub kind: NormKind,
-    /// Added to the mean square or the variance under the root.
+    /// Added to the mean square or variance, under the root.
     pub epsilon: f32,
 }
 
-/// Which two numbers of a head a rotation mixes.
+/// Which two numbers of a head form a pair that RoPE rotates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopePairs {
     /// 2i and 2i + 1 (llama.cpp's "norm").
@@ -100,37 +102,37 @@ pub enum RopePairs {
 /// Rotary position embedding (arXiv 2104.09864).
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rope {
-    /// Which numbers make a pair.
+    /// Which numbers form a pair.
     pub pairs: RopePairs,
-    /// Radians a position for each pair, `[n_rot / 2]`; numbers of a head from n_rot on stay as they are.
+    /// Radians per position for each pair, `[n_rot / 2]`. Numbers of a head from n_rot on are not rotated.
     pub frequencies: Vec<f32>,
 }
 
-/// Causal attention, in which a row sees the prefix of its segment and its segment up to itself.
+/// Causal attention: a row sees its segment's prefix, and its segment up to itself.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Attention {
     /// Query heads, H.
     pub n_head: usize,
-    /// Key and value heads, K; each serves H / K query heads that follow one another.
+    /// Key and value heads, K. Each serves H / K consecutive query heads.
     pub n_head_kv: usize,
-    /// Numbers in a head, D.
+    /// Size of a head, D.
     pub head_dim: usize,
-    /// Multiplies the scores.
+    /// Scales the scores.
     pub scale: f32,
-    /// A row sees positions that are less than so many before its own.
+    /// A row sees only the last `window` positions, its own included; `None` for no limit.
     pub window: Option<usize>,
-    /// Largest slope exponent of ALiBi (arXiv 2108.12409); 0 for none.
+    /// Largest slope exponent of ALiBi (arXiv 2108.12409); 0 for no ALiBi.
     pub max_alibi_bias: f32,
 }
 
 impl Attention {
-    /// ALiBi's slope of a head: a score falls by it for each position between query and key.
+    /// ALiBi's slope of a head: the score falls by it for each position between query and key.
     pub fn slope(&self, head: usize) -> f32 {
         if self.max_alibi_bias == 0.0 {
             return 0.0;
         }
-        // For a number of heads that is no power of two, the heads beyond the last power take every
-        // other slope of the next one (section 3, footnote 7 of the paper).
+        // If the number of heads is not a power of two, the heads beyond the last power take every other slope of
+        // the next power (section 3, footnote 7 of the paper).
         let power = 1usize << self.n_head.ilog2();
         let exponent = if head < power {
             self.max_alibi_bias / power as f32 * (head + 1) as f32
@@ -141,121 +143,138 @@ impl Attention {
     }
 }
 
-/// The FFN's non-linearity.
+/// Non-linearity of the FFN.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// x sigmoid(x).
     Silu,
-    /// Gaussian error linear unit, by tanh (arXiv 1606.08415).
+    /// Gaussian error linear unit, tanh approximation (arXiv 1606.08415).
     Gelu,
 }
 
-/// One step of RMSprop, as PyTorch's `torch.optim.RMSprop` with momentum 0 counts it.
+/// One step of RMSprop, as in PyTorch's `torch.optim.RMSprop` with momentum 0.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RmspropStep {
     /// Learning rate.
     pub learning_rate: f32,
-    /// How much of the mean square stays.
+    /// Decay of the mean square.
     pub alpha: f32,
     /// Added to the root of the mean square.
     pub epsilon: f32,
-    /// Multiplies the gradient first: what clipping left of it.
+    /// Scales the gradient first (gradient clipping).
     pub gradient_scale: f32,
 }
 
-/// One step of AdamW, as PyTorch's `torch.optim.AdamW` counts it.
+/// One step of AdamW, as in PyTorch's `torch.optim.AdamW`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamwStep {
     /// Learning rate.
     pub learning_rate: f32,
-    /// How much of the mean stays.
+    /// Decay of the mean.
     pub beta1: f32,
-    /// How much of the mean square stays.
+    /// Decay of the mean square.
     pub beta2: f32,
     /// Added to the root of the mean square.
     pub epsilon: f32,
-    /// Share of a weight, times the learning rate, that is taken away.
+    /// Decoupled weight decay, scaled by the learning rate.
     pub weight_decay: f32,
-    /// Steps so far, this one included.
+    /// Number of this step, from 1.
     pub step: u64,
-    /// Multiplies the gradient first: what clipping left of it.
+    /// Scales the gradient first (gradient clipping).
     pub gradient_scale: f32,
 }
 
 /// A trained tensor, as the optimizer sees it.
 #[derive(Debug)]
 pub struct Trained<'a, B> {
-    /// What it is stepped against.
+    /// Gradient of the loss.
     pub gradient: &'a B,
-    /// The optimizer's state.
+    /// The optimizer's state: the mean square, or the mean and the mean square.
     pub states: &'a mut [B],
-    /// Its numbers.
+    /// The trained numbers.
     pub value: &'a mut B,
 }
 
-/// Where the numbers are, and what is done with them.
+/// Computes the transformer's operations on buffers of f32.
 ///
-/// A caller keeps to the shapes that are given here; a device may end the process where they are not kept.
-/// Errors are of the device: memory, or the driver.
+/// Rules for every operation, unless its documentation says otherwise:
+///
+/// - **Shapes.** Buffers are dense and exactly as long as their shape says. The caller guarantees it; a device may panic
+///   if they are not.
+/// - **Results.** Forward operations overwrite their result without reading it. Backward operations *add* to the
+///   gradients (`dx += …`), since a value may be used more than once.
+/// - **NaN.** NaN in a row of the input gives NaN in the rows of the result that depend on it, and in no other row. Products
+///   keep infinities too, although rounding to 8 bits would lose them: a row of x with a non-finite number gives a row of
+///   y without a finite one. So a run that diverges is noticed.
+/// - **Rounding.** Everything is f32, except products: see [`Device::product`] and [`Device::gemm`]. The same calls on
+///   the same device give the same bits, whatever its threads do.
+/// - **Errors.** Out of memory ([`crate::Error::DeviceMemory`]) or a failed driver ([`crate::Error::Device`]). The
+///   results are then undefined.
 pub trait Device: Debug + Send + Sync {
     /// f32 numbers on the device.
     type Buffer: Debug + Send + Sync;
     /// A frozen matrix on the device.
     type Matrix: Debug + Send + Sync;
-    /// A batch's tokens, positions, segments and outputs on the device.
+    /// Tokens, positions, segments and outputs of a batch on the device.
     type Rows: Debug + Send + Sync;
 
-    /// What it is, for people: "cpu, 2 threads, exact products".
+    /// The device in words: "cpu, 2 threads, exact products".
     fn describe(&self) -> String;
 
-    /// Does `work`, which calls many operations, where calling them is cheapest.
+    /// Runs `work`, which calls many operations, where calls are cheapest: on a thread of the CPU's pool.
     fn scope<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         work()
     }
 
-    /// Whether it reads what is uploaded to it. If not, weights may be zeros instead of the file's numbers.
+    /// Whether it reads the values it is given. If not, the caller may pass zeros instead of loading weights.
     fn reads_values(&self) -> bool {
         true
     }
 
-    /// Bytes of logits that are computed at a time; more make larger products.
+    /// Bytes of logits to compute at a time; more make the products larger.
     fn logit_bytes(&self) -> usize {
         32 << 20
     }
 
-    /// Gives back memory that it keeps for later operations, where it does.
+    /// Frees memory that it keeps for reuse.
     fn trim(&self) -> Result<()> {
         Ok(())
     }
 
-    /// `n` zeros.
+    /// Allocates `n` zeros.
     fn zeros(&self, n: usize) -> Result<Self::Buffer>;
-    /// `n` numbers that are overwritten before they are read.
+    /// Allocates `n` numbers of undefined content, to be overwritten before they are read.
     fn space(&self, n: usize) -> Result<Self::Buffer> {
         self.zeros(n)
     }
-    /// The `n` numbers of `x` once more.
+    /// Copies the `n` numbers of `x` into a new buffer.
     fn copy(&self, x: &Self::Buffer, n: usize) -> Result<Self::Buffer> {
         let mut y = self.zeros(n)?;
         self.add(1.0, x, &mut y)?;
         Ok(y)
     }
-    /// A copy of `values`.
+    /// Copies `values` into a new buffer.
     fn upload(&self, values: &[f32]) -> Result<Self::Buffer>;
-    /// Overwrites `buffer`, which has as many numbers.
+    /// Overwrites `buffer` with `values`, of the same length.
     fn write(&self, values: &[f32], buffer: &mut Self::Buffer) -> Result<()>;
-    /// All numbers of `buffer`.
+    /// Copies all numbers of `buffer` to the host. Waits for the operations before it.
     fn download(&self, buffer: &Self::Buffer) -> Result<Vec<f32>>;
-    /// Zeros in place of what `buffer` holds.
+    /// Sets all numbers of `buffer` to 0.
     fn clear(&self, buffer: &mut Self::Buffer) -> Result<()>;
-    /// Takes a frozen matrix.
+    /// Loads a frozen matrix.
+    ///
+    /// # Errors
+    /// [`crate::Error::Setting`] if the bytes do not match the shape, or the device cannot read the type.
     fn matrix(&self, matrix: HostMatrix) -> Result<Self::Matrix>;
-    /// Takes a batch.
+    /// Loads a batch.
     fn rows(&self, packed: &Packed) -> Result<Self::Rows>;
 
     /// `y[R][O] = x[R][I] Wᵀ`.
+    ///
+    /// The CPU computes it in f32 with the dequantised matrix (exact), or rounds the operands to 8 bits in blocks of 32
+    /// (fast). A GPU rounds both operands to bf16 and sums in f32.
     fn product(&self, w: &Self::Matrix, x: &Self::Buffer, n_rows: usize, y: &mut Self::Buffer) -> Result<()>;
-    /// `ys[i][R][O] = x[R][I] Wᵀ` for several matrices that read one input, so that it is prepared once.
+    /// `ys[i][R][O] = x[R][I] Wᵀ` for several matrices: [`Device::product`] that prepares x once.
     fn products(
         &self,
         ws: &[&Self::Matrix],
@@ -265,7 +284,7 @@ pub trait Device: Debug + Send + Sync {
     ) -> Result<()> {
         ws.iter().zip(ys).try_for_each(|(w, y)| self.product(w, x, n_rows, y))
     }
-    /// `dx[R][I] += dy[R][O] W`.
+    /// `dx[R][I] += dy[R][O] W`, rounded as [`Device::product`].
     fn product_back(
         &self,
         w: &Self::Matrix,
@@ -273,12 +292,12 @@ pub trait Device: Debug + Send + Sync {
         n_rows: usize,
         dx: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `C[m][n] = beta C + alpha op(A) op(B)`.
+    /// `C[m][n] = beta C + alpha op(A) op(B)`, for trained matrices. A GPU rounds A and B to TF32.
     fn gemm(&self, gemm: Gemm, a: &Self::Buffer, b: &Self::Buffer, c: &mut Self::Buffer) -> Result<()>;
 
-    /// `y[R][I] = scale W[token of the row]`, W being `[V][I]`.
+    /// `y[r][I] = scale W[tokens[r]]`, with W of shape `[V][I]` and loaded as a table.
     fn embed(&self, w: &Self::Matrix, rows: &Self::Rows, scale: f32, y: &mut Self::Buffer) -> Result<()>;
-    /// `y[r] = scale table[index of r]`, rows of C numbers.
+    /// `y[r][C] = scale table[index(r)]`.
     fn gather(
         &self,
         table: &Self::Buffer,
@@ -288,7 +307,7 @@ pub trait Device: Debug + Send + Sync {
         scale: f32,
         y: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `dtable[index of r] += scale dy[r]`, rows of C numbers.
+    /// `dtable[index(r)] += scale dy[r][C]`. Rows with the same index are added in order.
     fn scatter_add(
         &self,
         dy: &Self::Buffer,
@@ -309,8 +328,7 @@ pub trait Device: Debug + Send + Sync {
         n_cols: usize,
         y: &mut Self::Buffer,
     ) -> Result<()>;
-    /// The gradients of [`Device::norm`]: `dx[R][C] += …`, and where they are wanted `dweight[C] += …` and
-    /// `dbias[C] += …`.
+    /// Gradients of [`Device::norm`]: `dx[R][C] += …`, and `dweight[C] += …` and `dbias[C] += …` if given.
     #[allow(clippy::too_many_arguments, reason = "one operation's operands and gradients")]
     fn norm_back(
         &self,
@@ -324,8 +342,10 @@ pub trait Device: Debug + Send + Sync {
         dbias: Option<&mut Self::Buffer>,
     ) -> Result<()>;
 
-    /// Rotates each head of `x[R][heads][D]` by its row's position; back, by the opposite angle, which is
-    /// the gradient.
+    /// Rotates each head of `x[R][heads][D]` in place, by its row's position.
+    ///
+    /// With `back` it rotates by the opposite angle. That turns the gradient of the result into the gradient of the
+    /// input, in place: it does not add.
     fn rope(
         &self,
         rope: &Rope,
@@ -335,8 +355,9 @@ pub trait Device: Debug + Send + Sync {
         x: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// `out[R][H][D]` from `q[R][H][D]`, `k[R][K][D]`, `v[R][K][D]`; `lse[R][H]` are the logarithms of the sums
-    /// of exponentials, which [`Device::attention_back`] needs.
+    /// `out[R][H][D]` from `q[R][H][D]`, `k[R][K][D]` and `v[R][K][D]`.
+    ///
+    /// Also writes `lse[R][H]`, the logarithms of the softmax's sums, for [`Device::attention_back`].
     #[allow(clippy::too_many_arguments, reason = "one operation's operands")]
     fn attention(
         &self,
@@ -348,7 +369,7 @@ pub trait Device: Debug + Send + Sync {
         out: &mut Self::Buffer,
         lse: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `dq += …`, `dk += …`, `dv += …`, of the shapes of q, k and v.
+    /// Gradients of [`Device::attention`]: `dq[R][H][D] += …`, `dk[R][K][D] += …`, `dv[R][K][D] += …`.
     #[allow(clippy::too_many_arguments, reason = "one operation's operands and gradients")]
     fn attention_back(
         &self,
@@ -365,7 +386,7 @@ pub trait Device: Debug + Send + Sync {
         dv: &mut Self::Buffer,
     ) -> Result<()>;
 
-    /// `y = f(gate) up`, or `f(gate)` without `up`; all of one shape.
+    /// `y = f(gate) up`, or `y = f(gate)` without `up`. All have the same shape.
     fn activate(
         &self,
         activation: Activation,
@@ -373,7 +394,7 @@ pub trait Device: Debug + Send + Sync {
         up: Option<&Self::Buffer>,
         y: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `dgate += …`, `dup += …`; `dup` is there where `up` is.
+    /// Gradients of [`Device::activate`]: `dgate += …`, `dup += …`. `dup` is given if and only if `up` is.
     fn activate_back(
         &self,
         activation: Activation,
@@ -386,11 +407,11 @@ pub trait Device: Debug + Send + Sync {
 
     /// `y += scale x`.
     fn add(&self, scale: f32, x: &Self::Buffer, y: &mut Self::Buffer) -> Result<()>;
-    /// `y[R][C] += bias[C]` in every row.
+    /// `y[r][C] += bias[C]` for every row.
     fn add_to_rows(&self, bias: &Self::Buffer, n_cols: usize, y: &mut Self::Buffer) -> Result<()>;
-    /// `dbias[C] +=` the sum over the rows of `dy[R][C]`.
+    /// `dbias[C] +=` the sum of all rows of `dy[R][C]`.
     fn sum_rows(&self, dy: &Self::Buffer, n_cols: usize, dbias: &mut Self::Buffer) -> Result<()>;
-    /// Row r of `x[n][C]` times factor `first + r`, for all n rows.
+    /// `x[r][C] *= factors[first + r]` for every row of x.
     fn scale_rows(
         &self,
         factors: &Self::Buffer,
@@ -398,8 +419,9 @@ pub trait Device: Debug + Send + Sync {
         n_cols: usize,
         x: &mut Self::Buffer,
     ) -> Result<()>;
-    /// `dst[r][to .. to + n] += src[r][from .. from + n]`, rows of `src` having `src_cols` numbers and those of
-    /// `dst` `dst_cols`.
+    /// `dst[r][to .. to + n] += src[r][from .. from + n]`, for every row of dst.
+    ///
+    /// Rows of src have `src_cols` numbers and rows of dst have `dst_cols`.
     #[allow(clippy::too_many_arguments, reason = "one operation's operands")]
     fn add_columns(
         &self,
@@ -412,9 +434,11 @@ pub trait Device: Debug + Send + Sync {
         n: usize,
     ) -> Result<()>;
 
-    /// `logps[o]`, for the outputs `o` of `range`, become their log-probabilities under `logits[outputs][V] * scale`;
-    /// other numbers of `logps`, which has one for each output of the batch, stay. With `gradient`, `logits` become
-    /// their gradients: `scale (onehot - softmax)`.
+    /// `logps[o]` = the log-probability of output o under `softmax(scale logits[o])`, for the outputs in `range`.
+    ///
+    /// `logits[range][V]` has a row for each output in the range. `logps[outputs]` has a number for each output of the
+    /// batch; those outside the range stay. With `gradient`, the logits are overwritten with the gradients of the
+    /// log-probabilities: `scale (onehot - softmax)`. Otherwise they stay.
     #[allow(clippy::too_many_arguments, reason = "one operation's operands")]
     fn logprobs(
         &self,
@@ -426,9 +450,10 @@ pub trait Device: Debug + Send + Sync {
         logits: &mut Self::Buffer,
         logps: &mut Self::Buffer,
     ) -> Result<()>;
-    /// What each pair of the batch costs, `[pairs]`, by the log-probabilities of its outputs, `logps[outputs]`, and those
-    /// of its answers under the model as it was, `references[pairs]`. `dlogps[outputs]` become the derivatives of the mean
-    /// loss over `n_pairs` pairs, of which the batch may be a part.
+    /// Log-probabilities and loss of each pair, `[pairs]`, in f64; overwrites `dlogps[outputs]` with the gradient.
+    ///
+    /// `logps[outputs]` are the policy's, `references[pairs]` the reference's. The gradient is of the mean loss over
+    /// `n_pairs` pairs: those of the whole step, where this batch may be a part of it. NaN stays within its pair.
     fn preference_loss(
         &self,
         preference: Preference,
@@ -439,13 +464,13 @@ pub trait Device: Debug + Send + Sync {
         dlogps: &mut Self::Buffer,
     ) -> Result<Vec<(AnswerLogps, PairLoss)>>;
 
-    /// The sum of the squares of all numbers.
+    /// The sum of the squares of all numbers, in f64.
     fn square_sum(&self, x: &Self::Buffer) -> Result<f64>;
-    /// The sum of the squares of all numbers of all buffers.
+    /// The sum of [`Device::square_sum`] over all buffers.
     fn square_sum_all(&self, all: &[Self::Buffer]) -> Result<f64> {
         all.iter().try_fold(0.0, |sum, x| Ok(sum + self.square_sum(x)?))
     }
-    /// Steps `value` against `gradient`; `mean_square` is the optimizer's state.
+    /// One step of RMSprop: updates `value` and the state `mean_square` by `gradient`.
     fn rmsprop(
         &self,
         step: RmspropStep,
@@ -453,7 +478,7 @@ pub trait Device: Debug + Send + Sync {
         mean_square: &mut Self::Buffer,
         value: &mut Self::Buffer,
     ) -> Result<()>;
-    /// Steps `value` against `gradient`; `mean` and `mean_square` are the optimizer's state.
+    /// One step of AdamW: updates `value` and the states `mean` and `mean_square` by `gradient`.
     fn adamw(
         &self,
         step: AdamwStep,
@@ -462,11 +487,11 @@ pub trait Device: Debug + Send + Sync {
         mean_square: &mut Self::Buffer,
         value: &mut Self::Buffer,
     ) -> Result<()>;
-    /// [`Device::rmsprop`] of every tensor; each has one state.
+    /// [`Device::rmsprop`] for every tensor; each has one state.
     fn rmsprop_all(&self, step: RmspropStep, all: &mut [Trained<'_, Self::Buffer>]) -> Result<()> {
         all.iter_mut().try_for_each(|t| self.rmsprop(step, t.gradient, &mut t.states[0], t.value))
     }
-    /// [`Device::adamw`] of every tensor; each has two states, the mean first.
+    /// [`Device::adamw`] for every tensor; each has two states, the mean first.
     fn adamw_all(&self, step: AdamwStep, all: &mut [Trained<'_, Self::Buffer>]) -> Result<()> {
         all.iter_mut().try_for_each(|t| {
             let [mean, mean_square] = t.states else { unreachable!("AdamW has two states") };

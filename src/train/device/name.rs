@@ -1,18 +1,18 @@
-//! Names of devices, and of how they hold and round weights.
+//! Names of devices, and of how a device stores and rounds weights.
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Where a run is computed.
+/// The device that computes a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum DeviceName {
-    /// On the CPU.
+    /// The CPU.
     #[default]
     Cpu,
-    /// On the NVIDIA GPU of this number, from 0.
+    /// The NVIDIA GPU with this number, from 0.
     Cuda(usize),
 }
 
@@ -60,18 +60,18 @@ impl TryFrom<String> for DeviceName {
     }
 }
 
-/// How frozen matrices lie in a GPU's memory.
+/// How a GPU stores frozen matrices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Frozen {
-    /// Rounded to bf16, two bytes a number: nothing is left to do before a product.
+    /// Rounded to bf16, two bytes per number: ready for products.
     Bf16,
-    /// As the file's blocks: each product rounds them to bf16 first, a part at a time.
+    /// As the file's blocks. Each product first rounds them to bf16, a part at a time.
     Quantised,
 }
 
 impl Frozen {
-    /// As users type it.
+    /// The name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Frozen::Bf16 => "bf16",
@@ -79,7 +79,7 @@ impl Frozen {
         }
     }
 
-    /// Where weights lie, for people.
+    /// The storage in words, for messages.
     pub fn place(self) -> &'static str {
         match self {
             Frozen::Bf16 => "bf16",
@@ -88,10 +88,10 @@ impl Frozen {
     }
 }
 
-/// What the trainer's products round.
+/// What the trainer rounds before a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Rounding {
-    /// Nothing: they are in f32.
+    /// Nothing: products are f32.
     Nothing,
     /// Operands of products with quantised matrices, to 8 bits.
     Bytes,
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn devices_are_named_as_on_the_command_line() {
+    fn device_names_parse_and_print_alike() {
         for (text, name) in
             [("cpu", DeviceName::Cpu), ("cuda", DeviceName::Cuda(0)), ("cuda:3", DeviceName::Cuda(3))]
         {

@@ -1,15 +1,16 @@
-//! Log-probabilities of the tokens that are predicted.
+//! Log-probabilities of the predicted tokens, and the loss.
 
 use rayon::prelude::*;
 
-use crate::train::data::pack::Output;
+use crate::train::data::pack::{Output, Packed};
+use crate::train::recipe::dpo::{AnswerLogps, PairLoss, Preference};
 
 use crate::train::device::cpu::math::{exp, sum_of};
 
-/// Log-probabilities of `outputs` under `logits[outputs][n_vocab] * scale`; with `gradient`, the logits become
-/// their gradients.
+/// Log-probabilities of `outputs` under `softmax(scale logits[outputs][n_vocab])`.
 ///
-/// Sums are in f64: a vocabulary has a quarter of a million tokens.
+/// With `gradient`, the logits are overwritten with the log-probabilities' gradients. Sums are in f64, because a
+/// vocabulary has up to a quarter of a million tokens.
 pub fn logprobs(
     outputs: &[Output],
     scale: f32,
@@ -40,4 +41,29 @@ pub fn logprobs(
             (f64::from(chosen) - f64::from(most) - sum.ln()) as f32
         })
         .collect()
+}
+
+/// Log-probabilities and loss of each pair; overwrites `dlogps[outputs]` with the gradient of the mean over `n_pairs`.
+pub fn preference_loss(
+    preference: Preference,
+    packed: &Packed,
+    references: &[AnswerLogps],
+    n_pairs: usize,
+    logps: &[f32],
+    dlogps: &mut [f32],
+) -> Vec<(AnswerLogps, PairLoss)> {
+    assert_eq!(2 * references.len(), packed.answers.len(), "a reference for each pair");
+    let sums = packed.sum_by_answer(logps);
+    let pairs = sums.chunks_exact(2).zip(packed.answers.chunks_exact(2)).zip(references);
+    let costs: Vec<(AnswerLogps, PairLoss)> = pairs
+        .map(|((sums, answers), reference)| {
+            let policy = AnswerLogps { chosen: sums[0], rejected: sums[1] };
+            (policy, preference.of_pair(policy, *reference, answers[0].len(), answers[1].len()))
+        })
+        .collect();
+    let n = n_pairs as f64;
+    let slopes: Vec<f64> =
+        costs.iter().flat_map(|(_, loss)| [loss.dchosen / n, loss.drejected / n]).collect();
+    dlogps.copy_from_slice(&packed.spread_to_outputs(&slopes));
+    costs
 }

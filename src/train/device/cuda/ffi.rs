@@ -1,10 +1,10 @@
-//! The extension's C interface as bindgen reads it; only this folder uses it.
+//! Raw bindings of the extension, used only in this folder.
 #![allow(
     missing_docs,
     non_camel_case_types,
     dead_code,
     clippy::all,
-    reason = "made out of vendor/cuda/ops.h"
+    reason = "generated from vendor/cuda/ops.h"
 )]
 
 include!(concat!(env!("OUT_DIR"), "/cuda_ops.rs"));

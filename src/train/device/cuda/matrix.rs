@@ -9,28 +9,29 @@ use crate::train::device::limits::NO_KERNEL_HINT;
 use crate::train::device::name::Frozen;
 
 use crate::train::device::cuda::ffi;
-use crate::train::device::cuda::handle::{Handle, Memory};
+use crate::train::device::cuda::handle::Handle;
+use crate::train::device::cuda::memory::Memory;
 
 /// A frozen matrix, `[n_out][n_in]`.
 #[derive(Debug)]
 pub struct Matrix {
     tensor_type: TensorType,
-    /// Numbers in a row.
+    /// Numbers per row, I.
     pub n_in: usize,
-    /// Rows.
+    /// Rows, O.
     pub n_out: usize,
     frozen: Frozen,
-    /// Kept where products or embeddings need them.
+    /// The file's blocks, if products or embeddings read them.
     blocks: Option<Memory>,
-    /// Of a table, made by its first product: most tables are never multiplied with.
+    /// The bf16 copy. A table gets it with its first product, since most tables are never multiplied by.
     rounded: OnceLock<Memory>,
 }
 
 impl Matrix {
-    /// Takes a matrix to the GPU.
+    /// Loads a matrix.
     ///
     /// # Errors
-    /// [`Error::Setting`] where its bytes are not those of its shape, or there is no kernel for its type.
+    /// [`Error::Setting`] if the bytes do not match the shape, or no kernel reads the type.
     pub fn new(handle: &Arc<Handle>, matrix: HostMatrix, frozen: Frozen) -> Result<Matrix> {
         let HostMatrix { name, tensor_type, n_in, n_out, bytes, is_table } = matrix;
         let row_bytes = tensor_type.row_bytes(n_in as u64).unwrap_or(0) as usize;
@@ -60,7 +61,7 @@ impl Matrix {
         Ok(made)
     }
 
-    /// For products.
+    /// The matrix for products; rounds it first if it is to be kept in bf16.
     pub fn multiplied(&self, handle: &Arc<Handle>) -> Result<ffi::detox_cuda_matrix> {
         self.assert_of(handle);
         if self.frozen == Frozen::Bf16 && self.rounded.get().is_none() {
@@ -69,13 +70,13 @@ impl Matrix {
         Ok(self.raw())
     }
 
-    /// For reading rows.
+    /// The matrix for reading rows.
     ///
     /// # Panics
-    /// Where the matrix was not taken as a table.
+    /// If the matrix was not loaded as a table.
     pub fn read(&self, handle: &Arc<Handle>) -> ffi::detox_cuda_matrix {
         self.assert_of(handle);
-        assert!(self.blocks.is_some(), "rows are read of a matrix that was taken as no table");
+        assert!(self.blocks.is_some(), "rows can only be read from a table");
         self.raw()
     }
 
@@ -94,12 +95,12 @@ impl Matrix {
         }
     }
 
-    /// Makes the copy in bf16 out of the blocks, which `handle` holds.
+    /// Makes the bf16 copy from the blocks, which belong to `handle`.
     fn round(&self, handle: &Arc<Handle>) -> Result<()> {
         let blocks = self.blocks.as_ref().expect("blocks are kept until they are rounded");
         let n = self.n_in * self.n_out;
         let rounded = Memory::new(handle, 2 * n)?;
-        // SAFETY: `blocks` holds the blocks of n numbers of this type, whole ones, and `rounded` n numbers of two bytes.
+        // SAFETY: `blocks` holds whole blocks of n numbers of this type; `rounded` has room for n numbers of two bytes.
         let status = unsafe {
             ffi::detox_cuda_round_blocks(
                 handle.raw(),
@@ -110,21 +111,21 @@ impl Matrix {
             )
         };
         handle.check(status)?;
-        // Another thread may have been faster, with the same numbers.
+        // If another thread was faster, its copy has the same numbers.
         let _ = self.rounded.set(rounded);
         Ok(())
     }
 }
 
-/// Numbers and bytes of a block of this type as the kernels read it; none where no kernel does.
+/// Numbers and bytes in a block of this type, as the kernels read it; `None` if no kernel does.
 pub(super) fn kernel_block(tensor_type: TensorType) -> Option<(u64, u64)> {
     let (mut n_numbers, mut n_bytes) = (0, 0);
-    // SAFETY: takes any number, and writes two.
+    // SAFETY: accepts any number; writes two.
     let status = unsafe { ffi::detox_cuda_block(type_id(tensor_type), &mut n_numbers, &mut n_bytes) };
     (status == ffi::DETOX_CUDA_OK).then_some((n_numbers as u64, n_bytes as u64))
 }
 
-/// ggml's number.
+/// ggml's number of the type.
 fn type_id(tensor_type: TensorType) -> i32 {
     tensor_type.id() as i32
 }

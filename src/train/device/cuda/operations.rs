@@ -1,4 +1,4 @@
-//! The trait's operations as calls of the extension: every length is compared with its shape first.
+//! [`Device`] for a GPU: each operation compares lengths with shapes, then calls the extension.
 
 use std::ops::Range;
 
@@ -11,10 +11,14 @@ use crate::train::device::{
 };
 use crate::train::recipe::dpo::{AnswerLogps, PairLoss, Preference};
 
-use crate::train::device::cuda::{
-    Buffer, Cuda, Matrix, Rows, activation_id, attention_kind, check_attention, ffi, index_of, norm_kind,
-    pair_loss, preference_kind, rows_in,
-};
+use crate::train::device::cuda::kinds::{self, AttentionKind};
+use crate::train::device::cuda::{Buffer, Cuda, Matrix, Rows, ffi};
+
+/// Rows of `n_cols` numbers in a buffer of `len`, and `n_cols`, as the extension takes them.
+fn shape(len: usize, n_cols: usize) -> (i64, i64) {
+    assert!(n_cols > 0 && len.is_multiple_of(n_cols), "{len} numbers in rows of {n_cols}");
+    ((len / n_cols) as i64, n_cols as i64)
+}
 
 impl Device for Cuda {
     type Buffer = Buffer;
@@ -45,7 +49,7 @@ impl Device for Cuda {
     }
 
     fn copy(&self, x: &Buffer, n: usize) -> Result<Buffer> {
-        assert_eq!(x.len(), n, "as many numbers as there are");
+        assert_eq!(x.len(), n, "as many numbers as x has");
         let mut y = Buffer::new(&self.handle, n)?;
         // SAFETY: both have n numbers.
         self.check(unsafe { ffi::detox_cuda_copy(self.raw(), self.at(x), n as i64, self.at_mut(&mut y)) })?;
@@ -89,7 +93,7 @@ impl Device for Cuda {
         let raw = ws.iter().map(|w| w.multiplied(&self.handle)).collect::<Result<Vec<_>>>()?;
         let at: Vec<*mut f32> = ys.iter_mut().map(|y| self.at_mut(y)).collect();
         let (n, n_rows) = (raw.len() as i64, n_rows as i64);
-        // SAFETY: the lengths are those of the shapes; the matrices and both lists outlive the call.
+        // SAFETY: the lengths match the shapes; the matrices and both lists live during the call.
         let status =
             unsafe { ffi::detox_cuda_products(self.raw(), raw.as_ptr(), n, self.at(x), n_rows, at.as_ptr()) };
         self.check(status)
@@ -98,7 +102,7 @@ impl Device for Cuda {
     fn product_back(&self, w: &Matrix, dy: &Buffer, n_rows: usize, dx: &mut Buffer) -> Result<()> {
         assert!(dy.len() == n_rows * w.n_out && dx.len() == n_rows * w.n_in, "dy[R][O] and dx[R][I]");
         let raw = w.multiplied(&self.handle)?;
-        // SAFETY: the lengths are those of the shapes, and the matrix outlives the call.
+        // SAFETY: the lengths match the shapes; the matrix lives during the call.
         let status = unsafe {
             ffi::detox_cuda_product_back(self.raw(), &raw, self.at(dy), n_rows as i64, self.at_mut(dx))
         };
@@ -106,20 +110,12 @@ impl Device for Cuda {
     }
 
     fn gemm(&self, gemm: Gemm, a: &Buffer, b: &Buffer, c: &mut Buffer) -> Result<()> {
-        let Gemm { m, n, k, transpose_a, transpose_b, alpha, beta } = gemm;
+        let Gemm { m, n, k, .. } = gemm;
         assert!(a.len() == m * k && b.len() == k * n && c.len() == m * n, "operands of {gemm:?}");
-        let gemm = ffi::detox_cuda_gemm {
-            m: m as i64,
-            n: n as i64,
-            k: k as i64,
-            transpose_a: i32::from(transpose_a),
-            transpose_b: i32::from(transpose_b),
-            alpha,
-            beta,
-        };
-        // SAFETY: the lengths are those of the sizes.
+        let kind = kinds::gemm(gemm);
+        // SAFETY: the lengths match the sizes.
         self.check(unsafe {
-            ffi::detox_cuda_multiply(self.raw(), &gemm, self.at(a), self.at(b), self.at_mut(c))
+            ffi::detox_cuda_multiply(self.raw(), &kind, self.at(a), self.at(b), self.at_mut(c))
         })
     }
 
@@ -142,19 +138,17 @@ impl Device for Cuda {
         scale: f32,
         y: &mut Buffer,
     ) -> Result<()> {
-        let (kind, range, most) = index_of(index, rows);
-        assert!(range.is_empty() || most < rows_in(table.len(), n_cols), "an index beyond the table");
-        assert_eq!(y.len(), range.len() * n_cols, "y[n][C]");
-        let (first, n) = (range.start as i64, range.len() as i64);
+        let lookup = rows.lookup(index);
+        lookup.assert_shapes(table.len(), y.len(), n_cols);
         // SAFETY: every index has a row in the table, and y has the length of its shape.
         let status = unsafe {
             ffi::detox_cuda_gather(
                 self.raw(),
                 self.at(table),
                 n_cols as i64,
-                kind,
-                first,
-                n,
+                lookup.kind,
+                lookup.first,
+                lookup.n as i64,
                 self.rows_at(rows),
                 scale,
                 self.at_mut(y),
@@ -172,19 +166,17 @@ impl Device for Cuda {
         scale: f32,
         dtable: &mut Buffer,
     ) -> Result<()> {
-        let (kind, range, most) = index_of(index, rows);
-        assert!(range.is_empty() || most < rows_in(dtable.len(), n_cols), "an index beyond the table");
-        assert_eq!(dy.len(), range.len() * n_cols, "dy[n][C]");
-        let (first, n) = (range.start as i64, range.len() as i64);
+        let lookup = rows.lookup(index);
+        lookup.assert_shapes(dtable.len(), dy.len(), n_cols);
         // SAFETY: every index has a row in the table, and dy has the length of its shape.
         let status = unsafe {
             ffi::detox_cuda_scatter_add(
                 self.raw(),
                 self.at(dy),
                 n_cols as i64,
-                kind,
-                first,
-                n,
+                lookup.kind,
+                lookup.first,
+                lookup.n as i64,
                 self.rows_at(rows),
                 scale,
                 self.at_mut(dtable),
@@ -202,15 +194,14 @@ impl Device for Cuda {
         n_cols: usize,
         y: &mut Buffer,
     ) -> Result<()> {
-        let n_rows = rows_in(x.len(), n_cols);
         assert!(
             weight.len() == n_cols && bias.is_none_or(|bias| bias.len() == n_cols),
             "weight[C] and bias[C]"
         );
         assert_eq!(x.len(), y.len(), "x[R][C] and y[R][C]");
-        let (kind, bias) = (norm_kind(norm), self.address_of(bias));
-        let (n_rows, n_cols) = (n_rows as i64, n_cols as i64);
-        // SAFETY: the lengths are those of the shapes.
+        let (n_rows, n_cols) = shape(x.len(), n_cols);
+        let (kind, bias) = (kinds::norm(norm), self.address_of(bias));
+        // SAFETY: the lengths match the shapes.
         let status = unsafe {
             ffi::detox_cuda_norm(
                 self.raw(),
@@ -237,14 +228,14 @@ impl Device for Cuda {
         dweight: Option<&mut Buffer>,
         dbias: Option<&mut Buffer>,
     ) -> Result<()> {
-        let n_rows = rows_in(x.len(), n_cols);
-        let of_weights = dweight.as_ref().is_none_or(|w| w.len() == n_cols)
+        let weights_match = dweight.as_ref().is_none_or(|w| w.len() == n_cols)
             && dbias.as_ref().is_none_or(|b| b.len() == n_cols);
-        assert!(weight.len() == n_cols && of_weights, "weight[C] and its gradients");
+        assert!(weight.len() == n_cols && weights_match, "weight[C] and its gradients");
         assert!(dy.len() == x.len() && dx.len() == x.len(), "x[R][C] and its gradients");
-        let (kind, dweight, dbias) =
-            (norm_kind(norm), self.address_of_mut(dweight), self.address_of_mut(dbias));
-        // SAFETY: the lengths are those of the shapes.
+        let (n_rows, n_cols) = shape(x.len(), n_cols);
+        let kind = kinds::norm(norm);
+        let (dweight, dbias) = (self.address_of_mut(dweight), self.address_of_mut(dbias));
+        // SAFETY: the lengths match the shapes.
         let status = unsafe {
             ffi::detox_cuda_norm_back(
                 self.raw(),
@@ -252,8 +243,8 @@ impl Device for Cuda {
                 self.at(x),
                 self.at(weight),
                 self.at(dy),
-                n_rows as i64,
-                n_cols as i64,
+                n_rows,
+                n_cols,
                 self.at_mut(dx),
                 dweight,
                 dbias,
@@ -267,10 +258,10 @@ impl Device for Cuda {
             return Ok(());
         }
         let n_pairs = rope.frequencies.len();
-        assert!(2 * n_pairs <= head_dim, "pairs that fit into a head");
-        let n_heads = rows_in(x.len(), rows.n_rows * head_dim);
+        assert!(2 * n_pairs <= head_dim, "the pairs fit into a head");
+        let (n_heads, _) = shape(x.len(), rows.n_rows * head_dim);
         let halves = i32::from(rope.pairs == RopePairs::Halves);
-        // SAFETY: x is [R][heads][D], and the frequencies are as many as is said and stay during the call.
+        // SAFETY: x is [R][heads][D]; there are `n_pairs` frequencies, and they live during the call.
         let status = unsafe {
             ffi::detox_cuda_rope(
                 self.raw(),
@@ -279,7 +270,7 @@ impl Device for Cuda {
                 n_pairs as i32,
                 halves,
                 i32::from(back),
-                n_heads as i64,
+                n_heads,
                 head_dim as i64,
                 self.at_mut(x),
             )
@@ -297,14 +288,13 @@ impl Device for Cuda {
         out: &mut Buffer,
         lse: &mut Buffer,
     ) -> Result<()> {
-        check_attention(attention, rows, &[q, out], &[k, v], lse);
-        let mut slopes = Vec::new();
-        let kind = attention_kind(attention, &mut slopes);
-        // SAFETY: the lengths are those of the shapes; `slopes` has one a head and lives until the end.
+        let kind = AttentionKind::new(attention);
+        kind.assert_shapes(rows, &[q, out], &[k, v], lse);
+        // SAFETY: the lengths match the shapes; `kind` has a slope for each head and lives during the call.
         let status = unsafe {
             ffi::detox_cuda_attention(
                 self.raw(),
-                &kind,
+                &kind.raw(),
                 self.rows_at(rows),
                 self.at(q),
                 self.at(k),
@@ -330,14 +320,13 @@ impl Device for Cuda {
         dk: &mut Buffer,
         dv: &mut Buffer,
     ) -> Result<()> {
-        check_attention(attention, rows, &[q, out, dout, dq], &[k, v, dk, dv], lse);
-        let mut slopes = Vec::new();
-        let kind = attention_kind(attention, &mut slopes);
-        // SAFETY: the lengths are those of the shapes; `slopes` has one a head and lives until the end.
+        let kind = AttentionKind::new(attention);
+        kind.assert_shapes(rows, &[q, out, dout, dq], &[k, v, dk, dv], lse);
+        // SAFETY: the lengths match the shapes; `kind` has a slope for each head and lives during the call.
         let status = unsafe {
             ffi::detox_cuda_attention_back(
                 self.raw(),
-                &kind,
+                &kind.raw(),
                 self.rows_at(rows),
                 self.at(q),
                 self.at(k),
@@ -362,8 +351,8 @@ impl Device for Cuda {
     ) -> Result<()> {
         let n = gate.len();
         assert!(y.len() == n && up.is_none_or(|up| up.len() == n), "buffers of one shape");
-        let (id, up) = (activation_id(activation), self.address_of(up));
-        // SAFETY: the lengths are the same.
+        let (id, up) = (kinds::activation(activation), self.address_of(up));
+        // SAFETY: all lengths are the same.
         let status =
             unsafe { ffi::detox_cuda_activate(self.raw(), id, self.at(gate), up, n as i64, self.at_mut(y)) };
         self.check(status)
@@ -379,11 +368,11 @@ impl Device for Cuda {
         dup: Option<&mut Buffer>,
     ) -> Result<()> {
         let n = gate.len();
-        assert_eq!(up.is_some(), dup.is_some(), "a gradient of what is gated, where something is");
-        let of_up = up.is_none_or(|up| up.len() == n) && dup.as_ref().is_none_or(|dup| dup.len() == n);
-        assert!(dy.len() == n && dgate.len() == n && of_up, "buffers of one shape");
-        let (id, up, dup) = (activation_id(activation), self.address_of(up), self.address_of_mut(dup));
-        // SAFETY: the lengths are the same.
+        assert_eq!(up.is_some(), dup.is_some(), "dup if and only if up");
+        let up_matches = up.is_none_or(|up| up.len() == n) && dup.as_ref().is_none_or(|dup| dup.len() == n);
+        assert!(dy.len() == n && dgate.len() == n && up_matches, "buffers of one shape");
+        let (id, up, dup) = (kinds::activation(activation), self.address_of(up), self.address_of_mut(dup));
+        // SAFETY: all lengths are the same.
         let status = unsafe {
             ffi::detox_cuda_activate_back(
                 self.raw(),
@@ -401,7 +390,7 @@ impl Device for Cuda {
 
     fn add(&self, scale: f32, x: &Buffer, y: &mut Buffer) -> Result<()> {
         assert_eq!(x.len(), y.len(), "buffers of one shape");
-        // SAFETY: the lengths are the same.
+        // SAFETY: all lengths are the same.
         self.check(unsafe {
             ffi::detox_cuda_add(self.raw(), scale, self.at(x), x.len() as i64, self.at_mut(y))
         })
@@ -409,8 +398,8 @@ impl Device for Cuda {
 
     fn add_to_rows(&self, bias: &Buffer, n_cols: usize, y: &mut Buffer) -> Result<()> {
         assert_eq!(bias.len(), n_cols, "bias[C]");
-        let (n_rows, n_cols) = (rows_in(y.len(), n_cols) as i64, n_cols as i64);
-        // SAFETY: the lengths are those of the shapes.
+        let (n_rows, n_cols) = shape(y.len(), n_cols);
+        // SAFETY: the lengths match the shapes.
         let status =
             unsafe { ffi::detox_cuda_add_to_rows(self.raw(), self.at(bias), n_rows, n_cols, self.at_mut(y)) };
         self.check(status)
@@ -418,21 +407,20 @@ impl Device for Cuda {
 
     fn sum_rows(&self, dy: &Buffer, n_cols: usize, dbias: &mut Buffer) -> Result<()> {
         assert_eq!(dbias.len(), n_cols, "dbias[C]");
-        let (n_rows, n_cols) = (rows_in(dy.len(), n_cols) as i64, n_cols as i64);
-        // SAFETY: the lengths are those of the shapes.
+        let (n_rows, n_cols) = shape(dy.len(), n_cols);
+        // SAFETY: the lengths match the shapes.
         let status =
             unsafe { ffi::detox_cuda_sum_rows(self.raw(), self.at(dy), n_rows, n_cols, self.at_mut(dbias)) };
         self.check(status)
     }
 
     fn scale_rows(&self, factors: &Buffer, first: usize, n_cols: usize, x: &mut Buffer) -> Result<()> {
-        let n_rows = rows_in(x.len(), n_cols);
-        assert!(first + n_rows <= factors.len(), "a factor for each row");
+        let (n_rows, n_cols) = shape(x.len(), n_cols);
+        assert!(first + n_rows as usize <= factors.len(), "a factor for each row");
         let factors = self.at(factors).wrapping_add(first);
-        // SAFETY: there is a factor for each row, and x is as long as its shape says.
-        let status = unsafe {
-            ffi::detox_cuda_scale_rows(self.raw(), factors, n_rows as i64, n_cols as i64, self.at_mut(x))
-        };
+        // SAFETY: there is a factor for each row, and the length of x matches its shape.
+        let status =
+            unsafe { ffi::detox_cuda_scale_rows(self.raw(), factors, n_rows, n_cols, self.at_mut(x)) };
         self.check(status)
     }
 
@@ -446,9 +434,9 @@ impl Device for Cuda {
         to: usize,
         n: usize,
     ) -> Result<()> {
-        let n_rows = rows_in(dst.len(), dst_cols);
-        assert!(src.len() >= n_rows * src_cols, "rows of src for those of dst");
-        assert!(from + n <= src_cols && to + n <= dst_cols, "columns of both buffers");
+        let (n_rows, _) = shape(dst.len(), dst_cols);
+        assert!(src.len() >= n_rows as usize * src_cols, "a row of src for each row of dst");
+        assert!(from + n <= src_cols && to + n <= dst_cols, "columns within both buffers");
         // SAFETY: the rows and columns lie within both buffers.
         let status = unsafe {
             ffi::detox_cuda_add_columns(
@@ -456,7 +444,7 @@ impl Device for Cuda {
                 self.at(src),
                 src_cols as i64,
                 from as i64,
-                n_rows as i64,
+                n_rows,
                 self.at_mut(dst),
                 dst_cols as i64,
                 to as i64,
@@ -476,11 +464,11 @@ impl Device for Cuda {
         logits: &mut Buffer,
         logps: &mut Buffer,
     ) -> Result<()> {
-        assert!(range.start <= range.end && range.end <= rows.n_outputs, "outputs of the batch");
+        rows.assert_outputs(&range);
         assert!(range.is_empty() || rows.most_output < n_vocab, "a token beyond the vocabulary");
         assert_eq!(logits.len(), range.len() * n_vocab, "logits[n][V]");
         assert_eq!(logps.len(), rows.n_outputs, "logps[outputs]");
-        // SAFETY: the lengths are those of the shapes, every token has a logit, and every output of the range a number.
+        // SAFETY: the lengths match the shapes, every token has a logit, and every output of the range has a number.
         let status = unsafe {
             ffi::detox_cuda_logprobs(
                 self.raw(),
@@ -508,7 +496,7 @@ impl Device for Cuda {
     ) -> Result<Vec<(AnswerLogps, PairLoss)>> {
         assert_eq!(references.len(), rows.n_pairs, "a reference for each pair");
         assert!(logps.len() == rows.n_outputs && dlogps.len() == rows.n_outputs, "a number for each output");
-        let kind = preference_kind(preference, n_pairs);
+        let kind = kinds::preference(preference, n_pairs);
         let of_answers: Vec<f64> = references.iter().flat_map(|r| [r.chosen, r.rejected]).collect();
         let unknown = ffi::detox_cuda_pair_cost {
             policy_chosen: f64::NAN,
@@ -518,7 +506,7 @@ impl Device for Cuda {
             drejected: f64::NAN,
         };
         let mut costs = vec![unknown; rows.n_pairs];
-        // SAFETY: a number for each output, two for each pair, and a place for each pair's cost; all stay during the call.
+        // SAFETY: a number for each output, two for each pair, and room for each pair's cost; all live during the call.
         let status = unsafe {
             ffi::detox_cuda_preference_loss(
                 self.raw(),
@@ -531,33 +519,16 @@ impl Device for Cuda {
             )
         };
         self.check(status)?;
-        Ok(costs
-            .iter()
-            .zip(references)
-            .map(|(cost, reference)| pair_loss(preference, cost, *reference))
-            .collect())
+        let pairs = costs.iter().zip(references);
+        Ok(pairs.map(|(cost, reference)| kinds::pair_loss(preference, cost, *reference)).collect())
     }
 
     fn square_sum(&self, x: &Buffer) -> Result<f64> {
-        self.square_sum_all(std::slice::from_ref(x))
+        self.sum_of_squares(std::slice::from_ref(x))
     }
 
     fn square_sum_all(&self, all: &[Buffer]) -> Result<f64> {
-        let addresses: Vec<*const f32> = all.iter().map(|x| self.at(x)).collect();
-        let lengths: Vec<i64> = all.iter().map(|x| x.len() as i64).collect();
-        let mut sum = 0.0;
-        // SAFETY: an address and a length for each buffer; writes one number.
-        let status = unsafe {
-            ffi::detox_cuda_square_sum(
-                self.raw(),
-                addresses.as_ptr(),
-                lengths.as_ptr(),
-                all.len() as i64,
-                &mut sum,
-            )
-        };
-        self.check(status)?;
-        Ok(sum)
+        self.sum_of_squares(all)
     }
 
     fn rmsprop(

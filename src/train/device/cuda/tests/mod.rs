@@ -1,4 +1,4 @@
-//! What every device must pass, in both ways of keeping frozen matrices, and what is the GPU's own.
+//! The tests of every device, with both ways of storing frozen matrices, and tests of the GPU alone.
 
 use std::sync::LazyLock;
 
@@ -13,18 +13,18 @@ use crate::train::device::{Device, HostMatrix};
 use crate::train::device::cuda::matrix::kernel_block;
 
 impl Tested for OnHost<Cuda> {
-    /// bf16 keeps eight bits, the first of which is not stored: half of the last one.
+    /// bf16 keeps eight bits, the first of them implicit; rounding is off by at most half of the last one.
     const PRODUCTS: f64 = 1.0 / 256.0;
-    /// TF32 keeps eleven; cuBLASLt does not say whether it rounds or cuts off.
+    /// TF32 keeps eleven bits. cuBLASLt does not document whether it rounds or truncates.
     const DENSE: f64 = 1.0 / 1024.0;
-    /// A sum of a product may be rounded once or twice.
+    /// A product and a sum may be rounded once (fused) or twice.
     const TABLES: f64 = 2e-7;
 }
 
-/// None on a machine without a GPU, as one that builds for others.
+/// `None` on a machine without a GPU, such as one that builds for others.
 fn open(frozen: Frozen) -> Option<OnHost<Cuda>> {
     if cfg!(feature = "cuda") && !is_present().unwrap() {
-        eprintln!("skipped: this machine has no NVIDIA GPU that its driver gives to programs");
+        eprintln!("skipped: this machine has no usable NVIDIA GPU");
         return None;
     }
     Some(OnHost(Cuda::open(0, frozen).unwrap()))
@@ -43,7 +43,7 @@ mod common {
 }
 
 #[test]
-fn products_and_embeddings_are_the_same_where_the_blocks_are_kept() {
+fn products_and_embeddings_from_blocks_match_the_dequantised_numbers() {
     use crate::train::device::tests::{lookup, product};
     let Some(device) = open(Frozen::Quantised) else { return };
     product::products_are_those_with_the_numbers_that_blocks_stand_for(&device);
@@ -52,24 +52,24 @@ fn products_and_embeddings_are_the_same_where_the_blocks_are_kept() {
 }
 
 #[test]
-fn products_of_several_parts_of_a_matrix_are_those_of_the_whole() {
+fn products_over_several_parts_of_a_matrix_match_the_whole() {
     use crate::train::device::tests::product;
     let Some(device) = open(Frozen::Quantised) else { return };
-    // Of 256 rows, the fewest that there are.
+    // Parts of 256 rows, the minimum.
     device.0.set_part_bytes(0);
     product::products_are_those_with_the_numbers_that_blocks_stand_for(&device);
     product::rows_that_hold_no_number_stay_none_and_leave_others_alone(&device);
 }
 
 #[test]
-fn the_same_operations_give_the_same_numbers_to_the_bit() {
+fn repeated_operations_give_the_same_bits() {
     let Some(device) = open(Frozen::Quantised) else { return };
     let first = everything(&device);
     assert_same(&first, &everything(&device), "the same device again");
     assert_same(&first, &everything(&open(Frozen::Quantised).unwrap()), "another handle");
     #[cfg(feature = "cuda-emulation")]
     {
-        // Threads and blocks from last to first: what depends on their order is a race.
+        // Threads and blocks from last to first: a result that depends on their order has a race.
         crate::train::device::cuda::emulation::set_reverse(true);
         let reversed = everything(&device);
         crate::train::device::cuda::emulation::set_reverse(false);
@@ -78,7 +78,7 @@ fn the_same_operations_give_the_same_numbers_to_the_bit() {
 }
 
 #[test]
-fn refuses_what_another_handle_holds() {
+fn rejects_operands_of_another_handle() {
     let (Some(a), Some(b)) = (open(Frozen::Bf16), open(Frozen::Bf16)) else { return };
     let ((a, b), mut y) = ((a.0, b.0), Vec::new());
     y.extend([a.zeros(4).unwrap(), b.zeros(4).unwrap()]);
@@ -86,7 +86,7 @@ fn refuses_what_another_handle_holds() {
     let rows = b.rows(&packed).unwrap();
     let refused = |work: &mut dyn FnMut()| {
         let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_err();
-        let expected = "an operation on cuda:0 was given what another handle, on cuda:0, holds";
+        let expected = "an operation on cuda:0 was given an operand of another handle, on cuda:0";
         assert_eq!(panic.downcast_ref::<String>().map(String::as_str), Some(expected));
     };
     refused(&mut || a.add(1.0, &x, &mut y[0]).unwrap());
@@ -97,7 +97,7 @@ fn refuses_what_another_handle_holds() {
     refused(&mut || a.gather(&table, 4, &index, &rows, 1.0, &mut gathered).unwrap());
     b.add(1.0, &x, &mut y[1]).unwrap();
 
-    // A table is rounded by its first product: not by that of another handle, whose memory would be kept with it.
+    // A table is rounded by its first product. Another handle must not do it, since the table would keep its memory.
     let of_zeros = HostMatrix {
         name: "token_embd.weight".into(),
         tensor_type: TensorType::F32,
@@ -121,14 +121,14 @@ fn kernels_read_the_types_in_the_header_with_the_files_block_sizes() {
 }
 
 #[test]
-fn refuses_outputs_that_belong_to_no_answer() {
+fn rejects_outputs_without_an_answer() {
     let Some(device) = open(Frozen::Bf16) else { return };
     let mut packed = crate::train::device::tests::packed(&[[2, 2, 2], [2, 3, 2]]);
     device.0.rows(&packed).unwrap();
     packed.answers.truncate(2);
     let error = device.0.rows(&packed).unwrap_err().to_string();
     assert!(error.contains("answers that have all outputs"), "{error}");
-    // As a text that is scored alone has them.
+    // A batch without answers, as for scoring a text alone.
     packed.answers.clear();
     device.0.rows(&packed).unwrap();
 }
