@@ -1,4 +1,4 @@
-//! `train --device cuda` as users type it.
+//! `train --device cuda` on the command line.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -15,11 +15,11 @@ fn train(output: &Path, arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn a_run_goes_on_with_other_choices_of_memory_but_not_with_another_recipe() {
+fn a_run_resumes_with_other_memory_options_but_not_with_another_recipe() {
     let Some(_turn) = gpu() else { return };
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
-    // Some of the program's own, so that little is compared with llama.cpp.
+    // Three of the program's own pairs, so that the comparison with llama.cpp is short.
     let own = include_str!("../../src/train/data/own_pairs.jsonl").lines().take(3);
     let pairs: String = own.map(|line| format!("{line}\n")).collect();
     std::fs::write(folder.path().join("pairs.jsonl"), pairs).unwrap();
@@ -28,7 +28,7 @@ fn a_run_goes_on_with_other_choices_of_memory_but_not_with_another_recipe() {
     assert!(first.status.success(), "{}", said(&first));
     let record = std::fs::read_to_string(run.join("run.json")).unwrap();
     assert!(!record.contains("max_rows") && record.contains("\"device\": \"cuda\""), "{record}");
-    // As many as two pairs have.
+    // The rows of two pairs.
     assert!(said(&first).contains(" tokens are computed at once (--ubatch-size)\n"), "{}", said(&first));
 
     let choices = ["-ub", "40", "--frozen", "quantised", "--checkpointing", "on", "-t", "1"];

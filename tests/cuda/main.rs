@@ -1,5 +1,6 @@
-//! Training on a GPU, or on the emulated one: the same steps as on the CPU, what llama.cpp makes of the result, and, on the
-//! emulated one, what happens where memory does not suffice.
+//! Training on a GPU or the emulated GPU.
+//!
+//! The tests compare its steps with the CPU's, run the result in llama.cpp, and, on the emulated GPU, run out of memory.
 #![cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 
 mod command;
@@ -24,17 +25,19 @@ use detox_gguf::train::run::trainer::Trainer;
 
 use own_pairs::{Silent, own_pairs, tiny};
 
-/// The turn of a test: the GPU is one for the process, and the memory of the emulated one is limited by one test at a time.
-/// None where there is no GPU, as on a machine that builds for others.
+/// Waits for this test's turn: the process has one GPU, and only one test at a time may limit its memory.
+///
+/// `None` on a machine without a GPU, such as one that builds for others.
 fn gpu() -> Option<MutexGuard<'static, ()>> {
     static TURN: Mutex<()> = Mutex::new(());
     if cfg!(feature = "cuda") && !is_present().unwrap() {
-        eprintln!("skipped: this machine has no NVIDIA GPU that its driver gives to programs");
+        eprintln!("skipped: this machine has no usable NVIDIA GPU");
         return None;
     }
     Some(TURN.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
+/// Five steps of two pairs, with a rank of 4.
 fn settings() -> Settings {
     Settings {
         rank: 4,
@@ -53,6 +56,7 @@ fn settings() -> Settings {
     }
 }
 
+/// A trainer of a tiny model on the GPU.
 fn load(name: &str, settings: &Settings, frozen: Frozen) -> Trainer<Cuda> {
     let base = GgufFile::open(tiny(name)).unwrap();
     let device = Cuda::open(0, frozen).unwrap();

@@ -1,4 +1,4 @@
-//! Memory that does not suffice, before a run and in the middle of one, and GPUs that cannot be had.
+//! Running out of GPU memory before and during a run, estimates of memory, and GPUs that cannot be opened.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -28,7 +28,7 @@ const PLENTY: usize = 4 << 30;
 const WORKSPACE_BYTES: u64 = 32 << 20;
 
 #[test]
-fn rejects_gpus_that_cannot_be_had_with_cause_and_cure() {
+fn rejects_unusable_gpus_with_cause_and_cure() {
     let _turn = gpu();
     let cases = [
         (emulation::NO_DEVICE, "no CUDA-capable device", "--device cpu"),
@@ -50,11 +50,11 @@ fn rejects_gpus_that_cannot_be_had_with_cause_and_cure() {
     assert!(error.hint().is_some_and(|hint| hint.contains("DETOX_CUDA_ARCH")), "{error:?}");
     let error = Cuda::open(3, Frozen::Bf16).unwrap_err().to_string();
     assert_eq!(error, "cuda:3: there is no GPU 3: they are counted from 0, and there are 1");
-    assert!(Cuda::open(0, Frozen::Bf16).is_ok(), "an error is of one call");
+    assert!(Cuda::open(0, Frozen::Bf16).is_ok(), "an error affects one call");
 }
 
 #[test]
-fn too_little_memory_is_an_error_that_says_how_much_there_is_and_leaves_nothing_behind() {
+fn out_of_memory_names_the_free_bytes_and_leaks_nothing() {
     let _turn = gpu();
     let before = emulation::taken();
     {
@@ -67,18 +67,18 @@ fn too_little_memory_is_an_error_that_says_how_much_there_is_and_leaves_nothing_
         let expected = "cuda:0: the GPU has no room for 4 MiB more: 3 MiB of its 3 MiB are free";
         assert_eq!(error.to_string(), expected);
         assert!(error.hint().is_some_and(|hint| hint.contains("--frozen quantised")));
-        assert_eq!(device.download(&buffer).unwrap(), [1.0, 2.0], "what was there before");
+        assert_eq!(device.download(&buffer).unwrap(), [1.0, 2.0], "the earlier buffer is intact");
     }
     assert_eq!(emulation::taken(), before);
 }
 
 #[test]
-fn memory_that_was_given_back_is_free_whatever_its_pieces() {
+fn released_memory_is_free_whatever_the_size_of_its_pieces() {
     let _turn = gpu();
     let device = Cuda::open(0, Frozen::Bf16).unwrap();
     emulation::set_memory(emulation::taken() + (8 << 20));
     let (free, total) = device.memory_bytes().unwrap();
-    // Four pieces of 2 MiB, which the pool keeps, and then all of it at once.
+    // Four pieces of 2 MiB, which the pool keeps, and then one of 8 MiB.
     let pieces: Vec<_> = (0..4).map(|_| device.zeros(1 << 19).unwrap()).collect();
     assert_eq!(device.memory_bytes().unwrap(), (0, total));
     drop(pieces);
@@ -89,18 +89,18 @@ fn memory_that_was_given_back_is_free_whatever_its_pieces() {
     whole.unwrap();
 }
 
-/// What becomes of the GPU in a run.
+/// A fault of the GPU during a run.
 #[derive(Clone, Copy)]
 enum Fault {
-    /// No memory beyond what is taken.
+    /// No memory is left.
     Memory,
-    /// A kernel cannot be launched.
+    /// A kernel launch fails.
     Launch,
-    /// A kernel fails, and with it all that comes after.
+    /// A kernel fails, and so does every later call.
     Death,
 }
 
-/// Lets a fault come once so many steps were made.
+/// Causes `fault` after `after` steps, and keeps the messages.
 struct Limiting {
     after: u64,
     fault: Fault,
@@ -117,7 +117,7 @@ impl Progress for Limiting {
         self.n_steps += n;
         if self.is_training && self.n_steps == self.after {
             match self.fault {
-                // Enough for a step to begin with.
+                // Enough to start a step.
                 Fault::Memory => emulation::set_memory(emulation::taken() + (100 << 10)),
                 Fault::Launch => emulation::set_launch_error(emulation::INVALID_CONFIGURATION, false),
                 Fault::Death => emulation::set_launch_error(emulation::LAUNCH_FAILURE, true),
@@ -132,7 +132,7 @@ impl Progress for Limiting {
 
 fn train(folder: &Path, pairs: &[TokenPair], after: u64, fault: Fault) -> (Result<()>, Vec<String>) {
     std::fs::create_dir_all(folder).unwrap();
-    // One pair after the other, activations twice: nothing smaller is left.
+    // One pair per pass, and activations computed twice: the run cannot take less memory.
     let settings = Settings { max_rows: 1, ..settings() };
     let mut trainer = load("llama", &settings, Frozen::Bf16);
     trainer.set_checkpointing(true);
@@ -149,7 +149,7 @@ fn train(folder: &Path, pairs: &[TokenPair], after: u64, fault: Fault) -> (Resul
 }
 
 #[test]
-fn a_run_whose_gpu_fails_is_saved_where_it_can_be_and_goes_on_to_the_bytes_of_an_unbroken_one() {
+fn a_run_whose_gpu_fails_is_saved_if_possible_and_resumes_to_the_same_bytes() {
     let _turn = gpu();
     let folder = tempfile::tempdir().unwrap();
     let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
@@ -165,17 +165,17 @@ fn a_run_whose_gpu_fails_is_saved_where_it_can_be_and_goes_on_to_the_bytes_of_an
         assert_eq!(said.last(), Some(&expected));
         assert!(broken.join("checkpoint.gguf").exists());
     }
-    // A dead GPU gives nothing back: the checkpoint before stays, and the error is the one that it died of.
+    // A dead GPU cannot be read: the previous checkpoint stays, and the error is the original one.
     let (result, said) = train(&broken, &pairs, 4, Fault::Death);
     let error = result.unwrap_err();
     assert!(error.to_string().contains("unspecified launch failure"), "{error}");
     assert!(said.last().is_some_and(|said| said.starts_with("step 4 could not be saved")), "{said:?}");
     train(&broken, &pairs, u64::MAX, Fault::Memory).0.unwrap();
     let bytes = |folder: &Path| std::fs::read(folder.join("adapter.gguf")).unwrap();
-    assert!(bytes(&whole) == bytes(&broken), "the adapter of a run that was broken off twice");
+    assert!(bytes(&whole) == bytes(&broken), "the adapter of a run that was interrupted twice");
 }
 
-/// Rows of the pairs, and of the longest.
+/// Rows of all pairs, and of the longest pair.
 fn rows_of(pairs: &[TokenPair]) -> (usize, usize) {
     let rows = pairs.iter().map(|pair| Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected));
     (rows.clone().sum(), rows.max().unwrap_or(0))
@@ -186,8 +186,9 @@ fn placements(records: &[Record]) -> Vec<PlacementRecord> {
     records.iter().filter_map(of).collect()
 }
 
-/// That two runs made the same steps, but for the rounding of their sums: gradients that were added twice, or not at all,
-/// would be half as long or twice.
+/// Checks that two runs made the same steps, except for the rounding of sums.
+///
+/// A gradient that was added twice, or not at all, would change the norm by far more than the tolerance.
 #[track_caller]
 fn assert_same_steps(found: &[Record], expected: &[Record]) {
     let of = |record: &Record| if let Record::Step(step) = record { Some(*step) } else { None };
@@ -202,7 +203,7 @@ fn assert_same_steps(found: &[Record], expected: &[Record]) {
 }
 
 #[test]
-fn a_run_whose_memory_runs_out_goes_on_in_smaller_passes_and_ends_where_an_unbroken_one_does() {
+fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result() {
     let _turn = gpu();
     let pairs = own_pairs("llama", 8);
     let (_, longest) = rows_of(&pairs);
@@ -250,7 +251,7 @@ fn a_run_whose_memory_runs_out_goes_on_in_smaller_passes_and_ends_where_an_unbro
     assert_same_steps(&records.unwrap(), &unbroken);
     assert!(2 * least < most, "{least} and {most} bytes");
 
-    // Smaller passes suffice.
+    // Smaller passes are enough.
     let (records, taken, said) = train("smaller", Some(most - 1), None);
     let records = records.unwrap();
     let chosen = placements(&records);
@@ -260,7 +261,7 @@ fn a_run_whose_memory_runs_out_goes_on_in_smaller_passes_and_ends_where_an_unbro
     assert!(said[0].contains("the GPU has no room for") && said[0].ends_with(&expected), "{said:?}");
     assert_same_steps(&records, &unbroken);
 
-    // Only the smallest suffice, with activations made twice.
+    // Only the smallest passes with activations computed twice fit.
     let (records, ..) = train("least", Some(least), None);
     let records = records.unwrap();
     let chosen = placements(&records);
@@ -268,13 +269,13 @@ fn a_run_whose_memory_runs_out_goes_on_in_smaller_passes_and_ends_where_an_unbro
     assert!(last.checkpointing && last.max_rows == longest && chosen.len() > 2, "{chosen:?}");
     assert_same_steps(&records, &unbroken);
 
-    // Nothing does: the run is saved and ends, and goes on with other choices once there is memory.
+    // Nothing fits: the run is saved and ends, and resumes with other choices once there is memory.
     let (records, _, said) = train("none", Some(least - 1), None);
     assert!(matches!(records, Err(Error::DeviceMemory { .. })), "{records:?}");
     let hint = records.unwrap_err().hint().unwrap();
     let expected = "free the card's memory (nvidia-smi names the processes that hold it), or go on with --frozen quantised; \
                     or begin anew, in another -o, with a smaller --max-length or --rank";
-    assert_eq!(hint, expected, "what is used up already is no cure");
+    assert_eq!(hint, expected, "the hint only names options that are left");
     assert_eq!(said.last().unwrap(), "saved after step 0: the same command goes on from there");
     let (records, _, said) = train("none", None, Some(longest));
     let records = records.unwrap();
@@ -284,7 +285,7 @@ fn a_run_whose_memory_runs_out_goes_on_in_smaller_passes_and_ends_where_an_unbro
 }
 
 #[test]
-fn a_run_whose_memory_ran_out_goes_on_with_other_choices_and_says_so() {
+fn a_run_that_ran_out_of_memory_resumes_with_other_choices_and_logs_them() {
     let _turn = gpu();
     let pairs = own_pairs("llama-q8_0", 8);
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! Memory that runs out in a step's last pass: what of the step is made again, and what a run may not change.
+//! Running out of memory in the last pass of a step: the step is repeated, and its result does not change.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -20,7 +20,7 @@ use super::{gpu, load, own_pairs, settings};
 
 const PLENTY: usize = 4 << 30;
 
-/// Eleven short pairs, and after them one whose passes take most of the memory.
+/// Eleven short pairs, and a long one that needs most memory.
 fn pairs() -> Vec<TokenPair> {
     let mut pairs = own_pairs("llama", 12);
     let long = &mut pairs[11];
@@ -29,8 +29,9 @@ fn pairs() -> Vec<TokenPair> {
     pairs
 }
 
-/// Steps of four pairs, each in passes of one or two, with the long pair in the third step and not first there, so that a
-/// gradient was added before memory runs out.
+/// Steps of four pairs, in passes of one or two.
+///
+/// The long pair is in the third step and not its first, so that a gradient was added before memory runs out.
 fn of_short_passes(pairs: &[TokenPair]) -> Settings {
     let n_rows = |pair: &TokenPair| Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected);
     let settings = Settings {
@@ -78,7 +79,7 @@ struct Ran {
     records: Result<Vec<Record>>,
     values: Vec<Vec<f32>>,
     n_steps: u64,
-    /// Bytes, the most at once.
+    /// The most bytes allocated at once.
     taken: usize,
     said: Vec<String>,
 }
@@ -120,12 +121,12 @@ fn placements(records: &[Record]) -> Vec<PlacementRecord> {
 }
 
 #[test]
-fn a_step_that_is_made_again_changes_what_it_would_have_changed_at_once() {
+fn a_repeated_step_has_the_result_of_an_uninterrupted_one() {
     let _turn = gpu();
     let (folder, pairs) = (tempfile::tempdir().unwrap(), pairs());
     let folder = |name: &str| folder.path().join(name);
     let short = of_short_passes(&pairs);
-    // On the CPU passes keep their rows, here those of a whole step; what is here the CPU is so by its settings alone.
+    // On the CPU, passes keep their rows, here those of a whole step. Only the settings say that this is the CPU.
     let cpu = Settings { device: DeviceName::Cpu, frozen: None, max_rows: 4096, ..short.clone() };
     for (name, settings) in [("gpu", short), ("cpu", cpu)] {
         let whole = train(&folder(&format!("{name}-whole")), &pairs, &settings, PLENTY, |_| {});
@@ -144,7 +145,7 @@ fn a_step_that_is_made_again_changes_what_it_would_have_changed_at_once() {
         };
         assert_eq!(chosen, [expected], "{name}");
         assert!(limited.said[0].ends_with(&expected.in_words()), "{:?}", limited.said);
-        // Activations that are made twice change no number; a gradient that stayed, or a step too many, would.
+        // Computing activations twice changes no number. A leftover gradient or an extra step would.
         assert_eq!((limited.n_steps, whole.n_steps), (5, 5), "{name}");
         assert!(limited.values == whole.values, "{name}: trained values");
         let norms = |records: &[Record]| -> Vec<f64> {
@@ -157,7 +158,7 @@ fn a_step_that_is_made_again_changes_what_it_would_have_changed_at_once() {
 }
 
 #[test]
-fn activations_are_kept_where_the_user_has_said_so() {
+fn activations_are_kept_if_the_user_asked_for_it() {
     let _turn = gpu();
     let (folder, pairs) = (tempfile::tempdir().unwrap(), pairs());
     let folder = |name: &str| folder.path().join(name);
@@ -172,11 +173,11 @@ fn activations_are_kept_where_the_user_has_said_so() {
     assert!(hint.contains("go on with --frozen quantised and --checkpointing on;"), "{hint}");
     assert_eq!(kept.said, ["saved after step 2: the same command goes on from there"]);
     let again = train(&folder("kept"), &pairs, &settings, PLENTY, Trainer::keep_activations);
-    assert!(again.values == whole.values, "the run that went on");
+    assert!(again.values == whole.values, "the resumed run");
 }
 
 #[test]
-fn memory_that_runs_out_in_scoring_makes_passes_smaller_and_no_more() {
+fn running_out_of_memory_while_scoring_only_makes_passes_smaller() {
     let _turn = gpu();
     let (folder, pairs) = (tempfile::tempdir().unwrap(), own_pairs("llama", 12));
     let settings =

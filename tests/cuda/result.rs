@@ -1,4 +1,4 @@
-//! What a run on a GPU leaves: a file that llama.cpp runs as it was trained.
+//! The result of a run on a GPU, compared with the trainer in llama.cpp.
 
 use std::sync::atomic::AtomicBool;
 
@@ -15,7 +15,7 @@ use detox_gguf::train::run::{RunFiles, run};
 use super::{Silent, gpu, load, own_pairs, settings, tiny};
 
 #[test]
-fn llama_cpp_runs_what_was_trained_within_the_bound_of_bf16() {
+fn llama_cpp_agrees_with_the_trainer_within_the_bound_of_bf16() {
     let Some(_turn) = gpu() else { return };
     for (name, method, frozen) in [
         ("llama", MethodName::Lora, Frozen::Bf16),

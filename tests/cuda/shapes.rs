@@ -1,5 +1,6 @@
-//! How often the shape of a pass comes again, and how many launches a step is: what would decide whether steps are worth
-//! capturing as graphs (vendor/cuda/README.md).
+//! How often passes repeat a shape, and how many launches a step takes.
+//!
+//! Both decide whether capturing steps as CUDA graphs would pay off (vendor/cuda/README.md).
 
 use std::collections::HashSet;
 use std::hash::Hash;
@@ -11,7 +12,7 @@ use detox_gguf::train::data::tokens::{Limits, TokenPair, epoch_order, tokenize};
 
 use super::tiny;
 
-/// The share of items that came before.
+/// The share of items that occurred before.
 fn repeated<T: Eq + Hash>(items: impl Iterator<Item = T>) -> f64 {
     let (mut seen, mut n) = (HashSet::new(), 0);
     items.for_each(|item| {
@@ -21,7 +22,7 @@ fn repeated<T: Eq + Hash>(items: impl Iterator<Item = T>) -> f64 {
     1.0 - seen.len() as f64 / f64::from(n)
 }
 
-/// The steps of five epochs with four pairs each, as passes of all of a step.
+/// The steps of five epochs, each step one pass of four pairs.
 fn passes(pairs: &[TokenPair]) -> Vec<Packed> {
     let packed = |step: &[usize]| {
         let mut packed = Packed::default();
@@ -33,7 +34,7 @@ fn passes(pairs: &[TokenPair]) -> Vec<Packed> {
 }
 
 #[test]
-fn passes_have_the_shape_of_an_earlier_one_only_where_their_rows_are_rounded_up() {
+fn passes_rarely_repeat_a_shape_unless_their_rows_are_rounded_up() {
     let vocabulary = Vocabulary::open(&tiny("llama")).unwrap();
     let tokenized = tokenize(&vocabulary, &preference_pair::own(), &Limits::default()).unwrap();
     let pairs: Vec<TokenPair> = tokenized.pairs.into_iter().map(|(_, pair)| pair).collect();
@@ -44,8 +45,8 @@ fn passes_have_the_shape_of_an_earlier_one_only_where_their_rows_are_rounded_up(
     let rounded = |n: usize| n.div_ceil(64);
     let by_rounded = repeated(passes.iter().map(|p| (rounded(p.n_rows()), rounded(p.outputs.len()))));
     println!(
-        "{} passes came before by all lengths {by_lengths:.3}, by rows and outputs {by_rows:.3}, by both in steps of 64 \
-         {by_rounded:.3}",
+        "{} passes; share with an earlier shape: all lengths {by_lengths:.3}, rows and outputs {by_rows:.3}, both in steps \
+         of 64 {by_rounded:.3}",
         passes.len()
     );
     assert!(
@@ -56,7 +57,7 @@ fn passes_have_the_shape_of_an_earlier_one_only_where_their_rows_are_rounded_up(
 
 #[cfg(feature = "cuda-emulation")]
 #[test]
-fn a_step_of_llama_s_shape_is_so_many_launches_a_block() {
+fn a_step_of_a_llama_takes_under_105_launches_per_block() {
     use detox_gguf::train::device::cuda::emulation;
     use detox_gguf::train::device::name::Frozen;
     use detox_gguf::train::recipe::dpo::AnswerLogps;
@@ -72,6 +73,6 @@ fn a_step_of_llama_s_shape_is_so_many_launches_a_block() {
     emulation::launched();
     trainer.add_gradient(&pairs, &references).unwrap();
     let n = emulation::launched();
-    println!("{n} launches of {n_layer} blocks and the head");
-    assert!(n < 105 * n_layer, "{n} launches of {n_layer} blocks");
+    println!("{n} launches for {n_layer} blocks and the head");
+    assert!(n < 105 * n_layer, "{n} launches for {n_layer} blocks");
 }

@@ -1,4 +1,4 @@
-//! A step of DPO on a GPU beside one on the CPU.
+//! A DPO step on a GPU, compared with the same step on the CPU.
 
 use detox_gguf::gguf::GgufFile;
 use detox_gguf::train::data::tokens::TokenPair;
@@ -14,16 +14,20 @@ use detox_gguf::train::run::trainer::{Side, Trainer};
 
 use super::{gpu, load, own_pairs, settings, tiny};
 
-/// Of an answer's log-probability, a sum of up to forty around -7: bf16 moves each logit by some thousandths of the largest.
+/// Tolerance of an answer's log-probability, a sum of up to forty numbers around -7.
+///
+/// bf16 changes each logit by a few thousandths of the largest.
 const LOGPS: f64 = 0.005;
 
-/// Of a gradient's length. bf16 keeps eight bits, so each of the products that a gradient goes through, some ten a block, is
-/// off by up to 1/256 of its operands; their errors do not point the same way.
+/// Tolerance of a gradient, relative to its length.
+///
+/// bf16 keeps eight bits, so that each product on the gradient's path, about ten per block, is off by up to 1/256 of its
+/// operands. Their errors point in different directions.
 const GRADIENTS: f64 = 0.04;
 
 const ALL: [&str; 8] = ["llama", "llama-q8_0", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];
 
-/// Numbers in place of those that every run begins with: B is zero then, and so are most gradients.
+/// Overwrites the initial B and directions, which are zero, and would make most gradients zero.
 fn disturb<D: Device>(trainer: &mut Trainer<D>) {
     for id in 0..trainer.parameters.list().len() {
         let name = trainer.parameters.list()[id].name.clone();
@@ -46,7 +50,7 @@ struct Step {
 fn step<D: Device>(mut trainer: Trainer<D>, pairs: &[&TokenPair]) -> Step {
     disturb(&mut trainer);
     let references = trainer.logps(Side::Reference, pairs).unwrap();
-    // Away from zero, where the loss's slope is the same whatever the log-probabilities.
+    // Away from zero margin, where the loss's slope does not depend on the log-probabilities.
     let references: Vec<AnswerLogps> = references
         .iter()
         .map(|r| AnswerLogps { chosen: r.chosen - 3.0, rejected: r.rejected + 2.0 })
@@ -87,7 +91,7 @@ fn assert_same_step(name: &str, settings: &Settings, frozen: Frozen) {
     for ((of, a), b) in names.iter().zip(&cpu.gradients).zip(&gpu.gradients) {
         let length = a.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
         let distance = a.iter().zip(b).map(|(&a, &b)| f64::from(a - b).powi(2)).sum::<f64>().sqrt();
-        // A gradient that is all but nothing beside the others is made of their rounding.
+        // A gradient that is tiny compared with the others consists of their rounding errors.
         let bound = GRADIENTS * length.max(0.01 * all);
         assert!(distance <= bound, "{what}: the gradient of {of} is {length} long and {distance} off");
     }
@@ -97,18 +101,18 @@ fn assert_same_step(name: &str, settings: &Settings, frozen: Frozen) {
 }
 
 #[test]
-fn steps_of_adapters_agree_with_the_cpu_s() {
+fn adapter_steps_agree_with_the_cpu() {
     let Some(_turn) = gpu() else { return };
     for name in ALL {
         assert_same_step(name, &settings(), Frozen::Bf16);
     }
     assert_same_step("llama-q8_0", &settings(), Frozen::Quantised);
-    // Tied embeddings, which are read and multiplied with.
+    // Tied embeddings, which are both read as a table and multiplied by.
     assert_same_step("gemma3", &settings(), Frozen::Quantised);
 }
 
 #[test]
-fn steps_of_every_weight_of_directions_and_of_embeddings_agree_with_the_cpu_s() {
+fn steps_of_full_vector_and_embedding_training_agree_with_the_cpu() {
     let Some(_turn) = gpu() else { return };
     for name in ["llama", "gpt2", "qwen3"] {
         assert_same_step(name, &Settings { method: MethodName::Full, ..settings() }, Frozen::Bf16);
@@ -119,7 +123,7 @@ fn steps_of_every_weight_of_directions_and_of_embeddings_agree_with_the_cpu_s() 
 }
 
 #[test]
-fn a_step_gives_the_same_bits_again_and_with_threads_in_reverse() {
+fn a_repeated_step_gives_the_same_bits_also_with_threads_in_reverse() {
     let Some(_turn) = gpu() else { return };
     let pairs = own_pairs("gemma3", 3);
     let pairs: Vec<&TokenPair> = pairs.iter().collect();
@@ -134,8 +138,8 @@ fn a_step_gives_the_same_bits_again_and_with_threads_in_reverse() {
         emulation::set_reverse(false);
         assert!(bits(&first) == bits(&reversed), "threads in reverse");
     }
-    // Blocks are rounded to the same numbers whenever it is done, and each of these matrices is one part. Over several
-    // parts, gradients of inputs are added up part by part: other sums, rounded otherwise.
+    // Blocks give the same bf16 numbers whenever they are rounded, and each of these matrices is one part. With several
+    // parts, gradients of inputs would be summed part by part, with other rounding.
     let blocks = step(load("gemma3", &settings(), Frozen::Quantised), &pairs);
     assert!(bits(&first) == bits(&blocks), "from blocks");
 }

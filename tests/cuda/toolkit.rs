@@ -1,11 +1,11 @@
-//! Where `build.rs` finds the parts of a toolkit, in the layouts that there are.
+//! `build.rs` finds the parts of a CUDA toolkit in every known layout.
 
 use std::path::{Path, PathBuf};
 
 #[path = "../../vendor/cuda/toolkit.rs"]
 mod folders;
 
-/// Empty files, and the path of nvcc, which is the first.
+/// Creates empty files, and returns the path of the first, which is nvcc.
 fn made(root: &Path, files: &[&str]) -> PathBuf {
     for file in files {
         let path = root.join(file);
@@ -15,7 +15,7 @@ fn made(root: &Path, files: &[&str]) -> PathBuf {
     root.join(files[0])
 }
 
-/// A toolkit's files, of which the first is nvcc, and what is found of them.
+/// The files of a toolkit, nvcc first, and the expected folders.
 struct Layout {
     target: &'static str,
     files: &'static [&'static str],
@@ -41,7 +41,7 @@ fn headers_and_libraries_are_found_in_every_layout() {
             libraries: &["lib64", "targets/x86_64-linux/lib"],
             cublas: Some("libcublasLt.so"),
         },
-        // Of PyPI.
+        // PyPI's packages.
         Layout {
             target: "x86_64",
             files: &["bin/nvcc", "include/cuda_runtime.h", "lib/libcudart_static.a", "lib/libcublasLt.so.13"],
@@ -49,7 +49,7 @@ fn headers_and_libraries_are_found_in_every_layout() {
             libraries: &["lib"],
             cublas: Some("libcublasLt.so.13"),
         },
-        // Debian's script in /usr/bin; /usr/lib itself has other libraries.
+        // Debian's script in /usr/bin; /usr/lib itself has unrelated libraries.
         Layout {
             target: "x86_64",
             files: &[
@@ -64,7 +64,7 @@ fn headers_and_libraries_are_found_in_every_layout() {
             libraries: &["lib/x86_64-linux-gnu"],
             cublas: Some("libcublasLt.so.12"),
         },
-        // What it stands for.
+        // The nvcc that Debian's script runs.
         Layout {
             target: "x86_64",
             files: &[
@@ -77,7 +77,7 @@ fn headers_and_libraries_are_found_in_every_layout() {
             libraries: &["lib/x86_64-linux-gnu"],
             cublas: Some("libcublasLt.so.12"),
         },
-        // A server with aarch64.
+        // An aarch64 server.
         Layout {
             target: "aarch64",
             files: &[

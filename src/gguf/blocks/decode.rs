@@ -1,21 +1,20 @@
-//! Tensor blocks as numbers, without ggml: for builds that carry none. Equal to ggml's own functions to the
-//! last bit, which an engine build tests.
+//! Dequantises blocks without ggml, for builds that do not include it.
 //!
-//! The layouts are those of `ggml-common.h`. In the formulas `d` and `m` are a block's scale and offset,
-//! `q` the number stored.
+//! The results have the same bits as ggml's; builds with the engine test that. The layouts are those of `ggml-common.h`.
+//! In the formulas, `d` and `m` are a block's scale and offset, and `q` is the stored number.
 
 use crate::gguf::TensorType;
 
 /// Numbers in a block of the types with "K" in their names.
 const SUPER: usize = 256;
 
-/// What the sixteen codes of `iq4_nl` and `iq4_xs` stand for.
+/// The numbers of the sixteen codes of `iq4_nl` and `iq4_xs`.
 const IQ4_VALUES: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
-/// Turns the bytes of one block into its numbers.
+/// Dequantises one block.
 type BlockReader = fn(&[u8], &mut [f32]);
 
-/// That of a type, if it can be read without ggml.
+/// The reader of a type; `None` if the type needs ggml.
 fn reader(tensor_type: TensorType) -> Option<BlockReader> {
     Some(match tensor_type {
         TensorType::F32 => f32_number,
@@ -37,20 +36,20 @@ fn reader(tensor_type: TensorType) -> Option<BlockReader> {
     })
 }
 
-/// Whether the type's numbers can be read without ggml.
+/// Whether the type can be read without ggml.
 #[cfg(not(feature = "engine"))]
 pub(super) fn knows(tensor_type: TensorType) -> bool {
     reader(tensor_type).is_some()
 }
 
-/// Fills `values` from whole blocks; the caller has compared the lengths.
+/// Dequantises whole blocks into `values`; the caller has compared the lengths.
 ///
 /// # Errors
-/// In words: a type that is not among those that can be read without ggml.
+/// A message, if the type needs ggml.
 pub(super) fn to_numbers(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
     let Some(of_block) = reader(tensor_type) else {
         return Err(format!(
-            "numbers of type {tensor_type} cannot be read by this build, which carries no llama.cpp"
+            "numbers of type {tensor_type} cannot be read by this build, which does not include llama.cpp"
         ));
     };
     let (block_bytes, block_len) = (tensor_type.block_bytes() as usize, tensor_type.block_len() as usize);
@@ -64,21 +63,21 @@ fn u16_at(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
-/// The F16 number at a place.
+/// The F16 number at byte `at`.
 fn half(bytes: &[u8], at: usize) -> f32 {
     let bits = u32::from(u16_at(bytes, at));
     let sign = (bits & 0x8000) << 16;
     let (exponent, fraction) = ((bits >> 10) & 0x1f, bits & 0x3ff);
     match exponent {
-        // Zero and what is below the smallest normal number: a multiple of 2^-24.
+        // Zero and subnormal numbers: multiples of 2^-24.
         0 => f32::from_bits(sign | (fraction as f32 / (1 << 24) as f32).to_bits()),
-        // Infinite, or not a number.
+        // Infinity or NaN.
         31 => f32::from_bits(sign | 0x7f80_0000 | fraction << 13),
         _ => f32::from_bits(sign | (exponent + 127 - 15) << 23 | fraction << 13),
     }
 }
 
-/// `d q + m`, fused where compilers fuse it in ggml: where the target has the instruction.
+/// `d q + m`, fused if the target has the instruction, as compilers do in ggml.
 fn fused(d: f32, q: i32, m: f32) -> f32 {
     if cfg!(target_feature = "fma") { d.mul_add(q as f32, m) } else { d * q as f32 + m }
 }
@@ -138,7 +137,7 @@ fn q8_0(b: &[u8], y: &mut [f32]) {
     }
 }
 
-/// Of 128 numbers, number `i` is two bits of byte `i % 32`; each group of 32 numbers takes the next two bits.
+/// Two bits of number `i`: of 128 numbers, number `i` is in byte `i % 32`, and each group of 32 has the next two bits.
 fn two_bits(q: &[u8], i: usize) -> i32 {
     i32::from(q[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3)
 }
@@ -156,18 +155,18 @@ fn q3_k(b: &[u8], y: &mut [f32]) {
     let (thirds, q, scales) = (&b[..32], &b[32..96], &b[96..108]);
     let d = half(b, 108);
     for (i, y) in y.iter_mut().enumerate() {
-        // Six bits: four of one of the first eight bytes, two of one of the last four.
+        // Six bits: four from one of the first eight bytes, two from one of the last four.
         let group = i / 16;
         let four = if group < 8 { low(scales[group]) } else { high(scales[group - 8]) };
         let two = i32::from(scales[8 + group % 4] >> (2 * (group / 4)) & 3);
         let scale = (four | two << 4) - 32;
-        // The third bit is stored as "do not subtract 4".
+        // The third bit means "do not subtract 4".
         let third = thirds[i % 32] >> (i / 32) & 1;
         *y = d * scale as f32 * (two_bits(q, i) - if third == 1 { 0 } else { 4 }) as f32;
     }
 }
 
-/// Scale and offset of one of the eight groups of `q4_K` and `q5_K`, six bits each in twelve bytes.
+/// Scale and offset of one of the eight groups of `q4_K` and `q5_K`, stored as six bits each in twelve bytes.
 fn scale_and_offset(scales: &[u8], group: usize) -> (f32, f32) {
     let (scale, offset) = match group {
         0..4 => (scales[group] & 63, scales[group + 4] & 63),
@@ -179,7 +178,7 @@ fn scale_and_offset(scales: &[u8], group: usize) -> (f32, f32) {
     (f32::from(scale), f32::from(offset))
 }
 
-/// Of each 64 numbers, the first 32 are the low halves of 32 bytes, and the rest the high halves.
+/// Half a byte for number `i`: of 64 numbers, the first 32 are the low halves of 32 bytes, the rest the high halves.
 fn half_byte(q: &[u8], i: usize) -> i32 {
     let byte = q[i / 64 * 32 + i % 32];
     if i % 64 < 32 { low(byte) } else { high(byte) }
@@ -209,7 +208,7 @@ fn q5_k(b: &[u8], y: &mut [f32]) {
 fn q6_k(b: &[u8], y: &mut [f32]) {
     let (fours, twos, scales, d) = (&b[..128], &b[128..192], &b[192..208], half(b, 208));
     for i in 0..SUPER {
-        // Each half of the block takes 64 bytes of four bits and 32 of two: 32 numbers a time.
+        // Each half of the block has 64 bytes of four-bit and 32 bytes of two-bit codes, for 32 numbers at a time.
         let (part, at, l) = (i / 128, i % 128 / 32, i % 32);
         let byte = fours[part * 64 + at % 2 * 32 + l];
         let four = if at < 2 { low(byte) } else { high(byte) };
@@ -249,7 +248,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn halves_are_the_numbers_of_their_bits() {
+    fn half_reads_f16_numbers() {
         for (bits, expected) in [
             (0x3c00u16, 1.0f32),
             (0xb800, -0.5),
@@ -266,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_by_name_the_types_that_need_ggml() {
+    fn rejects_types_that_need_ggml_by_name() {
         let error = to_numbers(TensorType::IQ2_XXS, &[0; 66], &mut [0.0; 256]).unwrap_err();
         assert!(error.contains("iq2_xxs"), "{error}");
     }
@@ -280,13 +279,13 @@ mod tests {
 
     #[cfg(feature = "engine")]
     #[test]
-    fn random_blocks_give_the_numbers_of_ggml_to_the_last_bit() {
+    fn random_blocks_give_the_same_bits_as_ggml() {
         use rand_chacha::ChaCha8Rng;
         use rand_core::{Rng, SeedableRng};
 
         let mut random = ChaCha8Rng::seed_from_u64(5);
         for tensor_type in TYPES {
-            // Random bytes hold scales that are infinite or not numbers, too.
+            // Random bytes include scales that are infinite or NaN.
             let n_blocks = 2000;
             let mut bytes = vec![0u8; n_blocks * tensor_type.block_bytes() as usize];
             random.fill_bytes(&mut bytes);

@@ -1,5 +1,7 @@
-//! Tensor blocks as numbers, by ggml's own functions where it is part of the build: what llama.cpp computes with
-//! is what comes out. Without it, by `decode`, which knows the types that models are shared in.
+//! Dequantises tensor blocks to f32.
+//!
+//! Builds with the engine use ggml's own functions, and get the numbers that llama.cpp computes with. Other builds use
+//! `decode`, which knows the types that models are shared in.
 
 #[cfg(feature = "engine")]
 use llama_cpp_sys_2 as sys;
@@ -8,10 +10,10 @@ use crate::gguf::TensorType;
 #[cfg(not(feature = "engine"))]
 use crate::gguf::blocks::decode;
 
-/// Fills `values` from the blocks in `bytes`.
+/// Dequantises the blocks in `bytes` into `values`.
 ///
 /// # Errors
-/// In words: a type that is no weight's, or bytes and values that are not the same whole number of blocks.
+/// A message, if the type cannot be read, or if bytes and values are not the same whole number of blocks.
 pub fn dequantize(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
     if tensor_type.row_bytes(values.len() as u64) != Some(bytes.len() as u64) {
         return Err(format!(
@@ -23,7 +25,7 @@ pub fn dequantize(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> 
     numbers_of(tensor_type, bytes, values)
 }
 
-/// Whether this build can read the type's numbers.
+/// Whether this build can dequantise the type.
 #[cfg(not(feature = "engine"))]
 pub(crate) fn can_dequantize(tensor_type: TensorType) -> bool {
     decode::knows(tensor_type)
@@ -42,22 +44,21 @@ fn numbers_of(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Resu
         }
         return Ok(());
     }
-    // SAFETY: the number is one of ggml's types (`TensorType` has no other), so the pointer leads to an entry
-    // of its static table.
+    // SAFETY: every `TensorType` is one of ggml's types, so that the pointer is to an entry of its static table.
     let traits = unsafe { &*sys::ggml_get_type_traits(tensor_type.id()) };
     let Some(to_float) = traits.to_float else {
-        return Err(format!("numbers of type {tensor_type} cannot be read: it is no type of weights"));
+        return Err(format!("numbers of type {tensor_type} cannot be read: it is not a type of weights"));
     };
-    // ggml reads its blocks as structs of 16-bit fields and wider.
+    // ggml reads blocks as structs with fields of 16 bits and more.
     let aligned = Aligned::of(bytes);
     let n = i64::try_from(values.len()).map_err(|_| "too many numbers at once".to_owned())?;
-    // SAFETY: `bytes` holds exactly the blocks of n numbers of this type, checked above, aligned as ggml's
-    // structs are; `values` has room for n. These functions need no table that ggml would have to fill in first.
+    // SAFETY: `bytes` holds exactly the blocks of n numbers of this type, as checked above, aligned for ggml's structs,
+    // and `values` has room for n numbers. These functions need no tables that ggml has to initialise first.
     unsafe { to_float(aligned.bytes().as_ptr().cast(), values.as_mut_ptr(), n) };
     Ok(())
 }
 
-/// The bytes where they are if they are aligned, else a copy that is.
+/// The bytes themselves if they are aligned, else an aligned copy.
 #[cfg(feature = "engine")]
 enum Aligned<'a> {
     Borrowed(&'a [u8]),
@@ -81,7 +82,7 @@ impl Aligned<'_> {
     fn bytes(&self) -> &[u8] {
         match self {
             Aligned::Borrowed(bytes) => bytes,
-            // SAFETY: the words' memory as bytes, of which there are at least `len`.
+            // SAFETY: the words are plain memory of at least `len` bytes.
             Aligned::Copied(words, len) => unsafe {
                 std::slice::from_raw_parts(words.as_ptr().cast::<u8>(), *len)
             },
@@ -125,14 +126,14 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_not_aligned_give_the_same_numbers() {
+    fn unaligned_bytes_give_the_same_numbers() {
         let bytes: Vec<u8> = [&ONE[..], &(0..32).collect::<Vec<u8>>()].concat();
         let shifted: Vec<u8> = [&[0][..], &bytes].concat();
         assert_eq!(numbers::<32>(TensorType::Q8_0, &bytes), numbers::<32>(TensorType::Q8_0, &shifted[1..]));
     }
 
     #[test]
-    fn rejects_bytes_that_are_no_whole_blocks_and_types_without_numbers() {
+    fn rejects_partial_blocks_and_types_without_numbers() {
         let error = dequantize(TensorType::Q8_0, &[0; 33], &mut [0.0; 32]).unwrap_err();
         assert!(error.contains("33 bytes"), "{error}");
         assert!(dequantize(TensorType::Q8_0, &[0; 34], &mut [0.0; 31]).is_err());

@@ -1,6 +1,11 @@
-//! Blocks of quantised weights: dequantise, quantise, and products with them over ggml.
+//! Blocks of tensor data: every dequantise, quantise and block product over ggml.
+//!
+//! - `dequantize`: blocks to f32, with ggml's functions if the build has them, else with `decode`.
+//! - `decode`: the same without ggml, for the types that models are shared in.
+//! - `quantize`: f32 to blocks, with ggml's quantiser.
+//! - `product`: products with quantised matrices on ggml's threads, and the aligned memory that they need.
 
-// With ggml in the build it is there to be tested against it.
+// Builds with ggml only test it against ggml.
 #[cfg(any(test, not(feature = "engine")))]
 mod decode;
 mod dequantize;

@@ -1,7 +1,7 @@
-//! ggml's own products with quantised matrices: the right-hand side is rounded to 8 bits in blocks first.
+//! Products with quantised matrices by ggml, which first rounds the other operand to 8 bits in blocks.
 //!
-//! Backward, a product needs blocks along the other axis, so a transposed copy is kept, in Q8_0: 34 bytes
-//! for 32 numbers. A matrix whose outputs are no multiple of 32 has none, and is multiplied exactly.
+//! A product backward needs blocks along the other axis. For it a transposed copy is kept in Q8_0: 34 bytes for 32
+//! numbers. A matrix whose number of outputs is not a multiple of 32 has no such copy, and the caller multiplies exactly.
 
 use std::ffi::c_void;
 use std::ptr::NonNull;
@@ -16,13 +16,13 @@ use crate::gguf::quantize;
 /// The type of transposed copies.
 const TRANSPOSED: TensorType = TensorType::Q8_0;
 
-/// Rows of a transposed copy that are made at a time; a multiple of every type's block length.
+/// Rows of a transposed copy made at a time; a multiple of every type's block length.
 const PART_COLS: usize = 256;
 
-/// Bytes that any processor's cache lines and widest loads are aligned to.
+/// Alignment that suffices for cache lines and the widest loads of any CPU.
 const ALIGNMENT: usize = 64;
 
-/// Bytes that begin at a multiple of [`ALIGNMENT`], as ggml's kernels want them.
+/// Bytes aligned to [`ALIGNMENT`], as ggml's kernels need.
 #[derive(Debug, Default)]
 pub struct AlignedBytes {
     lines: Vec<Line>,
@@ -39,7 +39,7 @@ impl AlignedBytes {
         AlignedBytes { lines: vec![Line([0; ALIGNMENT]); len.div_ceil(ALIGNMENT)], len }
     }
 
-    /// Makes room for at least `len` bytes; what was there may be lost.
+    /// Makes room for at least `len` bytes; the content may be lost.
     fn reserve(&mut self, len: usize) {
         if len > self.len {
             *self = AlignedBytes::zeros(len);
@@ -47,7 +47,7 @@ impl AlignedBytes {
     }
 
     pub fn as_slice(&self) -> &[u8] {
-        // SAFETY: the lines are plain bytes without padding, at least `len` of them.
+        // SAFETY: the lines are plain bytes without padding, at least `len` in total.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
     }
 
@@ -75,9 +75,9 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    /// The transpose of a matrix `[n_out][n_in]`, whose numbers `cols` of row `row` are `read(row, cols)`.
+    /// The transpose of a matrix `[n_out][n_in]`; `read(row, cols, values)` writes columns `cols` of row `row`.
     ///
-    /// `None` where `n_out` is no whole number of blocks.
+    /// `None` if `n_out` is not a whole number of blocks.
     pub fn transposed(
         [n_out, n_in]: [usize; 2],
         read: impl Fn(usize, std::ops::Range<usize>, &mut [f32]) + Sync,
@@ -100,7 +100,7 @@ impl Blocks {
     }
 }
 
-/// ggml's threads, and the memory that its products need beside their operands.
+/// ggml's threads, and scratch memory for its products.
 #[derive(Debug)]
 pub struct Kernels {
     pool: NonNull<sys::ggml_threadpool>,
@@ -108,33 +108,33 @@ pub struct Kernels {
     scratch: Mutex<Scratch>,
 }
 
-// SAFETY: the pool is used under the lock of `scratch` alone.
+// SAFETY: the pool is only used under the lock of `scratch`.
 unsafe impl Send for Kernels {}
 // SAFETY: as above.
 unsafe impl Sync for Kernels {}
 
 #[derive(Debug, Default)]
 struct Scratch {
-    /// Where the graph of one product is built.
+    /// Holds the graph of one product.
     graph: AlignedBytes,
-    /// Where ggml puts the rounded right-hand side.
+    /// Holds the rounded right-hand side.
     work: AlignedBytes,
 }
 
-/// Nodes in a graph of one product, with room for its leaves.
+/// Nodes and leaves in the graph of one product, and some room.
 const GRAPH_SIZE: usize = 8;
 
 impl Kernels {
-    /// Starts `n_threads` threads; `None` where ggml cannot.
+    /// Starts `n_threads` threads; `None` if ggml cannot.
     pub fn new(n_threads: usize) -> Option<Kernels> {
         let n_threads = i32::try_from(n_threads).ok().filter(|&n| n > 0)?;
-        // SAFETY: fills ggml's tables once for the process; more often changes nothing.
+        // SAFETY: initialises ggml's tables once per process; later calls change nothing.
         unsafe { sys::ggml_cpu_init() };
         // SAFETY: returns a plain struct; the number is positive.
         let mut params = unsafe { sys::ggml_threadpool_params_default(n_threads) };
-        // Between two products other threads need the cores: wait without spinning.
+        // Other threads need the cores between two products: wait without spinning.
         params.poll = 0;
-        // SAFETY: the parameters are ggml's own defaults but for `poll`, and live during the call.
+        // SAFETY: the parameters are ggml's defaults, except for `poll`, and live during the call.
         let pool = NonNull::new(unsafe { sys::ggml_threadpool_new(&mut params) })?;
         Some(Kernels { pool, n_threads, scratch: Mutex::default() })
     }
@@ -144,7 +144,10 @@ impl Kernels {
         self.multiply(w.tensor_type, [w.n_out, w.n_in], w.bytes.as_slice(), x, n_rows, y);
     }
 
-    /// As [`Kernels::product`], over a matrix's own bytes, which begin at a multiple of [`ALIGNMENT`].
+    /// [`Kernels::product`] with the matrix's own bytes, aligned to [`ALIGNMENT`].
+    ///
+    /// # Panics
+    /// If the bytes do not match the shape or are not aligned, or if x or y is shorter than its shape.
     pub fn multiply(
         &self,
         tensor_type: TensorType,
@@ -158,12 +161,12 @@ impl Kernels {
             return;
         }
         let expected = tensor_type.row_bytes(n_in as u64).map(|n| n as usize * n_out);
-        assert!(expected == Some(bytes.len()), "a matrix whose bytes are not those of its shape");
-        assert!(bytes.as_ptr().align_offset(ALIGNMENT) == 0, "a matrix that is not aligned");
-        assert!(x.len() >= n_rows * n_in && y.len() >= n_rows * n_out, "an operand shorter than its shape");
+        assert!(expected == Some(bytes.len()), "the bytes of the matrix match its shape");
+        assert!(bytes.as_ptr().align_offset(ALIGNMENT) == 0, "the matrix is aligned");
+        assert!(x.len() >= n_rows * n_in && y.len() >= n_rows * n_out, "x[R][I] and y[R][O]");
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         let Scratch { graph: memory, work } = &mut *scratch;
-        // SAFETY: both only add up sizes.
+        // SAFETY: both only compute sizes.
         let needed =
             unsafe { 8 * sys::ggml_tensor_overhead() + sys::ggml_graph_overhead_custom(GRAPH_SIZE, false) };
         memory.reserve(needed);
@@ -173,14 +176,14 @@ impl Kernels {
             mem_buffer: memory.as_mut_ptr().cast(),
             no_alloc: true,
         };
-        // SAFETY: the context lives in `memory`, which is larger than its four objects and stays borrowed until
-        // it is freed below. Its tensors get their data by hand: the lengths were compared with the shapes
-        // above, W and x are only read, and y is borrowed mutably. ggml asserts nothing here that can fail:
-        // W and x agree in n_in, both are contiguous, and every type of a `Blocks` or of a frozen matrix has
-        // a product with F32. The threads of the pool are done when `ggml_graph_compute` returns.
+        // SAFETY: the context lives in `memory`, which has room for its four objects and stays borrowed until the
+        // context is freed below. Its tensors point to W, x and y: the lengths match the shapes, as asserted above, W
+        // and x are only read, and y is borrowed mutably. No assertion of ggml can fail: W and x agree in n_in, both
+        // are contiguous, and every type of a `Blocks` or of a frozen matrix has a product with F32. The threads of the
+        // pool are done when `ggml_graph_compute` returns.
         unsafe {
             let context = sys::ggml_init(params);
-            assert!(!context.is_null(), "ggml makes a context in memory that it was given");
+            assert!(!context.is_null(), "ggml makes a context in the given memory");
             let f32_type = TensorType::F32.id() as sys::ggml_type;
             let matrix = sys::ggml_new_tensor_2d(context, tensor_type.id() as _, n_in as i64, n_out as i64);
             let right = sys::ggml_new_tensor_2d(context, f32_type, n_in as i64, n_rows as i64);
@@ -195,14 +198,14 @@ impl Kernels {
             plan.work_data = work.as_mut_slice().as_mut_ptr();
             let status = sys::ggml_graph_compute(graph, &mut plan);
             sys::ggml_free(context);
-            assert!(status == sys::GGML_STATUS_SUCCESS, "ggml computes a product that nobody aborts");
+            assert!(status == sys::GGML_STATUS_SUCCESS, "ggml computes a product without an abort callback");
         }
     }
 }
 
 impl Drop for Kernels {
     fn drop(&mut self) {
-        // SAFETY: made by `ggml_threadpool_new`, freed once, and no product is under way: each borrows `self`.
+        // SAFETY: made by `ggml_threadpool_new` and freed once. No product is running, since each borrows `self`.
         unsafe { sys::ggml_threadpool_free(self.pool.as_ptr()) }
     }
 }

@@ -1,23 +1,24 @@
-//! Numbers as tensor blocks, by ggml's own quantiser: what `llama-quantize` would write is what comes out.
+//! Quantises f32 to tensor blocks with ggml's quantiser: the same bytes as `llama-quantize` writes.
 
 use llama_cpp_sys_2 as sys;
 
 use crate::gguf::TensorType;
 
 impl TensorType {
-    /// Whether quantising to this type is senseless without an importance matrix, which only a calibration
-    /// run gives; `llama-quantize` refuses the same types (`tensor_requires_imatrix` in `llama-quant.cpp`).
+    /// Whether quantising to this type needs an importance matrix, which takes a calibration run.
+    ///
+    /// `llama-quantize` refuses the same types without one (`tensor_requires_imatrix` in `llama-quant.cpp`).
     pub fn needs_importance_matrix(self) -> bool {
         use TensorType::*;
         matches!(self, IQ1_S | IQ1_M | IQ2_XXS | IQ2_XS | IQ2_S | IQ3_XXS)
     }
 
-    /// Why [`quantize`] cannot write rows of `n_per_row` numbers as this type, if it cannot.
+    /// The reason why [`quantize`] refuses rows of `n_per_row` numbers of this type; `None` if it accepts them.
     pub fn quantize_fault(self, n_per_row: u64) -> Option<String> {
         if !self.is_weight() {
-            Some(format!("type {self} is no type of weights"))
+            Some(format!("type {self} is not a type of weights"))
         } else if self.needs_importance_matrix() {
-            Some(format!("quantising to type {self} needs an importance matrix, and there is none"))
+            Some(format!("quantising to type {self} needs an importance matrix, which is not supported"))
         } else if n_per_row == 0 || !n_per_row.is_multiple_of(self.block_len()) {
             let block_len = self.block_len();
             Some(format!("type {self} needs rows of a multiple of {block_len} numbers, found {n_per_row}"))
@@ -27,14 +28,14 @@ impl TensorType {
     }
 }
 
-/// The blocks of whole rows of `n_per_row` numbers, one after the other. May be called from several threads.
+/// Quantises whole rows of `n_per_row` numbers. May be called from several threads.
 ///
-/// Quantised types are rounded without an importance matrix. F32, F16 and BF16 are rounded to nearest; a
-/// number too large for F16 becomes an infinity, as in ggml.
+/// Quantised types are rounded without an importance matrix. F32, F16 and BF16 are rounded to nearest; a number too large
+/// for F16 becomes an infinity, as in ggml.
 ///
 /// # Errors
-/// In words: what [`TensorType::quantize_fault`] finds, values that are no whole rows, and for quantised
-/// types values that are not finite.
+/// A message: the reason of [`TensorType::quantize_fault`], values that are not whole rows, or, for quantised types,
+/// values that are not finite.
 pub fn quantize(tensor_type: TensorType, values: &[f32], n_per_row: usize) -> Result<Vec<u8>, String> {
     if let Some(fault) = tensor_type.quantize_fault(n_per_row as u64) {
         return Err(fault);
@@ -55,11 +56,11 @@ pub fn quantize(tensor_type: TensorType, values: &[f32], n_per_row: usize) -> Re
     let n_bytes = tensor_type.row_bytes(values.len() as u64).ok_or_else(too_many)? as usize;
     let (n_rows, n_per_row) =
         (i64::try_from(n_rows).map_err(|_| too_many())?, i64::try_from(n_per_row).map_err(|_| too_many())?);
-    // Words, because ggml writes its blocks as structs of 16-bit fields and wider.
+    // Words, because ggml writes blocks as structs with fields of 16 bits and more.
     let mut words = vec![0u64; n_bytes.div_ceil(size_of::<u64>())];
-    // SAFETY: the type is one that ggml quantises to without an importance matrix, and rows are whole blocks
-    // (`quantize_fault`); `values` holds n_rows rows of n_per_row numbers, and `words` has room for their
-    // blocks, aligned. ggml fills in the tables of its IQ types itself, behind a lock. A null matrix is none.
+    // SAFETY: `quantize_fault` has checked that ggml can quantise to the type without an importance matrix, and that
+    // rows are whole blocks. `values` holds n_rows rows of n_per_row numbers, and `words` has aligned room for their
+    // blocks. ggml initialises the tables of its IQ types itself, under a lock. A null pointer means no matrix.
     let written = unsafe {
         sys::ggml_quantize_chunk(
             tensor_type.id(),
@@ -96,7 +97,7 @@ mod tests {
     fn numbers_give_the_blocks_of_their_formulas() {
         assert_eq!(blocks(TensorType::F32, &[1.5]), 1.5f32.to_le_bytes());
         assert_eq!(blocks(TensorType::F16, &[1.0, -0.5]), [ONE, MINUS_HALF].concat());
-        // The upper half of an F32, rounded to nearest even: 1 + 2^-8 is half way, and goes to 1.
+        // The upper half of an F32, rounded to nearest even: 1 + 2^-8 is halfway, and rounds to 1.
         assert_eq!(blocks(TensorType::BF16, &[1.5, 1.0 + 1.0 / 256.0]), [0xc0, 0x3f, 0x80, 0x3f]);
         // q8_0: the scale is the largest magnitude / 127, the rest is rounded to whole steps of it.
         let mut values: [f32; 32] = std::array::from_fn(|i| i as f32 - 16.0);
@@ -104,13 +105,13 @@ mod tests {
         let bytes = blocks(TensorType::Q8_0, &values);
         let codes: Vec<i8> = bytes[2..].iter().map(|&byte| byte as i8).collect();
         assert_eq!((&bytes[..2], &codes[..5]), (&ONE[..], &[-127, 3, 4, -13, -12][..]));
-        // q4_0: the number of largest magnitude becomes -8 steps, so 8 makes the scale -1; a step is coded as
-        // q - 8, the low halves of 16 bytes first, then the high ones.
+        // q4_0: the number of largest magnitude becomes -8 steps, so that 8 makes the scale -1. A code q means q - 8
+        // steps. The first half of the numbers is in the low halves of 16 bytes, the second in the high halves.
         let values: [f32; 32] = std::array::from_fn(|i| if i == 0 { 8.0 } else { i as f32 / 4.0 - 4.0 });
         let bytes = blocks(TensorType::Q4_0, &values);
         assert_eq!(bytes[..2], [0x00, 0xbc]);
         let (first, second) = (bytes[2] & 0xf, bytes[2] >> 4);
-        assert_eq!((first, second), (0, 8), "8 is -8 steps of -1, and 0 is none");
+        assert_eq!((first, second), (0, 8), "8 is -8 steps of -1, and 0 is 0 steps");
         assert_eq!((bytes[6] & 0xf, bytes[6] >> 4), (11, 7), "-3 and 1 in steps of -1, plus 8");
         // q4_1: a minimum, and 15 steps to the maximum.
         let values: [f32; 32] = std::array::from_fn(|i| -0.5 + (i % 16) as f32);
@@ -119,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_one_by_one_give_what_they_give_together() {
+    fn rows_one_by_one_give_the_same_blocks_as_together() {
         let values: Vec<f32> = (0..512).map(|i| ((i * 7919 % 1009) as f32 - 500.0) / 300.0).collect();
         for tensor_type in [TensorType::F16, TensorType::Q5_1, TensorType::Q4_K, TensorType::IQ4_XS] {
             let together = quantize(tensor_type, &values, 256).unwrap();
@@ -133,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_types_that_need_an_importance_matrix_or_are_no_weights() {
+    fn rejects_types_that_need_an_importance_matrix_or_are_not_weights() {
         for &tensor_type in TensorType::ALL {
             let n = tensor_type.block_len() as usize;
             let values = vec![0.25; n];
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_rows_that_are_no_whole_blocks_and_numbers_that_are_not_finite() {
+    fn rejects_partial_blocks_and_non_finite_numbers() {
         let refusal = |values: &[f32], n| quantize(TensorType::Q8_0, values, n).unwrap_err();
         assert!(refusal(&[0.0; 33], 33).contains("multiple of 32 numbers, found 33"));
         assert!(refusal(&[0.0; 48], 32).contains("found 48 numbers"));
@@ -162,7 +163,7 @@ mod tests {
         let mut values = [0.0; 32];
         values[7] = f32::NAN;
         assert!(refusal(&values, 32).contains("found NaN at 7"));
-        // A float type keeps it, as it keeps everything.
+        // Float types keep NaN.
         assert!(quantize(TensorType::F16, &values, 32).is_ok());
     }
 }

@@ -1,5 +1,7 @@
-//! Attention over segments. Scores are made again in the backward pass, as in FlashAttention (arXiv
-//! 2205.14135): only the logarithm of each row's sum of exponentials is kept.
+//! Attention over segments.
+//!
+//! The backward pass recomputes the scores, as in FlashAttention (arXiv 2205.14135): only the logarithm of each row's
+//! sum of exponentials is kept.
 
 use std::ops::Range;
 
@@ -11,7 +13,7 @@ use crate::train::device::Attention;
 use crate::train::device::cpu::dense::Target;
 use crate::train::device::cpu::math::{exp, sum_of_pairs};
 
-/// What one query head of one segment needs: its rows, and the rows they may see.
+/// One query head of one segment: its rows, and the rows they see.
 struct Scope<'a> {
     attention: &'a Attention,
     packed: &'a Packed,
@@ -20,8 +22,9 @@ struct Scope<'a> {
 }
 
 impl Scope<'_> {
-    /// Rows that `row` sees, nearest last: of the prefix, then of its own segment. Positions begin at 0 in the prefix
-    /// and go on in the segment.
+    /// Rows that `row` sees, nearest last: of the prefix, then of its own segment.
+    ///
+    /// Positions start at 0 in the prefix and continue in the segment.
     fn seen(&self, row: usize) -> impl Iterator<Item = usize> + use<> {
         let Segment { rows, prefix } = self.segment;
         let position = self.packed.positions[row];
@@ -44,12 +47,13 @@ fn add_scaled(scale: f32, x: &[f32], y: &mut [f32]) {
     y.iter_mut().zip(x).for_each(|(y, &x)| *y += scale * x);
 }
 
-/// Where `head` of `row` lies in a buffer of `n_heads` heads of `dim` numbers.
+/// The range of head `head` of row `row` in a buffer `[R][n_heads][dim]`.
 fn at(row: usize, n_heads: usize, head: usize, dim: usize) -> Range<usize> {
     let start = (row * n_heads + head) * dim;
     start..start + dim
 }
 
+/// `out[R][H][D]` and `lse[R][H]`: a softmax over the scores of each row and head.
 pub fn attention(
     attention: &Attention,
     packed: &Packed,
@@ -88,7 +92,9 @@ pub fn attention(
     );
 }
 
-/// With p the probabilities, dp = dout·v, and D = dout·out: ds = p (dp - D).
+/// Gradients of [`attention`].
+///
+/// With p the probabilities, dp = dout·v and D = dout·out: ds = p (dp - D).
 #[allow(clippy::too_many_arguments, reason = "one operation's operands and gradients")]
 pub fn attention_back(
     attention: &Attention,
@@ -107,8 +113,8 @@ pub fn attention_back(
     let group = n_head / n_head_kv;
     let pairs = pairs_of(packed);
     let [dq, dk, dv] = [dq, dk, dv].map(Target::new);
-    // A task is a pair, and one key and value head with the query heads that it serves: nothing else adds to its
-    // gradients, so the order of each sum is fixed.
+    // A task is one pair, and one key and value head with the query heads it serves. No other task adds to its
+    // gradients, so that the order of each sum is fixed.
     (0..pairs.len() * n_head_kv).into_par_iter().for_each(|task| {
         let (segments, kv_head) = (pairs[task / n_head_kv], task % n_head_kv);
         for (segment, row) in
@@ -119,7 +125,7 @@ pub fn attention_back(
                 let here = at(row, n_head, head, head_dim);
                 let (q, dout) = (&q[here.clone()], &dout[here.clone()]);
                 let shift = dot(dout, &out[here.clone()]);
-                // SAFETY: queries of this head in this pair, which are this task's alone; dq lives longer than it.
+                // SAFETY: only this task has the queries of this head in this pair, and dq outlives the task.
                 let dq = unsafe { dq.row(here.start, head_dim) };
                 for other in scope.seen(row) {
                     let there = at(other, n_head_kv, kv_head, head_dim);
@@ -127,7 +133,7 @@ pub fn attention_back(
                     let p = exp(scope.score(row, other, dot(q, k)) - lse[row * n_head + head]);
                     let ds = p * (dot(dout, v) - shift) * attention.scale;
                     add_scaled(ds, k, dq);
-                    // SAFETY: a key and a value of this head in this pair, as above, each borrowed for one line.
+                    // SAFETY: only this task has the keys and values of this head in this pair; each is borrowed for one line.
                     unsafe {
                         add_scaled(ds, q, dk.row(there.start, head_dim));
                         add_scaled(p, dout, dv.row(there.start, head_dim));
@@ -138,10 +144,10 @@ pub fn attention_back(
     });
 }
 
-/// The segments of each pair: a prompt's, which has no prefix, and those of its answers.
+/// The segments of each pair: the prompt's, which has no prefix, and those of its answers.
 ///
 /// # Panics
-/// Where a row is in two pairs, or sees another pair's: tasks would write to the same gradients.
+/// If a row is in two pairs or sees rows of another pair, since two tasks would then write to the same gradients.
 fn pairs_of(packed: &Packed) -> Vec<&[Segment]> {
     let pairs: Vec<&[Segment]> = packed.segments.chunk_by(|_, next| !next.prefix.is_empty()).collect();
     let mut end = 0;

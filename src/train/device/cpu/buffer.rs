@@ -1,9 +1,9 @@
-//! The numbers that operations read and write, in memory that is used again.
+//! Buffers of f32 in reused memory.
 //!
-//! A step makes and drops some thousand buffers of a few sizes. Left to the system's allocator, that memory would in part
-//! lie in holes that fit nothing, and in part go back to the kernel, which clears every page before it gives it out again.
-//! So what a buffer leaves is kept for the next of about its size; what is kept and what is in use, counted by their room,
-//! are together never more than was once in use at a time, and the rest goes back at once.
+//! A step allocates and drops about a thousand buffers of a few sizes. With the system's allocator, some of that memory
+//! would end up in gaps that fit no other buffer, and some would go back to the kernel, which clears every page before it
+//! hands it out again. So the memory of a dropped buffer is kept for the next buffer of about the same size. Kept and used
+//! memory together never exceed the peak of used memory; the rest is freed at once.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,14 +12,14 @@ use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
 
-/// Buffers of fewer numbers are not kept: the allocator has them at hand.
+/// Smaller buffers are not kept, since the allocator handles them well.
 const LEAST: usize = 1 << 15;
 
 /// f32 numbers.
 #[derive(Debug)]
 pub struct Buffer {
     values: Values,
-    /// Of `values`; those from here on are nobody's.
+    /// Numbers of `values` in use; the rest is spare room.
     len: usize,
     memory: Memory,
 }
@@ -58,18 +58,18 @@ impl Drop for Buffer {
     }
 }
 
-/// Numbers in pages of their own, zeros at first.
+/// Numbers in their own pages, zero when new.
 #[derive(Debug)]
 struct Pages(MmapMut);
 
 impl Pages {
     fn new(n: usize) -> Result<Pages> {
         let refuse = |error: std::io::Error| {
-            Error::device_memory("cpu", format!("cannot have {} MiB of memory: {error}", (4 * n) >> 20))
+            Error::device_memory("cpu", format!("cannot allocate {} MiB: {error}", (4 * n) >> 20))
                 .with_hint("lower --ubatch-size, or set --checkpointing on")
         };
         let map = MmapMut::map_anon(4 * n).map_err(refuse)?;
-        // Fewer faults and address translations where the kernel has large pages; where it has none, nothing is lost.
+        // Large pages save page faults and address translations. Without them nothing is lost.
         #[cfg(target_os = "linux")]
         map.advise(memmap2::Advice::HugePage).ok();
         Ok(Pages(map))
@@ -80,7 +80,7 @@ impl Pages {
     }
 
     fn as_slice(&self) -> &[f32] {
-        // SAFETY: pages begin at a multiple of 4, are initialised, and every bit pattern is an f32.
+        // SAFETY: pages are aligned and initialised, and every bit pattern is a valid f32.
         unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.len()) }
     }
 
@@ -90,36 +90,36 @@ impl Pages {
     }
 }
 
-/// What a buffer holds at first.
+/// The content of a new buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fresh {
     /// Zeros.
     Zeros,
-    /// What its last owner left.
+    /// Whatever its last owner left.
     Used,
 }
 
-/// Where buffers come from and go to.
+/// Allocates buffers, and keeps the memory of dropped ones.
 #[derive(Debug, Clone, Default)]
 pub struct Memory(Arc<Mutex<Kept>>);
 
 #[derive(Debug, Default)]
 struct Kept {
-    /// Those that were left last are at the end.
+    /// Kept memory, most recently dropped last.
     free: Vec<Pages>,
     /// Numbers in `free`.
     n_free: usize,
     /// Numbers in use.
     n_used: usize,
-    /// The most that were in use.
+    /// Peak of `n_used`.
     most_used: usize,
 }
 
 impl Memory {
-    /// A buffer of `n` numbers, and what they are.
+    /// Allocates a buffer of `n` numbers, and says what it contains.
     ///
     /// # Errors
-    /// [`Error::DeviceMemory`].
+    /// [`Error::DeviceMemory`] if the system has no memory left.
     pub fn take(&self, n: usize) -> Result<(Buffer, Fresh)> {
         let (values, fresh) = match n < LEAST {
             true => (Values::Few(vec![0.0; n]), Fresh::Zeros),
@@ -131,21 +131,21 @@ impl Memory {
         Ok((Buffer { values, len: n, memory: self.clone() }, fresh))
     }
 
-    /// Gives back what is kept.
+    /// Frees the kept memory.
     pub fn trim(&self) {
         self.lock().trim();
     }
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
-        // Nothing in here panics between two changes that belong together.
+        // No panic can leave the counts half-updated.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Kept {
-    /// Pages for at least `n` numbers and not many more.
+    /// Pages for `n` numbers or slightly more.
     fn take(&mut self, n: usize) -> Result<(Pages, Fresh)> {
-        // The smallest that fit, and of those the ones that were left last, which may still be in a cache.
+        // The smallest pages that fit; of equal ones the most recently dropped, which may still be in a cache.
         let fits = self.free.iter().enumerate().filter(|(_, pages)| (n..=n + n / 4).contains(&pages.len()));
         let best = fits.min_by_key(|(i, pages)| (pages.len(), usize::MAX - i)).map(|(i, _)| i);
         if let Some(best) = best {
@@ -154,7 +154,7 @@ impl Kept {
             self.use_more(pages.len());
             return Ok((pages, Fresh::Used));
         }
-        // Up to an eighth more, so that batches of about one size can use each other's.
+        // Up to an eighth more, so that batches of similar size can share pages.
         let room = n.next_multiple_of(1 << n.ilog2().saturating_sub(3));
         let most_before = self.most_used;
         self.use_more(room);
@@ -166,7 +166,7 @@ impl Kept {
         };
         let n_dropped = self.free.iter().map(is_over).take_while(|&is_over| is_over).count();
         self.n_free -= self.free.drain(..n_dropped).map(|pages| pages.len()).sum::<usize>();
-        // Where there is no more, what is kept may be enough.
+        // If the system has no memory left, free the kept memory and try again.
         let pages = Pages::new(room).or_else(|_| {
             self.trim();
             Pages::new(room)
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_buffer_leaves_is_the_next_ones_of_about_its_size() {
+    fn a_buffer_of_similar_size_reuses_dropped_memory() {
         let memory = Memory::default();
         let (mut first, fresh) = memory.take(100_000).unwrap();
         assert_eq!((first.len(), fresh), (100_000, Fresh::Zeros));
@@ -221,19 +221,19 @@ mod tests {
         assert_eq!((more.len(), fresh, more.as_ptr() == place), (102_000, Fresh::Used, true));
         assert_eq!(more[..100_000], [7.0; 100_000]);
         drop(more);
-        // Half as many would waste the rest.
+        // A buffer half as long does not: it would waste the rest.
         let (half, fresh) = memory.take(50_000).unwrap();
         assert_eq!((half.len(), fresh), (50_000, Fresh::Zeros));
     }
 
     #[test]
-    fn no_more_is_kept_and_used_than_once_was_used() {
+    fn kept_and_used_memory_never_exceed_the_peak_of_used_memory() {
         let memory = Memory::default();
         let large: Vec<Buffer> = (0..4).map(|_| memory.take(1 << 17).unwrap().0).collect();
         assert_eq!(counts(&memory), [4 << 17, 0, 4 << 17]);
         drop(large);
         assert_eq!(counts(&memory), [0, 4 << 17, 4 << 17]);
-        // Too small for what is kept: the oldest of that goes.
+        // None of the kept pages fits: the oldest are freed.
         let small: Vec<Buffer> = (0..4).map(|_| memory.take(1 << 15).unwrap().0).collect();
         assert_eq!(counts(&memory), [4 << 15, 3 << 17, 4 << 17]);
         let larger = memory.take(1 << 19).unwrap();
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn few_numbers_are_not_kept() {
+    fn small_buffers_are_not_kept() {
         let memory = Memory::default();
         drop(memory.take(LEAST - 1).unwrap());
         drop(memory.take(0).unwrap());
@@ -251,20 +251,20 @@ mod tests {
     }
 
     #[test]
-    fn more_than_there_is_is_an_error_and_leaves_nothing() {
+    fn running_out_of_memory_is_an_error_that_leaks_nothing() {
         let memory = Memory::default();
         let kept = memory.take(1 << 17).unwrap();
         let error = memory.take(1 << 60).unwrap_err();
-        assert!(error.to_string().starts_with("cpu: cannot have 4398046511104 MiB of memory"), "{error}");
+        assert!(error.to_string().starts_with("cpu: cannot allocate 4398046511104 MiB"), "{error}");
         drop(kept);
         assert_eq!(counts(&memory), [0, 1 << 17, 1 << 17]);
-        // It took what was kept for others too.
+        // The failed attempt has freed the kept memory.
         memory.take(1 << 60).unwrap_err();
         assert_eq!(counts(&memory), [0, 0, 1 << 17]);
     }
 
     #[test]
-    fn what_is_kept_is_given_back_when_asked_for() {
+    fn trim_frees_the_kept_memory() {
         let memory = Memory::default();
         let used = memory.take(1 << 16).unwrap();
         drop(memory.take(1 << 17).unwrap());

@@ -1,4 +1,4 @@
-//! Activations, sums and copies.
+//! Activations, sums, copies and table lookups.
 
 use rayon::prelude::*;
 
@@ -7,12 +7,12 @@ use crate::train::device::Activation;
 use crate::train::device::cpu::math::{sigmoid, tanh};
 use crate::train::device::cpu::parallel::{for_rows, sum_over_rows};
 
-/// Numbers in one task.
+/// Numbers per task.
 const TASK_LEN: usize = 1 << 13;
 
 /// sqrt(2 / pi).
 const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-/// The cubic term of GELU by tanh (arXiv 1606.08415).
+/// Coefficient of the cubic term in GELU's tanh approximation (arXiv 1606.08415).
 const GELU_CUBIC: f32 = 0.044_715;
 
 impl Activation {
@@ -47,6 +47,7 @@ fn gelu_tanh(x: f32) -> f32 {
     tanh(SQRT_2_OVER_PI * (x + GELU_CUBIC * x * x * x))
 }
 
+/// `y = f(gate) up`, or `f(gate)` without `up`.
 pub fn activate(activation: Activation, gate: &[f32], up: Option<&[f32]>, y: &mut [f32]) {
     y.par_chunks_mut(TASK_LEN).enumerate().for_each(|(i, y)| {
         let at = i * TASK_LEN;
@@ -63,6 +64,7 @@ pub fn activate(activation: Activation, gate: &[f32], up: Option<&[f32]>, y: &mu
     });
 }
 
+/// Gradients of [`activate`]: `dgate += …`, `dup += …`.
 pub fn activate_back(
     activation: Activation,
     gate: &[f32],
@@ -95,20 +97,24 @@ pub fn activate_back(
     }
 }
 
+/// `y = x` everywhere.
 pub fn fill(x: f32, y: &mut [f32]) {
     y.par_chunks_mut(TASK_LEN).for_each(|y| y.fill(x));
 }
 
+/// `y = x`.
 pub fn copy(x: &[f32], y: &mut [f32]) {
     y.par_chunks_mut(TASK_LEN).zip(x.par_chunks(TASK_LEN)).for_each(|(y, x)| y.copy_from_slice(x));
 }
 
+/// `y += scale x`.
 pub fn add(scale: f32, x: &[f32], y: &mut [f32]) {
     y.par_chunks_mut(TASK_LEN).zip(x.par_chunks(TASK_LEN)).for_each(|(y, x)| {
         y.iter_mut().zip(x).for_each(|(y, &x)| *y += scale * x);
     });
 }
 
+/// `y[r] += bias` for every row.
 pub fn add_to_rows(bias: &[f32], n_cols: usize, y: &mut [f32]) {
     for_rows(y, n_cols, |_, rows| {
         for row in rows.chunks_exact_mut(n_cols) {
@@ -117,6 +123,7 @@ pub fn add_to_rows(bias: &[f32], n_cols: usize, y: &mut [f32]) {
     });
 }
 
+/// `dbias +=` the sum of all rows of `dy`.
 pub fn sum_rows(dy: &[f32], n_cols: usize, dbias: &mut [f32]) {
     sum_over_rows(dy.len() / n_cols, n_cols, dbias, |row, sums| {
         let dy = &dy[row * n_cols..(row + 1) * n_cols];
@@ -124,6 +131,7 @@ pub fn sum_rows(dy: &[f32], n_cols: usize, dbias: &mut [f32]) {
     });
 }
 
+/// `x[r] *= factors[r]` for every row.
 pub fn scale_rows(factors: &[f32], n_cols: usize, x: &mut [f32]) {
     for_rows(x, n_cols, |first, rows| {
         for (row, &factor) in rows.chunks_exact_mut(n_cols).zip(&factors[first..]) {
@@ -132,6 +140,7 @@ pub fn scale_rows(factors: &[f32], n_cols: usize, x: &mut [f32]) {
     });
 }
 
+/// `dst[r][to .. to + n] += src[r][from .. from + n]` for every row.
 pub fn add_columns(
     src: &[f32],
     src_cols: usize,
@@ -165,7 +174,7 @@ pub fn gather(
     });
 }
 
-/// `dtable[index(r)] += scale dy[r]`: one row after the other, since two may have the same index.
+/// `dtable[index(r)] += scale dy[r]`, one row after the other, since two rows may have the same index.
 pub fn scatter_add(
     dy: &[f32],
     n_cols: usize,
@@ -179,7 +188,7 @@ pub fn scatter_add(
     }
 }
 
-/// In parts of fixed length, added up in their order.
+/// The sum of squares: over parts of fixed length, then over the parts in order.
 pub fn square_sum(x: &[f32]) -> f64 {
     let parts: Vec<f64> =
         x.par_chunks(TASK_LEN).map(|part| part.iter().map(|&x| f64::from(x) * f64::from(x)).sum()).collect();

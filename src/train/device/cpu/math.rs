@@ -1,19 +1,21 @@
-//! Exponentials that the compiler can compute for many numbers at once.
+//! Exponentials and sums that the compiler turns into vector code.
 
-/// e^x, within 2 units in the last place; 0 below -87.3, where the result would be subnormal, and the largest
-/// power of two that is finite times e^r above 88.3.
+/// e^x, within 2 units in the last place.
 ///
-/// x = n ln 2 + r with |r| <= ln 2 / 2, and e^r by a polynomial: the coefficients of Cephes' `expf`
-/// (<https://www.netlib.org/cephes/>). Without branches or calls, unlike the C library's, so that loops over
-/// it become vector code.
+/// Below -87.3, where the result would be subnormal, it is 0. Above 88.3 it stays finite, at about e^88.3.
+/// NaN gives NaN.
+///
+/// Writes x = n ln 2 + r with |r| <= ln 2 / 2, and approximates e^r by a polynomial with the coefficients of Cephes'
+/// `expf` (<https://www.netlib.org/cephes/>). It has no branches or calls, unlike the C library's, so that loops over it
+/// become vector code.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LOWEST: f32 = -87.336_54;
     const HIGHEST: f32 = 88.376_26;
-    // ln 2 in two parts, so that n ln 2 is taken away exactly.
+    // ln 2 in two parts, so that n ln 2 is subtracted exactly.
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    // Adding and taking away 1.5 * 2^23 rounds to a whole number.
+    // Adding and subtracting 1.5 * 2^23 rounds to an integer.
     const ROUNDER: f32 = 12_582_912.0;
     let clamped = x.clamp(LOWEST, HIGHEST);
     let shifted = clamped * std::f32::consts::LOG2_E + ROUNDER;
@@ -24,9 +26,9 @@ pub fn exp(x: f32) -> f32 {
         p = p.mul_add(r, coefficient);
     }
     let e_r = p.mul_add(r * r, r) + 1.0;
-    // 2^n by the exponent's bits: the low bits of `shifted` are n.
+    // 2^n, made from the exponent's bits: the low bits of `shifted` are n.
     let power = f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23);
-    // NaN compares false, and stays what it was: `clamp` keeps it.
+    // NaN compares false and `clamp` keeps it, so that NaN gives NaN.
     if x < LOWEST { 0.0 } else { e_r * power }
 }
 
@@ -39,15 +41,15 @@ pub fn sigmoid(x: f32) -> f32 {
 /// The hyperbolic tangent.
 #[inline(always)]
 pub fn tanh(x: f32) -> f32 {
-    // Of the absolute value, whose exponential is at most 1: (1 - e^-2|x|) / (1 + e^-2|x|).
+    // (1 - e^-2|x|) / (1 + e^-2|x|): the exponential is at most 1.
     let e = exp(-2.0 * x.abs());
     ((1.0 - e) / (1.0 + e)).copysign(x)
 }
 
-/// Sums at once, so that the compiler can use the widest registers.
+/// Sums taken at once, so that the compiler can use the widest registers.
 const LANES: usize = 16;
 
-/// The sum of f(x, y) over the pairs of two slices of one length, in an order of its own.
+/// The sum of f(x, y) over two slices of one length, in a fixed order.
 #[inline(always)]
 pub fn sum_of_pairs(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut sums = [0.0f32; LANES];
@@ -61,7 +63,7 @@ pub fn sum_of_pairs(x: &[f32], y: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
     sums.iter().sum::<f32>() + x_rest.iter().zip(y_rest).map(|(&x, &y)| f(x, y)).sum::<f32>()
 }
 
-/// The sum of f(x).
+/// The sum of f(x), in a fixed order.
 #[inline(always)]
 pub fn sum_of(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     sum_of_pairs(x, x, |x, _| f(x))
@@ -72,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn exponentials_are_those_of_f64_but_for_two_units_in_the_last_place() {
+    fn exponentials_match_f64_within_two_units_in_the_last_place() {
         let mut worst = 0.0f64;
         for i in -870_000..880_000 {
             let x = i as f32 * 1e-4;
@@ -85,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn sigmoid_and_tanh_are_those_of_f64() {
+    fn sigmoid_and_tanh_match_f64() {
         for i in -2000..=2000 {
             let x = i as f32 * 0.02;
             let exact = f64::from(x);

@@ -1,7 +1,7 @@
-//! Products with frozen matrices, their numbers being those of the file.
+//! Products with frozen matrices, which stay in the file's blocks.
 //!
-//! A part of the matrix is dequantised at a time, small enough to stay in a core's cache, multiplied with, and
-//! forgotten: the base stays in its blocks. A small matrix of plain numbers is taken as it is.
+//! An exact product dequantises a part of the matrix at a time, small enough to stay in a core's cache, multiplies by it
+//! and drops it. Fast products use rounded copies (`vnni`) or ggml's kernels.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -18,21 +18,21 @@ use crate::train::device::cpu::buffer::Buffer;
 use crate::train::device::cpu::dense::{self, Layout, Target};
 use crate::train::device::cpu::math::sum_of;
 
-/// Bytes of a part of a matrix in f32: half of a core's second-level cache.
+/// Bytes of a dequantised part: half of a core's second-level cache.
 const PART_BYTES: usize = 512 << 10;
 
-/// Numbers between the end of a row of a part and the next row: rows that lie a power of two apart would
-/// all fall into the same few lines of the first-level cache.
+/// Unused numbers after each row of a part. Rows a power of two apart would compete for a few lines of the first-level
+/// cache.
 const ROW_GAP: usize = 16;
 
-/// Most columns in a part for [`Matrix::product_back`], a multiple of every block's length.
+/// Most columns of a part for [`Matrix::product_back`]; a multiple of every block's length.
 const PART_COLS: usize = 512;
 
 thread_local! {
     static PART: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Rows of a matrix as they lie in the file.
+/// The rows of a matrix as the file stores them.
 #[derive(Debug)]
 struct FileRows {
     tensor_type: TensorType,
@@ -41,7 +41,7 @@ struct FileRows {
 }
 
 impl FileRows {
-    /// Numbers `cols` of row `row`; both bounds are multiples of the block's length.
+    /// Dequantises columns `cols` of row `row`; both bounds are multiples of the block's length.
     fn read(&self, row: usize, cols: Range<usize>, values: &mut [f32]) {
         let (len, n_bytes) = (self.tensor_type.block_len() as usize, self.tensor_type.block_bytes() as usize);
         let at = row * self.n_bytes;
@@ -50,7 +50,7 @@ impl FileRows {
             .expect("`Matrix::new` has read a row of this type and length");
     }
 
-    /// Fills `part` with `rows` of `cols`, `stride` numbers from row to row.
+    /// Dequantises columns `cols` of `rows` into `part`, with `stride` numbers from row to row.
     fn fill(&self, rows: Range<usize>, cols: Range<usize>, stride: usize, part: &mut Vec<f32>) {
         part.resize(rows.len() * stride, 0.0);
         for (row, values) in rows.zip(part.chunks_exact_mut(stride)) {
@@ -64,17 +64,20 @@ impl FileRows {
 pub struct Matrix {
     n_in: usize,
     n_out: usize,
-    /// Not there where the rounded copies are all that is read.
+    /// The file's rows; `None` if only the rounded copies are read.
     rows: Option<FileRows>,
-    /// For ggml's own products backward, where they are used.
+    /// The transposed copy for ggml's products backward.
     transposed: Option<Blocks>,
-    /// For products in bytes, where they are used.
+    /// The rounded copies for products with AVX-512 VNNI.
     #[cfg(target_arch = "x86_64")]
     rounded: Option<crate::train::device::cpu::vnni::Rounded>,
 }
 
 impl Matrix {
-    /// Checks the sizes, and that every number is readable.
+    /// Checks the sizes, and that the type can be read.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if the bytes do not match the shape, or the type cannot be read.
     pub fn new(matrix: HostMatrix) -> Result<Matrix> {
         let HostMatrix { name, tensor_type, n_in, n_out, bytes, .. } = matrix;
         let refuse = |reason: String| Error::setting(name.clone(), reason);
@@ -98,15 +101,14 @@ impl Matrix {
     }
 
     fn rows(&self) -> &FileRows {
-        self.rows.as_ref().expect("kept for tables, and where there are no rounded copies")
+        self.rows.as_ref().expect("kept for tables, and if there are no rounded copies")
     }
 
     fn is_quantised(&self) -> bool {
         self.rows().tensor_type.block_len() > 1
     }
 
-    /// `ys[i][R][O] = x[R][I] Wᵀ` for matrices of one number of inputs: where all of them have rounded copies, x is
-    /// rounded once.
+    /// `ys[i][R][O] = x[R][I] Wᵀ` for several matrices. If all have rounded copies, x is rounded once.
     pub fn products(matrices: &[&Matrix], x: &[f32], n_rows: usize, ys: &mut [Buffer]) {
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = matrices.iter().map(|w| w.rounded.as_ref()).collect::<Option<Vec<_>>>() {
@@ -117,7 +119,7 @@ impl Matrix {
         matrices.iter().zip(ys).for_each(|(w, y)| w.product(x, n_rows, y));
     }
 
-    /// `y[R][O] = x[R][I] Wᵀ`, with the rounded copies where they are kept.
+    /// `y[R][O] = x[R][I] Wᵀ`, with the rounded copy if there is one.
     pub fn product(&self, x: &[f32], n_rows: usize, y: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = &self.rounded {
@@ -147,7 +149,7 @@ impl Matrix {
         });
     }
 
-    /// `dx[R][I] += dy[R][O] W`, with the rounded copies where they are kept.
+    /// `dx[R][I] += dy[R][O] W`, with the rounded copy if there is one.
     pub fn product_back(&self, dy: &[f32], n_rows: usize, dx: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = &self.rounded {
@@ -182,8 +184,9 @@ impl Matrix {
         });
     }
 
-    /// Makes the transposed copy that [`Matrix::fast_product_back`] uses; a matrix of plain numbers needs none,
-    /// since its products are exact either way.
+    /// Makes the transposed copy for [`Matrix::fast_product_back`].
+    ///
+    /// Does nothing if the matrix is not quantised, since its products backward are exact.
     pub fn keep_transposed(&mut self) {
         if self.is_quantised() {
             let sizes = [self.n_out, self.n_in];
@@ -192,14 +195,14 @@ impl Matrix {
         }
     }
 
-    /// As [`Matrix::product`], by ggml's kernels where the matrix is quantised.
+    /// [`Matrix::product`] with ggml's kernels.
     pub fn fast_product(&self, kernels: &Kernels, x: &[f32], n_rows: usize, y: &mut [f32]) {
         let (sizes, rows) = ([self.n_out, self.n_in], self.rows());
         kernels.multiply(rows.tensor_type, sizes, rows.bytes.as_slice(), x, n_rows, y);
         spread_nan(x, self.n_in, y, self.n_out);
     }
 
-    /// As [`Matrix::product_back`], by ggml's kernels where there is a transposed copy.
+    /// [`Matrix::product_back`] with ggml's kernels, if there is a transposed copy.
     pub fn fast_product_back(&self, kernels: &Kernels, dy: &[f32], n_rows: usize, dx: &mut [f32]) {
         let Some(transposed) = &self.transposed else { return self.product_back(dy, n_rows, dx) };
         let mut product = vec![0.0; n_rows * self.n_in];
@@ -208,8 +211,9 @@ impl Matrix {
         spread_nan(dy, self.n_out, dx, self.n_in);
     }
 
-    /// Makes the rounded copies for kernels that have them, in place of the file's blocks unless those are a table; a
-    /// matrix of plain numbers needs none, since its products are exact either way.
+    /// Makes the rounded copies for AVX-512 VNNI. They replace the file's blocks, except for a table.
+    ///
+    /// Does nothing if the matrix is not quantised, since its products are exact.
     #[cfg(target_arch = "x86_64")]
     pub fn keep_rounded(&mut self, is_table: bool) {
         if self.is_quantised() {
@@ -221,14 +225,16 @@ impl Matrix {
         }
     }
 
-    /// Columns in a task of a product backward: shared out by columns, which need no sums over tasks; at least two
-    /// tasks a thread where blocks allow, and whole panels of the widest kernel.
+    /// Columns per task of a product backward.
+    ///
+    /// Tasks have separate columns, so that no sums over tasks are needed. There are at least two tasks per thread if the
+    /// block length allows, and whole panels of the widest kernel.
     fn task_cols(&self) -> usize {
         let step = (self.rows().tensor_type.block_len() as usize).max(32);
         self.n_in.div_ceil(2 * rayon::current_num_threads()).min(PART_COLS).next_multiple_of(step)
     }
 
-    /// `y[r] = scale W[index(r)]`
+    /// `y[r] = scale W[index(r)]`.
     pub fn embed(&self, index: impl Fn(usize) -> usize + Sync, scale: f32, y: &mut [f32]) {
         crate::train::device::cpu::parallel::for_rows(y, self.n_in, |first, rows| {
             for (i, y) in rows.chunks_exact_mut(self.n_in).enumerate() {
@@ -239,12 +245,13 @@ impl Matrix {
     }
 }
 
-/// Makes the rows of `y[R][n_out]` no numbers where those of `x[R][n_in]` hold one that is not finite: rounding to
-/// bytes forgets that, and a run that went wrong would go on.
+/// Fills a row of `y[R][n_out]` with NaN if the same row of `x[R][n_in]` has a non-finite value.
+///
+/// Rounding to 8 bits loses such values, and a run that has diverged would continue.
 fn spread_nan(x: &[f32], n_in: usize, y: &mut [f32], n_out: usize) {
     crate::train::device::cpu::parallel::for_rows(y, n_out, |first, rows| {
         for (y, x) in rows.chunks_exact_mut(n_out).zip(x[first * n_in..].chunks_exact(n_in)) {
-            // 0 times a finite number is 0: a sum, unlike a search, is made in vector code.
+            // 0 times a finite number is 0. Unlike a search, a sum becomes vector code.
             if sum_of(x, |x| x * 0.0) != 0.0 {
                 y.fill(f32::NAN);
             }

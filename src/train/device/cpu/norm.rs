@@ -5,7 +5,7 @@ use crate::train::device::{Norm, NormKind};
 use crate::train::device::cpu::math::{sum_of, sum_of_pairs};
 use crate::train::device::cpu::parallel::{for_rows, sum_over_rows};
 
-/// The mean that is taken away, and what is multiplied with instead of dividing.
+/// The mean to subtract, and the inverse of the deviation.
 fn statistics(norm: Norm, x: &[f32]) -> (f32, f32) {
     let n = x.len() as f32;
     let mean = match norm.kind {
@@ -16,6 +16,7 @@ fn statistics(norm: Norm, x: &[f32]) -> (f32, f32) {
     (mean, 1.0 / (square + norm.epsilon).sqrt())
 }
 
+/// `y[R][C] = norm(x[R][C]) weight[C] + bias[C]`.
 pub fn norm(norm: Norm, x: &[f32], weight: &[f32], bias: Option<&[f32]>, n_cols: usize, y: &mut [f32]) {
     for_rows(y, n_cols, |first, rows| {
         for (row, y) in rows.chunks_exact_mut(n_cols).enumerate() {
@@ -32,8 +33,10 @@ pub fn norm(norm: Norm, x: &[f32], weight: &[f32], bias: Option<&[f32]>, n_cols:
     });
 }
 
-/// With n = (x - mean) r and g = dy weight, r being one over the deviation:
-/// dx = r (g - mean(g) - n mean(g n)), without the middle term where no mean is taken away.
+/// Gradients of [`norm()`].
+///
+/// With r the inverse deviation, n = (x - mean) r and g = dy weight: dx = r (g - mean(g) - n mean(g n)). RMS norm, which
+/// subtracts no mean, has no middle term.
 #[allow(clippy::too_many_arguments, reason = "one operation's operands and gradients")]
 pub fn norm_back(
     norm: Norm,

@@ -4,8 +4,10 @@ use rayon::prelude::*;
 
 use crate::train::device::{AdamwStep, RmspropStep};
 
+/// Numbers per task.
 const TASK_LEN: usize = 1 << 13;
 
+/// See [`RmspropStep`]; gradient and state have the value's length.
 pub fn rmsprop(step: RmspropStep, gradient: &[f32], mean_square: &mut [f32], value: &mut [f32]) {
     let RmspropStep { learning_rate, alpha, epsilon, gradient_scale } = step;
     let parts = value.par_chunks_mut(TASK_LEN).zip(mean_square.par_chunks_mut(TASK_LEN));
@@ -18,6 +20,7 @@ pub fn rmsprop(step: RmspropStep, gradient: &[f32], mean_square: &mut [f32], val
     });
 }
 
+/// See [`AdamwStep`]; gradient and states have the value's length.
 pub fn adamw(
     step: AdamwStep,
     gradient: &[f32],
@@ -26,7 +29,7 @@ pub fn adamw(
     value: &mut [f32],
 ) {
     let AdamwStep { learning_rate, beta1, beta2, epsilon, weight_decay, .. } = step;
-    // In f64: 1 - beta2^step loses half its digits in f32 at the first steps.
+    // In f64: at the first steps, 1 - beta2^step loses half its digits in f32.
     let correction1 = (1.0 - f64::from(beta1).powf(step.step as f64)) as f32;
     let correction2 = (1.0 - f64::from(beta2).powf(step.step as f64)).sqrt() as f32;
     let parts = value.par_chunks_mut(TASK_LEN).zip(mean.par_chunks_mut(TASK_LEN));

@@ -4,7 +4,7 @@ use crate::train::device::{Rope, RopePairs};
 
 use crate::train::device::cpu::parallel::for_rows;
 
-/// Rotates the heads of `x[R][heads][head_dim]`, forward or back.
+/// Rotates the heads of `x[R][heads][head_dim]` by their row's position, forward or back.
 pub fn rope(rope: &Rope, positions: &[usize], head_dim: usize, back: bool, x: &mut [f32]) {
     if positions.is_empty() {
         return;

@@ -1,11 +1,12 @@
-//! Products with operands rounded to 8 bits in blocks of 32, as ggml rounds them, by AVX-512's instruction for
-//! sums of products of bytes.
+//! Products with both operands rounded to 8 bits, on AVX-512 VNNI.
 //!
-//! One kernel serves both directions: `C[m][n] = A[m][k] B[k][n]`, where the numbers of a block of 32 along k share
-//! a scale. A are the activations or their gradients, row by row; B is the matrix in panels of 32 columns with each
-//! four of k side by side, in two copies: forward its columns are the matrix's outputs, backward its inputs. The
-//! instruction takes unsigned bytes on one side: B's are raised by 128, and what that adds, 128 times the sum of a
-//! block of A, is taken away at the start of each block.
+//! Operands are rounded in blocks of 32, as in ggml. One kernel serves both directions: `C[m][n] = A[m][k] B[k][n]`.
+//! The 32 numbers of a block along k share a scale. A has the activations or their gradients, row by row. B is the matrix
+//! in panels of 32 columns, with four consecutive k side by side. It is kept twice: forward its columns are the matrix's
+//! outputs, backward its inputs.
+//!
+//! The instruction multiplies unsigned by signed bytes. So 128 is added to the bytes of B, and each block's sum starts at
+//! -128 times the sum of the block of A, which cancels it.
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -21,39 +22,39 @@ const BLOCK: usize = 32;
 /// Words of four bytes in a block.
 const WORDS: usize = BLOCK / 4;
 
-/// Columns in a panel: two registers.
+/// Columns per panel: two registers.
 const PANEL: usize = 32;
 
-/// Rows that the kernel computes at a time: 12 registers of whole sums and 12 of f32 ones leave 8 of 32.
+/// Rows per call of the kernel: 12 registers of integer sums and 12 of f32 sums leave 8 of 32.
 const ROWS: usize = 6;
 
-/// Blocks of a panel that are gone through for all rows before the next: 72 KiB, which stay in a core's cache where
-/// the panels of an output matrix would not.
+/// Blocks of a panel that are used for all rows before the next ones: 72 KiB, which stay in a core's cache. A whole
+/// panel of an output matrix would not.
 const DEPTH: usize = 64;
 
-/// Adding and taking away 1.5 * 2^23 rounds to a whole number, which then is in the low bits.
+/// Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits.
 const ROUNDER: f32 = 12_582_912.0;
 
-/// Whether the CPU has the instructions.
+/// Whether the CPU has AVX-512 F and VNNI.
 pub fn is_supported() -> bool {
     is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vnni")
 }
 
-/// A matrix `[n_out][n_in]` in both orders, each of 1.125 bytes a number.
+/// A matrix `[n_out][n_in]` in both orders, each with 1.125 bytes per number.
 #[derive(Debug)]
 pub struct Rounded {
-    /// A column is an output.
+    /// Columns are outputs.
     forward: Panels,
-    /// A column is an input.
+    /// Columns are inputs.
     backward: Panels,
 }
 
 impl Rounded {
-    /// Rounds a matrix whose row `row` is written by `read(row, values[n_in])`.
+    /// Rounds a matrix; `read(row, values[n_in])` writes row `row`.
     pub fn new([n_out, n_in]: [usize; 2], read: impl Fn(usize, &mut [f32]) + Sync) -> Rounded {
         let (mut forward, mut backward) = (Panels::new([n_in, n_out]), Panels::new([n_out, n_in]));
-        // A block of rows at a time, so that the matrix is never whole in f32. It is both a panel forward and a
-        // block of every panel backward.
+        // A block of rows at a time, so that the whole matrix never exists in f32. The block is one panel forward, and
+        // one block of every panel backward.
         const { assert!(BLOCK == PANEL) };
         let stride = n_in.next_multiple_of(PANEL);
         let mut values = vec![0.0; BLOCK * stride];
@@ -79,7 +80,7 @@ impl Rounded {
     /// `y[R][O] = x[R][I] Wᵀ`.
     ///
     /// # Panics
-    /// Where [`is_supported`] is false.
+    /// If [`is_supported`] is false.
     pub fn product(&self, x: &Rows, y: &mut [f32]) {
         self.forward.multiply(x, false, y);
     }
@@ -87,13 +88,13 @@ impl Rounded {
     /// `dx[R][I] += dy[R][O] W`.
     ///
     /// # Panics
-    /// Where [`is_supported`] is false.
+    /// If [`is_supported`] is false.
     pub fn product_back(&self, dy: &Rows, dx: &mut [f32]) {
         self.backward.multiply(dy, true, dx);
     }
 }
 
-/// Rows of bytes: one side of a product, for as many matrices as it is multiplied with.
+/// Rows rounded to bytes: the left side of a product, for any number of matrices.
 #[derive(Debug)]
 pub struct Rows {
     /// `[rows][blocks][WORDS]`.
@@ -107,9 +108,9 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Rounds `x[n_rows][n_cols]`. There are as many rows more as fill the last group.
+    /// Rounds `x[n_rows][n_cols]`, and pads the rows to a multiple of [`ROWS`] with zeros.
     pub fn of(x: &[f32], n_rows: usize, n_cols: usize) -> Rows {
-        assert!(x.len() == n_rows * n_cols, "rows of their length");
+        assert!(x.len() == n_rows * n_cols, "x[n_rows][n_cols]");
         let n_blocks = n_cols.div_ceil(BLOCK);
         let n = n_rows.next_multiple_of(ROWS) * n_blocks;
         let (mut words, mut scales, mut starts) = (vec![0; n * WORDS], vec![0.0; n], vec![0; n]);
@@ -132,20 +133,20 @@ impl Rows {
     }
 }
 
-/// The scale of a block whose largest number is `most`, and what its numbers are multiplied by.
+/// The scale of a block with largest magnitude `most`, and its inverse.
 fn scale_of(most: f32) -> (f32, f32) {
     if most > 0.0 { (most / 127.0, 127.0 / most) } else { (0.0, 0.0) }
 }
 
-/// The whole number next to x, as a byte in two's complement.
+/// The integer nearest to x, as a byte in two's complement.
 fn byte(x: f32) -> u8 {
     (x + ROUNDER).to_bits() as u8
 }
 
 /// A block's words, its scale, and -128 times the sum of its bytes.
 ///
-/// The scale is no number where one of the block is not finite: bytes forget that, and a run that went wrong would go
-/// on.
+/// The scale is NaN if the block has a non-finite value. Bytes cannot hold it, and a run that has diverged would
+/// continue.
 fn round_block(block: &[f32; BLOCK]) -> ([u32; WORDS], f32, i32) {
     let mut most = [0.0f32; 16];
     for half in block.as_chunks::<16>().0 {
@@ -154,7 +155,7 @@ fn round_block(block: &[f32; BLOCK]) -> ([u32; WORDS], f32, i32) {
         }
     }
     let (scale, inverse) = scale_of(most.iter().fold(0.0, |a: f32, &b| a.max(b)));
-    // 0 times a finite number is 0: a sum, unlike a search, is made in vector code.
+    // 0 times a finite number is 0. Unlike a search, a sum becomes vector code.
     let scale = scale + sum_of(block, |x| x * 0.0);
     let bytes = block.map(|x| byte(x * inverse));
     let sum: i32 = bytes.iter().map(|&q| i32::from(q as i8)).sum();
@@ -162,7 +163,7 @@ fn round_block(block: &[f32; BLOCK]) -> ([u32; WORDS], f32, i32) {
     (std::array::from_fn(|w| u32::from_le_bytes(quads[w])), scale, -128 * sum)
 }
 
-/// Columns of bytes, raised by 128.
+/// A matrix as panels of bytes, each plus 128.
 #[derive(Debug)]
 struct Panels {
     all: Vec<Panel>,
@@ -203,7 +204,7 @@ impl Panel {
 }
 
 impl PanelBlock<'_> {
-    /// Rounds; `row(k)` has the columns' numbers at k, from 0 to 31.
+    /// Rounds the block; `row(k)` returns the number of every column at k, from 0 to 31.
     fn round(self, row: impl Fn(usize) -> [f32; PANEL]) {
         let mut most = [0.0f32; PANEL];
         for k in 0..BLOCK {
@@ -228,18 +229,18 @@ impl PanelBlock<'_> {
 }
 
 impl Panels {
-    /// Of a matrix of `depth` rows and `n_cols` columns; nothing in it yet.
+    /// Empty panels for a matrix of `depth` rows and `n_cols` columns.
     fn new([depth, n_cols]: [usize; 2]) -> Panels {
         let n_blocks = depth.div_ceil(BLOCK);
         let panel = Panel { words: vec![0; n_blocks * WORDS * PANEL], scales: vec![0.0; n_blocks * PANEL] };
         Panels { all: vec![panel; n_cols.div_ceil(PANEL)], n_blocks, n_cols }
     }
 
-    /// `C[R][n_cols] = A[R][depth] B`, or with `adds` added to C.
+    /// `C[R][n_cols] = A[R][depth] B`, or `C += A B` with `adds`.
     fn multiply(&self, a: &Rows, adds: bool, c: &mut [f32]) {
-        assert!(is_supported(), "a processor without AVX-512 VNNI");
-        assert!(a.n_cols.div_ceil(BLOCK) == self.n_blocks, "operands of one depth");
-        assert!(c.len() == a.n_rows * self.n_cols, "a result of its shape");
+        assert!(is_supported(), "the CPU has AVX-512 VNNI");
+        assert!(a.n_cols.div_ceil(BLOCK) == self.n_blocks, "operands of the same depth");
+        assert!(c.len() == a.n_rows * self.n_cols, "C[R][n_cols]");
         let n_cols = self.n_cols;
         let target = Target::new(c);
         self.all.par_iter().enumerate().for_each(|(p, panel)| {
@@ -249,10 +250,10 @@ impl Panels {
                 let blocks = from..(from + DEPTH).min(self.n_blocks);
                 let adds = adds || from > 0;
                 for first in (0..a.n_rows).step_by(ROWS) {
-                    // SAFETY: the CPU has the instructions, as asserted.
+                    // SAFETY: the CPU has AVX-512 F and VNNI, as asserted.
                     unsafe { kernel(a, first, panel, blocks.clone(), &mut tile) };
                     for (row, sums) in (first..a.n_rows).zip(&tile) {
-                        // SAFETY: tasks write to different columns of C, which lives longer than they.
+                        // SAFETY: tasks write to different columns of C, which outlives them.
                         let c = unsafe { target.row(row * n_cols + p * PANEL, width) };
                         match adds {
                             true => c.iter_mut().zip(sums).for_each(|(c, sum)| *c += sum),
@@ -265,22 +266,19 @@ impl Panels {
     }
 }
 
-/// `tile[ROWS][PANEL]` = rows `first..first + ROWS` of A times a panel of B, over `blocks` of their depth.
+/// `tile[ROWS][PANEL]` = rows `first..first + ROWS` of A times a panel of B, over `blocks` of the depth.
 ///
 /// # Safety
 /// - The CPU has AVX-512 F and VNNI.
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn kernel(a: &Rows, first: usize, b: &Panel, blocks: Range<usize>, tile: &mut [[f32; PANEL]; ROWS]) {
     let n = a.n_cols.div_ceil(BLOCK);
-    assert!(
-        a.scales.len() >= (first + ROWS) * n && a.starts.len() == a.scales.len(),
-        "rows of A beyond their end"
-    );
+    assert!(a.scales.len() >= (first + ROWS) * n && a.starts.len() == a.scales.len(), "rows within A");
     assert!(a.words.len() == a.scales.len() * WORDS, "a scale for each block of A");
     assert!(blocks.end <= n && b.scales.len() == n * PANEL, "as many blocks in B as in A");
     assert!(b.words.len() == n * PANEL * WORDS, "a scale for each block of B");
-    // SAFETY: block `i` of the panel and of rows `first` to `first + ROWS - 1` lie within their vectors, as asserted;
-    // loads of 16 numbers begin at multiples of 16 below a panel's 32.
+    // SAFETY: block `i` of the panel and of rows `first` to `first + ROWS - 1` lie within their vectors, as asserted.
+    // Loads of 16 numbers start at 0 or 16 within a panel's 32.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
         for i in blocks {

@@ -3,7 +3,7 @@
 use crate::train::device::tests::{HELD, Random, SUMS, Tested, assert_close, assert_gradient, oracle};
 use crate::train::device::{Activation, Device};
 
-/// Around the length of a task, among others.
+/// Lengths, some around the length of a task.
 const LENGTHS: [usize; 5] = [1, 15, 8192, 8193, 20_001];
 
 fn expected(activation: Activation, x: f32) -> f64 {
@@ -16,12 +16,12 @@ fn expected(activation: Activation, x: f32) -> f64 {
     }
 }
 
-/// Numbers from -8 up to 8, where the functions are nearly flat, nearly straight, and between.
+/// Numbers in [-8, 8), where the functions are nearly flat, nearly linear, and in between.
 fn wide(random: &mut Random, n: usize) -> Vec<f32> {
     random.numbers(n).into_iter().map(|x| 8.0 * x).collect()
 }
 
-pub fn activations_are_those_of_their_formulas<D: Tested>(device: &D) {
+pub fn activations_match_their_formulas<D: Tested>(device: &D) {
     let mut random = Random::new(2);
     for activation in [Activation::Silu, Activation::Gelu] {
         for n in LENGTHS {
@@ -38,7 +38,7 @@ pub fn activations_are_those_of_their_formulas<D: Tested>(device: &D) {
     }
 }
 
-pub fn gradients_of_activations_are_their_finite_differences<D: Tested>(device: &D) {
+pub fn gradients_of_activations_match_finite_differences<D: Tested>(device: &D) {
     let mut random = Random::new(3);
     for activation in [Activation::Silu, Activation::Gelu] {
         for n in [1, 15, 33] {
@@ -54,12 +54,12 @@ pub fn gradients_of_activations_are_their_finite_differences<D: Tested>(device: 
             let (mut dgate, mut dup) = (vec![HELD; n], vec![HELD; n]);
             device.activate_back(activation, &gate, Some(&up), &dy, &mut dgate, Some(&mut dup)).unwrap();
             assert_gradient(&dgate, &gate, &dy, |gate| forward(gate, Some(&up)), "gated");
-            assert_gradient(&dup, &up, &dy, |up| forward(&gate, Some(up)), "what is gated");
+            assert_gradient(&dup, &up, &dy, |up| forward(&gate, Some(up)), "up");
         }
     }
 }
 
-pub fn gradients_of_many_numbers_are_those_of_one_at_a_time<D: Tested>(device: &D) {
+pub fn gradients_of_many_numbers_match_one_at_a_time<D: Tested>(device: &D) {
     let mut random = Random::new(4);
     let n = 20_001;
     let (gate, up, dy) = (wide(&mut random, n), random.numbers(n), random.numbers(n));

@@ -1,4 +1,4 @@
-//! Attention over packed pairs, against attention over each text by itself.
+//! Attention over packed pairs, compared with attention over each separate text.
 
 use crate::train::data::pack::Packed;
 use crate::train::device::Attention;
@@ -6,12 +6,11 @@ use crate::train::device::tests::{
     HELD, Random, SUMS, Tested, assert_close, assert_gradient, oracle, packed, texts,
 };
 
-/// Tokens of prompt, chosen and rejected: one row in all, answers without rows, prompts of one token, and
-/// several pairs.
+/// Tokens of prompt, chosen and rejected: one row in total, answers without rows, prompts of one token, several pairs.
 const LENGTHS: [&[[usize; 3]]; 4] =
     [&[[1, 1, 1]], &[[1, 4, 3]], &[[5, 1, 3]], &[[3, 4, 2], [1, 2, 6], [4, 3, 3]]];
 
-/// Query heads, key and value heads, numbers in a head.
+/// Query heads, key and value heads, size of a head.
 const HEADS: [[usize; 3]; 4] = [[1, 1, 1], [4, 4, 8], [6, 2, 5], [3, 1, 17]];
 
 fn attentions() -> Vec<Attention> {
@@ -20,7 +19,7 @@ fn attentions() -> Vec<Attention> {
         for (window, max_alibi_bias) in
             [(None, 0.0), (Some(1), 0.0), (Some(3), 0.0), (None, 8.0), (Some(2), 8.0)]
         {
-            // Larger than one over the root, so that some rows look at few others.
+            // Twice the usual scale, so that some rows attend to few others.
             let scale = 2.0 / (head_dim as f32).sqrt();
             all.push(Attention { n_head, n_head_kv, head_dim, scale, window, max_alibi_bias });
         }
@@ -28,8 +27,10 @@ fn attentions() -> Vec<Attention> {
     all
 }
 
-/// Slopes as the paper's own code makes them (`get_slopes` of <https://github.com/ofirpress/attention_with_linear_biases>):
-/// a geometric row for a power of two, and every other one of the next power's for the rest.
+/// ALiBi's slopes as in the paper's code (`get_slopes` of
+/// <https://github.com/ofirpress/attention_with_linear_biases>).
+///
+/// A geometric sequence for a power of two; the remaining heads take every other slope of the next power.
 fn slopes(n_head: usize, max_bias: f64) -> Vec<f64> {
     if max_bias == 0.0 {
         return vec![0.0; n_head];
@@ -43,7 +44,7 @@ fn slopes(n_head: usize, max_bias: f64) -> Vec<f64> {
     all
 }
 
-/// `[R][H][D]` and `[R][H]`, one text after the other.
+/// `out[R][H][D]` and `lse[R][H]`, one text at a time.
 fn expected(attention: &Attention, lengths: &[[usize; 3]], [q, k, v]: [&[f32]; 3]) -> (Vec<f64>, Vec<f64>) {
     let Attention { n_head, n_head_kv, head_dim, .. } = *attention;
     let n_rows = packed(lengths).n_rows();
@@ -98,7 +99,7 @@ fn operands(random: &mut Random, attention: &Attention, n_rows: usize) -> [Vec<f
 }
 
 #[test]
-fn slopes_are_those_that_are_derived_by_hand() {
+fn alibi_slopes_match_a_hand_calculation() {
     let attention = |n_head| Attention {
         n_head,
         n_head_kv: 1,
@@ -115,7 +116,7 @@ fn slopes_are_those_that_are_derived_by_hand() {
     assert_eq!(Attention { max_alibi_bias: 0.0, ..attention(3) }.slope(2), 0.0);
 }
 
-pub fn rows_of_packed_pairs_attend_as_in_texts_of_their_own<D: Tested>(device: &D) {
+pub fn packed_rows_attend_as_in_separate_texts<D: Tested>(device: &D) {
     let mut random = Random::new(5);
     for lengths in LENGTHS {
         let packed = packed(lengths);
@@ -142,7 +143,7 @@ pub fn large_scores_do_not_overflow<D: Tested>(device: &D) {
     assert!((lse[1] - (400.0 + (4.0f32 / 3.0).ln())).abs() < 1e-3, "{lse:?}");
 }
 
-pub fn gradients_of_attention_are_its_finite_differences<D: Tested>(device: &D) {
+pub fn gradients_of_attention_match_finite_differences<D: Tested>(device: &D) {
     let mut random = Random::new(6);
     for lengths in LENGTHS {
         let packed = packed(lengths);

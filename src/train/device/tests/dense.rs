@@ -5,12 +5,12 @@ use crate::train::device::tests::{Random, Tested, assert_within};
 
 const SIZES: [[usize; 3]; 6] = [[1, 1, 1], [1, 7, 33], [5, 1, 16], [17, 9, 1], [16, 32, 64], [33, 70, 45]];
 
-/// Row and column of a matrix of `[n_rows][n_cols]`, or of its transpose `[n_cols][n_rows]`.
+/// An element of a matrix `[n_rows][n_cols]`, which may be stored transposed.
 fn at(matrix: &[f32], [row, col]: [usize; 2], [n_rows, n_cols]: [usize; 2], is_transposed: bool) -> f32 {
     if is_transposed { matrix[col * n_rows + row] } else { matrix[row * n_cols + col] }
 }
 
-pub fn dense_products_are_those_of_three_loops<D: Tested>(device: &D) {
+pub fn dense_products_match_three_loops<D: Tested>(device: &D) {
     let mut random = Random::new(1);
     for [m, n, k] in SIZES {
         for (transpose_a, transpose_b) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -35,7 +35,7 @@ pub fn dense_products_are_those_of_three_loops<D: Tested>(device: &D) {
     }
 }
 
-pub fn what_a_result_held_is_not_read_where_it_does_not_count<D: Tested>(device: &D) {
+pub fn the_old_result_is_not_read_if_beta_is_zero<D: Tested>(device: &D) {
     let gemm = Gemm { m: 3, n: 5, k: 2, transpose_a: false, transpose_b: false, alpha: 1.0, beta: 0.0 };
     let mut c = vec![f32::NAN; 15];
     device.gemm(gemm, &vec![1.0; 6], &vec![2.0; 10], &mut c).unwrap();

@@ -1,4 +1,4 @@
-//! Log-probabilities of the tokens that are predicted.
+//! Log-probabilities of the predicted tokens.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use crate::train::device::tests::{
 /// Nine outputs, of tokens below 5.
 const LENGTHS: [[usize; 3]; 2] = [[2, 3, 2], [1, 1, 3]];
 
-/// What [`Device::logprobs`] gives for the outputs of `range`; the other numbers must stay.
+/// Runs [`Device::logprobs`] for the outputs of `range`, and checks that the other numbers stay.
 fn logprobs<D: Tested>(
     device: &D,
     packed: &Packed,
@@ -41,7 +41,7 @@ fn expected(packed: &Packed, range: Range<usize>, scale: f32, n_vocab: usize, lo
     .collect()
 }
 
-pub fn log_probabilities_are_those_of_a_log_softmax<D: Tested>(device: &D) {
+pub fn log_probabilities_match_a_log_softmax<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(7));
     for range in RANGES {
         for (n_vocab, scale) in [(5, 1.0), (33, 0.0625), (5000, 1.0), (9001, 3.0)] {
@@ -57,7 +57,7 @@ pub fn log_probabilities_are_those_of_a_log_softmax<D: Tested>(device: &D) {
             assert_close(&with_gradient, &expected, SUMS, &what);
             for (row, output) in logits.chunks_exact(n_vocab).zip(&packed.outputs[range.clone()]) {
                 let sum: f64 = row.iter().map(|&x| f64::from(x)).sum();
-                assert!(sum.abs() < SUMS * f64::from(scale), "{what}: slopes add up to {sum}");
+                assert!(sum.abs() < SUMS * f64::from(scale), "{what}: the gradient sums to {sum}");
                 let (own, others) = (row[output.token as usize], row.iter().filter(|x| **x > 0.0).count());
                 assert!(own > 0.0 && others == 1, "{what}: only the token's own logit raises it");
             }
@@ -65,7 +65,7 @@ pub fn log_probabilities_are_those_of_a_log_softmax<D: Tested>(device: &D) {
     }
 }
 
-pub fn gradients_of_log_probabilities_are_their_finite_differences<D: Tested>(device: &D) {
+pub fn gradients_of_log_probabilities_match_finite_differences<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(8));
     for range in RANGES {
         for (n_vocab, scale) in [(5, 1.0), (33, 0.5)] {
@@ -82,7 +82,7 @@ pub fn gradients_of_log_probabilities_are_their_finite_differences<D: Tested>(de
     }
 }
 
-pub fn logits_far_apart_give_finite_log_probabilities_and_no_number_gives_none<D: Tested>(device: &D) {
+pub fn logits_far_apart_give_finite_log_probabilities_and_nan_gives_nan<D: Tested>(device: &D) {
     let packed = packed(&[[1, 1, 1]]);
     let token = packed.outputs[0].token as usize;
     let mut logits = vec![-3e4; 2 * 5];

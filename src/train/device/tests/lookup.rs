@@ -1,4 +1,4 @@
-//! Rows of tables, by token, position and output.
+//! Table rows by token, position and output.
 
 use crate::gguf::TensorType;
 use crate::gguf::blocks::{dequantize, quantize};
@@ -8,7 +8,7 @@ use crate::train::device::{HostMatrix, Index};
 
 const LENGTHS: [[usize; 3]; 3] = [[4, 3, 2], [1, 1, 5], [2, 2, 2]];
 
-/// Rows of the table that each row of the batch looks at, and rows that the table has.
+/// Each kind of index, with the table row of each entry and the number of rows in the table.
 fn indices(packed: &Packed) -> Vec<(Index, Vec<usize>, usize)> {
     let of_outputs = |range: std::ops::Range<usize>| packed.outputs[range].iter().map(|o| o.row).collect();
     let n_outputs = packed.outputs.len();
@@ -21,7 +21,7 @@ fn indices(packed: &Packed) -> Vec<(Index, Vec<usize>, usize)> {
     ]
 }
 
-pub fn rows_of_a_table_are_gathered_by_token_position_and_output<D: Tested>(device: &D) {
+pub fn table_rows_are_gathered_by_token_position_and_output<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(9));
     let rows = device.rows(&packed).unwrap();
     for (index, at, n) in indices(&packed) {
@@ -39,7 +39,7 @@ pub fn rows_of_a_table_are_gathered_by_token_position_and_output<D: Tested>(devi
     }
 }
 
-pub fn gradients_are_scattered_to_every_row_that_was_gathered_once_for_each_time<D: Tested>(device: &D) {
+pub fn gradients_are_scattered_once_for_each_time_a_row_was_gathered<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(10));
     let rows = device.rows(&packed).unwrap();
     for (index, at, n) in indices(&packed) {
@@ -47,7 +47,7 @@ pub fn gradients_are_scattered_to_every_row_that_was_gathered_once_for_each_time
         distinct.sort_unstable();
         distinct.dedup();
         let repeats = at.len() > 1 && index != Index::Output(3..8);
-        assert!(!repeats || distinct.len() < at.len(), "{index:?}: nothing is repeated");
+        assert!(!repeats || distinct.len() < at.len(), "{index:?}: no row is repeated");
         for n_cols in [1, 7, 32] {
             let dy = random.numbers(at.len() * n_cols);
             let mut dtable = vec![HELD; n * n_cols];
@@ -63,7 +63,7 @@ pub fn gradients_are_scattered_to_every_row_that_was_gathered_once_for_each_time
     }
 }
 
-pub fn embeddings_are_the_numbers_that_a_tokens_blocks_stand_for<D: Tested>(device: &D) {
+pub fn embeddings_match_the_dequantised_rows<D: Tested>(device: &D) {
     let (packed, mut random) = (packed(&LENGTHS), Random::new(11));
     let rows = device.rows(&packed).unwrap();
     for (tensor_type, n_in) in [(TensorType::F32, 7), (TensorType::Q8_0, 96), (TensorType::Q4_K, 512)] {

@@ -5,10 +5,10 @@ use crate::train::device::{Norm, NormKind};
 
 const KINDS: [NormKind; 2] = [NormKind::Rms, NormKind::Layer];
 
-/// Rows and columns; the last are more than a task takes, so that sums over rows are of two parts.
+/// Rows and columns; the last are more than one task takes, so that sums over rows have two parts.
 const SIZES: [[usize; 2]; 6] = [[1, 1], [1, 7], [5, 16], [3, 33], [2, 64], [600, 33]];
 
-/// x less its mean over its deviation, in f64.
+/// The norm in f64.
 fn normed(norm: Norm, x: &[f32]) -> Vec<f64> {
     let n = x.len() as f64;
     let x: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
@@ -29,12 +29,12 @@ fn forward(
     y
 }
 
-pub fn norms_are_those_of_their_formulas<D: Tested>(device: &D) {
+pub fn norms_match_their_formulas<D: Tested>(device: &D) {
     let mut random = Random::new(12);
     for kind in KINDS {
         let norm = Norm { kind, epsilon: 1e-5 };
         for [n_rows, n_cols] in SIZES {
-            // A mean that is far from 0 beside the deviation, as in a residual stream.
+            // A mean that is large compared with the deviation, as in a residual stream.
             let x: Vec<f32> = random.numbers(n_rows * n_cols).into_iter().map(|x| 2.0 + x).collect();
             let (weight, bias) = (random.numbers(n_cols), random.numbers(n_cols));
             let of_rows = x.chunks_exact(n_cols).flat_map(|row| normed(norm, row));
@@ -49,10 +49,10 @@ pub fn norms_are_those_of_their_formulas<D: Tested>(device: &D) {
     }
 }
 
-pub fn gradients_of_norms_are_their_finite_differences<D: Tested>(device: &D) {
+pub fn gradients_of_norms_match_finite_differences<D: Tested>(device: &D) {
     let mut random = Random::new(13);
     for kind in KINDS {
-        // Not less: a row of few numbers is all but a step function of its only large one.
+        // Not fewer columns: a norm of few numbers is nearly a step function of the only large one.
         let norm = Norm { kind, epsilon: 0.05 };
         for [n_rows, n_cols] in [[1, 7], [5, 16], [3, 33], [2, 64]] {
             let x = random.numbers(n_rows * n_cols);
@@ -80,7 +80,7 @@ pub fn gradients_of_norms_are_their_finite_differences<D: Tested>(device: &D) {
             );
             let mut alone = vec![HELD; x.len()];
             device.norm_back(norm, &x, &weight, &dy, n_cols, &mut alone, None, None).unwrap();
-            assert_eq!(alone, dx, "what else is wanted changes nothing");
+            assert_eq!(alone, dx, "dweight and dbias do not change dx");
         }
     }
 }
@@ -106,9 +106,9 @@ pub fn gradients_of_weights_are_sums_over_all_rows<D: Tested>(device: &D) {
     }
 }
 
-pub fn a_norm_of_one_number_is_its_sign_and_less_its_mean_nothing<D: Tested>(device: &D) {
+pub fn an_rms_norm_of_one_number_is_its_sign_and_a_layer_norm_is_zero<D: Tested>(device: &D) {
     let (x, weight) = (vec![-3.0, 0.5], vec![2.0]);
-    // x / |x|, and 0 / root of epsilon.
+    // x / |x|, and 0 / sqrt(epsilon).
     let rms = forward(device, Norm { kind: NormKind::Rms, epsilon: 0.0 }, &x, &weight, None);
     assert_eq!(rms, [-2.0, 2.0]);
     let layer = forward(device, Norm { kind: NormKind::Layer, epsilon: 1e-5 }, &x, &weight, None);

@@ -1,5 +1,6 @@
-//! A device whose buffers seem to be on the host: each operation takes its operands there, those that it overwrites
-//! included, and brings what it changed back.
+//! Wraps a device so that its buffers are on the host.
+//!
+//! Each operation uploads its operands, also those that it overwrites, and downloads what it changed.
 
 use std::ops::Range;
 
@@ -14,7 +15,7 @@ use crate::train::recipe::dpo::{AnswerLogps, PairLoss, Preference};
 pub struct OnHost<D: Device>(pub D);
 
 impl<D: Device> OnHost<D> {
-    /// Calls `work` with a copy of `buffer` on the device, and overwrites `buffer` by what became of it.
+    /// Calls `work` with a copy of `buffer` on the device, and downloads the copy into `buffer`.
     fn changing<T>(
         &self,
         buffer: &mut Vec<f32>,
@@ -26,7 +27,7 @@ impl<D: Device> OnHost<D> {
         Ok(result)
     }
 
-    /// The same where there may be no buffer.
+    /// The same for a buffer that may be absent.
     fn changing_if_any<T>(
         &self,
         buffer: Option<&mut Vec<f32>>,

@@ -1,9 +1,9 @@
-//! Steps of the optimizers, with numbers that f32 holds exactly.
+//! Steps of the optimizers.
 
 use crate::train::device::tests::{Random, Tested};
 use crate::train::device::{AdamwStep, RmspropStep, Trained};
 
-pub fn a_step_of_rmsprop_is_that_which_is_derived_by_hand<D: Tested>(device: &D) {
+pub fn a_step_of_rmsprop_matches_a_hand_calculation<D: Tested>(device: &D) {
     let step = RmspropStep { learning_rate: 0.5, alpha: 0.75, epsilon: 1.0, gradient_scale: 0.5 };
     let (mut mean_square, mut value) = (vec![16.0, 0.0], vec![1.0, -2.0]);
     // Gradients are halved: 4 and -2.
@@ -13,7 +13,7 @@ pub fn a_step_of_rmsprop_is_that_which_is_derived_by_hand<D: Tested>(device: &D)
     assert_eq!((mean_square, value), (vec![16.0, 1.0], vec![0.6, -1.5]));
 }
 
-pub fn steps_of_adamw_are_those_that_are_derived_by_hand<D: Tested>(device: &D) {
+pub fn steps_of_adamw_match_a_hand_calculation<D: Tested>(device: &D) {
     let step = AdamwStep {
         learning_rate: 0.5,
         beta1: 0.5,
@@ -36,7 +36,7 @@ pub fn steps_of_adamw_are_those_that_are_derived_by_hand<D: Tested>(device: &D) 
     assert!((value[0] - (5.6875 - 0.254_588)).abs() < 1e-6, "{value:?}");
 }
 
-pub fn epsilon_stands_beside_the_root_and_not_below_it<D: Tested>(device: &D) {
+pub fn epsilon_is_added_to_the_root_and_not_under_it<D: Tested>(device: &D) {
     // AdamW's first step: 1 - 0.5 * 4 / (4 + 4) = 0.75; below the root it would be 1 - 2 / root(20).
     let step = AdamwStep {
         learning_rate: 0.5,
@@ -52,7 +52,7 @@ pub fn epsilon_stands_beside_the_root_and_not_below_it<D: Tested>(device: &D) {
     assert_eq!(value, [0.75]);
 }
 
-pub fn numbers_are_stepped_each_by_itself<D: Tested>(device: &D) {
+pub fn each_number_is_stepped_independently<D: Tested>(device: &D) {
     let (mut random, n) = (Random::new(15), 20_001);
     let (gradient, first) = (random.numbers(n), random.numbers(n));
     let rmsprop = RmspropStep { learning_rate: 0.01, alpha: 0.99, epsilon: 1e-8, gradient_scale: 1.0 };
@@ -84,7 +84,7 @@ pub fn numbers_are_stepped_each_by_itself<D: Tested>(device: &D) {
 }
 
 pub fn many_tensors_at_once_are_stepped_as_one_by_one<D: Tested>(device: &D) {
-    // More than travel in one launch, of lengths from one number up.
+    // More tensors than fit into one launch, of one number and more.
     let mut random = Random::new(26);
     let lengths: Vec<usize> = (0..150).map(|i| 1 + i * i % 701).collect();
     let gradients: Vec<Vec<f32>> = lengths.iter().map(|&n| random.numbers(n)).collect();

@@ -4,11 +4,11 @@ use crate::train::data::pack::Packed;
 use crate::train::device::tests::{Random, Tested, packed};
 use crate::train::recipe::dpo::{AnswerLogps, LossKind, PairLoss, Preference};
 
-/// One more than a warp has outputs of an answer, answers of one token, and a batch of one pair.
+/// Answers with more outputs than a warp has threads, answers of one token, and a batch of one pair.
 const BATCHES: [&[[usize; 3]]; 3] =
     [&[[2, 3, 2], [1, 1, 33], [4, 70, 1]], &[[1, 1, 1]], &[[3, 5, 64], [2, 9, 9]]];
 
-/// To either side of a log-probability, in a finite difference.
+/// Step of a finite difference.
 const STEP: f32 = 1.0 / 1024.0;
 
 const KINDS: [LossKind; 3] = [LossKind::Sigmoid, LossKind::Ipo, LossKind::Hinge];
@@ -19,7 +19,7 @@ fn kinds() -> impl Iterator<Item = Preference> {
     KINDS.into_iter().flat_map(of).chain([smoothed])
 }
 
-/// Log-probabilities of every output, about -3, and references up to ten to either side of their sums.
+/// Log-probabilities of every output, about -3, and references within ten of their sums.
 fn numbers(packed: &Packed, random: &mut Random) -> (Vec<f32>, Vec<AnswerLogps>) {
     let logps: Vec<f32> = random.numbers(packed.outputs.len()).into_iter().map(|x| 3.0 * (x - 1.0)).collect();
     let sums = packed.sum_by_answer(&logps);
@@ -41,13 +41,13 @@ fn costs(
     (costs, dlogps)
 }
 
-/// A loss up to some hundreds, in f64: its logarithms and exponentials may be off by some last bits.
+/// Checks a loss in f64: its logarithms and exponentials may differ in the last bits.
 #[track_caller]
 fn near(found: f64, expected: f64, what: &str) {
     assert!((found - expected).abs() <= 1e-13 * expected.abs().max(1.0), "{what}: {found}, not {expected}");
 }
 
-pub fn losses_of_pairs_are_those_of_the_formulas_in_f64<D: Tested>(device: &D) {
+pub fn losses_of_pairs_match_the_formulas_in_f64<D: Tested>(device: &D) {
     let mut random = Random::new(31);
     for lengths in BATCHES {
         let packed = packed(lengths);
@@ -91,21 +91,21 @@ pub fn losses_of_pairs_are_those_of_the_formulas_in_f64<D: Tested>(device: &D) {
     }
 }
 
-pub fn slopes_of_the_mean_loss_are_its_finite_differences<D: Tested>(device: &D) {
+pub fn gradients_of_the_mean_loss_match_finite_differences<D: Tested>(device: &D) {
     let mut random = Random::new(32);
     let packed = packed(BATCHES[0]);
     for preference in kinds() {
         let (logps, references) = numbers(&packed, &mut random);
         let (_, dlogps) = costs(device, preference, &packed, (&logps, &references), 3);
         for output in 0..logps.len() {
-            // The mean loss, and where f32 has put the output.
+            // The output after rounding to f32, and the mean loss.
             let mean = |offset: f32| -> (f64, f64) {
                 let mut logps = logps.clone();
                 logps[output] += offset;
                 let (found, _) = costs(device, preference, &packed, (&logps, &references), 3);
                 (f64::from(logps[output]), found.iter().map(|(_, loss)| loss.loss).sum::<f64>() / 3.0)
             };
-            // Over a kink of the hinge the slope is one of two.
+            // At the hinge's kink the gradient may be either slope.
             let (left, at, right) = (mean(-STEP), mean(0.0), mean(STEP));
             let slope = |a: (f64, f64), b: (f64, f64)| (b.1 - a.1) / (b.0 - a.0);
             let [before, after] = [slope(left, at), slope(at, right)];
@@ -116,7 +116,7 @@ pub fn slopes_of_the_mean_loss_are_its_finite_differences<D: Tested>(device: &D)
     }
 }
 
-pub fn a_policy_that_is_its_reference_costs_ln_2_to_the_bit<D: Tested>(device: &D) {
+pub fn a_policy_equal_to_its_reference_has_a_loss_of_exactly_ln_2<D: Tested>(device: &D) {
     let mut random = Random::new(33);
     for lengths in BATCHES {
         let packed = packed(lengths);
@@ -133,7 +133,7 @@ pub fn a_policy_that_is_its_reference_costs_ln_2_to_the_bit<D: Tested>(device: &
     }
 }
 
-pub fn what_is_no_number_stays_in_its_pair<D: Tested>(device: &D) {
+pub fn nan_stays_within_its_pair<D: Tested>(device: &D) {
     let packed = packed(&[[2, 3, 2], [1, 2, 2]]);
     let (mut logps, references) = numbers(&packed, &mut Random::new(34));
     logps[1] = f32::NAN;
@@ -143,7 +143,7 @@ pub fn what_is_no_number_stays_in_its_pair<D: Tested>(device: &D) {
         let of_second = &dlogps[packed.answers[2].start..];
         assert!(found[1].1.loss.is_finite() && of_second.iter().all(|x| x.is_finite()), "{preference:?}");
     }
-    // Far from zero on either side.
+    // Log-probabilities far from zero.
     logps[1] = -1e6;
     let preference = Preference { kind: LossKind::Sigmoid, beta: 1.0, label_smoothing: 0.0 };
     let (found, _) = costs(device, preference, &packed, (&logps, &references), 2);

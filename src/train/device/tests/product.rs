@@ -1,4 +1,4 @@
-//! Products with frozen matrices of every type that models come in.
+//! Products with frozen matrices of all types with kernels.
 
 use crate::error::Error;
 use crate::gguf::TensorType;
@@ -20,7 +20,7 @@ pub const TYPES: [TensorType; 11] = [
     TensorType::Q6_K,
 ];
 
-/// A matrix of random numbers, and the numbers that its blocks stand for, `[n_out][n_in]`.
+/// A random matrix, and its dequantised numbers, `[n_out][n_in]`.
 pub fn matrix(
     random: &mut Random,
     tensor_type: TensorType,
@@ -35,8 +35,7 @@ pub fn matrix(
     )
 }
 
-/// Outputs and inputs: odd ones where the type has no blocks; more outputs and inputs than a part of a
-/// matrix has; and few.
+/// Outputs and inputs: few, more than a part of a matrix has, and odd ones if the type has no blocks.
 pub fn sizes(tensor_type: TensorType) -> Vec<[usize; 2]> {
     match tensor_type.block_len() {
         1 => vec![[1, 1], [5, 7], [33, 45], [300, 770], [530, 9]],
@@ -45,7 +44,7 @@ pub fn sizes(tensor_type: TensorType) -> Vec<[usize; 2]> {
     }
 }
 
-/// `[R][O]`, and the sums of the absolute values.
+/// `x Wᵀ`, `[R][O]`, and the sums of the absolute products.
 pub fn product(w: &[f32], [n_out, n_in]: [usize; 2], x: &[f32]) -> (Vec<f64>, Vec<f64>) {
     let rows = x.chunks_exact(n_in);
     let of_row = |x: &[f32]| -> Vec<(f64, f64)> {
@@ -57,12 +56,12 @@ pub fn product(w: &[f32], [n_out, n_in]: [usize; 2], x: &[f32]) -> (Vec<f64>, Ve
     rows.flat_map(of_row).unzip()
 }
 
-/// `[I][O]` of `[O][I]`
+/// The transpose, `[I][O]`, of `[O][I]`.
 pub fn transposed(w: &[f32], [n_out, n_in]: [usize; 2]) -> Vec<f32> {
     (0..n_in * n_out).map(|i| w[i % n_out * n_in + i / n_out]).collect()
 }
 
-pub fn products_are_those_with_the_numbers_that_blocks_stand_for<D: Tested>(device: &D) {
+pub fn products_match_those_with_the_dequantised_matrix<D: Tested>(device: &D) {
     let mut random = Random::new(19);
     let bounds = |magnitudes: Vec<f64>| -> Vec<f64> {
         magnitudes.into_iter().map(|m| super::rounding(D::PRODUCTS) * m).collect()
@@ -88,7 +87,7 @@ pub fn products_are_those_with_the_numbers_that_blocks_stand_for<D: Tested>(devi
     }
 }
 
-pub fn rows_that_hold_no_number_stay_none_and_leave_others_alone<D: Tested>(device: &D) {
+pub fn non_finite_rows_stay_non_finite_and_leave_others_alone<D: Tested>(device: &D) {
     let mut random = Random::new(25);
     for tensor_type in [TensorType::F32, TensorType::Q8_0, TensorType::Q4_K] {
         let [n_out, n_in] = [64, 256];
@@ -103,7 +102,10 @@ pub fn rows_that_hold_no_number_stay_none_and_leave_others_alone<D: Tested>(devi
             device.product_back(&matrix, &dy, 3, &mut dx).unwrap();
             for (found, n, of) in [(y, n_out, "product"), (dx, n_in, "product back")] {
                 let is_number = |x: &f32| x.is_finite();
-                assert!(!found[n..2 * n].iter().any(is_number), "{what}, {of}: numbers out of none");
+                assert!(
+                    !found[n..2 * n].iter().any(is_number),
+                    "{what}, {of}: finite numbers from a non-finite row"
+                );
                 assert!(found[..n].iter().all(is_number), "{what}, {of}: the row before");
                 assert!(found[2 * n..].iter().all(is_number), "{what}, {of}: the row after");
             }
@@ -111,7 +113,7 @@ pub fn rows_that_hold_no_number_stay_none_and_leave_others_alone<D: Tested>(devi
     }
 }
 
-pub fn products_of_one_input_are_those_of_one_matrix_at_a_time<D: Tested>(device: &D) {
+pub fn products_of_one_input_match_one_matrix_at_a_time<D: Tested>(device: &D) {
     let mut random = Random::new(26);
     let all = [(TensorType::Q8_0, 33), (TensorType::Q4_K, 64), (TensorType::F32, 5)];
     for types in [&all[..0], &all[..1], &all[..2], &all] {
@@ -134,7 +136,7 @@ pub fn products_of_one_input_are_those_of_one_matrix_at_a_time<D: Tested>(device
     }
 }
 
-pub fn rejects_a_matrix_whose_bytes_are_not_those_of_its_shape<D: Tested>(device: &D) {
+pub fn rejects_a_matrix_whose_bytes_do_not_match_its_shape<D: Tested>(device: &D) {
     let mut random = Random::new(23);
     let (host, _) = matrix(&mut random, TensorType::Q8_0, [4, 64]);
     let cases = [

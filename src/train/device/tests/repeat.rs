@@ -1,4 +1,4 @@
-//! Every operation once, for tests that its results are the same to the bit.
+//! Runs every operation once, for tests that results have the same bits.
 
 use crate::gguf::TensorType;
 use crate::gguf::quantize;
@@ -6,7 +6,7 @@ use crate::train::device::tests::{Random, Tested, packed};
 use crate::train::device::*;
 use crate::train::recipe::dpo::{AnswerLogps, LossKind, Preference};
 
-/// What every operation gives of the same random numbers, in sizes that are shared out among threads.
+/// The results of every operation on the same random numbers, in sizes that are split among threads.
 pub fn everything(device: &impl Tested) -> Vec<Vec<f32>> {
     let mut random = Random::new(24);
     let packed = packed(&[[30, 20, 25], [7, 40, 3], [19, 2, 33], [1, 50, 50]]);
@@ -98,7 +98,7 @@ pub fn everything(device: &impl Tested) -> Vec<Vec<f32>> {
     results
 }
 
-/// That two runs of [`everything`] gave the same bits.
+/// Checks that two runs of [`everything`] gave the same bits.
 #[track_caller]
 pub fn assert_same(first: &[Vec<f32>], again: &[Vec<f32>], what: &str) {
     assert_eq!(first.len(), again.len(), "{what}");

@@ -7,7 +7,7 @@ use crate::train::device::{Device, Rope, RopePairs};
 
 const LENGTHS: [&[[usize; 3]]; 2] = [&[[1, 1, 1]], &[[3, 4, 2], [1, 9, 6]]];
 
-/// Heads, numbers in a head, and those of them that are rotated.
+/// Number of heads, size of a head, and rotated numbers per head.
 const HEADS: [[usize; 3]; 4] = [[1, 2, 2], [3, 8, 8], [2, 12, 6], [5, 7, 2]];
 
 fn ropes(n_rot: usize) -> [Rope; 2] {
@@ -15,7 +15,7 @@ fn ropes(n_rot: usize) -> [Rope; 2] {
     [RopePairs::Adjacent, RopePairs::Halves].map(|pairs| Rope { pairs, frequencies: frequencies.clone() })
 }
 
-/// Each pair as a complex number, times e^(i angle).
+/// Each pair as a complex number, multiplied by e^(i angle).
 fn expected(rope: &Rope, positions: &[usize], head_dim: usize, x: &[f32]) -> Vec<f64> {
     let n_pairs = rope.frequencies.len();
     let n_cols = x.len() / positions.len();
@@ -35,7 +35,7 @@ fn expected(rope: &Rope, positions: &[usize], head_dim: usize, x: &[f32]) -> Vec
     y
 }
 
-pub fn heads_are_rotated_by_their_positions_and_back_again<D: Tested>(device: &D) {
+pub fn heads_are_rotated_by_their_positions_and_back<D: Tested>(device: &D) {
     let mut random = Random::new(16);
     for lengths in LENGTHS {
         let packed = packed(lengths);
@@ -52,15 +52,15 @@ pub fn heads_are_rotated_by_their_positions_and_back_again<D: Tested>(device: &D
                 let y = forward(&x);
                 assert_close(&y, &expected(&rope, &packed.positions, head_dim, &x), SUMS, &what);
                 let first = &y[..n_heads * head_dim];
-                assert_eq!(first, &x[..n_heads * head_dim], "{what}: position 0 is not turned");
+                assert_eq!(first, &x[..n_heads * head_dim], "{what}: position 0 is not rotated");
                 for (y, x) in y.chunks_exact(head_dim).zip(x.chunks_exact(head_dim)) {
-                    assert_eq!(y[n_rot..], x[n_rot..], "{what}: the rest of a head stays");
+                    assert_eq!(y[n_rot..], x[n_rot..], "{what}: the rest of a head is unchanged");
                 }
                 let mut back = y.clone();
                 device.rope(&rope, &rows, head_dim, true, &mut back).unwrap();
                 let same: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
                 assert_close(&back, &same, 1e-6, &format!("{what}, and back"));
-                // The gradient takes the place of what it is a gradient of.
+                // Rotating back turns the result's gradient into the input's, in place.
                 let dy = random.numbers(x.len());
                 let mut dx = dy.clone();
                 device.rope(&rope, &rows, head_dim, true, &mut dx).unwrap();
@@ -77,7 +77,7 @@ pub fn heads_are_rotated_by_their_positions_and_back_again<D: Tested>(device: &D
     }
 }
 
-pub fn no_rows_are_nothing_to_rotate<D: Tested>(device: &D) {
+pub fn a_batch_without_rows_is_not_rotated<D: Tested>(device: &D) {
     let rows = device.rows(&packed(&[])).unwrap();
     device.rope(&ropes(2)[0], &rows, 2, false, &mut Vec::new()).unwrap();
 }

@@ -2,7 +2,7 @@
 
 use crate::train::device::tests::{HELD, Random, SUMS, Tested, assert_close};
 
-/// Rows and columns; the last are more than a task takes.
+/// Rows and columns; the last are more than one task takes.
 const SIZES: [[usize; 2]; 5] = [[1, 1], [1, 17], [5, 3], [4, 32], [700, 33]];
 
 pub fn buffers_hold_what_is_written_to_them<D: Tested>(device: &D) {
@@ -14,19 +14,19 @@ pub fn buffers_hold_what_is_written_to_them<D: Tested>(device: &D) {
     assert_eq!(device.download(&buffer).unwrap(), [0.0; 3]);
     assert_eq!(device.download(&device.upload(&[4.0, 5.0]).unwrap()).unwrap(), [4.0, 5.0]);
     assert_eq!(device.download(&device.copy(&vec![6.0, 7.0], 2).unwrap()).unwrap(), [6.0, 7.0]);
-    // As many that they may lie where another buffer lay.
+    // Large enough to reuse the memory of a dropped buffer.
     drop(device.upload(&[8.0; 50_000]).unwrap());
     assert_eq!(device.download(&device.zeros(49_999).unwrap()).unwrap(), [0.0; 49_999]);
     assert_eq!(device.scope(|| 7), 7);
 }
 
-pub fn sums_over_rows_and_to_rows_are_those_of_two_loops<D: Tested>(device: &D) {
+pub fn sums_over_and_into_rows_match_two_loops<D: Tested>(device: &D) {
     let mut random = Random::new(17);
     for [n_rows, n_cols] in SIZES {
         let what = format!("{n_rows} rows of {n_cols}");
         let (x, y, bias) =
             (random.numbers(n_rows * n_cols), random.numbers(n_rows * n_cols), random.numbers(n_cols));
-        // As many as two batches have; those of the second are taken.
+        // Twice as many factors as rows; the second half is used.
         let factors = random.numbers(2 * n_rows);
 
         let mut found = y.clone();
@@ -58,7 +58,7 @@ pub fn sums_over_rows_and_to_rows_are_those_of_two_loops<D: Tested>(device: &D) 
     }
 }
 
-pub fn columns_are_added_from_one_place_to_another<D: Tested>(device: &D) {
+pub fn columns_are_added_at_other_columns<D: Tested>(device: &D) {
     let mut random = Random::new(18);
     for n_rows in [1, 3, 2000] {
         for (src_cols, from, dst_cols, to, n) in

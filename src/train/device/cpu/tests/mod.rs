@@ -1,4 +1,4 @@
-//! What every device must pass, and what is the CPU's own.
+//! The tests of every device, and tests of the CPU alone.
 
 mod product;
 mod repeat;

@@ -1,4 +1,4 @@
-//! Fast products, and exact ones on other numbers of threads.
+//! Fast products, and exact products on other numbers of threads.
 
 use crate::gguf::TensorType;
 use crate::train::device::Device;
@@ -7,8 +7,9 @@ use crate::train::device::tests::on_host::OnHost;
 use crate::train::device::tests::product::{TYPES, matrix, product, sizes, transposed};
 use crate::train::device::tests::{HELD, Random, SUMS, oracle, product as common};
 
-/// The most that rounding a row to 8 bits in blocks of `len` changes each number: half a step of the largest
-/// over 127, and an F16's rounding of that step and of what the block adds up to.
+/// Bound on the error of each number when a row is rounded to 8 bits in blocks of `len`.
+///
+/// Half a step, where a step is the largest number over 127, plus the F16 rounding of the step and of the block's sum.
 fn rounding(row: &[f32], len: usize) -> Vec<f64> {
     let largest = |block: &[f32]| block.iter().fold(0.0f32, |most, x| most.max(x.abs()));
     let of_block = |block: &[f32]| {
@@ -18,13 +19,13 @@ fn rounding(row: &[f32], len: usize) -> Vec<f64> {
     row.chunks(len).flat_map(of_block).collect()
 }
 
-/// How far a product may be from the exact one, if its operands are rounded by at most so much.
+/// Bound on the error of a product of a and b, whose numbers are off by at most `da` and `db`.
 fn bound(a: &[f32], da: &[f64], b: &[f32], db: &[f64]) -> f64 {
     let of = |i: usize| f64::from(a[i].abs()) * db[i] + f64::from(b[i].abs()) * da[i] + da[i] * db[i];
     (0..a.len()).map(of).sum::<f64>() + SUMS * a.len() as f64
 }
 
-/// ggml's kernels, and where this CPU has what they need this program's; the latter round the matrix too.
+/// A device with ggml's kernels, and one with this program's if the CPU supports them; the latter round the matrix too.
 fn fast_devices() -> Vec<(OnHost<Cpu>, bool)> {
     let ggml = (OnHost(Cpu::with(2, Products::Fast, true).unwrap()), false);
     let own = OnHost(Cpu::new(2, Products::Fast).unwrap());
@@ -32,7 +33,7 @@ fn fast_devices() -> Vec<(OnHost<Cpu>, bool)> {
 }
 
 #[test]
-fn fast_products_differ_by_rounding_to_eight_bits_and_no_more() {
+fn fast_products_are_within_the_rounding_to_eight_bits() {
     for (device, rounds_matrix) in fast_devices() {
         check_fast_products(&device, rounds_matrix);
     }
@@ -41,7 +42,7 @@ fn fast_products_differ_by_rounding_to_eight_bits_and_no_more() {
 fn check_fast_products(device: &OnHost<Cpu>, rounds_matrix: bool) {
     let mut random = Random::new(20);
     for tensor_type in TYPES {
-        // Deeper than what is gone through at a time.
+        // Deeper than the blocks that a panel goes through at a time.
         let deep = if tensor_type == TensorType::Q8_0 { vec![[33, 4160]] } else { vec![] };
         for [n_out, n_in] in sizes(tensor_type).into_iter().chain(deep) {
             let (host, w) = matrix(&mut random, tensor_type, [n_out, n_in]);
@@ -57,7 +58,7 @@ fn check_fast_products(device: &OnHost<Cpu>, rounds_matrix: bool) {
                 for (i, (&found, exact)) in y.iter().zip(&exact).enumerate() {
                     let x = &x[i / n_out * n_in..(i / n_out + 1) * n_in];
                     let w = &w[i % n_out * n_in..(i % n_out + 1) * n_in];
-                    // F16 and BF16 round to their own type: BF16's 2^-9 is less than 8 bits of a block.
+                    // F16 and BF16 round x to their own type: BF16's 2^-9 is less than the error of 8 bits.
                     let (dw, dx) = match (rounds_matrix, len) {
                         (false, _) if tensor_type == TensorType::F32 => (vec![0.0; n_in], vec![0.0; n_in]),
                         (false, _) => (vec![0.0; n_in], rounding(x, len.max(32))),
@@ -71,7 +72,7 @@ fn check_fast_products(device: &OnHost<Cpu>, rounds_matrix: bool) {
                 }
                 assert!(
                     len == 1 || largest > 1e-4,
-                    "{what}: nothing was rounded, which is not what fast means"
+                    "{what}: nothing was rounded, so the product was not fast"
                 );
             }
         }
@@ -79,7 +80,7 @@ fn check_fast_products(device: &OnHost<Cpu>, rounds_matrix: bool) {
 }
 
 #[test]
-fn fast_products_back_differ_by_rounding_both_sides_to_eight_bits_and_no_more() {
+fn fast_products_back_are_within_the_rounding_of_both_sides_to_eight_bits() {
     for (device, is_own) in fast_devices() {
         check_fast_products_back(&device, is_own);
     }
@@ -89,8 +90,8 @@ fn check_fast_products_back(device: &OnHost<Cpu>, is_own: bool) {
     let mut random = Random::new(21);
     for tensor_type in TYPES.into_iter().filter(|t| t.block_len() > 1) {
         let block_len = tensor_type.block_len() as usize;
-        // More inputs than a part of a transposed copy has.
-        // ggml's are exact where outputs are no whole blocks.
+        // More inputs than a part of a transposed copy has. Odd numbers of outputs are this program's only: ggml's
+        // products are exact if the outputs are not whole blocks.
         let odd = if is_own { &[[33, block_len], [3, 256], [197, 256], [4160, 256]][..] } else { &[] };
         for &[n_out, n_in] in [[32, block_len], [96, 768]].iter().chain(odd) {
             let (host, w) = matrix(&mut random, tensor_type, [n_out, n_in]);
@@ -111,14 +112,14 @@ fn check_fast_products_back(device: &OnHost<Cpu>, is_own: bool) {
                     assert!(distance <= bound, "{what}: {found}, exactly {exact}, {distance} > {bound}");
                     largest = largest.max(distance);
                 }
-                assert!(largest > 1e-4, "{what}: nothing was rounded, which is not what fast means");
+                assert!(largest > 1e-4, "{what}: nothing was rounded, so the product was not fast");
             }
         }
     }
 }
 
 #[test]
-fn ggml_s_products_back_are_exact_to_the_bit_where_outputs_are_no_whole_blocks() {
+fn products_back_by_ggml_are_exact_unless_outputs_are_whole_blocks() {
     let mut random = Random::new(22);
     let (exact, fast) = (oracle(), OnHost(Cpu::with(2, Products::Fast, true).unwrap()));
     let plain = [TensorType::F32, TensorType::F16, TensorType::BF16].map(|t| (t, [64, 96]));
@@ -136,23 +137,23 @@ fn ggml_s_products_back_are_exact_to_the_bit_where_outputs_are_no_whole_blocks()
 }
 
 #[test]
-fn rows_that_hold_no_number_stay_none_in_fast_products() {
+fn non_finite_rows_stay_non_finite_in_fast_products() {
     for (device, _) in fast_devices() {
-        common::rows_that_hold_no_number_stay_none_and_leave_others_alone(&device);
+        common::non_finite_rows_stay_non_finite_and_leave_others_alone(&device);
     }
 }
 
 #[test]
-fn fast_products_of_one_input_are_those_of_one_matrix_at_a_time() {
+fn fast_products_of_one_input_match_one_matrix_at_a_time() {
     for (device, _) in fast_devices() {
-        common::products_of_one_input_are_those_of_one_matrix_at_a_time(&device);
+        common::products_of_one_input_match_one_matrix_at_a_time(&device);
     }
 }
 
 #[test]
-fn products_on_one_thread_and_on_three_are_exact() {
+fn products_on_one_and_three_threads_are_exact() {
     for n_threads in [1, 3] {
         let device = OnHost(Cpu::new(n_threads, Products::Exact).unwrap());
-        common::products_are_those_with_the_numbers_that_blocks_stand_for(&device);
+        common::products_match_those_with_the_dequantised_matrix(&device);
     }
 }

@@ -1,4 +1,4 @@
-//! A whole step, in which buffers that hold nothing yet hold no numbers: what is read too early shows.
+//! A whole step. In tests, new buffers hold NaN, so that reading one too early shows.
 
 use std::path::Path;
 
@@ -10,13 +10,13 @@ use crate::train::recipe::settings::Settings;
 use crate::train::run::trainer::{Side, Trainer};
 
 #[test]
-fn a_step_reads_nothing_before_it_is_written() {
+fn a_step_reads_no_buffer_before_it_is_written() {
     let pair = |prompt: &[i32], chosen: &[i32], rejected: &[i32]| TokenPair {
         prompt: prompt.to_vec(),
         chosen: chosen.to_vec(),
         rejected: rejected.to_vec(),
     };
-    // The second has an answer without a row of its own.
+    // The second pair has an answer without a row.
     let pairs = [pair(&[1, 60, 70], &[80, 90, 2], &[61, 2]), pair(&[1, 83], &[2], &[105, 60, 70, 2])];
     let pairs: Vec<&TokenPair> = pairs.iter().collect();
     for name in ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen3", "llama-q8_0"] {
@@ -47,7 +47,7 @@ fn a_step_reads_nothing_before_it_is_written() {
                 let norm = trainer.step(1e-4, 10.0).unwrap();
                 assert!(norm.is_finite() && norm > 0.0, "{what}: {norm}");
                 let moved = trainer.logps(Side::Policy, &pairs).unwrap();
-                assert!(moved != references, "{what}: the step moved nothing");
+                assert!(moved != references, "{what}: the step changed nothing");
             }
         }
     }

@@ -46,9 +46,9 @@ mod common {
 fn products_and_embeddings_from_blocks_match_the_dequantised_numbers() {
     use crate::train::device::tests::{lookup, product};
     let Some(device) = open(Frozen::Quantised) else { return };
-    product::products_are_those_with_the_numbers_that_blocks_stand_for(&device);
-    product::rows_that_hold_no_number_stay_none_and_leave_others_alone(&device);
-    lookup::embeddings_are_the_numbers_that_a_tokens_blocks_stand_for(&device);
+    product::products_match_those_with_the_dequantised_matrix(&device);
+    product::non_finite_rows_stay_non_finite_and_leave_others_alone(&device);
+    lookup::embeddings_match_the_dequantised_rows(&device);
 }
 
 #[test]
@@ -57,8 +57,8 @@ fn products_over_several_parts_of_a_matrix_match_the_whole() {
     let Some(device) = open(Frozen::Quantised) else { return };
     // Parts of 256 rows, the minimum.
     device.0.set_part_bytes(0);
-    product::products_are_those_with_the_numbers_that_blocks_stand_for(&device);
-    product::rows_that_hold_no_number_stay_none_and_leave_others_alone(&device);
+    product::products_match_those_with_the_dequantised_matrix(&device);
+    product::non_finite_rows_stay_non_finite_and_leave_others_alone(&device);
 }
 
 #[test]
