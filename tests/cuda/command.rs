@@ -23,26 +23,26 @@ fn a_run_resumes_with_other_memory_options_but_not_with_another_recipe() {
     let own = include_str!("../../src/train/data/own_pairs.jsonl").lines().take(3);
     let pairs: String = own.map(|line| format!("{line}\n")).collect();
     std::fs::write(folder.path().join("pairs.jsonl"), pairs).unwrap();
-    let said = |output: &Output| String::from_utf8(output.stderr.clone()).unwrap();
+    let stderr = |output: &Output| String::from_utf8(output.stderr.clone()).unwrap();
     let first = train(&run, &["-t", "2"]);
-    assert!(first.status.success(), "{}", said(&first));
+    assert!(first.status.success(), "{}", stderr(&first));
     let record = std::fs::read_to_string(run.join("run.json")).unwrap();
     assert!(!record.contains("max_rows") && record.contains("\"device\": \"cuda\""), "{record}");
     // The rows of two pairs.
-    assert!(said(&first).contains(" tokens are computed at once (--ubatch-size)\n"), "{}", said(&first));
+    assert!(stderr(&first).contains(" tokens are computed at once (--ubatch-size)\n"), "{}", stderr(&first));
 
     let choices = ["-ub", "40", "--frozen", "quantised", "--checkpointing", "on", "-t", "1"];
     let other = train(&run, &choices);
-    assert!(other.status.success(), "{}", said(&other));
+    assert!(other.status.success(), "{}", stderr(&other));
     let notice = "the run goes on with 40 tokens at once, weights in the file's blocks, activations computed twice, and \
                   not with ";
-    assert!(said(&other).contains(notice), "{}", said(&other));
+    assert!(stderr(&other).contains(notice), "{}", stderr(&other));
     assert_eq!(std::fs::read_to_string(run.join("run.json")).unwrap(), record);
 
     let refused = train(&run, &["--beta", "0.2"]);
     assert!(
-        !refused.status.success() && said(&refused).contains("beta is 0.1 there, and 0.2 now"),
+        !refused.status.success() && stderr(&refused).contains("beta is 0.1 there, and 0.2 now"),
         "{}",
-        said(&refused)
+        stderr(&refused)
     );
 }

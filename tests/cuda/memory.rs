@@ -56,11 +56,11 @@ fn rejects_unusable_gpus_with_cause_and_cure() {
 #[test]
 fn out_of_memory_names_the_free_bytes_and_leaks_nothing() {
     let _turn = gpu();
-    let before = emulation::taken();
+    let before = emulation::allocated_bytes();
     {
         let device = Cuda::open(0, Frozen::Bf16).unwrap();
         let buffer = device.upload(&[1.0, 2.0]).unwrap();
-        emulation::set_memory(emulation::taken() + (3 << 20));
+        emulation::set_memory(emulation::allocated_bytes() + (3 << 20));
         let error = device.zeros(1 << 20).unwrap_err();
         emulation::set_memory(PLENTY);
         assert!(matches!(error, Error::DeviceMemory { .. }), "{error:?}");
@@ -69,14 +69,14 @@ fn out_of_memory_names_the_free_bytes_and_leaks_nothing() {
         assert!(error.hint().is_some_and(|hint| hint.contains("--frozen quantised")));
         assert_eq!(device.download(&buffer).unwrap(), [1.0, 2.0], "the earlier buffer is intact");
     }
-    assert_eq!(emulation::taken(), before);
+    assert_eq!(emulation::allocated_bytes(), before);
 }
 
 #[test]
 fn released_memory_is_free_whatever_the_size_of_its_pieces() {
     let _turn = gpu();
     let device = Cuda::open(0, Frozen::Bf16).unwrap();
-    emulation::set_memory(emulation::taken() + (8 << 20));
+    emulation::set_memory(emulation::allocated_bytes() + (8 << 20));
     let (free, total) = device.memory_bytes().unwrap();
     // Four pieces of 2 MiB, which the pool keeps, and then one of 8 MiB.
     let pieces: Vec<_> = (0..4).map(|_| device.zeros(1 << 19).unwrap()).collect();
@@ -106,7 +106,7 @@ struct Limiting {
     fault: Fault,
     n_steps: u64,
     is_training: bool,
-    said: Vec<String>,
+    messages: Vec<String>,
 }
 
 impl Progress for Limiting {
@@ -118,7 +118,7 @@ impl Progress for Limiting {
         if self.is_training && self.n_steps == self.after {
             match self.fault {
                 // Enough to start a step.
-                Fault::Memory => emulation::set_memory(emulation::taken() + (100 << 10)),
+                Fault::Memory => emulation::set_memory(emulation::allocated_bytes() + (100 << 10)),
                 Fault::Launch => emulation::set_launch_error(emulation::INVALID_CONFIGURATION, false),
                 Fault::Death => emulation::set_launch_error(emulation::LAUNCH_FAILURE, true),
             }
@@ -126,7 +126,7 @@ impl Progress for Limiting {
     }
     fn finish(&mut self) {}
     fn say(&mut self, text: &str) {
-        self.said.push(text.to_owned());
+        self.messages.push(text.to_owned());
     }
 }
 
@@ -136,7 +136,7 @@ fn train(folder: &Path, pairs: &[TokenPair], after: u64, fault: Fault) -> (Resul
     let settings = Settings { max_rows: 1, ..settings() };
     let mut trainer = load("llama", &settings, Frozen::Bf16);
     trainer.set_checkpointing(true);
-    let mut progress = Limiting { after, fault, n_steps: 0, is_training: false, said: Vec::new() };
+    let mut progress = Limiting { after, fault, n_steps: 0, is_training: false, messages: Vec::new() };
     let files = RunFiles::of(folder);
     let ran = run(&mut trainer, pairs, &settings, &files, &AtomicBool::new(false), &mut progress);
     emulation::set_memory(PLENTY);
@@ -145,7 +145,7 @@ fn train(folder: &Path, pairs: &[TokenPair], after: u64, fault: Fault) -> (Resul
     let written = ran.and_then(|_| {
         artifact::write(&trainer, &base, &settings, &folder.join("adapter.gguf"), &Metadata::new())
     });
-    (written, progress.said)
+    (written, progress.messages)
 }
 
 #[test]
@@ -156,20 +156,23 @@ fn a_run_whose_gpu_fails_is_saved_if_possible_and_resumes_to_the_same_bytes() {
     let pairs = own_pairs("llama", 8);
     train(&whole, &pairs, u64::MAX, Fault::Memory).0.unwrap();
     for (after, fault) in [(1, Fault::Memory), (3, Fault::Launch)] {
-        let (result, said) = train(&broken, &pairs, after, fault);
+        let (result, messages) = train(&broken, &pairs, after, fault);
         match fault {
             Fault::Memory => assert!(matches!(result, Err(Error::DeviceMemory { .. })), "{result:?}"),
             _ => assert!(matches!(result, Err(Error::Device { .. })), "{result:?}"),
         }
         let expected = format!("saved after step {after}: the same command goes on from there");
-        assert_eq!(said.last(), Some(&expected));
+        assert_eq!(messages.last(), Some(&expected));
         assert!(broken.join("checkpoint.gguf").exists());
     }
     // A dead GPU cannot be read: the previous checkpoint stays, and the error is the original one.
-    let (result, said) = train(&broken, &pairs, 4, Fault::Death);
+    let (result, messages) = train(&broken, &pairs, 4, Fault::Death);
     let error = result.unwrap_err();
     assert!(error.to_string().contains("unspecified launch failure"), "{error}");
-    assert!(said.last().is_some_and(|said| said.starts_with("step 4 could not be saved")), "{said:?}");
+    assert!(
+        messages.last().is_some_and(|message| message.starts_with("step 4 could not be saved")),
+        "{messages:?}"
+    );
     train(&broken, &pairs, u64::MAX, Fault::Memory).0.unwrap();
     let bytes = |folder: &Path| std::fs::read(folder.join("adapter.gguf")).unwrap();
     assert!(bytes(&whole) == bytes(&broken), "the adapter of a run that was interrupted twice");
@@ -220,23 +223,23 @@ fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result(
         let files = RunFiles::of(&folder.path().join(name));
         std::fs::create_dir_all(folder.path().join(name)).unwrap();
         let settings = Settings { max_rows: smallest.unwrap_or(settings.max_rows), ..settings.clone() };
-        let before = emulation::taken();
+        let before = emulation::allocated_bytes();
         let mut trainer = load("llama", &settings, Frozen::Bf16);
         trainer.set_checkpointing(smallest.is_some());
         emulation::set_memory(limit.map_or(PLENTY, |limit| before + limit));
-        emulation::peak();
+        emulation::peak_bytes();
         let mut progress = Limiting {
             after: u64::MAX,
             fault: Fault::Memory,
             n_steps: 0,
             is_training: false,
-            said: Vec::new(),
+            messages: Vec::new(),
         };
         let ran = run(&mut trainer, &pairs, &settings, &files, &AtomicBool::new(false), &mut progress);
         emulation::set_memory(PLENTY);
-        (ran.map(|(_, records)| records), emulation::peak() - before, progress.said)
+        (ran.map(|(_, records)| records), emulation::peak_bytes() - before, progress.messages)
     };
-    let (records, most, said) = train("unbroken", None, None);
+    let (records, most, messages) = train("unbroken", None, None);
     let unbroken = records.unwrap();
     let first = PlacementRecord {
         step: 0,
@@ -246,19 +249,22 @@ fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result(
         frozen: Some(Frozen::Bf16),
         out_of_memory: false,
     };
-    assert_eq!((placements(&unbroken), said), (vec![first], vec![]));
+    assert_eq!((placements(&unbroken), messages), (vec![first], vec![]));
     let (records, least, _) = train("smallest", None, Some(longest));
     assert_same_steps(&records.unwrap(), &unbroken);
     assert!(2 * least < most, "{least} and {most} bytes");
 
     // Smaller passes are enough.
-    let (records, taken, said) = train("smaller", Some(most - 1), None);
+    let (records, taken, messages) = train("smaller", Some(most - 1), None);
     let records = records.unwrap();
     let chosen = placements(&records);
     assert!(taken < most && chosen.len() == 2, "{chosen:?}");
     assert!(chosen[1].out_of_memory && !chosen[1].checkpointing && chosen[1].max_rows < 400, "{chosen:?}");
     let expected = format!("the run goes on with {} tokens at once, weights in bf16", chosen[1].max_rows);
-    assert!(said[0].contains("the GPU has no room for") && said[0].ends_with(&expected), "{said:?}");
+    assert!(
+        messages[0].contains("the GPU has no room for") && messages[0].ends_with(&expected),
+        "{messages:?}"
+    );
     assert_same_steps(&records, &unbroken);
 
     // Only the smallest passes with activations computed twice fit.
@@ -270,17 +276,20 @@ fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result(
     assert_same_steps(&records, &unbroken);
 
     // Nothing fits: the run is saved and ends, and resumes with other choices once there is memory.
-    let (records, _, said) = train("none", Some(least - 1), None);
+    let (records, _, messages) = train("none", Some(least - 1), None);
     assert!(matches!(records, Err(Error::DeviceMemory { .. })), "{records:?}");
     let hint = records.unwrap_err().hint().unwrap();
     let expected = "free the card's memory (nvidia-smi names the processes that hold it), or go on with --frozen quantised; \
                     or begin anew, in another -o, with a smaller --max-length or --rank";
     assert_eq!(hint, expected, "the hint only names options that are left");
-    assert_eq!(said.last().unwrap(), "saved after step 0: the same command goes on from there");
-    let (records, _, said) = train("none", None, Some(longest));
+    assert_eq!(messages.last().unwrap(), "saved after step 0: the same command goes on from there");
+    let (records, _, messages) = train("none", None, Some(longest));
     let records = records.unwrap();
     let chosen = placements(&records);
-    assert!(chosen.iter().filter(|c| c.out_of_memory).count() > 1 && said.is_empty(), "{chosen:?}, {said:?}");
+    assert!(
+        chosen.iter().filter(|c| c.out_of_memory).count() > 1 && messages.is_empty(),
+        "{chosen:?}, {messages:?}"
+    );
     assert_same_steps(&records, &unbroken);
 }
 
@@ -294,7 +303,7 @@ fn a_run_that_ran_out_of_memory_resumes_with_other_choices_and_logs_them() {
     let mut trainer = load("llama-q8_0", &smallest, Frozen::Bf16);
     trainer.set_checkpointing(true);
     let mut progress =
-        Limiting { after: 3, fault: Fault::Memory, n_steps: 0, is_training: false, said: Vec::new() };
+        Limiting { after: 3, fault: Fault::Memory, n_steps: 0, is_training: false, messages: Vec::new() };
     let ran = run(&mut trainer, &pairs, &smallest, &files, &AtomicBool::new(false), &mut progress);
     emulation::set_memory(PLENTY);
     assert!(matches!(ran, Err(Error::DeviceMemory { .. })), "{ran:?}");
@@ -302,14 +311,19 @@ fn a_run_that_ran_out_of_memory_resumes_with_other_choices_and_logs_them() {
 
     let other = Settings { max_rows: 64, frozen: Some(Frozen::Quantised), ..settings() };
     let mut trainer = load("llama-q8_0", &other, Frozen::Quantised);
-    progress =
-        Limiting { after: u64::MAX, fault: Fault::Memory, n_steps: 0, is_training: false, said: Vec::new() };
+    progress = Limiting {
+        after: u64::MAX,
+        fault: Fault::Memory,
+        n_steps: 0,
+        is_training: false,
+        messages: Vec::new(),
+    };
     let (outcome, records) =
         run(&mut trainer, &pairs, &other, &files, &AtomicBool::new(false), &mut progress).unwrap();
     assert_eq!(outcome.n_steps, 5);
     let expected = "the run goes on with 64 tokens at once, weights in the file's blocks, and not with 1 token at once, \
                     weights in bf16, activations computed twice: numbers change by their rounding alone";
-    assert_eq!(progress.said[0], expected);
+    assert_eq!(progress.messages[0], expected);
     assert_eq!(placements(&records).last().map(|p| (p.step, p.max_rows)), Some((3, 64)));
 
     let whole = tempfile::tempdir().unwrap();
@@ -327,7 +341,7 @@ fn step_once<D: Device>(trainer: &mut Trainer<D>, pairs: &[&TokenPair]) {
 }
 
 #[test]
-fn counted_bytes_are_those_the_gpu_allocates() {
+fn counted_bytes_equal_the_bytes_the_gpu_allocates() {
     let _turn = gpu();
     let names = ["llama", "llama-q8_0", "gpt2", "bloom", "command-r", "gemma3", "qwen2", "qwen3"];
     let ways =
@@ -337,15 +351,15 @@ fn counted_bytes_are_those_the_gpu_allocates() {
     let vector = [("llama", MethodName::Vector, (Frozen::Quantised, true))];
     for (name, method, (frozen, checkpointing)) in lora.chain(others).chain(vector) {
         let settings = Settings { method, max_rows: 4096, ..settings() };
-        let pairs = own_pairs(name, 5);
+        let pairs = own_pairs(name, 2);
         let pairs: Vec<&TokenPair> = pairs.iter().collect();
 
-        let before = emulation::taken();
-        emulation::peak();
+        let before = emulation::allocated_bytes();
+        emulation::peak_bytes();
         let mut trainer = load(name, &settings, frozen);
         trainer.set_checkpointing(checkpointing);
         step_once(&mut trainer, &pairs);
-        let allocated = (emulation::peak() - before) as u64;
+        let allocated = (emulation::peak_bytes() - before) as u64;
 
         let base = GgufFile::open(tiny(name)).unwrap();
         let device = Counting::emulated(frozen);
@@ -379,12 +393,12 @@ fn runs_take_no_more_memory_than_was_estimated() {
         let choice = Choice { frozen, checkpointing, max_rows: rows };
         let estimated = needs.bytes(choice).unwrap() - constants;
 
-        let before = emulation::taken();
-        emulation::peak();
+        let before = emulation::allocated_bytes();
+        emulation::peak_bytes();
         let mut trainer = load(name, &settings, frozen);
         trainer.set_checkpointing(checkpointing);
         step_once(&mut trainer, &pairs.iter().collect::<Vec<_>>());
-        let allocated = (emulation::peak() - before) as u64;
+        let allocated = (emulation::peak_bytes() - before) as u64;
         assert!(
             estimated + WORKSPACE_BYTES >= allocated,
             "{what}: {allocated} bytes allocated, {estimated} estimated"

@@ -56,7 +56,7 @@ fn of_short_passes(pairs: &[TokenPair]) -> Settings {
 struct Limiting {
     limit: usize,
     n_steps: u64,
-    said: Vec<String>,
+    messages: Vec<String>,
 }
 
 impl Progress for Limiting {
@@ -71,17 +71,17 @@ impl Progress for Limiting {
     }
     fn finish(&mut self) {}
     fn say(&mut self, text: &str) {
-        self.said.push(text.to_owned());
+        self.messages.push(text.to_owned());
     }
 }
 
-struct Ran {
+struct Outcome {
     records: Result<Vec<Record>>,
     values: Vec<Vec<f32>>,
     n_steps: u64,
     /// The most bytes allocated at once.
     taken: usize,
-    said: Vec<String>,
+    messages: Vec<String>,
 }
 
 fn train(
@@ -90,24 +90,24 @@ fn train(
     settings: &Settings,
     limit: usize,
     prepare: impl Fn(&mut Trainer<Cuda>),
-) -> Ran {
+) -> Outcome {
     std::fs::create_dir_all(folder).unwrap();
-    let before = emulation::taken();
+    let before = emulation::allocated_bytes();
     let mut trainer = load("llama", settings, Frozen::Bf16);
     prepare(&mut trainer);
-    emulation::peak();
-    let mut progress = Limiting { limit: before + limit, n_steps: 0, said: Vec::new() };
+    emulation::peak_bytes();
+    let mut progress = Limiting { limit: before + limit, n_steps: 0, messages: Vec::new() };
     let files = RunFiles::of(folder);
     let ran = run(&mut trainer, pairs, settings, &files, &AtomicBool::new(false), &mut progress);
     emulation::set_memory(PLENTY);
-    let taken = emulation::peak() - before;
+    let taken = emulation::peak_bytes() - before;
     let values = trainer.parameters.values.iter().map(|value| trainer.device().download(value).unwrap());
-    Ran {
+    Outcome {
         values: values.collect(),
         records: ran.map(|(_, records)| records),
         n_steps: trainer.optimizer.n_steps,
         taken,
-        said: progress.said,
+        messages: progress.messages,
     }
 }
 
@@ -144,7 +144,7 @@ fn a_repeated_step_has_the_result_of_an_uninterrupted_one() {
             out_of_memory: true,
         };
         assert_eq!(chosen, [expected], "{name}");
-        assert!(limited.said[0].ends_with(&expected.in_words()), "{:?}", limited.said);
+        assert!(limited.messages[0].ends_with(&expected.in_words()), "{:?}", limited.messages);
         // Computing activations twice changes no number. A leftover gradient or an extra step would.
         assert_eq!((limited.n_steps, whole.n_steps), (5, 5), "{name}");
         assert!(limited.values == whole.values, "{name}: trained values");
@@ -171,7 +171,7 @@ fn activations_are_kept_if_the_user_asked_for_it() {
     assert!(matches!(error, Error::DeviceMemory { .. }), "{error:?}");
     let hint = error.hint().unwrap();
     assert!(hint.contains("go on with --frozen quantised and --checkpointing on;"), "{hint}");
-    assert_eq!(kept.said, ["saved after step 2: the same command goes on from there"]);
+    assert_eq!(kept.messages, ["saved after step 2: the same command goes on from there"]);
     let again = train(&folder("kept"), &pairs, &settings, PLENTY, Trainer::keep_activations);
     assert!(again.values == whole.values, "the resumed run");
 }
@@ -182,11 +182,16 @@ fn running_out_of_memory_while_scoring_only_makes_passes_smaller() {
     let (folder, pairs) = (tempfile::tempdir().unwrap(), own_pairs("llama", 12));
     let settings =
         Settings { batch_size: 4, max_rows: 4096, held_out: 0.0, frozen: Some(Frozen::Bf16), ..settings() };
-    let enough_for_nothing = |_: &mut Trainer<Cuda>| emulation::set_memory(emulation::taken() + (100 << 10));
+    let enough_for_nothing =
+        |_: &mut Trainer<Cuda>| emulation::set_memory(emulation::allocated_bytes() + (100 << 10));
     let ran = train(folder.path(), &pairs, &settings, PLENTY, enough_for_nothing);
     let error = ran.records.unwrap_err();
     assert!(matches!(error, Error::DeviceMemory { .. }), "{error:?}");
     assert!(!error.hint().unwrap().contains("--checkpointing"), "{error:?}");
-    let smaller = ran.said.iter().filter(|said| said.contains("the run goes on with")).count();
-    assert!(smaller > 0 && !ran.said.iter().any(|said| said.contains("computed twice")), "{:?}", ran.said);
+    let smaller = ran.messages.iter().filter(|message| message.contains("the run goes on with")).count();
+    assert!(
+        smaller > 0 && !ran.messages.iter().any(|message| message.contains("computed twice")),
+        "{:?}",
+        ran.messages
+    );
 }

@@ -21,7 +21,7 @@ const ENOUGH_ROWS: usize = 512;
 ///
 /// A product with a quantised matrix first rounds the whole matrix, which moves about five bytes per number. Over this
 /// many tokens that costs little next to the product itself.
-const MOST_ROWS: usize = 4096;
+const MAX_ROWS: usize = 4096;
 
 /// The options that decide how much memory a run takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,7 +112,7 @@ impl<'a> Needs<'a> {
         let frozen = wanted.frozen.map_or(vec![Frozen::Bf16, Frozen::Quantised], |frozen| vec![frozen]);
         let checkpointing = wanted.checkpointing.map_or(vec![false, true], |it| vec![it]);
         // No pass has more pairs than a step.
-        let of_step = self.settings.batch_size.saturating_mul(self.longest).clamp(1, MOST_ROWS);
+        let of_step = self.settings.batch_size.saturating_mul(self.longest).clamp(1, MAX_ROWS);
         let most = wanted.max_rows.unwrap_or(of_step.max(self.longest));
         let enough = wanted.max_rows.unwrap_or(most.min(ENOUGH_ROWS.max(self.longest)));
         let halves = |from: usize| std::iter::successors(Some(from), |n| (*n > 1).then_some(n / 2));
@@ -209,7 +209,7 @@ mod tests {
             choice = choose(200, needs.bytes(choice).unwrap() - 1);
             assert_eq!(choice, expected);
         }
-        assert_eq!(choose(3000, 1 << 40).max_rows, MOST_ROWS);
+        assert_eq!(choose(3000, 1 << 40).max_rows, MAX_ROWS);
         assert_eq!(choose(5000, 1 << 40).max_rows, 5000, "a pair is never split");
     }
 

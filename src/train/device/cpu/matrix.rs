@@ -10,13 +10,16 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::gguf::TensorType;
-use crate::gguf::dequantize;
+use crate::gguf::blocks::dequantize;
+use crate::gguf::blocks::product::{AlignedBytes, Blocks, Kernels};
 use crate::train::device::HostMatrix;
 
-use crate::gguf::blocks::product::{AlignedBytes, Blocks, Kernels};
 use crate::train::device::cpu::buffer::Buffer;
 use crate::train::device::cpu::dense::{self, Layout, Target};
 use crate::train::device::cpu::math::sum_of;
+#[cfg(target_arch = "x86_64")]
+use crate::train::device::cpu::vnni;
+use crate::train::device::cpu::{elementwise, parallel};
 
 /// Bytes of a dequantised part: half of a core's second-level cache.
 const PART_BYTES: usize = 512 << 10;
@@ -70,7 +73,7 @@ pub struct Matrix {
     transposed: Option<Blocks>,
     /// The rounded copies for products with AVX-512 VNNI.
     #[cfg(target_arch = "x86_64")]
-    rounded: Option<crate::train::device::cpu::vnni::Rounded>,
+    rounded: Option<vnni::Rounded>,
 }
 
 impl Matrix {
@@ -113,7 +116,7 @@ impl Matrix {
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = matrices.iter().map(|w| w.rounded.as_ref()).collect::<Option<Vec<_>>>() {
             let Some(first) = matrices.first() else { return };
-            let x = crate::train::device::cpu::vnni::Rows::of(x, n_rows, first.n_in);
+            let x = vnni::Rows::of(x, n_rows, first.n_in);
             return rounded.iter().zip(ys).for_each(|(w, y)| w.product(&x, y));
         }
         matrices.iter().zip(ys).for_each(|(w, y)| w.product(x, n_rows, y));
@@ -123,7 +126,7 @@ impl Matrix {
     pub fn product(&self, x: &[f32], n_rows: usize, y: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = &self.rounded {
-            return rounded.product(&crate::train::device::cpu::vnni::Rows::of(x, n_rows, self.n_in), y);
+            return rounded.product(&vnni::Rows::of(x, n_rows, self.n_in), y);
         }
         let (n_in, n_out) = (self.n_in, self.n_out);
         let stride = n_in + ROW_GAP;
@@ -153,8 +156,7 @@ impl Matrix {
     pub fn product_back(&self, dy: &[f32], n_rows: usize, dx: &mut [f32]) {
         #[cfg(target_arch = "x86_64")]
         if let Some(rounded) = &self.rounded {
-            return rounded
-                .product_back(&crate::train::device::cpu::vnni::Rows::of(dy, n_rows, self.n_out), dx);
+            return rounded.product_back(&vnni::Rows::of(dy, n_rows, self.n_out), dx);
         }
         let (n_in, n_out) = (self.n_in, self.n_out);
         let n_cols = self.task_cols();
@@ -207,7 +209,7 @@ impl Matrix {
         let Some(transposed) = &self.transposed else { return self.product_back(dy, n_rows, dx) };
         let mut product = vec![0.0; n_rows * self.n_in];
         kernels.product(transposed, dy, n_rows, &mut product);
-        crate::train::device::cpu::elementwise::add(1.0, &product, dx);
+        elementwise::add(1.0, &product, dx);
         spread_nan(dy, self.n_out, dx, self.n_in);
     }
 
@@ -218,7 +220,7 @@ impl Matrix {
     pub fn keep_rounded(&mut self, is_table: bool) {
         if self.is_quantised() {
             let read = |row: usize, values: &mut [f32]| self.rows().read(row, 0..self.n_in, values);
-            self.rounded = Some(crate::train::device::cpu::vnni::Rounded::new([self.n_out, self.n_in], read));
+            self.rounded = Some(vnni::Rounded::new([self.n_out, self.n_in], read));
             if !is_table {
                 self.rows = None;
             }
@@ -236,7 +238,7 @@ impl Matrix {
 
     /// `y[r] = scale W[index(r)]`.
     pub fn embed(&self, index: impl Fn(usize) -> usize + Sync, scale: f32, y: &mut [f32]) {
-        crate::train::device::cpu::parallel::for_rows(y, self.n_in, |first, rows| {
+        parallel::for_rows(y, self.n_in, |first, rows| {
             for (i, y) in rows.chunks_exact_mut(self.n_in).enumerate() {
                 self.rows().read(index(first + i), 0..self.n_in, y);
                 y.iter_mut().for_each(|y| *y *= scale);
@@ -249,7 +251,7 @@ impl Matrix {
 ///
 /// Rounding to 8 bits loses such values, and a run that has diverged would continue.
 fn spread_nan(x: &[f32], n_in: usize, y: &mut [f32], n_out: usize) {
-    crate::train::device::cpu::parallel::for_rows(y, n_out, |first, rows| {
+    parallel::for_rows(y, n_out, |first, rows| {
         for (y, x) in rows.chunks_exact_mut(n_out).zip(x[first * n_in..].chunks_exact(n_in)) {
             // 0 times a finite number is 0. Unlike a search, a sum becomes vector code.
             if sum_of(x, |x| x * 0.0) != 0.0 {

@@ -2,6 +2,7 @@
 
 use crate::train::device::{Norm, NormKind};
 
+use crate::train::device::cpu::elementwise;
 use crate::train::device::cpu::math::{sum_of, sum_of_pairs};
 use crate::train::device::cpu::parallel::{for_rows, sum_over_rows};
 
@@ -79,6 +80,6 @@ pub fn norm_back(
         });
     }
     if let Some(dbias) = dbias {
-        crate::train::device::cpu::elementwise::sum_rows(dy, n_cols, dbias);
+        elementwise::sum_rows(dy, n_cols, dbias);
     }
 }

@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use crate::train::device::cpu::dense::Target;
 use crate::train::device::cpu::math::sum_of;
+use crate::train::device::cpu::parallel;
 
 /// Numbers that share a scale.
 const BLOCK: usize = 32;
@@ -114,7 +115,7 @@ impl Rows {
         let n_blocks = n_cols.div_ceil(BLOCK);
         let n = n_rows.next_multiple_of(ROWS) * n_blocks;
         let (mut words, mut scales, mut starts) = (vec![0; n * WORDS], vec![0.0; n], vec![0; n]);
-        let task = crate::train::device::cpu::parallel::rows_per_task(n_cols);
+        let task = parallel::rows_per_task(n_cols);
         let parts = words.par_chunks_mut(task * n_blocks * WORDS).zip(scales.par_chunks_mut(task * n_blocks));
         let parts = parts.zip(starts.par_chunks_mut(task * n_blocks)).zip(x.par_chunks(task * n_cols));
         parts.for_each(|(((words, scales), starts), rows)| {

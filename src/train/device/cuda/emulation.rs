@@ -26,13 +26,13 @@ pub fn set_memory(n_bytes: usize) {
 }
 
 /// Bytes that are allocated.
-pub fn taken() -> usize {
+pub fn allocated_bytes() -> usize {
     // SAFETY: reads a number, under a lock.
     unsafe { ffi::detox_cuda_emulation_taken() }
 }
 
 /// The most bytes that were allocated at once since the last call.
-pub fn peak() -> usize {
+pub fn peak_bytes() -> usize {
     // SAFETY: reads and sets a number, under a lock.
     unsafe { ffi::detox_cuda_emulation_peak() }
 }

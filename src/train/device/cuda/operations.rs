@@ -120,7 +120,7 @@ impl Device for Cuda {
     }
 
     fn embed(&self, w: &Matrix, rows: &Rows, scale: f32, y: &mut Buffer) -> Result<()> {
-        assert!(rows.n_rows == 0 || rows.most_token < w.n_out, "a token beyond the table");
+        assert!(rows.n_rows == 0 || rows.max_token < w.n_out, "a token beyond the table");
         assert_eq!(y.len(), rows.n_rows * w.n_in, "y[R][I]");
         let raw = w.read(&self.handle);
         // SAFETY: every token has a row in W, and y has the length of its shape.
@@ -465,7 +465,7 @@ impl Device for Cuda {
         logps: &mut Buffer,
     ) -> Result<()> {
         rows.assert_outputs(&range);
-        assert!(range.is_empty() || rows.most_output < n_vocab, "a token beyond the vocabulary");
+        assert!(range.is_empty() || rows.max_output < n_vocab, "a token beyond the vocabulary");
         assert_eq!(logits.len(), range.len() * n_vocab, "logits[n][V]");
         assert_eq!(logps.len(), rows.n_outputs, "logps[outputs]");
         // SAFETY: the lengths match the shapes, every token has a logit, and every output of the range has a number.

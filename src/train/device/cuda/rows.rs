@@ -24,11 +24,11 @@ pub struct Rows {
     /// Number of pairs.
     pub n_pairs: usize,
     /// The largest input token.
-    pub most_token: usize,
+    pub max_token: usize,
     /// The largest predicted token.
-    pub most_output: usize,
+    pub max_output: usize,
     /// The largest position.
-    pub most_position: usize,
+    pub max_position: usize,
 }
 
 // SAFETY: never changed after it was made, and only read by the GPU.
@@ -69,16 +69,16 @@ impl Rows {
         let mut raw = std::ptr::null_mut();
         // SAFETY: each array has the length in the batch and lives during the call; writes one pointer.
         handle.check(unsafe { ffi::detox_cuda_rows_open(handle.raw(), &batch, &mut raw) })?;
-        let most = |tokens: &[i32]| tokens.iter().copied().max().unwrap_or(0) as usize;
+        let max = |tokens: &[i32]| tokens.iter().copied().max().unwrap_or(0) as usize;
         Ok(Rows {
             raw: NonNull::new(raw).expect("a batch that was opened has an address"),
             handle: handle.clone(),
             n_rows: packed.tokens.len(),
             n_outputs: output_rows.len(),
             n_pairs: answer_ends.len() / 2,
-            most_token: most(&packed.tokens),
-            most_output: most(&output_tokens),
-            most_position: packed.positions.iter().copied().max().unwrap_or(0),
+            max_token: max(&packed.tokens),
+            max_output: max(&output_tokens),
+            max_position: packed.positions.iter().copied().max().unwrap_or(0),
         })
     }
 
@@ -95,15 +95,15 @@ impl Rows {
 
     /// The array that an index reads, its range, and the largest table row in it.
     pub fn lookup(&self, index: &Index) -> Lookup {
-        let (kind, range, most) = match index {
-            Index::Token => (ffi::DETOX_CUDA_TOKEN, 0..self.n_rows, self.most_token),
-            Index::Position => (ffi::DETOX_CUDA_POSITION, 0..self.n_rows, self.most_position),
+        let (kind, range, max) = match index {
+            Index::Token => (ffi::DETOX_CUDA_TOKEN, 0..self.n_rows, self.max_token),
+            Index::Position => (ffi::DETOX_CUDA_POSITION, 0..self.n_rows, self.max_position),
             Index::Output(range) => {
                 self.assert_outputs(range);
                 (ffi::DETOX_CUDA_OUTPUT, range.clone(), self.n_rows.saturating_sub(1))
             }
         };
-        Lookup { kind, first: range.start as i64, n: range.len(), most }
+        Lookup { kind, first: range.start as i64, n: range.len(), max }
     }
 
     /// Panics if `range` has outputs beyond the batch.
@@ -130,7 +130,7 @@ pub struct Lookup {
     /// Number of entries.
     pub n: usize,
     /// The largest table row that an entry refers to.
-    pub most: usize,
+    pub max: usize,
 }
 
 impl Lookup {
@@ -138,7 +138,7 @@ impl Lookup {
     #[track_caller]
     pub fn assert_shapes(&self, table: usize, values: usize, n_cols: usize) {
         assert!(n_cols > 0 && table.is_multiple_of(n_cols), "a table of rows of {n_cols} numbers");
-        assert!(self.n == 0 || self.most < table / n_cols, "an index beyond the table");
+        assert!(self.n == 0 || self.max < table / n_cols, "an index beyond the table");
         assert_eq!(values, self.n * n_cols, "a row of C numbers for each index");
     }
 }
