@@ -133,7 +133,8 @@ pub fn attention_back(
                     let p = exp(scope.score(row, other, dot(q, k)) - lse[row * n_head + head]);
                     let ds = p * (dot(dout, v) - shift) * attention.scale;
                     add_scaled(ds, k, dq);
-                    // SAFETY: only this task has the keys and values of this head in this pair; each is borrowed for one line.
+                    // SAFETY: only this task has the keys and values of this head in this pair; each is borrowed
+                    // for one line.
                     unsafe {
                         add_scaled(ds, q, dk.row(there.start, head_dim));
                         add_scaled(p, dout, dv.row(there.start, head_dim));
