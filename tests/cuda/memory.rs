@@ -152,30 +152,30 @@ fn train(folder: &Path, pairs: &[TokenPair], after: u64, fault: Fault) -> (Resul
 fn a_run_whose_gpu_fails_is_saved_if_possible_and_resumes_to_the_same_bytes() {
     let _turn = gpu();
     let folder = tempfile::tempdir().unwrap();
-    let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
+    let (whole, interrupted) = (folder.path().join("whole"), folder.path().join("interrupted"));
     let pairs = own_pairs("llama", 8);
     train(&whole, &pairs, u64::MAX, Fault::Memory).0.unwrap();
     for (after, fault) in [(1, Fault::Memory), (3, Fault::Launch)] {
-        let (result, messages) = train(&broken, &pairs, after, fault);
+        let (result, messages) = train(&interrupted, &pairs, after, fault);
         match fault {
             Fault::Memory => assert!(matches!(result, Err(Error::DeviceMemory { .. })), "{result:?}"),
             _ => assert!(matches!(result, Err(Error::Device { .. })), "{result:?}"),
         }
         let expected = format!("saved after step {after}: the same command goes on from there");
         assert_eq!(messages.last(), Some(&expected));
-        assert!(broken.join("checkpoint.gguf").exists());
+        assert!(interrupted.join("checkpoint.gguf").exists());
     }
     // A dead GPU cannot be read: the previous checkpoint stays, and the error is the original one.
-    let (result, messages) = train(&broken, &pairs, 4, Fault::Death);
+    let (result, messages) = train(&interrupted, &pairs, 4, Fault::Death);
     let error = result.unwrap_err();
     assert!(error.to_string().contains("unspecified launch failure"), "{error}");
     assert!(
         messages.last().is_some_and(|message| message.starts_with("step 4 could not be saved")),
         "{messages:?}"
     );
-    train(&broken, &pairs, u64::MAX, Fault::Memory).0.unwrap();
+    train(&interrupted, &pairs, u64::MAX, Fault::Memory).0.unwrap();
     let bytes = |folder: &Path| std::fs::read(folder.join("adapter.gguf")).unwrap();
-    assert!(bytes(&whole) == bytes(&broken), "the adapter of a run that was interrupted twice");
+    assert!(bytes(&whole) == bytes(&interrupted), "the adapter of a run that was interrupted twice");
 }
 
 /// Rows of all pairs, and of the longest pair.
@@ -239,8 +239,8 @@ fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result(
         emulation::set_memory(PLENTY);
         (ran.map(|(_, records)| records), emulation::peak_bytes() - before, progress.messages)
     };
-    let (records, most, messages) = train("unbroken", None, None);
-    let unbroken = records.unwrap();
+    let (records, most, messages) = train("uninterrupted", None, None);
+    let uninterrupted = records.unwrap();
     let first = PlacementRecord {
         step: 0,
         device: DeviceName::Cuda(0),
@@ -249,9 +249,9 @@ fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result(
         frozen: Some(Frozen::Bf16),
         out_of_memory: false,
     };
-    assert_eq!((placements(&unbroken), messages), (vec![first], vec![]));
+    assert_eq!((placements(&uninterrupted), messages), (vec![first], vec![]));
     let (records, least, _) = train("smallest", None, Some(longest));
-    assert_same_steps(&records.unwrap(), &unbroken);
+    assert_same_steps(&records.unwrap(), &uninterrupted);
     assert!(2 * least < most, "{least} and {most} bytes");
 
     // Smaller passes are enough.
@@ -265,7 +265,7 @@ fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result(
         messages[0].contains("the GPU has no room for") && messages[0].ends_with(&expected),
         "{messages:?}"
     );
-    assert_same_steps(&records, &unbroken);
+    assert_same_steps(&records, &uninterrupted);
 
     // Only the smallest passes with activations computed twice fit.
     let (records, ..) = train("least", Some(least), None);
@@ -273,7 +273,7 @@ fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result(
     let chosen = placements(&records);
     let last = chosen.last().unwrap();
     assert!(last.checkpointing && last.max_rows == longest && chosen.len() > 2, "{chosen:?}");
-    assert_same_steps(&records, &unbroken);
+    assert_same_steps(&records, &uninterrupted);
 
     // Nothing fits: the run is saved and ends, and resumes with other choices once there is memory.
     let (records, _, messages) = train("none", Some(least - 1), None);
@@ -290,7 +290,7 @@ fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result(
         chosen.iter().filter(|c| c.out_of_memory).count() > 1 && messages.is_empty(),
         "{chosen:?}, {messages:?}"
     );
-    assert_same_steps(&records, &unbroken);
+    assert_same_steps(&records, &uninterrupted);
 }
 
 #[test]
@@ -327,9 +327,10 @@ fn a_run_that_ran_out_of_memory_resumes_with_other_choices_and_logs_them() {
     assert_eq!(placements(&records).last().map(|p| (p.step, p.max_rows)), Some((3, 64)));
 
     let whole = tempfile::tempdir().unwrap();
-    let (files, mut unbroken) = (RunFiles::of(whole.path()), load("llama-q8_0", &smallest, Frozen::Bf16));
+    let (files, mut uninterrupted) =
+        (RunFiles::of(whole.path()), load("llama-q8_0", &smallest, Frozen::Bf16));
     let (_, expected) =
-        run(&mut unbroken, &pairs, &smallest, &files, &AtomicBool::new(false), &mut Silent).unwrap();
+        run(&mut uninterrupted, &pairs, &smallest, &files, &AtomicBool::new(false), &mut Silent).unwrap();
     assert_same_steps(&records, &expected);
 }
 

@@ -17,9 +17,11 @@ use crate::train::device::{
 };
 use crate::train::recipe::dpo::{AnswerLogps, PairLoss, Preference};
 
-/// Bytes of a number, of its bf16 copy, and of what `detox_cuda_preference_loss` takes and gives for each pair.
+/// Bytes of a number, and of its bf16 copy.
 const F32: usize = size_of::<f32>();
 const BF16: usize = 2;
+
+/// Bytes per pair in `detox_cuda_preference_loss`: two references, and the five numbers of `detox_cuda_pair_cost`.
 const PAIR_COST: usize = 7 * size_of::<f64>();
 
 /// The counting device.
@@ -32,7 +34,9 @@ pub struct Counting {
 
 #[derive(Debug, Default)]
 struct Count {
+    /// Bytes allocated now.
     n_bytes: u64,
+    /// The most bytes allocated at once.
     peak: u64,
 }
 

@@ -133,7 +133,7 @@ impl<'a> Needs<'a> {
             least = least.min(bytes);
         }
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        let mut cures = vec!["free the card's memory (nvidia-smi names the processes that hold it)"];
+        let mut cures = vec!["free the card's memory (nvidia-smi lists the processes that hold it)"];
         if wanted.frozen == Some(Frozen::Bf16) {
             cures.push("--frozen quantised");
         }
@@ -224,6 +224,19 @@ mod tests {
         assert!(bytes(64, choice) > bytes(8, choice));
         assert!(bytes(8, Choice { max_rows: 1024, ..choice }) > bytes(8, choice));
         assert!(bytes(8, Choice { checkpointing: true, ..choice }) < bytes(8, choice));
+    }
+
+    #[test]
+    fn every_architecture_is_counted_and_checkpointing_saves_memory() {
+        for name in ["llama", "gpt2", "bloom", "command-r", "gemma3", "qwen2", "qwen3"] {
+            let path = format!("{}/gguf/tiny/{name}.gguf", env!("CARGO_MANIFEST_DIR"));
+            let (base, settings) = (GgufFile::open(&path).unwrap(), Settings::paper());
+            let needs = Needs::new(&base, &settings, 512);
+            let bytes = |checkpointing| {
+                needs.bytes(Choice { frozen: Frozen::Bf16, checkpointing, max_rows: 512 }).unwrap()
+            };
+            assert!(bytes(true) < bytes(false), "{name}");
+        }
     }
 
     #[test]
