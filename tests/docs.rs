@@ -1,0 +1,88 @@
+//! The guides name files and link to each other: what they name must exist.
+
+use std::path::{Path, PathBuf};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// README.md and every guide.
+fn documents() -> Vec<PathBuf> {
+    let mut documents = vec![root().join("README.md"), root().join("vendor/cuda/README.md")];
+    let guides = std::fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    documents.extend(guides.filter(|path| path.extension().is_some_and(|e| e == "md")));
+    documents.sort();
+    documents
+}
+
+/// Texts between single backticks, outside of code blocks.
+fn quoted(text: &str) -> Vec<&str> {
+    let prose = text.split("```").step_by(2);
+    prose.flat_map(|part| part.split('`').skip(1).step_by(2)).collect()
+}
+
+/// Targets of `[text](target)`.
+fn links(text: &str) -> Vec<&str> {
+    text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(target, _)| target).collect()
+}
+
+/// The anchor that GitHub gives a heading.
+fn anchor(heading: &str) -> String {
+    let kept = heading.trim().to_lowercase().replace('`', "");
+    let kept = kept.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+    kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
+#[test]
+fn every_path_that_a_guide_names_exists() {
+    let folders = ["src/", "tests/", "scripts/", "vendor/", "examples/", "gguf/", "docs/"];
+    let mut n_paths = 0;
+    for document in documents() {
+        let text = std::fs::read_to_string(&document).unwrap();
+        for path in quoted(&text) {
+            let is_path = folders.iter().any(|folder| path.starts_with(folder));
+            if !is_path || path.contains(['*', '{', '<', ' ', '$']) {
+                continue;
+            }
+            // A path may name an item: `src/eval/run.rs::evaluate`.
+            let (file, item) = path.split_once("::").map_or((path, None), |(file, item)| (file, Some(item)));
+            let file = root().join(file);
+            assert!(file.exists(), "{} names {path}, which does not exist", document.display());
+            if let Some(item) = item {
+                let name = item.rsplit("::").next().unwrap();
+                let source = std::fs::read_to_string(&file).unwrap();
+                let is_defined = ["fn ", "struct ", "enum ", "trait ", "const "]
+                    .iter()
+                    .any(|kind| source.contains(&format!("{kind}{name}")));
+                assert!(is_defined, "{} names {path}, but the file has no {name}", document.display());
+            }
+            n_paths += 1;
+        }
+    }
+    assert!(n_paths > 50, "found only {n_paths} paths: are they still in backticks?");
+}
+
+#[test]
+fn every_relative_link_of_a_guide_leads_somewhere() {
+    for document in documents() {
+        let text = std::fs::read_to_string(&document).unwrap();
+        for link in links(&text) {
+            if link.starts_with("http") || link.contains(' ') {
+                continue;
+            }
+            let (path, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target =
+                if path.is_empty() { document.clone() } else { document.parent().unwrap().join(path) };
+            assert!(target.exists(), "{} links to {link}, which does not exist", document.display());
+            if !heading.is_empty() {
+                let target = std::fs::read_to_string(&target).unwrap();
+                let mut headings = target.lines().filter_map(|line| line.strip_prefix('#'));
+                assert!(
+                    headings.any(|line| anchor(line.trim_start_matches('#')) == heading),
+                    "{} links to {link}, which has no such heading",
+                    document.display()
+                );
+            }
+        }
+    }
+}
