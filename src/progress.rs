@@ -19,6 +19,17 @@ pub trait Progress {
     fn say(&mut self, text: &str);
 }
 
+/// A progress that shows nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
+    fn advance(&mut self, _n: u64) {}
+    fn finish(&mut self) {}
+    fn say(&mut self, _text: &str) {}
+}
+
 /// SHA-256 of a model, with its progress shown.
 ///
 /// # Errors

@@ -1,17 +1,17 @@
-//! What was trained, run by llama.cpp: are its logits those of the trainer?
+//! Compares the trainer with llama.cpp running its result.
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::check::steering::{Difference, compare, logits};
-use crate::engine::steering::{Change, Edit, LoraScaled, Operation, When};
+use crate::check::bounds;
+use crate::check::difference::{Difference, compare};
+use crate::check::logits::{exact_options, logits, nudges};
+use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, ModelOptions, SessionOptions, Steering, Token};
 use crate::error::{Error, Result};
 use crate::gguf::{GgufFile, TensorType};
 use crate::steer::{ControlVectorFile, control_vector};
-
-use crate::check::export::exact_options;
 use crate::train::data::pack::Packed;
 use crate::train::data::tokens::TokenPair;
 use crate::train::device::Device;
@@ -20,92 +20,110 @@ use crate::train::model::forward::Batch;
 use crate::train::recipe::method::MethodName;
 use crate::train::run::trainer::{Side, Trainer};
 
-/// Mean KL that the order of sums, and llama.cpp's table of GELU in F16, may cause in F32 (nats a token).
-const F32_BOUND: f64 = 1e-6;
+/// Maximum bytes of logits kept from the trainer: a vocabulary can have 262,144 tokens.
+const MAX_BYTES: usize = 16 << 20;
 
-/// llama.cpp rounds what it multiplies by F16 weights to F16, and by BF16 weights to BF16.
-const HALF_BOUND: f64 = 1e-4;
-
-/// A trainer that rounds both operands of every product to bf16: as for models merged into BF16, where llama.cpp does.
-/// The tiny models on the emulated GPU are 1.5e-4 to 9e-4 apart (tests/cuda/result.rs).
-const BF16_BOUND: f64 = 5e-3;
-
-/// Least bound on quantised weights: in a model so small that a nudge moves hardly a rounding (gguf/tiny/llama-q8_0),
-/// llama.cpp's roundings were seen to move 1.6e-4.
-const QUANTISED_BOUND: f64 = 5e-4;
-
-/// How many times the floor two that round differently may differ.
-const FAST_FACTOR: f64 = 4.0;
-
-/// How many times as much as before training they may differ on quantised weights.
-const UNTRAINED_FACTOR: f64 = 2.0;
-
-/// More than rounding was ever seen to make between two that run one model, by ten times: beyond it, what they
-/// differed by before training excuses nothing.
-const MOST_ROUNDING: f64 = 0.1;
-
-/// Most bytes of logits that are kept of one side: a vocabulary can have 262,144 words.
-const MOST_BYTES: usize = 16 << 20;
-
-/// Trainer and llama.cpp on the same texts.
+/// The trainer and llama.cpp on the same texts.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Agreement {
-    /// llama.cpp's divergence from the trainer.
+    /// llama.cpp with the result against the trained model.
     pub difference: Difference,
-    /// What the least change makes in llama.cpp itself.
+    /// llama.cpp's noise floor: a negligible nudge of its own run.
     pub floor: Difference,
-    /// What is known of the model before training; nothing where every weight was trained.
+    /// The comparison before training; `None` if every weight was trained.
     pub untrained: Option<Untrained>,
-    /// The mean KL up to which they agree.
+    /// The largest mean KL that counts as agreement, in nats per token.
     pub bound: f64,
 }
 
-/// Trainer and llama.cpp without the result.
+/// The trainer and llama.cpp without the result.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Untrained {
-    /// llama.cpp's divergence from the trainer, both without it.
+    /// llama.cpp without the result against the untrained model.
     pub difference: Difference,
-    /// Of the training: llama.cpp's divergence without the result from the trainer with it.
+    /// The effect of training: llama.cpp without the result against the trained model.
     pub effect: Difference,
 }
 
 impl Agreement {
-    /// Whether they agree.
+    /// Whether llama.cpp computes what was trained.
+    ///
+    /// Three conditions: the difference is within the bound; before training the two differed by no more than rounding
+    /// explains ([`bounds::ROUNDING_MAX`]); and llama.cpp is nearer to the trained model with the result than without it,
+    /// if the effect of training exceeds rounding.
     pub fn holds(&self) -> bool {
-        // Where training did more than rounding does, llama.cpp must be nearer with the result than without.
-        let is_nearer = self.untrained.is_none_or(|Untrained { difference, effect }| {
-            effect.mean_kl <= UNTRAINED_FACTOR * difference.mean_kl
+        self.difference.mean_kl <= self.bound && self.base_agrees() && self.is_nearer()
+    }
+
+    /// Whether both compute the same untrained model, within rounding.
+    fn base_agrees(&self) -> bool {
+        self.untrained.is_none_or(|untrained| untrained.difference.mean_kl <= bounds::ROUNDING_MAX)
+    }
+
+    /// Whether the result brings llama.cpp nearer to the trained model. True if the effect is too small to tell.
+    fn is_nearer(&self) -> bool {
+        self.untrained.is_none_or(|Untrained { difference, effect }| {
+            effect.mean_kl <= bounds::UNTRAINED_FACTOR * difference.mean_kl
                 || self.difference.mean_kl < effect.mean_kl
-        });
-        self.difference.mean_kl <= self.bound && is_nearer
+        })
+    }
+
+    /// Fails unless llama.cpp computes what was trained; `result` is the trained file, for the message.
+    ///
+    /// # Errors
+    /// [`Error::Model`] with the condition of [`Agreement::holds`] that is not met.
+    pub fn verify(&self, result: &Path) -> Result<()> {
+        if self.holds() {
+            return Ok(());
+        }
+        let reason = match self.untrained {
+            Some(Untrained { difference, .. }) if !self.base_agrees() => format!(
+                "the trainer and llama.cpp disagree about the model even before training, by more than rounding \
+                 explains: expected a mean KL up to {:.1e} a token, found {:.1e}",
+                bounds::ROUNDING_MAX,
+                difference.mean_kl
+            ),
+            untrained => format!(
+                "llama.cpp does not compute what was trained: expected a mean KL up to {:.1e} a token{}, found {:.1e}",
+                self.bound,
+                untrained.map_or(String::new(), |untrained| format!(
+                    ", and below {:.1e}, the mean KL without the result",
+                    untrained.effect.mean_kl
+                )),
+                self.difference.mean_kl
+            ),
+        };
+        Err(Error::model(result, reason).with_hint(
+            "do not use this file; this is a bug in detox-gguf, please report it with the run's folder",
+        ))
     }
 }
 
-/// The trainer's logits of some pairs, to be compared with llama.cpp's when the trainer's memory is free again.
+/// The trainer's logits for some pairs, kept so that the trainer can be freed before llama.cpp loads the model.
 #[derive(Debug, Clone)]
 pub struct Expected {
-    /// Prompts with answers but for the last token, and the prompts' lengths.
+    /// Each prompt with one answer, without the answer's last token; and the prompt's length.
     texts: Vec<(Vec<Token>, usize)>,
-    /// Of the model as it is trained: of every token that predicts an answer's, `[rows][n_vocab]`.
+    /// Logits of the trained model that predict the answers' tokens, `[rows][n_vocab]`.
     policy: Vec<Vec<f32>>,
-    /// Of the model as it was.
+    /// The same of the untrained model.
     reference: Option<Vec<Vec<f32>>>,
     rounding: Rounding,
 }
 
 impl Expected {
-    /// Those of the first of `pairs`, as many as fit into [`MOST_BYTES`] but one at least.
+    /// Computes the logits of the first of `pairs`: as many as fit into 16 MiB, and at least one.
     ///
     /// # Errors
-    /// Of the device.
+    /// Those of the device.
     pub fn of<D: Device>(trainer: &Trainer<D>, rounding: Rounding, pairs: &[&TokenPair]) -> Result<Expected> {
-        let of_side = |side, batch: &Batch<D>| trainer.transformer.logits(&trainer.pass(side), batch);
+        let logits_of = |side, batch: &Batch<D>| trainer.transformer.logits(&trainer.pass(side), batch);
         let row_bytes = 4 * trainer.transformer.config.n_vocab;
         let reference = trainer.has_reference().then(Vec::new);
         let mut expected = Expected { texts: Vec::new(), policy: Vec::new(), reference, rounding };
         for pair in pairs {
             let n_rows = pair.chosen.len() + pair.rejected.len();
-            if !expected.texts.is_empty() && (expected.policy.len() + n_rows) * row_bytes > MOST_BYTES {
+            if !expected.texts.is_empty() && (expected.policy.len() + n_rows) * row_bytes > MAX_BYTES {
                 break;
             }
             for answer in [&pair.chosen, &pair.rejected] {
@@ -115,22 +133,21 @@ impl Expected {
             let mut packed = Packed::default();
             packed.push(&pair.prompt, &pair.chosen, &pair.rejected);
             let batch = Batch::new(trainer.device(), packed)?;
-            expected.policy.extend(of_side(Side::Policy, &batch)?);
+            expected.policy.extend(logits_of(Side::Policy, &batch)?);
             if let Some(reference) = &mut expected.reference {
-                reference.extend(of_side(Side::Reference, &batch)?);
+                reference.extend(logits_of(Side::Reference, &batch)?);
             }
         }
         Ok(expected)
     }
 }
 
-/// Compares the trainer's logits with llama.cpp's that runs `result`.
+/// Compares the trainer's logits with those of llama.cpp running `result`.
 ///
-/// The bound is 1e-6 a token in F32 and 1e-4 in F16 and BF16. On quantised weights llama.cpp rounds to 8
-/// bits what it multiplies, and the trainer either does not or does otherwise: there the bound is llama.cpp's own
-/// noise floor, four times it where the trainer rounds too, or twice what the two differed by before training;
-/// and llama.cpp must be nearer to the trainer with `result` than without, where that can be told from rounding.
-/// Where the trainer rounds to bf16 the bound is 5e-3 at least.
+/// On float weights the bound depends on their type ([`bounds::F32`], [`bounds::F16`]). On quantised weights llama.cpp
+/// rounds activations to 8 bits, and the trainer rounds differently or not at all. There the bound is the largest of
+/// llama.cpp's noise floor (four times the floor if the trainer rounds too), twice the difference before training, capped
+/// at [`bounds::ROUNDING_MAX`], and [`bounds::QUANTISED_MIN`]. It is at least [`bounds::BF16`] if the trainer rounds to bf16.
 ///
 /// # Errors
 /// Those of loading and decoding.
@@ -146,8 +163,8 @@ pub fn agreement(
     let path = if method == MethodName::Full { result } else { base.path() };
     let model = Model::open(path, &model_options)?;
     let steering = steering(&model, method, result)?;
-    // The rows that predict answers, of all rows.
-    let theirs = |steering: &Steering| -> Result<Vec<Vec<f32>>> {
+    // Only the rows that predict answers.
+    let run = |steering: &Steering| -> Result<Vec<Vec<f32>>> {
         let model = model.with_steering(steering.clone())?;
         let mut rows = Vec::new();
         for (text, n_prompt) in &expected.texts {
@@ -156,57 +173,60 @@ pub fn agreement(
         }
         Ok(rows)
     };
-    let found = theirs(&steering)?;
+    let found = run(&steering)?;
     let nudged = Steering { edits: nudges(&model), ..steering.clone() };
-    let floor = compare(&found, &theirs(&nudged)?);
+    let floor = compare(&found, &run(&nudged)?);
     let difference = compare(&expected.policy, &found);
     drop(found);
     let untrained = match &expected.reference {
         Some(reference) => {
-            let without = theirs(&Steering::default())?;
+            let without = run(&Steering::default())?;
             let effect = compare(&expected.policy, &without);
             Some(Untrained { difference: compare(reference, &without), effect })
         }
         None => None,
     };
-    let bound = bound(base, &floor, untrained.as_ref(), expected.rounding);
+    let weights = Weights::of(base);
+    let untrained_kl = untrained.map_or(0.0, |untrained| untrained.difference.mean_kl);
+    let bound = bound(weights, expected.rounding, floor.mean_kl, untrained_kl);
     Ok(Agreement { difference, floor, untrained, bound })
 }
 
-/// 0.001 more on one neuron in each block of 32 of the first layer: next to nothing in itself, but it moves the
-/// roundings of all that follows. The trainer, which rounds nothing, differs from the first
-/// layer on too, and so does a model whose weights are others everywhere.
-pub(super) fn nudges(model: &Model) -> Vec<Edit> {
-    const BLOCK: usize = 32;
-    let n_ff = model.n_ff().first().copied().unwrap_or(0);
-    let operation = Operation::Offset(0.001);
-    let nudge = |index| Edit {
-        layer: 0,
-        when: When::Both,
-        coefficient: 1.0,
-        change: Change::Neuron { index, operation },
-    };
-    (0..n_ff).step_by(BLOCK).map(nudge).collect()
+/// The types of a model's matrices, as far as they affect llama.cpp's rounding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Weights {
+    /// Some are F16 or BF16.
+    has_half: bool,
+    /// Some are quantised.
+    has_quantised: bool,
 }
 
-fn bound(base: &GgufFile, floor: &Difference, untrained: Option<&Untrained>, rounding: Rounding) -> f64 {
-    let matrices = || base.tensors().iter().filter(|t| t.shape().len() > 1).map(|t| t.tensor_type());
-    let is_half = |t: TensorType| matches!(t, TensorType::F16 | TensorType::BF16);
+impl Weights {
+    fn of(base: &GgufFile) -> Weights {
+        let matrices = || base.tensors().iter().filter(|t| t.shape().len() > 1).map(|t| t.tensor_type());
+        Weights {
+            has_half: matrices().any(|t| matches!(t, TensorType::F16 | TensorType::BF16)),
+            has_quantised: matrices().any(|t| t.block_len() > 1),
+        }
+    }
+}
+
+/// The largest mean KL that counts as agreement, from the mean KL of the noise floor and of the comparison before training.
+fn bound(weights: Weights, rounding: Rounding, floor: f64, untrained: f64) -> f64 {
     let least = match rounding {
-        Rounding::Bf16 => BF16_BOUND,
-        _ if matrices().any(is_half) => HALF_BOUND,
-        _ => F32_BOUND,
+        Rounding::Bf16 => bounds::BF16,
+        _ if weights.has_half => bounds::F16,
+        _ => bounds::F32,
     };
-    if !matrices().any(|t| t.block_len() > 1) {
+    if !weights.has_quantised {
         return least;
     }
-    let factor = if rounding == Rounding::Nothing { 1.0 } else { FAST_FACTOR };
-    let untrained = untrained.map_or(0.0, |untrained| untrained.difference.mean_kl);
-    let excused = if untrained <= MOST_ROUNDING { UNTRAINED_FACTOR * untrained } else { 0.0 };
-    excused.max(factor * floor.mean_kl).max(QUANTISED_BOUND).max(least)
+    let factor = if rounding == Rounding::Nothing { 1.0 } else { bounds::FAST_FACTOR };
+    let from_untrained = (bounds::UNTRAINED_FACTOR * untrained).min(bounds::ROUNDING_MAX);
+    from_untrained.max(factor * floor).max(bounds::QUANTISED_MIN).max(least)
 }
 
-/// How llama.cpp is told to run what was trained.
+/// How llama.cpp applies the trained result.
 fn steering(model: &Model, method: MethodName, result: &Path) -> Result<Steering> {
     Ok(match method {
         MethodName::Lora => Steering {
@@ -222,14 +242,77 @@ fn steering(model: &Model, method: MethodName, result: &Path) -> Result<Steering
     })
 }
 
-/// The error of a result that llama.cpp runs otherwise than it was trained.
-pub fn refuse(result: &Path, agreement: &Agreement) -> Error {
-    Error::model(result, format!(
-            "llama.cpp runs it otherwise than it was trained: expected a mean KL up to {:.1e} a token{}, found {:.1e}",
-            agreement.bound,
-            agreement
-                .untrained
-                .map_or(String::new(), |u| format!(", and below {:.1e}, that without it", u.effect.mean_kl)),
-            agreement.difference.mean_kl
-        )).with_hint("this is a fault of the program: please report it with the run's folder")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QUANTISED: Weights = Weights { has_half: false, has_quantised: true };
+
+    fn difference(mean_kl: f64) -> Difference {
+        Difference { mean_kl, largest_kl: mean_kl, largest_logit_difference: 0.1, n_tokens: 9 }
+    }
+
+    /// An agreement on quantised weights, with the trainer's exact products.
+    fn agreement(trained: f64, floor: f64, untrained: f64, effect: f64) -> Agreement {
+        let of_base = Untrained { difference: difference(untrained), effect: difference(effect) };
+        Agreement {
+            difference: difference(trained),
+            floor: difference(floor),
+            untrained: Some(of_base),
+            bound: bound(QUANTISED, Rounding::Nothing, floor, untrained),
+        }
+    }
+
+    #[test]
+    fn the_bound_on_quantised_weights_follows_rounding_up_to_a_cap() {
+        let of = |rounding, floor, untrained| bound(QUANTISED, rounding, floor, untrained);
+        assert_eq!(of(Rounding::Nothing, 1e-5, 1e-5), bounds::QUANTISED_MIN);
+        assert_eq!(of(Rounding::Nothing, 3e-3, 1e-3), 3e-3);
+        assert_eq!(of(Rounding::Bytes, 3e-3, 1e-3), 4.0 * 3e-3);
+        assert_eq!(of(Rounding::Nothing, 3e-3, 4e-3), 2.0 * 4e-3);
+        assert_eq!(of(Rounding::Bf16, 1e-5, 1e-5), bounds::BF16);
+        assert_eq!(of(Rounding::Nothing, 3e-3, 0.09), bounds::ROUNDING_MAX, "0.18 before there was a cap");
+    }
+
+    #[test]
+    fn the_bound_on_float_weights_ignores_noise() {
+        let float =
+            |has_half, rounding| bound(Weights { has_half, has_quantised: false }, rounding, 1.0, 1.0);
+        assert_eq!(float(false, Rounding::Nothing), bounds::F32);
+        assert_eq!(float(true, Rounding::Nothing), bounds::F16);
+        assert_eq!(float(true, Rounding::Bf16), bounds::BF16);
+    }
+
+    #[test]
+    fn differences_that_rounding_explains_agree() {
+        // As measured on SmolLM2-135M-Instruct in Q4_1, and on random weights of Llama-3.2-1B's shape in Q4_K and Q6_K.
+        assert!(agreement(2.7e-3, 3.3e-3, 3.7e-3, 1.2e-2).holds());
+        assert!(agreement(2.2e-3, 1.3e-3, 2.3e-3, 4.6e-3).holds());
+    }
+
+    #[test]
+    fn a_model_that_differs_before_training_is_refused_whatever_the_difference_after() {
+        // The bound was twice the untrained difference up to 0.1, so these passed.
+        for (trained, untrained) in [(0.05, 0.05), (0.09, 0.09), (1e-3, 0.03)] {
+            let found = agreement(trained, 3e-3, untrained, 1.0);
+            assert!(trained <= 2.0 * untrained && untrained <= 0.1);
+            assert!(!found.holds(), "{found:?}");
+            let error = found.verify(Path::new("adapter.gguf")).unwrap_err();
+            let expected = format!(
+                "adapter.gguf: cannot run this model: the trainer and llama.cpp disagree about the model even before \
+                 training, by more than rounding explains: expected a mean KL up to 2.0e-2 a token, found {untrained:.1e}"
+            );
+            assert_eq!(error.to_string(), expected);
+            assert!(error.hint().unwrap().contains("do not use this file"));
+        }
+    }
+
+    #[test]
+    fn a_result_that_is_no_nearer_than_the_base_is_refused() {
+        let found = agreement(5e-3, 5e-3, 1e-3, 4e-3);
+        assert!(found.difference.mean_kl <= found.bound && !found.holds(), "{found:?}");
+        assert!(agreement(5e-3, 5e-3, 1e-3, 6e-3).holds());
+        // An effect within rounding cannot be told from it.
+        assert!(agreement(5e-3, 5e-3, 3e-3, 4e-3).holds());
+    }
 }

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Args;
 
+use crate::check::difference::Difference;
 use crate::check::export::LoadedBack;
-use crate::check::steering::Difference;
 use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, ModelOptions, SessionOptions, Token};
 use crate::error::{Error, Result};

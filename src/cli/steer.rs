@@ -6,7 +6,8 @@ use std::sync::atomic::AtomicBool;
 
 use clap::{Args, ValueEnum};
 
-use crate::check::steering::{self, Difference};
+use crate::check::difference::Difference;
+use crate::check::steering;
 use crate::engine::steering::{Operation, When};
 use crate::engine::{Steering, Token};
 use crate::error::{Error, Result};

@@ -292,7 +292,7 @@ fn evaluations(records: &[Record]) -> Vec<EvaluationRecord> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::steering::Difference;
+    use crate::check::difference::Difference;
     use crate::train::run::metrics::PlacementRecord;
 
     fn report() -> TrainingReport {

@@ -1,8 +1,11 @@
-//! Work that needs several of `eval`, `interp` and `train`, which never use one another.
+//! Workflows that combine several of `eval`, `interp` and `train`, which never use one another.
 //!
 //! - [`retrieval`] compares translations inside a model, and correlates that with the fall of toxicity.
 //! - [`make_pairs`] samples continuations, scores them, and pairs a clean one with a toxic one.
+//! - [`sweep`](mod@sweep) evaluates one intervention at several settings.
+//! - [`train`] trains on preference pairs, compares the result with llama.cpp, and writes the report.
 
 pub mod make_pairs;
 pub mod retrieval;
 pub mod sweep;
+pub mod train;

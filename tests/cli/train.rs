@@ -143,21 +143,30 @@ const BAD_SETTINGS: [(&str, &[&str]); 28] = [
     ("--rank: expected a number from 1 up, found 0", &["--rank", "0"]),
     ("--alpha: expected a positive number, found 0", &["--alpha", "0"]),
     ("--alpha: expected a positive number, found -2", &["--alpha", "-2"]),
-    ("--targets: expected names out of q, k,", &["--targets", "nonsense"]),
-    ("--targets: expected names out of q, k,", &["--targets", "q,nonsense"]),
+    ("--targets: expected names from q, k,", &["--targets", "nonsense"]),
+    ("--targets: expected names from q, k,", &["--targets", "q,nonsense"]),
     ("--beta: expected a positive number, found -1", &["--beta", "-1"]),
     ("--beta: expected a positive number, found 0", &["--beta", "0"]),
     ("--beta: expected a positive number, found NaN", &["--beta", "NaN"]),
-    ("--held-out: expected a share from 0 up to 1, found 1.5", &["--held-out", "1.5"]),
-    ("--held-out: expected a share from 0 up to 1, found -0.1", &["--held-out", "-0.1"]),
-    ("--held-out: expected a share from 0 up to 1, found 1", &["--held-out", "1"]),
+    ("--held-out: expected a fraction from 0 to less than 1, found 1.5", &["--held-out", "1.5"]),
+    ("--held-out: expected a fraction from 0 to less than 1, found -0.1", &["--held-out", "-0.1"]),
+    ("--held-out: expected a fraction from 0 to less than 1, found 1", &["--held-out", "1"]),
     ("--learning-rate: expected a positive number, found -0.001", &["--learning-rate", "-0.001"]),
     ("--learning-rate: expected a positive number, found inf", &["--learning-rate", "inf"]),
     ("--max-grad-norm: expected a positive number, found -1", &["--max-grad-norm", "-1"]),
-    ("--label-smoothing: expected a share from 0 up to 0.5, found 0.5", &["--label-smoothing", "0.5"]),
-    ("--label-smoothing: expected a share from 0 up to 0.5, found -1", &["--label-smoothing", "-1"]),
-    ("--label-smoothing: the hinge loss has none", &["--label-smoothing", "0.1", "--loss", "hinge"]),
-    ("--weight-decay: only AdamW has one", &["--weight-decay", "0.1"]),
+    (
+        "--label-smoothing: expected a fraction from 0 to less than 0.5, found 0.5",
+        &["--label-smoothing", "0.5"],
+    ),
+    (
+        "--label-smoothing: expected a fraction from 0 to less than 0.5, found -1",
+        &["--label-smoothing", "-1"],
+    ),
+    (
+        "--label-smoothing: the hinge loss does not support it",
+        &["--label-smoothing", "0.1", "--loss", "hinge"],
+    ),
+    ("--weight-decay: only AdamW supports it", &["--weight-decay", "0.1"]),
     (
         "--weight-decay: expected a number from 0 up, found -1",
         &["--weight-decay", "-1", "--optimizer", "adamw"],
@@ -212,12 +221,12 @@ fn rejects_a_gpu_in_a_build_for_the_cpu_and_weights_that_only_a_gpu_has() {
     for (arguments, start, cure) in [
         (
             ["--device", "cuda:1"],
-            "error: --device cuda:1: this build trains on the CPU alone",
+            "error: --device cuda:1: this build trains on the CPU only",
             "--features cuda",
         ),
         (
             ["--frozen", "bf16"],
-            "error: --frozen: the CPU has frozen matrices in the file's blocks",
+            "error: --frozen: the CPU always keeps frozen matrices in the file's blocks",
             "--device cuda",
         ),
     ] {
@@ -325,7 +334,7 @@ fn pairs_that_cannot_be_trained_on_are_counted_by_their_reasons() {
     let other = folder.path().join("other");
     let (code, said) = failure(train("llama.gguf", &other).args(limits).arg(&pairs));
     assert_eq!(code, 1, "{said}");
-    let words = "pairs.jsonl: none of its 3 pairs can be trained on: 1 an empty answer, 1 all prompt after it was \
+    let words = "pairs.jsonl: none of its 3 pairs can be used: 1 an empty answer, 1 all prompt after it was \
                  cut, 1 chosen equal to rejected\nhint: raise --max-length";
     assert!(said.contains(words), "{said}");
     assert!(!other.exists());

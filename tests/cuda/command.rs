@@ -28,14 +28,14 @@ fn a_run_resumes_with_other_memory_options_but_not_with_another_recipe() {
     assert!(first.status.success(), "{}", stderr(&first));
     let record = std::fs::read_to_string(run.join("run.json")).unwrap();
     assert!(!record.contains("max_rows") && record.contains("\"device\": \"cuda\""), "{record}");
-    // The rows of two pairs.
-    assert!(stderr(&first).contains(" tokens are computed at once (--ubatch-size)\n"), "{}", stderr(&first));
+    // As many as two pairs have.
+    assert!(stderr(&first).contains(" tokens per pass (--ubatch-size)\n"), "{}", stderr(&first));
 
     let choices = ["-ub", "40", "--frozen", "quantised", "--checkpointing", "on", "-t", "1"];
     let other = train(&run, &choices);
     assert!(other.status.success(), "{}", stderr(&other));
-    let notice = "the run goes on with 40 tokens at once, weights in the file's blocks, activations computed twice, and \
-                  not with ";
+    let notice =
+        "resuming with 40 tokens per pass, weights in the file's blocks, activations recomputed instead of ";
     assert!(stderr(&other).contains(notice), "{}", stderr(&other));
     assert_eq!(std::fs::read_to_string(run.join("run.json")).unwrap(), record);
 

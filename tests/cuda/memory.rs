@@ -161,7 +161,7 @@ fn a_run_whose_gpu_fails_is_saved_if_possible_and_resumes_to_the_same_bytes() {
             Fault::Memory => assert!(matches!(result, Err(Error::DeviceMemory { .. })), "{result:?}"),
             _ => assert!(matches!(result, Err(Error::Device { .. })), "{result:?}"),
         }
-        let expected = format!("saved after step {after}: the same command goes on from there");
+        let expected = format!("saved after step {after}; run the same command again to resume");
         assert_eq!(messages.last(), Some(&expected));
         assert!(interrupted.join("checkpoint.gguf").exists());
     }
@@ -170,7 +170,7 @@ fn a_run_whose_gpu_fails_is_saved_if_possible_and_resumes_to_the_same_bytes() {
     let error = result.unwrap_err();
     assert!(error.to_string().contains("unspecified launch failure"), "{error}");
     assert!(
-        messages.last().is_some_and(|message| message.starts_with("step 4 could not be saved")),
+        messages.last().is_some_and(|message| message.starts_with("could not save after step 4")),
         "{messages:?}"
     );
     train(&interrupted, &pairs, u64::MAX, Fault::Memory).0.unwrap();
@@ -260,7 +260,7 @@ fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result(
     let chosen = placements(&records);
     assert!(taken < most && chosen.len() == 2, "{chosen:?}");
     assert!(chosen[1].out_of_memory && !chosen[1].checkpointing && chosen[1].max_rows < 400, "{chosen:?}");
-    let expected = format!("the run goes on with {} tokens at once, weights in bf16", chosen[1].max_rows);
+    let expected = format!("continuing with {} tokens per pass, weights in bf16", chosen[1].max_rows);
     assert!(
         messages[0].contains("the GPU has no room for") && messages[0].ends_with(&expected),
         "{messages:?}"
@@ -279,10 +279,10 @@ fn a_run_that_runs_out_of_memory_continues_in_smaller_passes_to_the_same_result(
     let (records, _, messages) = train("none", Some(least - 1), None);
     assert!(matches!(records, Err(Error::DeviceMemory { .. })), "{records:?}");
     let hint = records.unwrap_err().hint().unwrap();
-    let expected = "free the card's memory (nvidia-smi names the processes that hold it), or go on with --frozen quantised; \
-                    or begin anew, in another -o, with a smaller --max-length or --rank";
+    let expected = "free GPU memory (nvidia-smi lists the processes that use it), or resume with --frozen quantised; \
+                    or start over in a new folder (-o) with a smaller --max-length or --rank";
     assert_eq!(hint, expected, "the hint only names options that are left");
-    assert_eq!(messages.last().unwrap(), "saved after step 0: the same command goes on from there");
+    assert_eq!(messages.last().unwrap(), "saved after step 0; run the same command again to resume");
     let (records, _, messages) = train("none", None, Some(longest));
     let records = records.unwrap();
     let chosen = placements(&records);
@@ -321,8 +321,8 @@ fn a_run_that_ran_out_of_memory_resumes_with_other_choices_and_logs_them() {
     let (outcome, records) =
         run(&mut trainer, &pairs, &other, &files, &AtomicBool::new(false), &mut progress).unwrap();
     assert_eq!(outcome.n_steps, 5);
-    let expected = "the run goes on with 64 tokens at once, weights in the file's blocks, and not with 1 token at once, \
-                    weights in bf16, activations computed twice: numbers change by their rounding alone";
+    let expected = "resuming with 64 tokens per pass, weights in the file's blocks instead of 1 token per pass, \
+                    weights in bf16, activations recomputed: results differ only by rounding";
     assert_eq!(progress.messages[0], expected);
     assert_eq!(placements(&records).last().map(|p| (p.step, p.max_rows)), Some((3, 64)));
 

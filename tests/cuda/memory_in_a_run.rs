@@ -10,9 +10,9 @@ use detox_gguf::train::data::tokens::{self, TokenPair};
 use detox_gguf::train::device::Device;
 use detox_gguf::train::device::cuda::{Cuda, emulation};
 use detox_gguf::train::device::name::{DeviceName, Frozen};
+use detox_gguf::train::recipe::optimizer::OptimizerKind;
 use detox_gguf::train::recipe::settings::Settings;
 use detox_gguf::train::run::metrics::{PlacementRecord, Record};
-use detox_gguf::train::run::optimizer::OptimizerKind;
 use detox_gguf::train::run::trainer::Trainer;
 use detox_gguf::train::run::{RunFiles, run};
 
@@ -171,7 +171,7 @@ fn activations_are_kept_if_the_user_asked_for_it() {
     assert!(matches!(error, Error::DeviceMemory { .. }), "{error:?}");
     let hint = error.hint().unwrap();
     assert!(hint.contains("go on with --frozen quantised and --checkpointing on;"), "{hint}");
-    assert_eq!(kept.messages, ["saved after step 2: the same command goes on from there"]);
+    assert_eq!(kept.messages, ["saved after step 2; run the same command again to resume"]);
     let again = train(&folder("kept"), &pairs, &settings, PLENTY, Trainer::keep_activations);
     assert!(again.values == whole.values, "the resumed run");
 }
@@ -188,9 +188,9 @@ fn running_out_of_memory_while_scoring_only_makes_passes_smaller() {
     let error = ran.records.unwrap_err();
     assert!(matches!(error, Error::DeviceMemory { .. }), "{error:?}");
     assert!(!error.hint().unwrap().contains("--checkpointing"), "{error:?}");
-    let smaller = ran.messages.iter().filter(|message| message.contains("the run goes on with")).count();
+    let smaller = ran.messages.iter().filter(|message| message.contains("continuing with")).count();
     assert!(
-        smaller > 0 && !ran.messages.iter().any(|message| message.contains("computed twice")),
+        smaller > 0 && !ran.messages.iter().any(|message| message.contains("recomputed")),
         "{:?}",
         ran.messages
     );

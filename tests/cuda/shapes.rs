@@ -8,7 +8,8 @@ use std::hash::Hash;
 use detox_gguf::engine::Vocabulary;
 use detox_gguf::train::data::pack::Packed;
 use detox_gguf::train::data::preference_pair;
-use detox_gguf::train::data::tokens::{Limits, TokenPair, epoch_order, tokenize};
+use detox_gguf::train::data::tokens::{TokenPair, epoch_order, tokenize};
+use detox_gguf::train::recipe::limits::Limits;
 
 use super::tiny;
 

@@ -3,12 +3,13 @@
 use detox_gguf::gguf::GgufFile;
 use detox_gguf::train::data::tokens::TokenPair;
 use detox_gguf::train::device::Device;
-use detox_gguf::train::device::cpu::{Cpu, Products};
+use detox_gguf::train::device::cpu::Cpu;
 #[cfg(feature = "cuda-emulation")]
 use detox_gguf::train::device::cuda::emulation;
 use detox_gguf::train::device::name::Frozen;
 use detox_gguf::train::recipe::dpo::AnswerLogps;
 use detox_gguf::train::recipe::method::MethodName;
+use detox_gguf::train::recipe::products::Products;
 use detox_gguf::train::recipe::settings::Settings;
 use detox_gguf::train::run::trainer::{Side, Trainer};
 

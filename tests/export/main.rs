@@ -7,7 +7,7 @@ mod split;
 
 use std::path::{Path, PathBuf};
 
-use detox_gguf::check::export::exact_options;
+use detox_gguf::check::logits::exact_options;
 use detox_gguf::engine::steering::LoraScaled;
 use detox_gguf::engine::{Model, ModelOptions, Session, SessionOptions, Steering, Token};
 use detox_gguf::gguf::{GgufFile, Metadata, Value};

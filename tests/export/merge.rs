@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use detox_gguf::check::steering::compare;
+use detox_gguf::check::difference::compare;
 use detox_gguf::engine::steering::LoraScaled;
 use detox_gguf::error::{Error, Result};
 use detox_gguf::gguf::{GgufFile, GgufWriter, TensorSpec, TensorType, check_decoder};

@@ -1,31 +1,22 @@
-//! The tiny models, the program's own pairs as their tokens, and a progress that nobody follows; for tests of training.
+//! For tests of training: the tiny models, the built-in pairs as their tokens, and a silent progress.
 
 use std::path::PathBuf;
 
 use detox_gguf::engine::Vocabulary;
-use detox_gguf::progress::Progress;
+pub use detox_gguf::progress::Silent;
 use detox_gguf::train::data::preference_pair;
-use detox_gguf::train::data::tokens::{Limits, TokenPair, tokenize};
+use detox_gguf::train::data::tokens::{TokenPair, tokenize};
+use detox_gguf::train::recipe::limits::Limits;
 
 pub fn tiny(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("gguf/tiny/{name}.gguf"))
 }
 
-/// The program's own pairs as a tiny model's tokens, the first `n`.
+/// The first `n` built-in pairs as a tiny model's tokens.
 pub fn own_pairs(name: &str, n: usize) -> Vec<TokenPair> {
     let vocabulary = Vocabulary::open(&tiny(name)).unwrap();
     let limits = Limits { max_prompt: 16, max_length: 40, append_eos: true };
     let tokenized = tokenize(&vocabulary, &preference_pair::own()[..n], &limits).unwrap();
     assert_eq!(tokenized.pairs.len(), n);
     tokenized.pairs.into_iter().map(|(_, pair)| pair).collect()
-}
-
-/// Told nothing and telling nothing.
-pub struct Silent;
-
-impl Progress for Silent {
-    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
-    fn advance(&mut self, _n: u64) {}
-    fn finish(&mut self) {}
-    fn say(&mut self, _text: &str) {}
 }

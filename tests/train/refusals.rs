@@ -101,7 +101,7 @@ fn rejects_targets_that_there_are_not() {
     };
     assert_eq!(
         refusal(&["q", "knee"], 4, 1.0),
-        "--targets: expected names out of q, k, v, o, gate, up, down, embed, output, found \"knee\""
+        "--targets: expected names from q, k, v, o, gate, up, down, embed, output, found \"knee\""
     );
     // GPT-2's FFN has no gate.
     assert_eq!(refusal(&["gate"], 4, 1.0), "--targets: this model has none of these matrices");

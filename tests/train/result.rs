@@ -6,6 +6,7 @@ use detox_gguf::check::training::{Agreement, Expected, agreement};
 use detox_gguf::gguf::{GgufFile, Metadata};
 use detox_gguf::train::data::tokens::TokenPair;
 use detox_gguf::train::device::cpu::Cpu;
+use detox_gguf::train::model::config::Config;
 use detox_gguf::train::output::artifact;
 use detox_gguf::train::recipe::method::MethodName;
 use detox_gguf::train::recipe::settings::Settings;
@@ -114,9 +115,10 @@ fn a_result_that_is_not_what_was_trained_does_not_agree() {
         }
         let found = agree(&trainer, &base, &settings, &path, &pairs);
         assert!(!found.holds(), "{method:?}: {found:?}");
-        let said = detox_gguf::check::training::refuse(&path, &found).to_string();
-        assert!(said.contains("expected a mean KL up to 1.0e-6 a token, "), "{said}");
-        assert!(said.contains(", found "), "{said}");
+        let error = found.verify(&path).unwrap_err().to_string();
+        assert!(error.contains("llama.cpp does not compute what was trained: "), "{error}");
+        assert!(error.contains("expected a mean KL up to 1.0e-6 a token, "), "{error}");
+        assert!(error.contains(", found "), "{error}");
     }
 }
 
@@ -125,9 +127,10 @@ fn llama_cpp_runs_an_adapter_of_a_quantised_base_within_its_own_noise() {
     let folder = tempfile::tempdir().unwrap();
     let (base, pairs) = (GgufFile::open(tiny("llama-q8_0")).unwrap(), own_pairs("llama-q8_0", 8));
     let pairs: Vec<&TokenPair> = pairs.iter().collect();
-    for products in
-        [detox_gguf::train::device::cpu::Products::Exact, detox_gguf::train::device::cpu::Products::Fast]
-    {
+    for products in [
+        detox_gguf::train::recipe::products::Products::Exact,
+        detox_gguf::train::recipe::products::Products::Fast,
+    ] {
         let settings = Settings { products, ..small_settings() };
         let mut trainer = load(&base, &settings).unwrap();
         let references = trainer.logps(Side::Reference, &pairs).unwrap();
@@ -145,4 +148,48 @@ fn llama_cpp_runs_an_adapter_of_a_quantised_base_within_its_own_noise() {
         let other = agree(&trainer, &base, &settings, &untrained, &pairs);
         assert!(!other.holds(), "a bound that anything would keep: {other:?}");
     }
+}
+
+/// Faults of the trainer's model: a description, the change, and the mean KL before training on `llama-q8_0`.
+const FAULTS: [(&str, fn(&mut Config)); 4] = [
+    // 4.9e-2
+    ("logits scaled by 1.2", |config| config.logit_scale *= 1.2),
+    // 4.4e-2
+    ("attention scores scaled by 1.2", |config| config.attention.iter_mut().for_each(|a| a.scale *= 1.2)),
+    // 0.43
+    ("rotary frequencies halved", |config| {
+        let all = config.rope.iter_mut().flatten().flat_map(|rope| rope.frequencies.iter_mut());
+        all.for_each(|frequency| *frequency *= 0.5);
+    }),
+    // 0.73
+    ("a norm epsilon of 1", |config| config.norm.epsilon *= 1e5),
+];
+
+#[test]
+fn a_trainer_that_computes_another_model_does_not_agree_on_quantised_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let (base, pairs) = (GgufFile::open(tiny("llama-q8_0")).unwrap(), own_pairs("llama-q8_0", 8));
+    let pairs: Vec<&TokenPair> = pairs.iter().collect();
+    let settings = small_settings();
+    let mut n_formerly_excused = 0;
+    for (fault, change) in FAULTS {
+        let mut trainer = load(&base, &settings).unwrap();
+        change(&mut trainer.transformer.config);
+        let references = trainer.logps(Side::Reference, &pairs).unwrap();
+        for _ in 0..4 {
+            trainer.add_gradient(&pairs, &references).unwrap();
+            trainer.step(0.005, settings.max_grad_norm).unwrap();
+        }
+        let path = folder.path().join("adapter.gguf");
+        artifact::write(&trainer, &base, &settings, &path, &Metadata::new()).unwrap();
+        let found = agree(&trainer, &base, &settings, &path, &pairs);
+        assert!(!found.holds(), "{fault}: {found:?}");
+        let error = found.verify(&path).unwrap_err().to_string();
+        assert!(error.contains("disagree about the model even before training"), "{fault}: {error}");
+        // A difference of up to 0.1 before training used to excuse twice as much after it.
+        let untrained = found.untrained.unwrap().difference.mean_kl;
+        let was_excused = untrained <= 0.1 && found.difference.mean_kl <= 2.0 * untrained;
+        n_formerly_excused += usize::from(was_excused);
+    }
+    assert!(n_formerly_excused >= 2, "{n_formerly_excused} faults passed the former bound");
 }

@@ -374,7 +374,7 @@ fn numbers_that_are_none_end_a_run_and_leave_its_last_checkpoint_whole() {
     let base = GgufFile::open(tiny("llama")).unwrap();
     let mut trainer = load(&base, &settings).unwrap();
     let state = detox_gguf::train::run::checkpoint::load(&checkpoint, &mut trainer, true).unwrap();
-    assert_eq!((state.step, state.looked_at), (1, 1));
+    assert_eq!((state.step, state.evaluated_at), (1, 1));
     // It meets the same end from there.
     let error = train("llama", &settings, &pairs, folder.path(), &AtomicBool::new(false), &mut Silent).err();
     assert!(matches!(error, Some(Error::Training { .. })), "{error:?}");
@@ -423,7 +423,9 @@ fn rejects_a_folder_whose_metrics_are_shorter_than_its_checkpoint_says() {
     let error = ended.err().unwrap();
     assert!(matches!(error, Error::RunFolder { .. }), "{error}");
     assert!(
-        error.to_string().contains("metrics.jsonl: expected the 10 lines of its checkpoint, found 9"),
+        error
+            .to_string()
+            .contains("metrics.jsonl: expected at least 10 lines, as its checkpoint says, found 9"),
         "{error}"
     );
 }

@@ -32,6 +32,7 @@ use crate::engine::{Token, Vocabulary};
 use crate::error::{Error, Result};
 
 use crate::train::data::preference_pair::PreferencePair;
+pub use crate::train::recipe::limits::Limits;
 
 /// A preference pair as tokens; neither list is empty.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -42,35 +43,6 @@ pub struct TokenPair {
     pub chosen: Vec<Token>,
     /// The same.
     pub rejected: Vec<Token>,
-}
-
-/// How long a pair may be, in tokens. The default is the paper's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Limits {
-    /// Tokens that a prompt keeps where the whole is too long, BOS among them.
-    pub max_prompt: usize,
-    /// Tokens of prompt and answer together, BOS and EOS among them.
-    pub max_length: usize,
-    /// Whether an answer ends with EOS.
-    pub append_eos: bool,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Limits { max_prompt: 64, max_length: 256, append_eos: true }
-    }
-}
-
-impl Limits {
-    /// Errors: [`Error::Setting`] where either is 0.
-    pub fn validate(&self) -> Result<()> {
-        for (flag, n) in [("--max-prompt", self.max_prompt), ("--max-length", self.max_length)] {
-            if n == 0 {
-                return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Why a pair is left out.

@@ -12,19 +12,9 @@ use crate::gguf::{self, GgufFile, TensorInfo};
 use crate::train::device::{Device, HostMatrix};
 use crate::train::model::config::Config;
 use crate::train::model::linear::{Linear, LowRank, Pass, Row, Weight};
-use crate::train::model::lora::{self, LoraOptions};
+use crate::train::model::lora;
 use crate::train::model::parameters::{ParameterId, Parameters};
-
-/// What is trained.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Method {
-    /// Low-rank changes of chosen matrices.
-    Lora(LoraOptions),
-    /// Every weight.
-    Full,
-    /// One direction for each block from block 1 up, added to the residual stream as the block leaves it.
-    Vector,
-}
+pub use crate::train::recipe::method::Method;
 
 /// One block.
 #[derive(Debug)]

@@ -1,101 +1,98 @@
-//! Everything that decides what a run of training does.
+//! All settings that decide the outcome of a training run.
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-use crate::train::data::tokens::Limits;
-use crate::train::device::cpu::Products;
-use crate::train::device::name::Rounding;
-use crate::train::device::name::{DeviceName, Frozen};
-use crate::train::model::lora::LoraOptions;
-use crate::train::model::transformer::Method;
+use crate::train::device::name::{DeviceName, Frozen, Rounding};
 use crate::train::recipe::dpo::{LossKind, Preference};
-use crate::train::recipe::method::MethodName;
-use crate::train::run::optimizer::{OptimizerKind, Schedule, ScheduleKind};
-use crate::train::run::trainer::StepOptions;
+use crate::train::recipe::limits::Limits;
+use crate::train::recipe::lora::LoraOptions;
+use crate::train::recipe::method::{Method, MethodName};
+use crate::train::recipe::optimizer::OptimizerKind;
+use crate::train::recipe::products::Products;
+use crate::train::recipe::schedule::{Schedule, ScheduleKind};
+use crate::train::recipe::step::StepOptions;
 
-/// Settings that on a GPU decide memory and speed alone: how a step's pairs are shared out among passes changes the order
-/// in which gradients are added up, weights are rounded to the same bf16 before a product or at the start, and threads of
-/// the CPU compute nothing there.
-const OF_PLACEMENT: [&str; 3] = ["n_threads", "max_rows", "frozen"];
+/// Settings that on a GPU affect only memory and speed: splitting a step into passes changes the order in which gradients
+/// are summed, weights round to the same bf16 values before a product as at load time, and CPU threads compute nothing.
+const PLACEMENT_SETTINGS: [&str; 3] = ["n_threads", "max_rows", "frozen"];
 
-/// Everything that decides what a run does; two runs with the same settings, model and pairs write the same
-/// bytes.
+/// All settings of a run. The same settings, model and pairs produce the same bytes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// What is trained.
     pub method: MethodName,
-    /// Of low-rank changes.
+    /// LoRA rank.
     pub rank: usize,
-    /// Low-rank changes are multiplied by alpha / rank.
+    /// LoRA alpha: the update is scaled by alpha / rank.
     pub alpha: f32,
-    /// Matrices that are changed.
+    /// LoRA targets.
     pub targets: Vec<String>,
-    /// What is made small.
+    /// The loss.
     pub loss: LossKind,
-    /// How much the policy is held to the reference.
+    /// DPO temperature: higher values keep the policy closer to the reference.
     pub beta: f64,
-    /// Share of pairs whose labels are taken to be swapped.
+    /// Assumed share of pairs with swapped labels.
     pub label_smoothing: f64,
-    /// Which optimizer.
+    /// The optimizer.
     pub optimizer: OptimizerKind,
-    /// AdamW's.
+    /// Weight decay; AdamW only.
     pub weight_decay: f32,
-    /// The highest learning rate.
+    /// Peak learning rate.
     pub learning_rate: f64,
-    /// Steps up to it.
+    /// Steps of linear warm-up to the peak learning rate.
     pub warmup_steps: u64,
-    /// How it goes on.
+    /// Learning-rate schedule after the warm-up.
     pub schedule: ScheduleKind,
-    /// Gradients are cut to this norm.
+    /// Maximum gradient norm, for clipping.
     pub max_grad_norm: f64,
-    /// Pairs in a step.
+    /// Pairs per step.
     pub batch_size: usize,
-    /// Passes through the pairs.
+    /// Passes over the training pairs.
     pub epochs: u32,
-    /// At most so many steps.
+    /// Maximum number of steps; overrides `epochs` if smaller.
     pub max_steps: Option<u64>,
-    /// Steps from one look at the held-out pairs, and from one checkpoint, to the next.
+    /// Steps between two evaluations on the held-out pairs; each also saves a checkpoint.
     pub eval_every: u64,
-    /// Share of pairs that are held out.
+    /// Share of pairs held out for evaluation.
     pub held_out: f64,
-    /// Looks without a better loss after which a run ends.
+    /// Early stopping: evaluations without a lower held-out loss before the run ends.
     pub patience: u32,
-    /// Most tokens of a prompt where it must be cut.
+    /// Tokens kept of a prompt that has to be truncated.
     pub max_prompt: usize,
-    /// Most tokens of a prompt with its answer.
+    /// Maximum tokens of prompt and answer together.
     pub max_length: usize,
     /// Whether answers end with the end-of-text token.
     pub append_eos: bool,
-    /// How products with frozen matrices are computed.
+    /// Precision of the CPU's products with frozen matrices.
     pub products: Products,
-    /// Threads; sums are shared out by them, so they decide the last bits.
+    /// CPU threads. Sums are split among them, so their number affects the last bits.
     pub n_threads: usize,
-    /// Most tokens in one pass.
+    /// Maximum tokens in one forward pass.
     pub max_rows: usize,
-    /// Of the split, the order of pairs, and the first numbers of low-rank changes.
+    /// Seeds the held-out split, the order of pairs, and the initial LoRA values.
     pub seed: u64,
-    /// Where it is computed.
+    /// The device that trains.
     #[serde(default, skip_serializing_if = "DeviceName::is_cpu")]
     pub device: DeviceName,
-    /// How frozen matrices lie in a GPU's memory; none on the CPU.
+    /// Storage of frozen matrices in GPU memory; `None` on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen: Option<Frozen>,
 }
 
-/// Settings that make two runs the same one.
+/// The settings that must match for a run to resume.
 #[derive(Debug, Serialize)]
 #[serde(untagged)]
 pub enum Identity<'a> {
-    /// Each of them.
+    /// All settings.
     All(&'a Settings),
-    /// Some of them.
+    /// A subset.
     Chosen(serde_json::Value),
 }
 
 impl Settings {
-    /// The paper's recipe (arXiv 2406.16235, table 6 and its released scripts), on one thread.
+    /// The paper's recipe (arXiv 2406.16235, table 6 and its released scripts), on one CPU thread.
     pub fn paper() -> Settings {
         let lora = LoraOptions::default();
         let limits = Limits::default();
@@ -131,10 +128,10 @@ impl Settings {
         }
     }
 
-    /// Whether every number is in its range.
+    /// Checks that every setting is in its range.
     ///
     /// # Errors
-    /// [`Error::Setting`].
+    /// [`Error::Setting`] for the first one that is not.
     pub fn validate(&self) -> Result<()> {
         let positive = [
             ("--learning-rate", self.learning_rate),
@@ -161,15 +158,16 @@ impl Settings {
             }
         }
         if !(0.0..1.0).contains(&self.held_out) {
-            let reason = format!("expected a share from 0 up to 1, found {}", self.held_out);
+            let reason = format!("expected a fraction from 0 to less than 1, found {}", self.held_out);
             return Err(Error::setting("--held-out", reason));
         }
         if !(0.0..0.5).contains(&self.label_smoothing) {
-            let reason = format!("expected a share from 0 up to 0.5, found {}", self.label_smoothing);
+            let reason =
+                format!("expected a fraction from 0 to less than 0.5, found {}", self.label_smoothing);
             return Err(Error::setting("--label-smoothing", reason));
         }
         if self.label_smoothing > 0.0 && self.loss != LossKind::Sigmoid {
-            let reason = format!("the {} loss has none", self.loss.name());
+            let reason = format!("the {} loss does not support it", self.loss.name());
             return Err(Error::setting("--label-smoothing", reason));
         }
         if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
@@ -177,31 +175,32 @@ impl Settings {
             return Err(Error::setting("--weight-decay", reason));
         }
         if self.weight_decay > 0.0 && self.optimizer != OptimizerKind::Adamw {
-            return Err(Error::setting("--weight-decay", "only AdamW has one"));
+            return Err(Error::setting("--weight-decay", "only AdamW supports it"));
         }
         self.limits().validate()
     }
 
-    /// What a run that goes on must have been begun with, for `run.json`. On the CPU that is everything; on a GPU it may
-    /// be placed otherwise then, also on another one, since what memory suffices for may have changed, and numbers change
-    /// by their rounding alone.
+    /// The settings that must match for a run to resume, as stored in `run.json`.
+    ///
+    /// On the CPU these are all settings. A run on a GPU may resume with another placement or on another GPU, because
+    /// free memory may have changed and results then differ only by rounding.
     pub fn identity(&self) -> Identity<'_> {
         if self.device.is_cpu() {
             return Identity::All(self);
         }
         let mut settings = serde_json::to_value(self).expect("settings are plain data");
         let all = settings.as_object_mut().expect("settings have names");
-        OF_PLACEMENT.iter().for_each(|name| drop(all.remove(*name)));
+        PLACEMENT_SETTINGS.iter().for_each(|name| drop(all.remove(*name)));
         all.insert("device".into(), "cuda".into());
         Identity::Chosen(settings)
     }
 
-    /// How long texts may be.
+    /// Length limits of the pairs.
     pub fn limits(&self) -> Limits {
         Limits { max_prompt: self.max_prompt, max_length: self.max_length, append_eos: self.append_eos }
     }
 
-    /// What is trained.
+    /// The training method with its options.
     pub fn method(&self) -> Method {
         match self.method {
             MethodName::Lora => Method::Lora(LoraOptions {
@@ -214,7 +213,7 @@ impl Settings {
         }
     }
 
-    /// What products round.
+    /// How the device rounds the operands of products.
     pub fn rounding(&self) -> Rounding {
         match (self.device, self.products) {
             (DeviceName::Cuda(_), _) => Rounding::Bf16,
@@ -223,7 +222,7 @@ impl Settings {
         }
     }
 
-    /// How steps are made.
+    /// Options of each step, without checkpointing.
     pub fn step_options(&self) -> StepOptions {
         StepOptions {
             preference: Preference {
@@ -238,18 +237,18 @@ impl Settings {
         }
     }
 
-    /// Steps in a pass through `n_pairs` pairs.
+    /// Steps per epoch over `n_pairs` training pairs.
     pub fn steps_per_epoch(&self, n_pairs: usize) -> u64 {
         n_pairs.div_ceil(self.batch_size) as u64
     }
 
-    /// Steps of a whole run with `n_pairs` pairs.
+    /// Steps of the whole run over `n_pairs` training pairs.
     pub fn n_steps(&self, n_pairs: usize) -> u64 {
         let all = u64::from(self.epochs) * self.steps_per_epoch(n_pairs);
         all.min(self.max_steps.unwrap_or(u64::MAX))
     }
 
-    /// Learning rates of a run of `n_steps` steps.
+    /// The learning-rate schedule of a run of `n_steps` steps.
     pub fn schedule(&self, n_steps: u64) -> Schedule {
         let Settings { schedule: kind, learning_rate, warmup_steps, .. } = *self;
         Schedule { kind, learning_rate, warmup_steps, n_steps }
@@ -261,7 +260,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_decides_memory_and_speed_alone_is_no_part_of_a_run_on_a_gpu() {
+    fn a_gpu_run_resumes_with_another_placement_but_not_with_another_recipe() {
         let text = |settings: &Settings| serde_json::to_string(&settings.identity()).unwrap();
         let cpu = Settings::paper();
         assert_eq!(text(&cpu), serde_json::to_string(&cpu).unwrap());
@@ -276,7 +275,7 @@ mod tests {
         let on_another = Settings { device: DeviceName::Cuda(1), ..gpu(cpu.clone()) };
         assert_eq!(text(&gpu(cpu.clone())), text(&on_another));
         assert!(text(&on_another).contains("\"device\":\"cuda\""));
-        assert_ne!(text(&cpu), text(&placed), "threads and passes decide the CPU's last bits");
+        assert_ne!(text(&cpu), text(&placed), "threads and passes affect the last bits on the CPU");
         let other = Settings { rank: 3, ..Settings::paper() };
         assert_ne!(text(&gpu(cpu)), text(&gpu(other)));
     }

@@ -1,4 +1,4 @@
-//! Where a run goes on: the trained tensors, the optimizer's, and how far it came, in one GGUF.
+//! Checkpoints: the trained values, the optimizer state and the progress of a run, in one GGUF.
 
 use std::path::Path;
 
@@ -11,33 +11,34 @@ use crate::train::device::Device;
 use crate::train::model::transformer::read_numbers;
 use crate::train::run::trainer::Trainer;
 
-/// `general.architecture` of a checkpoint, so that no program takes it for a model.
+/// `general.architecture` of a checkpoint, so that no program mistakes it for a model.
 const ARCHITECTURE: &str = "detox-gguf-checkpoint";
 
-/// The key of [`State`], as JSON.
+/// Metadata key of [`State`], stored as JSON.
 const STATE: &str = "detox_gguf.checkpoint.state";
 
-/// How far a run came.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// The progress of a run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct State {
-    /// Steps that were made.
+    /// Steps done.
     pub step: u64,
-    /// Lines of `metrics.jsonl`.
+    /// Lines of `metrics.jsonl` so far.
     pub n_records: usize,
-    /// The least loss over the held-out pairs, and the step after which it was found.
+    /// The step with the lowest held-out loss, and that loss.
     pub best: Option<(u64, f64)>,
-    /// Looks at the held-out pairs since then.
+    /// Evaluations since then.
     pub n_worse: u32,
-    /// The step after which they were looked at last.
-    pub looked_at: u64,
-    /// Wall-clock time of all sessions.
+    /// The step of the last evaluation.
+    #[serde(rename = "looked_at")]
+    pub evaluated_at: u64,
+    /// Wall-clock seconds of all steps and evaluations, over all resumes.
     pub seconds: f64,
 }
 
-/// Writes a checkpoint whole; with `with_optimizer` a run can go on from it.
+/// Writes a checkpoint atomically. Only with `with_optimizer` can a run resume from it.
 ///
 /// # Errors
-/// [`Error::Io`]; of the device.
+/// [`Error::Io`], and those of the device.
 pub fn save<D: Device>(path: &Path, trainer: &Trainer<D>, state: &State, with_optimizer: bool) -> Result<()> {
     let mut metadata = Metadata::new();
     metadata.set("general.architecture", Value::Str(ARCHITECTURE.into()));
@@ -66,14 +67,14 @@ pub fn save<D: Device>(path: &Path, trainer: &Trainer<D>, state: &State, with_op
     writer.finish()
 }
 
-/// Reads what [`save`] wrote, into `trainer`.
+/// Reads a checkpoint into `trainer`, and returns the run's progress.
 ///
 /// # Errors
-/// [`Error::RunFolder`] for a file of another run; [`Error::Gguf`] and [`Error::Io`] where it cannot be read.
+/// [`Error::RunFolder`] if the checkpoint belongs to another run; [`Error::Gguf`] and [`Error::Io`] if it cannot be read.
 pub fn load<D: Device>(path: &Path, trainer: &mut Trainer<D>, with_optimizer: bool) -> Result<State> {
     let file = GgufFile::open(path)?;
     let refuse = |reason: String| {
-        Error::run_folder(path, reason).with_hint("choose another -o, or delete the folder to begin again")
+        Error::run_folder(path, reason).with_hint("choose another -o, or delete the folder to start over")
     };
     let found = file.str_if_present("general.architecture")?.unwrap_or_default();
     if found != ARCHITECTURE {

@@ -1,37 +1,37 @@
-//! What a run writes of itself, a line for each step and each evaluation, under TRL's names.
+//! The lines of `metrics.jsonl`, one per step, evaluation and placement, with TRL's metric names.
 
 use serde::{Deserialize, Serialize};
 
 use crate::train::device::name::{DeviceName, Frozen};
 use crate::train::recipe::dpo::{AnswerLogps, PairLoss};
 
-/// Means over pairs.
+/// Means of DPO metrics over pairs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct PairMeans {
-    /// The loss.
+    /// DPO loss.
     pub loss: f64,
-    /// beta (policy - reference) of chosen answers.
+    /// Chosen reward: beta (policy log-prob - reference log-prob).
     #[serde(rename = "rewards/chosen")]
     pub rewards_chosen: f64,
-    /// beta (policy - reference) of rejected answers.
+    /// Rejected reward: beta (policy log-prob - reference log-prob).
     #[serde(rename = "rewards/rejected")]
     pub rewards_rejected: f64,
-    /// The former less the latter.
+    /// Margin: chosen reward - rejected reward.
     #[serde(rename = "rewards/margins")]
     pub rewards_margins: f64,
-    /// Share of pairs whose margin is above 0.
+    /// Reward accuracy: fraction of pairs with a margin above 0.
     #[serde(rename = "rewards/accuracies")]
     pub rewards_accuracies: f64,
-    /// Summed log-probabilities of chosen answers under the policy, in nats.
+    /// Log-prob of the chosen answer under the policy, summed over its tokens, in nats.
     #[serde(rename = "logps/chosen")]
     pub logps_chosen: f64,
-    /// Summed log-probabilities of rejected answers under the policy, in nats.
+    /// Log-prob of the rejected answer under the policy, summed over its tokens, in nats.
     #[serde(rename = "logps/rejected")]
     pub logps_rejected: f64,
 }
 
 impl PairMeans {
-    /// The means over `pairs`; zeros where there is none.
+    /// The means over `pairs`; zeros if there are none.
     pub fn of(pairs: &[(AnswerLogps, PairLoss)]) -> PairMeans {
         let n = pairs.len().max(1) as f64;
         let mean = |of: &dyn Fn(&(AnswerLogps, PairLoss)) -> f64| pairs.iter().map(of).sum::<f64>() / n;
@@ -47,36 +47,36 @@ impl PairMeans {
     }
 }
 
-/// One step of the optimizer.
+/// One optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
-    /// From 1.
+    /// Number of the step, from 1.
     pub step: u64,
-    /// Passes through the pairs so far.
+    /// Epochs so far.
     pub epoch: f64,
-    /// Over the step's pairs, before it was made.
+    /// Means over the step's pairs, before the update.
     #[serde(flatten)]
     pub means: PairMeans,
-    /// Norm of the gradient, before it was cut.
+    /// Gradient norm before clipping.
     pub grad_norm: f64,
-    /// Of this step.
+    /// Learning rate of this step.
     pub learning_rate: f64,
-    /// Wall-clock time of the step.
+    /// Wall-clock seconds.
     pub step_seconds: f64,
-    /// Tokens that the step read: each prompt once.
+    /// Tokens processed, counting each prompt once.
     pub tokens: u64,
-    /// Pairs of the step.
+    /// Pairs processed.
     pub pairs: u64,
 }
 
-/// One look at the held-out pairs.
+/// One evaluation on the held-out pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct EvaluationRecord {
     /// Steps so far.
     pub step: u64,
-    /// The loss, over the held-out pairs.
+    /// Mean DPO loss over the held-out pairs.
     pub eval_loss: f64,
-    /// As `rewards/chosen`.
+    /// As `rewards/chosen`, over the held-out pairs.
     #[serde(rename = "eval_rewards/chosen")]
     pub rewards_chosen: f64,
     /// As `rewards/rejected`.
@@ -97,7 +97,7 @@ pub struct EvaluationRecord {
 }
 
 impl EvaluationRecord {
-    /// After `step` steps.
+    /// The record of an evaluation after `step` steps.
     pub fn new(step: u64, means: PairMeans) -> EvaluationRecord {
         EvaluationRecord {
             step,
@@ -112,41 +112,43 @@ impl EvaluationRecord {
     }
 }
 
-/// What decides how much memory a run takes, and how fast it is, from some step on: on a GPU it changes numbers by their
-/// rounding alone, and on the CPU, where only `checkpointing` may change, none.
+/// The placement of a run from some step on: device, pass size, checkpointing, and storage of frozen weights.
+///
+/// It decides memory use and speed. Changing it on a GPU changes results only by rounding. On the CPU only `checkpointing` can
+/// change, and results stay the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlacementRecord {
     /// Steps so far.
     pub step: u64,
-    /// Where they were made: another card may compute other last bits.
+    /// The device. Another GPU model may differ in the last bits.
     #[serde(default)]
     pub device: DeviceName,
-    /// Most tokens in one pass.
+    /// Maximum tokens per pass.
     pub max_rows: usize,
-    /// Whether activations are made again in the backward pass.
+    /// Gradient checkpointing: whether the backward pass recomputes activations.
     pub checkpointing: bool,
-    /// How frozen matrices lie in a GPU's memory.
+    /// Storage of frozen matrices in GPU memory; `None` on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub frozen: Option<Frozen>,
-    /// Whether it was chosen because memory had run out.
+    /// Whether it was chosen because memory ran out.
     pub out_of_memory: bool,
 }
 
 impl PlacementRecord {
-    /// What was chosen, whenever and why.
+    /// The placement alone, without when and why it was chosen.
     pub fn choice(&self) -> (DeviceName, usize, bool, Option<Frozen>) {
         (self.device, self.max_rows, self.checkpointing, self.frozen)
     }
 
-    /// What was chosen, for people.
+    /// The placement for messages: "512 tokens per pass, weights in bf16".
     pub fn in_words(&self) -> String {
         let tokens = match self.max_rows {
-            1 => "1 token at once".to_owned(),
-            n => format!("{n} tokens at once"),
+            1 => "1 token per pass".to_owned(),
+            n => format!("{n} tokens per pass"),
         };
         let frozen = self.frozen.map_or(String::new(), |frozen| format!(", weights in {}", frozen.place()));
-        let twice = if self.checkpointing { ", activations computed twice" } else { "" };
-        tokens + &frozen + twice
+        let recomputed = if self.checkpointing { ", activations recomputed" } else { "" };
+        tokens + &frozen + recomputed
     }
 }
 
@@ -154,10 +156,10 @@ impl PlacementRecord {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Record {
-    /// Of the held-out pairs.
+    /// An evaluation.
     Evaluation(EvaluationRecord),
-    /// Of a step.
+    /// A step.
     Step(StepRecord),
-    /// Of a choice: on a GPU the first one and every other one since, on the CPU those after memory ran out.
+    /// A placement. On a GPU the first one and every change are recorded, on the CPU only changes after memory ran out.
     Placement(PlacementRecord),
 }

@@ -8,8 +8,9 @@ use crate::train::data::tokens::TokenPair;
 use crate::train::device::counting::Counting;
 use crate::train::device::name::{DeviceName, Frozen};
 use crate::train::recipe::settings::Settings;
-use crate::train::run::EVALUATION_PAIRS;
-use crate::train::run::trainer::{Side, StepOptions, Trainer};
+use crate::train::recipe::step::StepOptions;
+use crate::train::run::trainer::{Side, Trainer};
+use crate::train::run::training_loop::EVALUATION_PAIRS;
 
 /// Tokens per pass beyond which more tokens are not worth any other cost.
 ///

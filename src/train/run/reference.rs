@@ -1,4 +1,4 @@
-//! Log-probabilities of answers under the model as it was, computed once and kept by the content of a pair.
+//! Reference log-probs of the answers, computed once per pair and cached by its content.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader};
@@ -25,7 +25,7 @@ struct Row {
     rejected: f64,
 }
 
-/// What was computed so far, in memory and in a file.
+/// The cache of reference log-probs, in memory and in `reference.jsonl`.
 #[derive(Debug)]
 pub struct References {
     path: PathBuf,
@@ -34,10 +34,10 @@ pub struct References {
 }
 
 impl References {
-    /// Opens the file at `path`, or starts it; a last line that was cut off is dropped.
+    /// Opens or creates the file at `path`. An incomplete last line is dropped.
     ///
     /// # Errors
-    /// [`Error::Io`], and [`Error::Input`] for lines that are not this program's.
+    /// [`Error::Io`], and [`Error::Input`] if a line is malformed.
     pub fn open(path: &Path) -> Result<References> {
         let n_lines = match std::fs::File::open(path) {
             Ok(file) => BufReader::new(file).split(b'\n').count(),
@@ -52,7 +52,7 @@ impl References {
         Ok(References { path: path.to_path_buf(), known, log })
     }
 
-    /// The references of `pairs`, `[pairs]`: those that are not known are computed, together, and kept.
+    /// The reference log-probs of `pairs`, `[n_pairs]`. Missing ones are computed together and cached.
     ///
     /// # Errors
     /// As [`Trainer::logps`]; [`Error::Io`].
@@ -61,11 +61,11 @@ impl References {
         self.look_up(trainer, pairs, side)
     }
 
-    /// As [`References::of`] for a model that is trained itself, `step` steps after its start: at step 0 it is
-    /// its own reference.
+    /// As [`References::of`], for a run that trains every weight and has done `step` steps. At step 0 the policy is the
+    /// reference.
     ///
     /// # Errors
-    /// As [`References::of`]; [`Error::RunFolder`] where a pair is not known any more.
+    /// As [`References::of`]; [`Error::RunFolder`] if a pair is missing after step 0.
     pub fn of_start<D: Device>(
         &mut self,
         trainer: &Trainer<D>,
@@ -89,9 +89,9 @@ impl References {
             let Some(side) = side else {
                 return Err(Error::run_folder(
                     &self.path,
-                    format!("log-probabilities of {} pairs are missing", missing.len()),
+                    format!("the reference log-probs of {} pairs are missing", missing.len()),
                 )
-                .with_hint("delete the folder to begin again"));
+                .with_hint("delete the folder to start over"));
             };
             let logps = trainer.logps(side, &of_missing)?;
             let row = |(&i, logps): (&usize, &AnswerLogps)| Row {
@@ -106,7 +106,7 @@ impl References {
     }
 }
 
-/// SHA-256 of a pair's tokens, in hexadecimal.
+/// SHA-256 of a pair's tokens, in hex.
 fn hash(pair: &TokenPair) -> String {
     let mut hash = Sha256::new();
     for tokens in [&pair.prompt, &pair.chosen, &pair.rejected] {

@@ -1,4 +1,4 @@
-//! Steps of training: a model, what is trained of it, and the optimizer.
+//! One training step: a model, its trained parameters, and the optimizer.
 
 use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
@@ -9,31 +9,18 @@ use crate::train::device::Device;
 use crate::train::model::forward::{Batch, Purpose};
 use crate::train::model::linear::Pass;
 use crate::train::model::parameters::{ParameterId, Parameters};
-use crate::train::model::transformer::{Method, Transformer};
-use crate::train::recipe::dpo::{AnswerLogps, PairLoss, Preference};
-use crate::train::run::optimizer::{Optimizer, OptimizerKind};
+use crate::train::model::transformer::Transformer;
+use crate::train::recipe::dpo::{AnswerLogps, PairLoss};
+use crate::train::recipe::method::Method;
+use crate::train::recipe::step::StepOptions;
+use crate::train::run::optimizer::Optimizer;
 
-/// How steps are made.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct StepOptions {
-    /// The loss.
-    pub preference: Preference,
-    /// Which optimizer.
-    pub optimizer: OptimizerKind,
-    /// AdamW's.
-    pub weight_decay: f32,
-    /// Most rows in one pass; a pair that has more is a pass of its own.
-    pub max_rows: usize,
-    /// Keep each block's input alone, and make the rest again in the backward pass.
-    pub checkpointing: bool,
-}
-
-/// Which model a pass goes through.
+/// Which of the two models a pass computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
-    /// The model as it is trained.
+    /// The model being trained.
     Policy,
-    /// The model as it was: low-rank changes and directions left out.
+    /// The frozen start: the model without its adapter or directions.
     Reference,
 }
 
@@ -41,11 +28,11 @@ pub enum Side {
 #[derive(Debug)]
 pub struct Trainer<D: Device> {
     device: D,
-    /// The weights.
+    /// The model's weights.
     pub transformer: Transformer<D>,
-    /// What is trained.
+    /// The trained parameters.
     pub parameters: Parameters<D>,
-    /// How it is stepped.
+    /// The optimizer.
     pub optimizer: Optimizer<D>,
     options: StepOptions,
     adapter_scale: f32,
@@ -55,7 +42,7 @@ pub struct Trainer<D: Device> {
 }
 
 impl<D: Device> Trainer<D> {
-    /// Loads `file` to `device` to be trained by `method`.
+    /// Loads `file` to `device` for training with `method`.
     ///
     /// # Errors
     /// As [`Transformer::load`].
@@ -86,87 +73,90 @@ impl<D: Device> Trainer<D> {
         })
     }
 
-    /// Overwrites the numbers of a parameter.
+    /// Overwrites the values of a parameter.
     ///
     /// # Errors
-    /// Of the device.
+    /// Those of the device.
     pub fn write_value(&mut self, parameter: ParameterId, values: &[f32]) -> Result<()> {
         self.device.write(values, &mut self.parameters.values[parameter])
     }
 
-    /// Overwrites a state of the optimizer.
+    /// Overwrites an optimizer state.
     ///
     /// # Errors
-    /// Of the device.
+    /// Those of the device.
     pub fn write_state(&mut self, parameter: ParameterId, state: usize, values: &[f32]) -> Result<()> {
         self.device.write(values, &mut self.optimizer.states[parameter][state])
     }
 
-    /// Whether activations are made again in the backward pass, which changes no number.
+    /// Turns gradient checkpointing on or off. It does not change any result.
     pub fn set_checkpointing(&mut self, checkpointing: bool) {
         self.options.checkpointing = checkpointing;
     }
 
-    /// Never makes activations again, also where memory runs out: the user has said so.
+    /// Turns gradient checkpointing off for good, even if memory runs out.
     pub fn keep_activations(&mut self) {
         (self.options.checkpointing, self.may_checkpoint) = (false, false);
     }
 
-    /// How steps are made now.
+    /// The current step options.
     pub fn options(&self) -> &StepOptions {
         &self.options
     }
 
-    /// Whether a step of the optimizer failed: some of the trained numbers may have changed, and not all, or all with their
-    /// gradients still there.
+    /// Whether an optimizer step failed half-way. Then only some of the trained values may be updated, or all of them with
+    /// their gradients not yet cleared.
     pub fn is_torn(&self) -> bool {
         self.is_torn
     }
 
-    /// After memory ran out in passes over `n_rows` rows: passes have half as many from now on, down to `longest`, those of
-    /// the longest pair, which cannot be divided. False where they have no more already.
+    /// Halves the pass size after memory ran out in passes over `n_rows` rows.
+    ///
+    /// Passes keep at least `longest` rows, because the longest pair cannot be split. Returns false if they are that small
+    /// already.
     pub fn halve_passes(&mut self, n_rows: usize, longest: usize) -> bool {
         let taken = self.options.max_rows.min(n_rows);
-        let is_divisible = taken > longest;
-        if is_divisible {
+        let can_shrink = taken > longest;
+        if can_shrink {
             self.options.max_rows = (taken / 2).max(longest);
         }
-        is_divisible
+        can_shrink
     }
 
-    /// After memory ran out in a backward pass: activations are made again from now on. False where they are already, or
-    /// may not be.
+    /// Turns gradient checkpointing on after memory ran out in a backward pass. Returns false if it is on already or not
+    /// allowed.
     pub fn start_checkpointing(&mut self) -> bool {
         let starts = self.may_checkpoint && !self.options.checkpointing;
         self.options.checkpointing |= starts;
         starts
     }
 
-    /// Forgets what a pass that failed has left.
+    /// Clears the gradients and cached memory that a failed pass left.
     ///
     /// # Errors
-    /// Of the device.
+    /// Those of the device.
     pub fn forget_pass(&mut self) -> Result<()> {
         self.parameters.clear_gradients(&self.device)?;
         self.device.trim()
     }
 
-    /// Where and how it runs.
+    /// The device and its precision, for reports.
     pub fn describe(&self) -> String {
         self.device.describe()
     }
 
-    /// Where it runs.
+    /// The device.
     pub fn device(&self) -> &D {
         &self.device
     }
 
-    /// Whether [`Side::Reference`] can be had at any time; else only before the first step, as the policy.
+    /// Whether [`Side::Reference`] is available during training. If every weight is trained, the reference is the policy before
+    /// its first step.
     pub fn has_reference(&self) -> bool {
         self.has_reference
     }
 
-    /// A pass through one side of the model.
+    /// A pass through the policy or the reference.
     pub fn pass(&self, side: Side) -> Pass<'_, D> {
         let adapter_scale = match side {
             Side::Policy => Some(self.adapter_scale),
@@ -175,7 +165,7 @@ impl<D: Device> Trainer<D> {
         Pass { device: &self.device, values: &self.parameters.values, adapter_scale }
     }
 
-    /// Pairs in passes of at most so many rows, in their order.
+    /// Splits `pairs`, in order, into passes of at most `max_rows` rows.
     fn passes<'a>(&self, pairs: &'a [&'a TokenPair]) -> Vec<&'a [&'a TokenPair]> {
         let mut passes = Vec::new();
         let (mut first, mut n_rows) = (0, 0);
@@ -199,10 +189,10 @@ impl<D: Device> Trainer<D> {
         Batch::new(&self.device, packed)
     }
 
-    /// Log-probabilities of each pair's answers, `[pairs]`.
+    /// Log-probs of each pair's answers, `[n_pairs]`.
     ///
     /// # Errors
-    /// [`Error::Training`] for numbers that are not finite; of the device.
+    /// [`Error::Training`] if a log-prob is not finite; also those of the device.
     pub fn logps(&self, side: Side, pairs: &[&TokenPair]) -> Result<Vec<AnswerLogps>> {
         let mut logps = Vec::with_capacity(pairs.len());
         for pairs in self.passes(pairs) {
@@ -214,7 +204,7 @@ impl<D: Device> Trainer<D> {
         Ok(logps)
     }
 
-    /// What pairs cost, `[pairs]`, without a gradient.
+    /// Policy log-probs and loss of each pair, `[n_pairs]`, without gradients.
     ///
     /// # Errors
     /// As [`Trainer::logps`].
@@ -231,8 +221,10 @@ impl<D: Device> Trainer<D> {
         Ok(pairs.iter().zip(policy).zip(references).map(cost).collect())
     }
 
-    /// Adds the gradient of the mean loss of `pairs` to the parameters' gradients; gives each pair's
-    /// log-probabilities and loss, `[pairs]`.
+    /// Adds the gradient of the mean loss over `pairs` to the parameters' gradients.
+    ///
+    /// Returns each pair's policy log-probs and loss, `[n_pairs]`. Pairs that exceed the pass size together are split, and
+    /// their gradients accumulate.
     ///
     /// # Errors
     /// As [`Trainer::logps`].
@@ -250,11 +242,11 @@ impl<D: Device> Trainer<D> {
             let (device, rows) = (&self.device, &batch.rows);
             let of_part = &references[all.len()..all.len() + part.len()];
             let mut dlogps = device.space(batch.packed.outputs.len())?;
-            // The mean is over all pairs of the step, not over those of this pass.
+            // The mean is over all pairs of the step, not only those of this pass.
             let (preference, n) = (self.options.preference, pairs.len());
             let costs = device.preference_loss(preference, rows, of_part, n, &of_outputs, &mut dlogps)?;
             if !costs.iter().all(|(policy, _)| policy.chosen.is_finite() && policy.rejected.is_finite()) {
-                // A sum of finite numbers is finite, so that this finds the one that is not.
+                // A sum that is not finite has a term that is not finite: return the error that names its token.
                 by_pair(&batch.packed, &device.download(&of_outputs)?)?;
             }
             let cache = cache.expect("a pass for training keeps what the backward pass needs");
@@ -270,28 +262,30 @@ impl<D: Device> Trainer<D> {
         Ok(all)
     }
 
-    /// One step of the optimizer against the gradients, which are cut to `max_gradient_norm` together and
-    /// forgotten; gives their norm as it was.
+    /// Clips the gradients to a total norm of `max_gradient_norm`, updates the parameters, and clears the gradients.
+    ///
+    /// Returns the norm before clipping.
     ///
     /// # Errors
-    /// [`Error::Training`] where the norm is not finite: then nothing is stepped. Of the device.
+    /// [`Error::Training`] if the norm is not finite, before any update; also those of the device.
     pub fn step(&mut self, learning_rate: f64, max_gradient_norm: f64) -> Result<f64> {
         let norm = self.parameters.gradient_norm(&self.device)?;
         if !norm.is_finite() {
             self.parameters.clear_gradients(&self.device)?;
-            return Err(Error::Training { reason: format!("the gradient's norm is {norm}") });
+            return Err(Error::Training { reason: format!("the gradient norm is {norm}") });
         }
-        // PyTorch's `clip_grad_norm_`, with its 1e-6.
+        // As PyTorch's `clip_grad_norm_`, including its 1e-6.
         let scale = (max_gradient_norm / (norm + 1e-6)).min(1.0);
         self.is_torn = true;
         self.optimizer.step(&self.device, &mut self.parameters, learning_rate, scale)?;
-        // Before that, the same gradients could be stepped once more.
+        // Until the gradients are cleared, a retry would apply them twice.
         self.parameters.clear_gradients(&self.device)?;
         self.is_torn = false;
         Ok(norm)
     }
 }
 
+/// Sums the log-probs of the output tokens into those of each pair's answers.
 fn by_pair(packed: &Packed, of_outputs: &[f32]) -> Result<Vec<AnswerLogps>> {
     if let Some(at) = of_outputs.iter().position(|x| !x.is_finite()) {
         let reason =

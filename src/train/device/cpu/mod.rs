@@ -21,7 +21,6 @@ mod tests;
 mod vnni;
 
 use rayon::ThreadPool;
-use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::gguf::blocks::product::Kernels;
@@ -31,18 +30,7 @@ use buffer::Memory;
 pub use buffer::Buffer;
 pub use matrix::Matrix;
 
-/// How products with frozen matrices are computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Products {
-    /// In f32, with the dequantised matrix.
-    Exact,
-    /// For quantised matrices, with operands rounded to 8 bits in blocks of 32.
-    ///
-    /// If the CPU has AVX-512 VNNI, kernels of this program do it and round the matrix too. Otherwise ggml's kernels do
-    /// it, and products backward use a transposed copy of the matrix in Q8_0.
-    Fast,
-}
+pub use crate::train::recipe::products::Products;
 
 impl Products {
     /// The default: fast if this program's kernels run and their copies of `n_weights` numbers fit into half the memory.

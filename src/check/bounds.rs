@@ -1,0 +1,77 @@
+//! Every bound of the checks, with its reason and where it was measured.
+//!
+//! | bound | value | checks |
+//! |---|---|---|
+//! | [`F32`] | 1e-6 | trained results and merges in F32 |
+//! | [`F16`] | 1e-4 | trained results and merges in F16; trained results in BF16 |
+//! | [`BF16`] | 5e-3 | trainers that round to bf16; merges into BF16 |
+//! | [`QUANTISED_MIN`] | 5e-4 | least bound for trained results on quantised weights |
+//! | [`ROUNDING_MAX`] | 2e-2 | trainer against llama.cpp before training, on quantised weights |
+//! | [`FAST_FACTOR`] | 4 | times the noise floor, if the trainer rounds too |
+//! | [`UNTRAINED_FACTOR`] | 2 | times the difference before training |
+//! | [`MERGE_NOISE_FACTOR`] | 2 | times the noise floor, for merges |
+//! | [`MERGE_LOSS_MAX`] | 0.5 | times the adapters' effect: the largest loss of a merge that is kept |
+//! | [`MERGE_LOSS_CLOSE`] | 0.1 | times the adapters' effect: the largest loss of a merge that needs no advice |
+//!
+//! Unless it is a factor, a bound is a mean KL divergence in nats per token.
+
+use crate::gguf::TensorType;
+
+/// F32 weights: the order of sums, and llama.cpp's GELU table in F16.
+///
+/// The order of sums alone gives 1e-9 or less.
+pub const F32: f64 = 1e-6;
+
+/// F16 and BF16 weights: llama.cpp rounds the other operand of each product to the type of the weights.
+pub const F16: f64 = 1e-4;
+
+/// Both operands of a product rounded to bf16, by a GPU trainer or by llama.cpp on a model merged into BF16.
+///
+/// Measured on the tiny models with the emulated GPU: 1.5e-4 to 9e-4 (`tests/cuda/result.rs`).
+pub const BF16: f64 = 5e-3;
+
+/// The least bound on quantised weights.
+///
+/// The noise floor is no guide for very small models, where a nudge changes hardly any rounding: on
+/// `gguf/tiny/llama-q8_0` llama.cpp's rounding alone moved 1.6e-4.
+pub const QUANTISED_MIN: f64 = 5e-4;
+
+/// The largest difference before training that rounding explains on quantised weights.
+///
+/// Measured between trainer and llama.cpp before training, on two threads of a CPU with AVX-512 VNNI:
+///
+/// | model | exact products | fast products | llama.cpp's noise floor |
+/// |---|---|---|---|
+/// | SmolLM2-135M-Instruct in Q4_1 | 2.4e-3 to 5.3e-3 | 2.1e-3 to 7.5e-3 | 1.9e-3 to 4.9e-3 |
+/// | random weights, Llama-3.2-1B's shape, in Q4_K and Q6_K | 1.1e-3 to 2.3e-3 | 3.8e-3 | 8.6e-4 to 1.3e-3 |
+/// | `gguf/tiny/llama-q8_0` | 7.9e-4 | | 5.7e-4 |
+///
+/// Each range covers one comparison over 29 or 61 tokens and three or eight over 4 tokens. The bound is 2.7 times the
+/// largest value. Wrong models exceed it: scaling the logits or the attention scores of `llama-q8_0` by 1.2 gives 4.9e-2
+/// and 4.4e-2, halving its rotary frequencies 0.43 (`tests/train/result.rs`).
+pub const ROUNDING_MAX: f64 = 2e-2;
+
+/// How many noise floors apart two programs may be that both round, but differently.
+pub const FAST_FACTOR: f64 = 4.0;
+
+/// How many times the difference before training the difference after training may be.
+pub const UNTRAINED_FACTOR: f64 = 2.0;
+
+/// How many noise floors a merge may lose.
+pub const MERGE_NOISE_FACTOR: f64 = 2.0;
+
+/// The largest share of the adapters' effect that a merge may lose, unless the user allows more.
+pub const MERGE_LOSS_MAX: f64 = 0.5;
+
+/// The share of the adapters' effect up to which a merge counts as lossless.
+pub const MERGE_LOSS_CLOSE: f64 = 0.1;
+
+/// The bound for rounding weights to `tensor_type`; `None` for quantised types, whose error depends on the weights.
+pub fn float_merge(tensor_type: TensorType) -> Option<f64> {
+    match tensor_type {
+        TensorType::F32 => Some(F32),
+        TensorType::F16 => Some(F16),
+        TensorType::BF16 => Some(BF16),
+        _ => None,
+    }
+}

@@ -1,0 +1,93 @@
+//! Arguments that decide where and how a run computes.
+
+use clap::{Args, ValueEnum};
+
+use crate::study::train::ComputeOptions;
+use crate::train::device::name::{DeviceName, Frozen};
+use crate::train::recipe::products::Products;
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Computation")]
+pub struct ComputeArguments {
+    /// Threads [default: all cores]
+    #[arg(short = 't', long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Precision of products with frozen matrices on the CPU
+    #[arg(long, value_enum, default_value = "auto")]
+    products: ProductsArgument,
+    /// Maximum tokens per pass (-ub); a longer pair gets a pass of its own [default: 512; on a GPU all tokens of a step, up
+    /// to 4096, if they fit]
+    #[arg(long, value_name = "N")]
+    ubatch_size: Option<usize>,
+    /// Gradient checkpointing: recompute activations in the backward pass to save memory
+    #[arg(long, value_enum, default_value = "auto")]
+    checkpointing: CheckpointingArgument,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Device")]
+pub struct DeviceArguments {
+    /// cpu, cuda or cuda:N (NVIDIA GPU number N, from 0); cuda needs a build with the feature cuda
+    #[arg(long, value_name = "D", default_value = "cpu")]
+    pub device: DeviceName,
+    /// Storage of frozen matrices in GPU memory
+    #[arg(long, value_enum, default_value = "auto")]
+    pub frozen: FrozenArgument,
+}
+
+/// `exact`, `fast` or `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ProductsArgument {
+    /// In f32
+    Exact,
+    /// Quantised matrices only: operands are rounded to 8 bits
+    Fast,
+    /// Fast if the CPU has AVX-512 VNNI and memory suffices, else exact
+    Auto,
+}
+
+/// `on`, `off` or `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CheckpointingArgument {
+    /// Always
+    On,
+    /// Never, even if memory runs out
+    Off,
+    /// If activations would exceed a quarter of the machine's memory, or the GPU's free memory
+    Auto,
+}
+
+/// `bf16`, `quantised` or `auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FrozenArgument {
+    /// Two bytes per weight
+    Bf16,
+    /// As stored in the file; dequantised to bf16 for every product
+    Quantised,
+    /// bf16 if it fits into GPU memory, else quantised
+    Auto,
+}
+
+impl ComputeArguments {
+    /// What the user fixed.
+    pub fn options(&self, frozen: FrozenArgument) -> ComputeOptions {
+        ComputeOptions {
+            products: match self.products {
+                ProductsArgument::Exact => Some(Products::Exact),
+                ProductsArgument::Fast => Some(Products::Fast),
+                ProductsArgument::Auto => None,
+            },
+            max_rows: self.ubatch_size,
+            checkpointing: match self.checkpointing {
+                CheckpointingArgument::On => Some(true),
+                CheckpointingArgument::Off => Some(false),
+                CheckpointingArgument::Auto => None,
+            },
+            frozen: match frozen {
+                FrozenArgument::Bf16 => Some(Frozen::Bf16),
+                FrozenArgument::Quantised => Some(Frozen::Quantised),
+                FrozenArgument::Auto => None,
+            },
+        }
+    }
+}
