@@ -1,6 +1,6 @@
-//! A run of training: a summary for the terminal, and an HTML page with its curves.
+//! The report of a training run: a summary for the terminal, and an HTML page with curves.
 
-use maud::html;
+use maud::{Markup, html};
 use serde::{Deserialize, Serialize};
 
 use crate::check::training::Agreement;
@@ -9,49 +9,52 @@ use crate::report::line_plot::{Series, line_plot};
 use crate::report::{format, html as page, terminal};
 use crate::train::device::name::DeviceName;
 use crate::train::recipe::settings::Settings;
-use crate::train::run::metrics::{EvaluationRecord, Record, StepRecord};
+use crate::train::run::metrics::{EvaluationRecord, PlacementRecord, Record, StepRecord};
 use crate::train::run::{Ending, Outcome};
 
-/// What `train` found.
+/// The results of a training run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TrainingReport {
-    /// The model's file.
+    /// File name of the model.
     pub model: String,
-    /// Where the pairs came from.
+    /// Source of the pairs.
     pub pairs: String,
-    /// Everything that decided the run.
+    /// All settings of the run.
     pub settings: Settings,
-    /// Where and how it ran.
+    /// The device and its precision.
     pub device: String,
-    /// Numbers that were trained.
+    /// Number of trained parameters.
     pub n_trained: usize,
-    /// What came of it.
+    /// How the run ended.
     pub outcome: Outcome,
-    /// Pairs that were left out, and why.
+    /// Reasons for skipped pairs, with their numbers.
     pub skipped: Vec<(String, usize)>,
-    /// Pairs that were cut to fit.
+    /// Pairs that were truncated.
     pub n_cut: usize,
-    /// The result as llama.cpp runs it, against the trainer.
+    /// The comparison of the result in llama.cpp with the trainer.
     pub agreement: Agreement,
-    /// Median pairs a second over the steps.
+    /// Median throughput of the steps.
     pub pairs_per_second: f64,
-    /// The most memory that the program had, where the system tells.
+    /// Peak resident memory of the process; `None` if the system does not report it.
     pub peak_rss_bytes: Option<u64>,
-    /// The file in the run's folder that holds what was trained.
+    /// File name of the trained result in the run's folder.
     pub result: String,
 }
 
-/// Points in a curve of steps; more would hide one another.
-const MOST_POINTS: usize = 60;
+/// Maximum points of a curve; more would overlap.
+const MAX_POINTS: usize = 60;
+
+/// Fewer held-out pairs than this are too few to choose the best step.
+const FEW_HELD_OUT: usize = 20;
 
 impl TrainingReport {
-    /// What is doubtful about the run.
+    /// What is doubtful about the run, with advice.
     pub fn warnings(&self, records: &[Record]) -> Vec<Warning> {
         let mut warnings = Vec::new();
         if self.outcome.n_steps < self.settings.warmup_steps {
             warnings.push(Warning::new(
                 format!(
-                    "all {} steps lie in the warm-up of {}: the learning rate was never reached",
+                    "all {} steps are within the warm-up of {}: the peak learning rate was never reached",
                     self.outcome.n_steps, self.settings.warmup_steps
                 ),
                 "lower --warmup-steps, or train with more pairs or epochs",
@@ -61,93 +64,86 @@ impl TrainingReport {
             Record::Placement(placement) if placement.out_of_memory => Some(placement),
             _ => None,
         });
-        if let Some(placement) = out_of_memory {
-            let (memory, cure) = match self.settings.device {
-                DeviceName::Cpu => ("memory", "free memory, or begin with --checkpointing on"),
-                DeviceName::Cuda(_) => {
-                    ("the GPU's memory", "free the card's memory, or begin with a smaller --ubatch-size")
-                }
-            };
-            warnings.push(Warning::new(
-                format!(
-                    "{memory} ran out after step {}: it went on with {}",
-                    placement.step,
-                    placement.in_words()
-                ),
-                cure,
-            ));
-        }
+        warnings.extend(out_of_memory.map(|placement| self.out_of_memory(placement)));
         if self.outcome.n_held_out == 0 {
             warnings.push(Warning::new(
-                "no pair was held out: the last numbers were kept, good or not",
-                "raise --held-out, or give more pairs",
+                "no pair was held out: the values of the last step were kept, whether or not they are the best",
+                "raise --held-out, or use more pairs",
             ));
-        } else if self.outcome.n_held_out < 20 {
+        } else if self.outcome.n_held_out < FEW_HELD_OUT {
             warnings.push(Warning::new(
-                format!("the best step was chosen by {} held-out pairs alone", self.outcome.n_held_out),
-                "give more pairs, or raise --held-out",
+                format!("the best step was chosen on only {} held-out pairs", self.outcome.n_held_out),
+                "use more pairs, or raise --held-out",
             ));
         }
         let evaluations = evaluations(records);
-        let last = evaluations.last().map(|e| e.eval_loss);
-        if let (Some((step, _)), Some(last_look)) = (self.outcome.best, evaluations.last())
+        if let (Some((step, _)), Some(last)) = (self.outcome.best, evaluations.last())
             && self.outcome.ending == Ending::Finished
-            && step == last_look.step
+            && step == last.step
             && evaluations.len() > 1
         {
             warnings.push(Warning::new(
                 "the held-out loss was still falling at the last step",
-                "more --epochs would train further",
+                "train longer with more --epochs",
             ));
         }
-        if last.is_some_and(|loss| loss > std::f64::consts::LN_2) {
+        if evaluations.last().is_some_and(|last| last.eval_loss > std::f64::consts::LN_2) {
             warnings.push(Warning::new(
-                "the held-out loss ended above ln 2, that of an untrained model",
+                "the held-out loss ended above ln 2, the loss of the untrained model",
                 "lower --learning-rate",
             ));
         }
         warnings
     }
 
-    /// In 80 columns.
+    fn out_of_memory(&self, placement: &PlacementRecord) -> Warning {
+        let (memory, advice) = match self.settings.device {
+            DeviceName::Cpu => ("memory", "free memory, or start with --checkpointing on"),
+            DeviceName::Cuda(_) => ("GPU memory", "free GPU memory, or start with a smaller --ubatch-size"),
+        };
+        let (step, in_words) = (placement.step, placement.in_words());
+        Warning::new(format!("{memory} ran out after step {step}: the run continued with {in_words}"), advice)
+    }
+
+    /// The summary for the terminal, in 80 columns.
     pub fn to_terminal(&self, records: &[Record], colour: bool) -> String {
-        let mut text = self.numbers(records);
+        let mut text = self.summary(records);
         terminal::push_warnings(&mut text, &self.warnings(records), colour);
         text
     }
 
-    /// A line each, in 80 columns.
-    fn numbers(&self, records: &[Record]) -> String {
+    /// One result per line, in 80 columns.
+    fn summary(&self, records: &[Record]) -> String {
         let mut text = String::new();
         let mut row = |name: &str, value: String| text.push_str(&format!("{name:<18} {value}\n"));
         let Outcome { n_steps, n_train, n_held_out, best, .. } = &self.outcome;
-        row("trained", format!("{} numbers ({})", format::count(self.n_trained), self.device));
-        row("pairs", format!("{n_train} trained on, {n_held_out} held out, {}", self.pairs));
+        row("trained", format!("{} parameters ({})", format::count(self.n_trained), self.device));
+        row("pairs", format!("{n_train} for training, {n_held_out} held out, {}", self.pairs));
         for (reason, n) in &self.skipped {
-            row("", format!("{n} left out: {reason}"));
+            row("", format!("{n} skipped: {reason}"));
         }
         if self.n_cut > 0 {
-            row("", format!("{} cut to fit", self.n_cut));
+            row("", format!("{} truncated", self.n_cut));
         }
         let ending = match self.outcome.ending {
             Ending::Finished => "",
-            Ending::EarlyStopping => ", ended early: the held-out loss stopped falling",
+            Ending::EarlyStopping => ", stopped early: the held-out loss stopped falling",
         };
         row("steps", format!("{n_steps}{ending}"));
         if let Some((step, _)) = best
-            && let Some(look) = evaluations(records).iter().find(|e| e.step == *step)
+            && let Some(evaluation) = evaluations(records).iter().find(|e| e.step == *step)
         {
             row(
                 "best step",
                 format!(
                     "{step}: held-out loss {:.4}, margin {:.3}, accuracy {:.0}%",
-                    look.eval_loss,
-                    look.rewards_margins,
-                    100.0 * look.rewards_accuracies
+                    evaluation.eval_loss,
+                    evaluation.rewards_margins,
+                    100.0 * evaluation.rewards_accuracies
                 ),
             );
         }
-        row("speed", format!("{:.2} pairs a second (median)", self.pairs_per_second));
+        row("speed", format!("{:.2} pairs/s (median)", self.pairs_per_second));
         if let Some(bytes) = self.peak_rss_bytes {
             row("peak memory", format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30)));
         }
@@ -164,80 +160,14 @@ impl TrainingReport {
         text
     }
 
-    /// One page with the curves of loss, margins, rewards and gradient.
+    /// An HTML page with the curves of loss, margin, accuracy, rewards and gradient norm.
     pub fn to_html(&self, records: &[Record]) -> String {
-        let steps: Vec<StepRecord> = records
-            .iter()
-            .filter_map(|record| match record {
-                Record::Step(step) => Some(*step),
-                Record::Evaluation(_) | Record::Placement(_) => None,
-            })
-            .collect();
-        let evaluations = evaluations(records);
-        let n_per_point = steps.len().div_ceil(MOST_POINTS).max(1);
-        let of_steps = |name: &str, is_reference, of: &dyn Fn(&StepRecord) -> f64| Series {
-            name: name.to_owned(),
-            is_reference,
-            points: steps
-                .chunks(n_per_point)
-                .map(|part| {
-                    let mean = part.iter().map(of).sum::<f64>() / part.len() as f64;
-                    (part[part.len() - 1].step as f64, mean, None, None)
-                })
-                .collect(),
-        };
-        let of_looks = |name: &str, of: &dyn Fn(&EvaluationRecord) -> f64| Series {
-            name: name.to_owned(),
-            is_reference: true,
-            points: evaluations.iter().map(|e| (e.step as f64, of(e), None, None)).collect(),
-        };
+        let curves = Curves::of(records);
         let marked = self.outcome.best.map(|(step, _)| step as f64);
         let number = |x: f64| format!("{x:.2}");
-        let plots = [
-            (
-                "loss",
-                "Loss",
-                vec![
-                    of_steps("trained on", false, &|s| s.means.loss),
-                    of_looks("held out", &|e| e.eval_loss),
-                ],
-            ),
-            (
-                "margin",
-                "Margin: chosen less rejected reward",
-                vec![
-                    of_steps("trained on", false, &|s| s.means.rewards_margins),
-                    of_looks("held out", &|e| e.rewards_margins),
-                ],
-            ),
-            (
-                "accuracy",
-                "Share of pairs with a margin above 0",
-                vec![
-                    of_steps("trained on", false, &|s| s.means.rewards_accuracies),
-                    of_looks("held out", &|e| e.rewards_accuracies),
-                ],
-            ),
-            (
-                "rewards",
-                "Rewards of chosen (dots) and rejected (squares) answers",
-                vec![
-                    of_steps("chosen", false, &|s| s.means.rewards_chosen),
-                    of_steps("rejected", true, &|s| s.means.rewards_rejected),
-                ],
-            ),
-            ("gradient", "Norm of the gradient", vec![of_steps("trained on", false, &|s| s.grad_norm)]),
-        ];
-        let each = match n_per_point {
+        let point = match curves.steps_per_point {
             1 => "a step".to_owned(),
             n => format!("the mean of {n} steps"),
-        };
-        let settings = serde_json::to_value(&self.settings).expect("settings are plain data");
-        let settings: Vec<(String, String)> = match &settings {
-            serde_json::Value::Object(map) => {
-                map.iter().map(|(name, value)| (name.clone(), value.to_string())).collect()
-            }
-            _ => Vec::new(),
         };
         let body = html! {
             h1 { "Training of " (self.model) }
@@ -252,11 +182,11 @@ impl TrainingReport {
             }
             (page::warnings(&self.warnings(records)))
             p.soft {
-                "Dots and full lines are the pairs that were trained on, each point " (each) "; squares and dashed lines the"
-                " held-out pairs. The upright line is the step that was kept."
+                "Dots and solid lines show the training pairs; each point is " (point) ". Squares and dashed lines show the"
+                " held-out pairs. The vertical line marks the step that was kept."
             }
             div.plots {
-                @for (id, title, series) in &plots {
+                @for (id, title, series) in &curves.plots() {
                     figure {
                         figcaption { (title) }
                         (line_plot(id, title, "step", series, marked, &number))
@@ -264,7 +194,21 @@ impl TrainingReport {
                 }
             }
             h2 { "Numbers" }
-            div.scroll tabindex="0" role="region" aria-label="Numbers" { pre { (self.numbers(records)) } }
+            div.scroll tabindex="0" role="region" aria-label="Numbers" { pre { (self.summary(records)) } }
+            (self.settings_table())
+        };
+        page::page("Training", &body)
+    }
+
+    fn settings_table(&self) -> Markup {
+        let settings = serde_json::to_value(&self.settings).expect("settings are plain data");
+        let settings: Vec<(String, String)> = match &settings {
+            serde_json::Value::Object(map) => {
+                map.iter().map(|(name, value)| (name.clone(), value.to_string())).collect()
+            }
+            _ => Vec::new(),
+        };
+        html! {
             details {
                 summary { "Settings" }
                 div.scroll tabindex="0" role="region" aria-label="Settings" {
@@ -276,24 +220,97 @@ impl TrainingReport {
                     }
                 }
             }
+        }
+    }
+}
+
+/// The steps and evaluations of a run, as curves.
+struct Curves {
+    steps: Vec<StepRecord>,
+    evaluations: Vec<EvaluationRecord>,
+    /// Steps averaged into one point.
+    steps_per_point: usize,
+}
+
+impl Curves {
+    fn of(records: &[Record]) -> Curves {
+        let steps: Vec<StepRecord> = records
+            .iter()
+            .filter_map(|record| match record {
+                Record::Step(step) => Some(*step),
+                Record::Evaluation(_) | Record::Placement(_) => None,
+            })
+            .collect();
+        let steps_per_point = steps.len().div_ceil(MAX_POINTS).max(1);
+        Curves { steps, evaluations: evaluations(records), steps_per_point }
+    }
+
+    /// Each plot's id, title and series.
+    fn plots(&self) -> [(&'static str, &'static str, Vec<Series>); 5] {
+        [
+            (
+                "loss",
+                "Loss",
+                vec![
+                    self.of_steps("training", false, |s| s.means.loss),
+                    self.of_evaluations("held out", |e| e.eval_loss),
+                ],
+            ),
+            (
+                "margin",
+                "Margin: chosen minus rejected reward",
+                vec![
+                    self.of_steps("training", false, |s| s.means.rewards_margins),
+                    self.of_evaluations("held out", |e| e.rewards_margins),
+                ],
+            ),
+            (
+                "accuracy",
+                "Reward accuracy: fraction of pairs with a margin above 0",
+                vec![
+                    self.of_steps("training", false, |s| s.means.rewards_accuracies),
+                    self.of_evaluations("held out", |e| e.rewards_accuracies),
+                ],
+            ),
+            (
+                "rewards",
+                "Rewards of chosen (dots) and rejected (squares) answers",
+                vec![
+                    self.of_steps("chosen", false, |s| s.means.rewards_chosen),
+                    self.of_steps("rejected", true, |s| s.means.rewards_rejected),
+                ],
+            ),
+            ("gradient", "Gradient norm", vec![self.of_steps("training", false, |s| s.grad_norm)]),
+        ]
+    }
+
+    fn of_steps(&self, name: &str, is_reference: bool, value: fn(&StepRecord) -> f64) -> Series {
+        let point = |part: &[StepRecord]| {
+            let mean = part.iter().map(value).sum::<f64>() / part.len() as f64;
+            (part[part.len() - 1].step as f64, mean, None, None)
         };
-        page::page("Training", &body)
+        let points = self.steps.chunks(self.steps_per_point).map(point).collect();
+        Series { name: name.to_owned(), is_reference, points }
+    }
+
+    fn of_evaluations(&self, name: &str, value: fn(&EvaluationRecord) -> f64) -> Series {
+        let points = self.evaluations.iter().map(|e| (e.step as f64, value(e), None, None)).collect();
+        Series { name: name.to_owned(), is_reference: true, points }
     }
 }
 
 fn evaluations(records: &[Record]) -> Vec<EvaluationRecord> {
-    let looks = records.iter().filter_map(|record| match record {
+    let evaluations = records.iter().filter_map(|record| match record {
         Record::Evaluation(evaluation) => Some(*evaluation),
         Record::Step(_) | Record::Placement(_) => None,
     });
-    looks.collect()
+    evaluations.collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::check::difference::Difference;
-    use crate::train::run::metrics::PlacementRecord;
 
     fn report() -> TrainingReport {
         let difference =
@@ -322,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_ran_out_is_told_with_what_the_run_went_on() {
+    fn a_warning_names_the_last_placement_after_memory_ran_out() {
         let chosen = |step, max_rows, out_of_memory| {
             Record::Placement(PlacementRecord {
                 step,
@@ -336,14 +353,15 @@ mod tests {
         let mut report = report();
         assert_eq!(report.warnings(&[chosen(0, 4096, false)]), []);
         let records = [chosen(0, 4096, false), chosen(7, 512, true), chosen(9, 256, true)];
-        let expected = |memory: &str, cure: &str| {
-            let message = format!("{memory} ran out after step 9: it went on with 256 tokens at once");
-            [Warning::new(message, cure)]
+        let expected = |memory: &str, advice: &str| {
+            let message =
+                format!("{memory} ran out after step 9: the run continued with 256 tokens per pass");
+            [Warning::new(message, advice)]
         };
-        let of_cpu = expected("memory", "free memory, or begin with --checkpointing on");
+        let of_cpu = expected("memory", "free memory, or start with --checkpointing on");
         assert_eq!(report.warnings(&records), of_cpu);
         report.settings.device = DeviceName::Cuda(0);
-        let cure = "free the card's memory, or begin with a smaller --ubatch-size";
-        assert_eq!(report.warnings(&records), expected("the GPU's memory", cure));
+        let advice = "free GPU memory, or start with a smaller --ubatch-size";
+        assert_eq!(report.warnings(&records), expected("GPU memory", advice));
     }
 }

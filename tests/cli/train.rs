@@ -1,4 +1,4 @@
-//! `train`: what it leaves, what it says, and what it refuses.
+//! `train`: the files it writes, the messages it prints, and the inputs it rejects.
 
 use std::path::Path;
 use std::process::{Command as Process, Stdio};
@@ -8,7 +8,7 @@ use assert_cmd::Command;
 
 use super::{contents, detox, failure, rows, tiny};
 
-/// Six steps on the program's own pairs.
+/// A command that trains for six steps on the built-in pairs.
 fn small_train(output: &Path) -> Command {
     let mut command = detox();
     command.args(["train", "--rank", "4", "--max-steps", "6", "--eval-every", "3", "-t", "2", "-s", "5"]);
@@ -33,7 +33,7 @@ fn train(model: &str, output: &Path) -> Command {
 }
 
 #[test]
-fn a_run_leaves_its_result_its_numbers_and_a_report_with_its_curves() {
+fn a_run_writes_its_result_its_metrics_and_a_report_with_curves() {
     let folder = tempfile::tempdir().unwrap();
     for (method, result) in [("lora", "adapter.gguf"), ("vector", "steer.gguf"), ("full", "model.gguf")] {
         let run = folder.path().join(method);
@@ -60,12 +60,12 @@ fn a_run_leaves_its_result_its_numbers_and_a_report_with_its_curves() {
             .filter(|row| row["loss"].is_f64())
             .map(|row| row["step"].as_u64().unwrap())
             .collect();
-        let looks: Vec<u64> = metrics
+        let evaluations: Vec<u64> = metrics
             .iter()
             .filter(|row| row["eval_loss"].is_f64())
             .map(|row| row["step"].as_u64().unwrap())
             .collect();
-        assert_eq!((steps, looks), (vec![1, 2, 3, 4, 5, 6], vec![3, 6]));
+        assert_eq!((steps, evaluations), (vec![1, 2, 3, 4, 5, 6], vec![3, 6]));
         for name in [
             "rewards/chosen",
             "rewards/rejected",
@@ -83,10 +83,10 @@ fn a_run_leaves_its_result_its_numbers_and_a_report_with_its_curves() {
         let html = std::fs::read_to_string(run.join("report.html")).unwrap();
         for title in [
             "Loss",
-            "Margin: chosen less rejected reward",
-            "Share of pairs with a margin above 0",
+            "Margin: chosen minus rejected reward",
+            "Reward accuracy: fraction of pairs with a margin above 0",
             "Rewards of chosen",
-            "Norm of the gradient",
+            "Gradient norm",
         ] {
             assert!(html.contains(&format!("<figcaption>{title}")), "no plot of {title}");
         }
@@ -103,14 +103,14 @@ fn a_run_leaves_its_result_its_numbers_and_a_report_with_its_curves() {
         assert!(report["agreement"]["difference"]["mean_kl"].as_f64().unwrap() < 1e-6);
 
         assert!(stdout.contains("in llama.cpp       mean KL ") && stdout.contains("best step "), "{stdout}");
-        assert!(stdout.contains("chosen by 8 held-out pairs alone"), "{stdout}");
+        assert!(stdout.contains("chosen on only 8 held-out pairs"), "{stdout}");
         assert!(stderr.contains("step     3  held out: loss 0."), "{stderr}");
         assert!(stderr.contains(result) && stderr.contains("report.html"), "{stderr}");
     }
 }
 
 #[test]
-fn a_result_can_be_evaluated_by_the_flags_that_the_run_names() {
+fn a_result_loads_with_the_flag_that_the_run_names() {
     let folder = tempfile::tempdir().unwrap();
     for (method, flag, result) in
         [("lora", "--lora", "adapter.gguf"), ("vector", "--control-vector", "steer.gguf")]
@@ -125,7 +125,7 @@ fn a_result_can_be_evaluated_by_the_flags_that_the_run_names() {
 }
 
 #[test]
-fn the_same_command_gives_the_same_adapter_and_finds_itself_finished() {
+fn the_same_command_writes_the_same_adapter_and_does_not_repeat_a_finished_run() {
     let folder = tempfile::tempdir().unwrap();
     let (first, second) = (folder.path().join("first"), folder.path().join("second"));
     let adapter = |run: &Path| std::fs::read(run.join("adapter.gguf")).unwrap();
@@ -135,10 +135,10 @@ fn the_same_command_gives_the_same_adapter_and_finds_itself_finished() {
     let metrics = std::fs::read(second.join("metrics.jsonl")).unwrap();
     small_train(&second).assert().success();
     assert!(adapter(&first) == adapter(&second));
-    assert!(std::fs::read(second.join("metrics.jsonl")).unwrap() == metrics, "no step was made again");
+    assert!(std::fs::read(second.join("metrics.jsonl")).unwrap() == metrics, "a finished step was repeated");
 }
 
-/// The start of the message after "error: ", and arguments.
+/// The start of the message after "error: ", and the arguments that cause it.
 const BAD_SETTINGS: [(&str, &[&str]); 28] = [
     ("--rank: expected a number from 1 up, found 0", &["--rank", "0"]),
     ("--alpha: expected a positive number, found 0", &["--alpha", "0"]),
@@ -183,21 +183,21 @@ const BAD_SETTINGS: [(&str, &[&str]); 28] = [
 ];
 
 #[test]
-fn rejects_settings_out_of_range_before_there_is_a_folder() {
+fn rejects_settings_out_of_range_before_creating_the_folder() {
     for (start, arguments) in BAD_SETTINGS {
         let folder = tempfile::tempdir().unwrap();
         let run = folder.path().join("run");
         let mut command = detox();
         command.args(["train", "-m"]).arg(tiny("llama.gguf")).arg("-o").arg(&run).args(arguments);
-        let (code, said) = failure(&mut command);
-        assert_eq!(code, 2, "{said}");
-        assert!(said.starts_with(&format!("error: {start}")), "{arguments:?}: {said}");
+        let (code, stderr) = failure(&mut command);
+        assert_eq!(code, 2, "{stderr}");
+        assert!(stderr.starts_with(&format!("error: {start}")), "{arguments:?}: {stderr}");
         assert!(!run.exists(), "{arguments:?}");
     }
 }
 
 #[test]
-fn rejects_words_that_there_are_not() {
+fn rejects_unknown_values_and_lists_the_valid_ones() {
     let folder = tempfile::tempdir().unwrap();
     for (arguments, words) in [
         (["--method", "magic"], "lora, vector, full"),
@@ -208,14 +208,14 @@ fn rejects_words_that_there_are_not() {
         (["--device", "gpu"], "expected cpu, cuda or cuda:N, found \"gpu\""),
         (["--frozen", "magic"], "bf16, quantised, auto"),
     ] {
-        let (code, said) = failure(train("llama.gguf", &folder.path().join("run")).args(arguments));
-        assert_eq!(code, 2, "{said}");
-        assert!(said.contains(arguments[0]) && said.contains(words), "{said}");
+        let (code, stderr) = failure(train("llama.gguf", &folder.path().join("run")).args(arguments));
+        assert_eq!(code, 2, "{stderr}");
+        assert!(stderr.contains(arguments[0]) && stderr.contains(words), "{stderr}");
     }
 }
 
 #[test]
-fn rejects_a_gpu_in_a_build_for_the_cpu_and_weights_that_only_a_gpu_has() {
+fn rejects_gpu_options_in_a_cpu_build_or_on_the_cpu() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     for (arguments, start, cure) in [
@@ -233,15 +233,15 @@ fn rejects_a_gpu_in_a_build_for_the_cpu_and_weights_that_only_a_gpu_has() {
         if cfg!(any(feature = "cuda", feature = "cuda-emulation")) && arguments[0] == "--device" {
             continue;
         }
-        let (code, said) = failure(train("llama.gguf", &run).args(arguments));
-        assert_eq!(code, 2, "{said}");
-        assert!(said.starts_with(start) && said.contains(cure), "{said}");
+        let (code, stderr) = failure(train("llama.gguf", &run).args(arguments));
+        assert_eq!(code, 2, "{stderr}");
+        assert!(stderr.starts_with(start) && stderr.contains(cure), "{stderr}");
         assert!(!run.exists());
     }
 }
 
 #[test]
-fn rejects_models_that_cannot_be_trained_so_before_there_is_a_folder() {
+fn rejects_models_that_cannot_be_trained_before_creating_the_folder() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     for (model, arguments, code, words) in [
@@ -255,7 +255,7 @@ fn rejects_models_that_cannot_be_trained_so_before_there_is_a_folder() {
             "gemma3.gguf",
             &["--targets", "q,embed"][..],
             2,
-            "--targets: embed: this model uses its token embeddings",
+            "--targets: embed: this model shares its token embeddings",
         ),
         ("gpt2.gguf", &["--targets", "gate"][..], 2, "--targets: this model has none of these matrices"),
         ("gpt2.gguf", &["--max-length", "1000", "--pairs", "long.jsonl"][..], 2, "--max-length: "),
@@ -269,15 +269,15 @@ fn rejects_models_that_cannot_be_trained_so_before_there_is_a_folder() {
             " goes".repeat(300)
         );
         std::fs::write(folder.path().join("long.jsonl"), long).unwrap();
-        let (found, said) = failure(command.current_dir(folder.path()).args(arguments));
-        assert_eq!(found, code, "{model}: {said}");
-        assert!(said.starts_with("error: ") && said.contains(words), "{model}: {said}");
+        let (found, stderr) = failure(command.current_dir(folder.path()).args(arguments));
+        assert_eq!(found, code, "{model}: {stderr}");
+        assert!(stderr.starts_with("error: ") && stderr.contains(words), "{model}: {stderr}");
         assert!(!run.exists(), "{model} {arguments:?}");
     }
 }
 
 #[test]
-fn rejects_pairs_by_their_file_and_line() {
+fn rejects_malformed_pairs_by_file_and_line() {
     let folder = tempfile::tempdir().unwrap();
     let (pairs, run) = (folder.path().join("pairs.jsonl"), folder.path().join("run"));
     let missing = failure(train("llama.gguf", &run).arg("--pairs").arg(&pairs));
@@ -294,14 +294,14 @@ fn rejects_pairs_by_their_file_and_line() {
         (String::new(), "pairs.jsonl: expected preference pairs, found an empty file"),
     ] {
         std::fs::write(&pairs, content).unwrap();
-        let (code, said) = failure(train("llama.gguf", &run).arg("--pairs").arg(&pairs));
-        assert_eq!(code, 1, "{said}");
-        assert!(said.contains(words) && said.contains("\nhint: "), "{said}");
+        let (code, stderr) = failure(train("llama.gguf", &run).arg("--pairs").arg(&pairs));
+        assert_eq!(code, 1, "{stderr}");
+        assert!(stderr.contains(words) && stderr.contains("\nhint: "), "{stderr}");
         assert!(!run.exists());
     }
 }
 
-/// Two that can be trained on within 16 tokens, and one for each reason not to.
+/// Two valid pairs within 16 tokens, and one pair for each reason to skip it.
 const PAIRS: &str = r#"{"prompt": "It is", "chosen": " sunny", "rejected": " raining"}
 {"prompt": "It is", "chosen": "", "rejected": " raining"}
 {"prompt": "It is", "chosen": " raining", "rejected": " raining"}
@@ -310,20 +310,20 @@ const PAIRS: &str = r#"{"prompt": "It is", "chosen": " sunny", "rejected": " rai
 "#;
 
 #[test]
-fn pairs_that_cannot_be_trained_on_are_counted_by_their_reasons() {
+fn skipped_pairs_are_counted_by_reason() {
     let folder = tempfile::tempdir().unwrap();
     let (pairs, run) = (folder.path().join("pairs.jsonl"), folder.path().join("run"));
     let limits = ["--max-length", "16", "--max-prompt", "16", "--max-steps", "1", "--pairs"];
     std::fs::write(&pairs, PAIRS).unwrap();
     let output = train("llama.gguf", &run).args(limits).arg(&pairs).assert().success().get_output().clone();
-    let said = String::from_utf8(output.stdout).unwrap();
+    let stderr = String::from_utf8(output.stdout).unwrap();
     for words in [
-        "1 trained on, 1 held out, pairs.jsonl",
-        "1 left out: an empty answer",
-        "1 left out: all prompt after it was cut",
-        "1 left out: chosen equal to rejected",
+        "1 for training, 1 held out, pairs.jsonl",
+        "1 skipped: an empty answer",
+        "1 skipped: all prompt after it was cut",
+        "1 skipped: chosen equal to rejected",
     ] {
-        assert!(said.contains(words), "{words}: {said}");
+        assert!(stderr.contains(words), "{words}: {stderr}");
     }
     let report: serde_json::Value =
         serde_json::from_str(&std::fs::read_to_string(run.join("report.json")).unwrap()).unwrap();
@@ -332,16 +332,16 @@ fn pairs_that_cannot_be_trained_on_are_counted_by_their_reasons() {
     let none: String = PAIRS.lines().skip(1).take(3).map(|line| format!("{line}\n")).collect();
     std::fs::write(&pairs, none).unwrap();
     let other = folder.path().join("other");
-    let (code, said) = failure(train("llama.gguf", &other).args(limits).arg(&pairs));
-    assert_eq!(code, 1, "{said}");
+    let (code, stderr) = failure(train("llama.gguf", &other).args(limits).arg(&pairs));
+    assert_eq!(code, 1, "{stderr}");
     let words = "pairs.jsonl: none of its 3 pairs can be used: 1 an empty answer, 1 all prompt after it was \
                  cut, 1 chosen equal to rejected\nhint: raise --max-length";
-    assert!(said.contains(words), "{said}");
+    assert!(stderr.contains(words), "{stderr}");
     assert!(!other.exists());
 }
 
 #[test]
-fn rejects_a_folder_that_holds_another_run_and_names_the_difference() {
+fn rejects_a_folder_with_another_run_and_names_the_difference() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     small_train(&run).assert().success();
@@ -353,7 +353,7 @@ fn rejects_a_folder_that_holds_another_run_and_names_the_difference() {
         (["-s", "6"], "seed is 5 there, and 6 now"),
         (["--method", "vector"], "method is \"lora\" there, and \"vector\" now"),
     ] {
-        // The last of a flag given twice is refused by the parser, so the command is made anew.
+        // The parser rejects a flag that is given twice, so build the command from scratch.
         let mut command = detox();
         command.args(["train", "--max-steps", "6", "--eval-every", "3", "-t", "2", "--warmup-steps", "2"]);
         command.args(["--learning-rate", "1e-3", "--max-length", "64", "--max-prompt", "32"]);
@@ -363,36 +363,39 @@ fn rejects_a_folder_that_holds_another_run_and_names_the_difference() {
             }
         }
         command.args(arguments).arg("-m").arg(tiny("llama.gguf")).arg("-o").arg(&run);
-        let (code, said) = failure(&mut command);
-        assert_eq!(code, 1, "{said}");
-        assert!(said.contains("holds another run: ") && said.contains(words), "{said}");
-        assert!(said.contains("hint: choose a new folder"), "{said}");
+        let (code, stderr) = failure(&mut command);
+        assert_eq!(code, 1, "{stderr}");
+        assert!(stderr.contains("holds another run: ") && stderr.contains(words), "{stderr}");
+        assert!(stderr.contains("hint: choose a new folder"), "{stderr}");
     }
     let pairs = folder.path().join("pairs.jsonl");
     std::fs::write(&pairs, PAIRS).unwrap();
-    let (_, said) = failure(small_train(&run).arg("--pairs").arg(&pairs));
-    assert!(said.contains("pairs is \"the program's own pairs\" there, and \"pairs.jsonl\" now"), "{said}");
+    let (_, stderr) = failure(small_train(&run).arg("--pairs").arg(&pairs));
+    assert!(
+        stderr.contains("pairs is \"the program's own pairs\" there, and \"pairs.jsonl\" now"),
+        "{stderr}"
+    );
     assert_eq!(contents(&run), before);
 }
 
 #[test]
-fn a_learning_rate_that_ends_in_no_numbers_is_an_error_with_a_cure_that_works() {
+fn a_diverging_run_fails_with_a_hint_that_works() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
-    let (code, said) =
+    let (code, stderr) =
         failure(train("llama.gguf", &run).args(["--learning-rate", "1e30", "--warmup-steps", "0"]));
-    assert_eq!(code, 1, "{said}");
+    assert_eq!(code, 1, "{stderr}");
     assert!(
-        said.contains("error: training cannot go on: ") && said.contains("hint: lower --learning-rate"),
-        "{said}"
+        stderr.contains("error: training cannot go on: ") && stderr.contains("hint: lower --learning-rate"),
+        "{stderr}"
     );
     assert!(!run.join("adapter.gguf").exists() && !run.join("report.html").exists());
-    // A lower rate is another run: in this folder it would be refused, and the hint must say so.
-    let hint = said.lines().find(|line| line.starts_with("hint: ")).unwrap();
+    // Another learning rate is another run, which this folder would reject. The hint must say so.
+    let hint = stderr.lines().find(|line| line.starts_with("hint: ")).unwrap();
     assert!(hint.contains("-o") && !hint.contains("same command"), "{hint}");
 }
 
-/// Sixty steps, as a process of its own.
+/// A command that trains for sixty steps, to be run as a process.
 fn long_train(output: &Path, method: &str) -> Process {
     let mut command = Process::new(assert_cmd::cargo::cargo_bin("detox-gguf"));
     command.args([
@@ -423,7 +426,7 @@ fn long_train(output: &Path, method: &str) -> Process {
     command
 }
 
-/// Lines of the metrics without times.
+/// The lines of `metrics.jsonl`, without times.
 fn metrics(run: &Path) -> Vec<serde_json::Value> {
     let mut rows = rows(&run.join("metrics.jsonl"));
     rows.iter_mut().for_each(|row| drop(row.as_object_mut().unwrap().remove("step_seconds")));
@@ -435,7 +438,7 @@ fn assert_same(whole: &Path, other: &Path, result: &str) {
     assert!(std::fs::read(whole.join(result)).unwrap() == std::fs::read(other.join(result)).unwrap());
 }
 
-/// Waits until a run has written more than `n_bytes` of metrics, or has ended.
+/// Waits until a run has written more than `n_bytes` of metrics or has exited.
 fn wait_for_metrics(run: &Path, n_bytes: u64, child: &mut std::process::Child) {
     let started = Instant::now();
     while std::fs::metadata(run.join("metrics.jsonl")).map_or(0, |m| m.len()) <= n_bytes {
@@ -448,7 +451,7 @@ fn wait_for_metrics(run: &Path, n_bytes: u64, child: &mut std::process::Child) {
 }
 
 #[test]
-fn a_killed_run_of_training_goes_on_without_a_trace() {
+fn a_killed_run_resumes_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
     assert!(long_train(&whole, "lora").status().unwrap().success());
@@ -470,7 +473,7 @@ fn a_killed_run_of_training_goes_on_without_a_trace() {
 
 #[cfg(unix)]
 #[test]
-fn ctrl_c_ends_a_step_saves_and_says_how_to_go_on() {
+fn ctrl_c_finishes_the_step_saves_and_says_how_to_resume() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, stopped) = (folder.path().join("whole"), folder.path().join("stopped"));
     assert!(long_train(&whole, "lora").status().unwrap().success());
@@ -478,12 +481,12 @@ fn ctrl_c_ends_a_step_saves_and_says_how_to_go_on() {
     wait_for_metrics(&stopped, 100, &mut child);
     assert!(Process::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
     let output = child.wait_with_output().unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(130), "{said}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
     let steps = metrics(&stopped).iter().filter(|row| row["loss"].is_f64()).count();
     assert!(
-        said.contains(&format!("saved after step {steps}:")) && said.contains("the same command"),
-        "{said}"
+        stderr.contains(&format!("saved after step {steps};")) && stderr.contains("the same command"),
+        "{stderr}"
     );
     assert!(stopped.join("checkpoint.gguf").exists() && !stopped.join("adapter.gguf").exists());
     assert!(long_train(&stopped, "lora").status().unwrap().success());
@@ -492,13 +495,13 @@ fn ctrl_c_ends_a_step_saves_and_says_how_to_go_on() {
 
 #[cfg(unix)]
 #[test]
-fn a_run_of_training_that_could_not_write_goes_on_once_it_can() {
+fn a_run_that_failed_to_write_resumes() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, stopped) = (folder.path().join("whole"), folder.path().join("stopped"));
     assert!(long_train(&whole, "vector").status().unwrap().success());
     let train = long_train(&stopped, "vector");
-    // No file over 12 KiB: a line of the metrics or of the references fails in the middle of a run, as on a
-    // full disk, and the checkpoints of two directions are smaller.
+    // With a limit of 12 KiB per file, appending to the metrics or references fails in the middle of a run, as on a full
+    // disk. The checkpoints of two directions are smaller than that.
     let output = Process::new("bash")
         .args(["-c", "trap '' XFSZ; ulimit -f 12; exec \"$0\" \"$@\""])
         .arg(train.get_program())
@@ -506,8 +509,8 @@ fn a_run_of_training_that_could_not_write_goes_on_once_it_can() {
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("cannot write") && said.contains(".jsonl"), "{said}");
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("cannot write") && stderr.contains(".jsonl"), "{stderr}");
     assert!(stopped.join("checkpoint.gguf").exists() && !stopped.join("steer.gguf").exists());
     assert!(long_train(&stopped, "vector").status().unwrap().success());
     assert_same(&whole, &stopped, "steer.gguf");

@@ -1,4 +1,4 @@
-//! Hidden states, log-probabilities, losses and gradients are those of PyTorch in float64.
+//! Hidden states, log-probs, losses and gradients match PyTorch in float64.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -23,9 +23,9 @@ use serde::Deserialize;
 
 const F32: [&str; 7] = ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];
 
-/// Log-probabilities are sums of up to forty terms around 6; PyTorch's own f32 is 3e-5 from its f64.
+/// Tolerance of log-probs, which are sums of up to forty terms around 6. PyTorch's f32 is within 3e-5 of its f64.
 const LOGPS: f64 = 1e-4;
-/// Of a gradient's largest number; PyTorch's own f32 is up to 3e-6 from its f64.
+/// Tolerance of gradients, relative to the largest value. PyTorch's f32 is within 3e-6 of its f64.
 const GRADIENTS: f64 = 2e-5;
 
 #[derive(Deserialize)]
@@ -127,7 +127,7 @@ fn trainer(name: &str, method: &Method, options: StepOptions) -> Trainer<Cpu> {
     Trainer::load(Cpu::new(2, Products::Exact).unwrap(), &file, method, 1, options).unwrap()
 }
 
-/// Overwrites every parameter by the golden tensor of its name after `prefix`.
+/// Overwrites every parameter with the golden tensor named `prefix` plus the parameter's name.
 fn set(trainer: &mut Trainer<Cpu>, tensors: &GgufFile, prefix: &str) {
     for i in 0..trainer.parameters.list().len() {
         let name = format!("{prefix}{}", trainer.parameters.list()[i].name);
@@ -139,12 +139,12 @@ fn assert_near(found: f64, expected: f64, tolerance: f64, what: &str) {
     assert!((found - expected).abs() <= tolerance, "{what}: expected {expected}, found {found}");
 }
 
-/// Every number, within `tolerance` of the largest.
+/// Asserts that every value is within `tolerance` times the largest expected value.
 fn assert_close(found: &[f32], expected: &[f32], tolerance: f64, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     let largest = expected.iter().fold(0.0f64, |most, &x| most.max(f64::from(x.abs())));
     let worst = found.iter().zip(expected).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max);
-    assert!(worst <= tolerance * largest, "{what}: {worst} apart, the largest number being {largest}");
+    assert!(worst <= tolerance * largest, "{what}: {worst} apart; the largest value is {largest}");
 }
 
 fn assert_logps(found: &[AnswerLogps], chosen: &[f64], rejected: &[f64], tolerance: f64, what: &str) {
@@ -155,7 +155,7 @@ fn assert_logps(found: &[AnswerLogps], chosen: &[f64], rejected: &[f64], toleran
     }
 }
 
-/// Log-probabilities, loss, and each parameter's gradient.
+/// Checks log-probs, loss, and each parameter's gradient.
 fn check_section(
     trainer: &mut Trainer<Cpu>,
     section: &Section,
@@ -185,7 +185,7 @@ fn check_section(
 }
 
 #[test]
-fn hidden_states_and_logits_are_those_of_pytorch() {
+fn hidden_states_and_logits_match_pytorch() {
     for name in F32 {
         let (golden, tensors) = golden(name);
         let trainer = trainer(name, &lora(&golden, false), options(sigmoid(golden.beta)));
@@ -197,7 +197,7 @@ fn hidden_states_and_logits_are_those_of_pytorch() {
         let pass = trainer.pass(Side::Reference);
         let streams = trainer.transformer.residual_stream(&pass, &batch).unwrap();
         let logits = trainer.transformer.logits(&pass, &batch).unwrap();
-        // Rows are the prompt's, then each answer's but its last.
+        // Rows: the prompt, then each answer without its last token.
         let (n_prompt, n_chosen) = (pair.prompt.len(), pair.chosen.len() - 1);
         for (side, first, n) in
             [("chosen", n_prompt, n_chosen), ("rejected", n_prompt + n_chosen, pair.rejected.len() - 1)]
@@ -221,7 +221,7 @@ fn hidden_states_and_logits_are_those_of_pytorch() {
 }
 
 #[test]
-fn gradients_of_low_rank_changes_are_those_of_autograd() {
+fn lora_gradients_match_autograd() {
     for name in F32.into_iter().chain(["llama-q8_0"]) {
         let (golden, tensors) = golden(name);
         let mut trainer = trainer(name, &lora(&golden, false), options(sigmoid(golden.beta)));
@@ -237,7 +237,7 @@ fn gradients_of_low_rank_changes_are_those_of_autograd() {
 }
 
 #[test]
-fn gradients_of_changed_embeddings_and_output_are_those_of_autograd() {
+fn lora_gradients_of_embeddings_and_output_match_autograd() {
     let (golden, tensors) = golden("llama");
     let mut trainer = trainer("llama", &lora(&golden, true), options(sigmoid(golden.beta)));
     set(&mut trainer, &tensors, "");
@@ -246,7 +246,7 @@ fn gradients_of_changed_embeddings_and_output_are_those_of_autograd() {
 }
 
 #[test]
-fn gradients_of_every_weight_are_those_of_autograd() {
+fn full_gradients_match_autograd() {
     for name in F32 {
         let (golden, tensors) = golden(name);
         let mut trainer = trainer(name, &Method::Full, options(sigmoid(golden.beta)));
@@ -258,7 +258,7 @@ fn gradients_of_every_weight_are_those_of_autograd() {
 }
 
 #[test]
-fn gradients_of_directions_are_those_of_autograd() {
+fn direction_gradients_match_autograd() {
     for name in F32 {
         let (golden, tensors) = golden(name);
         let mut trainer = trainer(name, &Method::Vector, options(sigmoid(golden.beta)));
@@ -280,7 +280,7 @@ fn gradients_of_directions_are_those_of_autograd() {
 }
 
 #[test]
-fn passes_of_few_rows_and_checkpoints_give_the_same_gradients() {
+fn small_passes_and_gradient_checkpointing_give_the_same_gradients() {
     let (golden, tensors) = golden("gemma3");
     let pairs = token_pairs(&golden.pairs);
     for (max_rows, checkpointing) in [(1, false), (80, false), (4096, true), (1, true)] {
@@ -292,7 +292,7 @@ fn passes_of_few_rows_and_checkpoints_give_the_same_gradients() {
 }
 
 #[test]
-fn losses_are_those_of_trl() {
+fn losses_match_trl() {
     let (golden, _) = golden("llama");
     let section = &golden.lora;
     let kinds = [
@@ -316,7 +316,7 @@ fn losses_are_those_of_trl() {
                 },
             );
             assert_near(loss.loss, section.losses[name][i], 1e-8 * section.losses[name][i].max(1.0), name);
-            // Slopes are of the mean over the pairs, with respect to the chosen answer.
+            // Slopes: derivatives of the mean over the pairs with respect to the chosen log-prob.
             let slope = loss.dchosen / golden.pairs.len() as f64;
             assert_near(slope, section.slopes[name][i], 1e-9, &format!("{name}, slope {i}"));
         }
@@ -324,12 +324,12 @@ fn losses_are_those_of_trl() {
 }
 
 #[test]
-fn ten_steps_follow_those_of_trl() {
-    let mut n_followed = 0;
+fn ten_steps_match_trl() {
+    let mut n_compared = 0;
     for name in F32 {
         let (golden, tensors) = golden(name);
         let Some(trl) = &golden.trl else { continue };
-        n_followed += 1;
+        n_compared += 1;
         let mut trainer = trainer(name, &lora(&golden, false), options(sigmoid(golden.beta)));
         for i in 0..trainer.parameters.list().len() {
             let of = trainer.parameters.list()[i].name.clone();
@@ -353,7 +353,7 @@ fn ten_steps_follow_those_of_trl() {
             let loss = losses.iter().map(|(_, loss)| loss.loss).sum::<f64>() / n;
             let margin = losses.iter().map(|(_, loss)| loss.margin()).sum::<f64>() / n;
             if i == 0 {
-                // B is zero: the policy is the reference, to the bit.
+                // LoRA B is 0, so the policy equals the reference bit for bit.
                 assert_eq!(loss, std::f64::consts::LN_2, "{what}");
                 assert_eq!(margin, 0.0, "{what}");
             }
@@ -369,11 +369,11 @@ fn ten_steps_follow_those_of_trl() {
             let expected = numbers(&tensors, &format!("trl_final/{}", parameter.name));
             let what = format!("{name}, {} after ten steps", parameter.name);
             assert_eq!(value.len(), expected.len());
-            // RMSprop divides by the root of a mean square: where a gradient is all but zero, rounding alone
-            // decides the step. So the mean distance is held, not the largest.
+            // RMSprop divides by the root of a mean square. If a gradient is almost 0, rounding alone decides the step, so
+            // this bounds the mean distance and not the largest.
             let distance = value.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>();
             assert!(distance / expected.len() as f64 <= 1e-5, "{what}: {}", distance / expected.len() as f64);
         }
     }
-    assert!(n_followed >= 3);
+    assert!(n_compared >= 3);
 }

@@ -1,5 +1,5 @@
-//! The trainer against goldens that `scripts/make_train_goldens.py` made with PyTorch and TRL, against itself, and
-//! against llama.cpp.
+//! Tests the trainer against PyTorch and TRL goldens (`scripts/make_train_goldens.py`), against itself, and against
+//! llama.cpp.
 
 mod golden;
 #[path = "../own_pairs/mod.rs"]
@@ -24,7 +24,7 @@ use detox_gguf::train::run::{Outcome, RunFiles, run};
 
 use own_pairs::{Silent, own_pairs, tiny};
 
-/// Of a run of some dozen steps, large enough to be seen.
+/// Settings of a run of about a dozen steps with a visible effect.
 fn small_settings() -> Settings {
     Settings {
         rank: 4,
@@ -48,14 +48,14 @@ fn load(base: &GgufFile, settings: &Settings) -> Result<Trainer<Cpu>> {
     Trainer::load(device, base, &settings.method(), settings.seed, settings.step_options())
 }
 
-/// What a run that ended leaves in memory.
+/// A finished run.
 struct Trained {
     trainer: Trainer<Cpu>,
     outcome: Outcome,
     records: Vec<Record>,
 }
 
-/// Trains in `folder`, or goes on there, and writes the result as `train` does.
+/// Trains or resumes in `folder`, and writes the result as `train` does.
 fn train(
     name: &str,
     settings: &Settings,
@@ -74,12 +74,12 @@ fn train(
     Ok(Trained { trainer, outcome, records })
 }
 
-/// As [`train`], undisturbed.
+/// As [`train`], without interruption.
 fn train_whole(name: &str, settings: &Settings, pairs: &[TokenPair], folder: &Path) -> Trained {
     train(name, settings, pairs, folder, &AtomicBool::new(false), &mut Silent).unwrap()
 }
 
-/// A copy of a model in which `change` was done to the bytes of one tensor.
+/// A copy of a model with `change` applied to the bytes of one tensor.
 fn changed(base: &GgufFile, tensor: &str, path: &Path, change: impl Fn(&mut [u8])) -> GgufFile {
     let spec = |t: &detox_gguf::gguf::TensorInfo| TensorSpec {
         name: t.name().to_owned(),

@@ -1,4 +1,4 @@
-//! What cannot be trained is refused by name.
+//! Rejects models, weights and settings that cannot be trained, by name.
 
 use detox_gguf::error::Error;
 use detox_gguf::gguf::GgufFile;
@@ -11,7 +11,7 @@ use super::{Silent, changed, load, own_pairs, small_settings, tiny, train};
 const METHODS: [MethodName; 3] = [MethodName::Lora, MethodName::Vector, MethodName::Full];
 
 #[test]
-fn rejects_weights_that_are_no_numbers_by_their_tensor() {
+fn rejects_nan_and_infinite_weights_by_tensor() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("bad.gguf");
     let nan = |at: usize| {
@@ -47,10 +47,10 @@ fn rejects_weights_that_are_no_numbers_by_their_tensor() {
 }
 
 #[test]
-fn rejects_quantised_weights_that_are_no_numbers_by_their_tensor() {
+fn rejects_nan_in_quantised_weights_by_tensor() {
     let folder = tempfile::tempdir().unwrap();
     let base = GgufFile::open(tiny("llama-q8_0")).unwrap();
-    // The scale of the block that holds numbers 64 * 5 to 64 * 5 + 31, an F16 before 32 bytes.
+    // The scale of the block with elements 64 * 5 to 64 * 5 + 31: an F16 followed by 32 bytes.
     let at = 34 * 10;
     let nan = move |bytes: &mut [u8]| bytes[at..at + 2].copy_from_slice(&0x7e00u16.to_le_bytes());
     let bad = changed(&base, "blk.0.ffn_up.weight", &folder.path().join("bad.gguf"), nan);
@@ -62,7 +62,7 @@ fn rejects_quantised_weights_that_are_no_numbers_by_their_tensor() {
 }
 
 #[test]
-fn rejects_training_quantised_weights_themselves() {
+fn rejects_full_training_of_quantised_weights() {
     let base = GgufFile::open(tiny("llama-q8_0")).unwrap();
     let error = artifact::check(&base, MethodName::Full).unwrap_err();
     assert!(error.is_usage());
@@ -75,7 +75,7 @@ fn rejects_training_quantised_weights_themselves() {
 }
 
 #[test]
-fn rejects_changes_of_embeddings_that_are_the_output_too() {
+fn rejects_adapters_on_tied_embeddings() {
     for name in ["gemma3", "gpt2", "bloom", "command-r", "qwen2"] {
         let base = GgufFile::open(tiny(name)).unwrap();
         for target in ["embed", "output"] {
@@ -83,7 +83,7 @@ fn rejects_changes_of_embeddings_that_are_the_output_too() {
             let error = load(&base, &Settings { targets, ..small_settings() }).unwrap_err();
             assert!(error.is_usage(), "{name}");
             assert!(
-                error.to_string().starts_with(&format!("--targets: {target}: this model uses its token"))
+                error.to_string().starts_with(&format!("--targets: {target}: this model shares its token"))
             );
             assert!(error.hint().unwrap().contains("leave embed and output out"));
         }
@@ -91,7 +91,7 @@ fn rejects_changes_of_embeddings_that_are_the_output_too() {
 }
 
 #[test]
-fn rejects_targets_that_there_are_not() {
+fn rejects_unknown_and_missing_targets() {
     let base = GgufFile::open(tiny("gpt2")).unwrap();
     let refusal = |targets: &[&str], rank, alpha| {
         let targets = targets.iter().map(|&target| target.to_owned()).collect();
@@ -112,7 +112,7 @@ fn rejects_targets_that_there_are_not() {
 }
 
 #[test]
-fn rejects_architectures_that_are_not_known_by_name() {
+fn rejects_unsupported_architectures_by_name() {
     for (name, architecture) in [("plamo2", "plamo2"), ("bert", "bert")] {
         let base = GgufFile::open(tiny(name)).unwrap();
         for method in METHODS {
@@ -126,12 +126,12 @@ fn rejects_architectures_that_are_not_known_by_name() {
 }
 
 #[test]
-fn rejects_pairs_longer_than_a_table_of_positions() {
+fn rejects_pairs_longer_than_the_table_of_positions() {
     let folder = tempfile::tempdir().unwrap();
     let interrupt = std::sync::atomic::AtomicBool::new(false);
     let mut pairs = own_pairs("gpt2", 8);
     let n_places = 256;
-    // The last token of an answer is predicted and never read.
+    // The last token of an answer is predicted but never read.
     let n_prompt = pairs[3].prompt.len();
     pairs[3].chosen = (0..n_places - n_prompt + 1).map(|i| (i % 50) as i32 + 5).collect();
     let settings = Settings { max_steps: Some(1), ..small_settings() };
@@ -142,6 +142,6 @@ fn rejects_pairs_longer_than_a_table_of_positions() {
     assert!(error.is_usage());
     let said = error.to_string();
     assert!(said.starts_with("--max-length: ") && said.contains("257") && said.contains("256"), "{said}");
-    // Without a table there is no end.
+    // A model without such a table has no limit.
     train("llama", &settings, &pairs, &folder.path().join("llama"), &interrupt, &mut Silent).unwrap();
 }

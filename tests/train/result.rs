@@ -1,4 +1,4 @@
-//! What training leaves is run by llama.cpp with the trainer's own logits.
+//! llama.cpp computes the trainer's logits from the trained result.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use super::{load, own_pairs, small_settings, tiny};
 
 const ARCHITECTURES: [&str; 7] = ["llama", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];
 
-/// Nats a token.
+/// Bound in nats per token.
 const KL: f64 = 1e-6;
 
 fn agree(
@@ -30,7 +30,7 @@ fn agree(
     agreement(&expected, base, settings.method, path, 2).unwrap()
 }
 
-fn agrees_before_and_after_some_steps(method: MethodName) {
+fn assert_agreement_before_and_after_training(method: MethodName) {
     let folder = tempfile::tempdir().unwrap();
     for name in ARCHITECTURES {
         let base = GgufFile::open(tiny(name)).unwrap();
@@ -50,7 +50,7 @@ fn agrees_before_and_after_some_steps(method: MethodName) {
             let what = format!("{name}, {method:?} after {n_steps} steps: {found:?}");
             assert!(found.difference.mean_kl < KL && found.difference.n_tokens > 30, "{what}");
             assert!(found.holds() && found.bound <= KL, "{what}");
-            assert!(found.floor.mean_kl > 0.0, "{what}: nothing was nudged");
+            assert!(found.floor.mean_kl > 0.0, "{what}: the nudge had no effect");
             assert_eq!(found.untrained.is_some(), method != MethodName::Full);
             assert!(found.untrained.is_none_or(|untrained| untrained.difference.mean_kl < KL), "{what}");
             let policy = trainer.logps(Side::Policy, &pairs).unwrap();
@@ -62,22 +62,22 @@ fn agrees_before_and_after_some_steps(method: MethodName) {
 }
 
 #[test]
-fn llama_cpp_runs_an_adapter_as_it_was_trained() {
-    agrees_before_and_after_some_steps(MethodName::Lora);
+fn llama_cpp_computes_a_trained_adapter() {
+    assert_agreement_before_and_after_training(MethodName::Lora);
 }
 
 #[test]
-fn llama_cpp_runs_directions_as_they_were_trained() {
-    agrees_before_and_after_some_steps(MethodName::Vector);
+fn llama_cpp_computes_trained_directions() {
+    assert_agreement_before_and_after_training(MethodName::Vector);
 }
 
 #[test]
-fn llama_cpp_runs_a_whole_model_as_it_was_trained() {
-    agrees_before_and_after_some_steps(MethodName::Full);
+fn llama_cpp_computes_a_fully_trained_model() {
+    assert_agreement_before_and_after_training(MethodName::Full);
 }
 
 #[test]
-fn llama_cpp_runs_changed_embeddings_and_output_as_they_were_trained() {
+fn llama_cpp_computes_trained_embeddings_and_output() {
     let folder = tempfile::tempdir().unwrap();
     let (base, pairs) = (GgufFile::open(tiny("llama")).unwrap(), own_pairs("llama", 6));
     let pairs: Vec<&TokenPair> = pairs.iter().collect();
@@ -96,7 +96,7 @@ fn llama_cpp_runs_changed_embeddings_and_output_as_they_were_trained() {
 }
 
 #[test]
-fn a_result_that_is_not_what_was_trained_does_not_agree() {
+fn a_result_from_an_earlier_step_does_not_agree() {
     let folder = tempfile::tempdir().unwrap();
     let (base, pairs) = (GgufFile::open(tiny("llama")).unwrap(), own_pairs("llama", 6));
     let pairs: Vec<&TokenPair> = pairs.iter().collect();
@@ -108,7 +108,7 @@ fn a_result_that_is_not_what_was_trained_does_not_agree() {
         for step in 0..4 {
             trainer.add_gradient(&pairs, &references).unwrap();
             trainer.step(0.01, settings.max_grad_norm).unwrap();
-            // A step too early.
+            // Write the result too early.
             if step == 0 {
                 artifact::write(&trainer, &base, &settings, &path, &Metadata::new()).unwrap();
             }
@@ -123,7 +123,7 @@ fn a_result_that_is_not_what_was_trained_does_not_agree() {
 }
 
 #[test]
-fn llama_cpp_runs_an_adapter_of_a_quantised_base_within_its_own_noise() {
+fn llama_cpp_computes_an_adapter_on_a_quantised_base_within_its_noise() {
     let folder = tempfile::tempdir().unwrap();
     let (base, pairs) = (GgufFile::open(tiny("llama-q8_0")).unwrap(), own_pairs("llama-q8_0", 8));
     let pairs: Vec<&TokenPair> = pairs.iter().collect();
@@ -138,7 +138,7 @@ fn llama_cpp_runs_an_adapter_of_a_quantised_base_within_its_own_noise() {
         artifact::write(&trainer, &base, &settings, &untrained, &Metadata::new()).unwrap();
         for _ in 0..4 {
             trainer.add_gradient(&pairs, &references).unwrap();
-            // At 0.02 the model is one whose logits a single rounding moves by 12.
+            // A learning rate of 0.02 makes a model whose logits move by 12 after a single rounding.
             trainer.step(0.005, settings.max_grad_norm).unwrap();
         }
         let path = folder.path().join("adapter.gguf");
@@ -146,7 +146,7 @@ fn llama_cpp_runs_an_adapter_of_a_quantised_base_within_its_own_noise() {
         let found = agree(&trainer, &base, &settings, &path, &pairs);
         assert!(found.holds(), "{products:?}: {found:?}");
         let other = agree(&trainer, &base, &settings, &untrained, &pairs);
-        assert!(!other.holds(), "a bound that anything would keep: {other:?}");
+        assert!(!other.holds(), "the untrained adapter agrees: {other:?}");
     }
 }
 

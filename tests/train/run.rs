@@ -1,4 +1,4 @@
-//! Runs: the same bytes from the same command, however often it was broken off.
+//! Runs: the same command produces the same bytes, however often it was interrupted.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::{Silent, load, own_pairs, small_settings, tiny, train, train_whole};
 
-/// Calls `at_step` after each step, and `at_look` before each part of a look at the held-out pairs.
+/// A progress that calls `at_step` after each step, and `at_part` before each part of an evaluation.
 struct Watching<'a> {
     is_training: bool,
     n_steps: u64,
@@ -57,7 +57,7 @@ impl Progress for Watching<'_> {
     fn say(&mut self, _text: &str) {}
 }
 
-/// Lines of `metrics.jsonl` without what a clock put there.
+/// The lines of `metrics.jsonl`, without times.
 fn metrics(folder: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
     let line = |line: &str| {
@@ -79,11 +79,14 @@ fn steps(records: &[Record]) -> Vec<StepRecord> {
     records.iter().filter_map(|r| if let Record::Step(step) = r { Some(*step) } else { None }).collect()
 }
 
-fn looks(records: &[Record]) -> Vec<EvaluationRecord> {
-    records.iter().filter_map(|r| if let Record::Evaluation(look) = r { Some(*look) } else { None }).collect()
+fn evaluations(records: &[Record]) -> Vec<EvaluationRecord> {
+    records
+        .iter()
+        .filter_map(|r| if let Record::Evaluation(evaluation) = r { Some(*evaluation) } else { None })
+        .collect()
 }
 
-/// A copy of what a killed run left.
+/// Copies the folder of a killed run.
 fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
@@ -92,7 +95,7 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
-/// Enough for a look of two parts: 18 held out, and 14 steps to each epoch.
+/// Enough pairs for an evaluation in two parts: 18 held out, and 14 steps per epoch.
 fn enough_pairs(name: &str) -> Vec<TokenPair> {
     own_pairs(name, 60)
 }
@@ -109,10 +112,13 @@ fn the_same_command_twice_gives_the_same_bytes() {
         let pairs = enough_pairs(name);
         let trained = train_whole(name, &settings(), &pairs, &first);
         assert_eq!((trained.outcome.n_steps, trained.outcome.n_held_out), (14, 18));
-        assert_eq!(looks(&trained.records).iter().map(|look| look.step).collect::<Vec<_>>(), [4, 8, 12, 14]);
+        assert_eq!(
+            evaluations(&trained.records).iter().map(|evaluation| evaluation.step).collect::<Vec<_>>(),
+            [4, 8, 12, 14]
+        );
         train_whole(name, &settings(), &pairs, &second);
         assert_same(&first, &second, name);
-        // Another seed draws other numbers: the comparison could have failed.
+        // Another seed gives another result, so the comparison above can fail.
         let third = folder.path().join("third");
         train_whole(name, &Settings { seed: 8, ..settings() }, &pairs, &third);
         assert_ne!(metrics(&first), metrics(&third));
@@ -120,13 +126,13 @@ fn the_same_command_twice_gives_the_same_bytes() {
 }
 
 #[test]
-fn a_run_that_is_interrupted_at_any_step_goes_on_to_the_bytes_of_an_unbroken_one() {
+fn a_run_interrupted_at_any_step_resumes_to_the_same_bytes() {
     for (name, stops) in [("llama", &[0, 1, 3, 4, 5, 8, 13, 14][..]), ("gemma3", &[3, 8][..])] {
         let folder = tempfile::tempdir().unwrap();
         let whole = folder.path().join("whole");
         let pairs = enough_pairs(name);
         train_whole(name, &settings(), &pairs, &whole);
-        // Each stop by itself, and then one after the other in one run.
+        // Each stop alone, then all of them in one run.
         let each = stops.iter().map(|stop| vec![*stop]);
         for stops in each.chain([stops.to_vec()]) {
             let broken = folder.path().join(format!("{stops:?}"));
@@ -146,33 +152,36 @@ fn a_run_that_is_interrupted_at_any_step_goes_on_to_the_bytes_of_an_unbroken_one
 }
 
 #[test]
-fn a_run_that_is_interrupted_during_a_look_makes_the_look_again() {
+fn a_run_interrupted_during_an_evaluation_repeats_it() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
     let pairs = enough_pairs("llama");
     train_whole("llama", &settings(), &pairs, &whole);
-    // The second part of the first look, and of one that is not the first after a start.
+    // The second part of the first evaluation, and of a later one after resuming.
     for (n_interrupted, stop) in [1, 3].into_iter().enumerate() {
         let interrupt = AtomicBool::new(false);
         let (mut at_step, mut at_part) = (|_| {}, |n| interrupt.store(n == stop, Ordering::Relaxed));
         let mut progress = Watching::new(&mut at_step, &mut at_part);
         let ended = train("llama", &settings(), &pairs, &broken, &interrupt, &mut progress);
         assert!(matches!(ended.err(), Some(Error::Interrupted)));
-        let n_looks = metrics(&broken).iter().filter(|line| line.get("eval_loss").is_some()).count();
-        assert_eq!(n_looks, n_interrupted, "half a look is none, and the one before was made again");
+        let n_evaluations = metrics(&broken).iter().filter(|line| line.get("eval_loss").is_some()).count();
+        assert_eq!(
+            n_evaluations, n_interrupted,
+            "a partial evaluation must not be recorded, and the one before must be repeated"
+        );
     }
     train_whole("llama", &settings(), &pairs, &broken);
-    assert_same(&whole, &broken, "interrupted during looks");
+    assert_same(&whole, &broken, "interrupted during evaluations");
 }
 
-/// Cuts the last `n` bytes off.
+/// Truncates a file by `n` bytes.
 fn cut(path: &Path, n: usize) {
     let bytes = std::fs::read(path).unwrap();
     std::fs::write(path, &bytes[..bytes.len() - n]).unwrap();
 }
 
 #[test]
-fn a_killed_run_goes_on_from_its_checkpoint_whatever_was_written_after_it() {
+fn a_killed_run_resumes_from_its_checkpoint_whatever_was_written_after_it() {
     let folder = tempfile::tempdir().unwrap();
     let whole = folder.path().join("whole");
     let pairs = enough_pairs("llama");
@@ -188,9 +197,9 @@ fn a_killed_run_goes_on_from_its_checkpoint_whatever_was_written_after_it() {
     for (step, n_checkpoint) in [(2, None), (4, None), (7, Some(4)), (12, Some(8))] {
         let killed = killed(step);
         let n_steps = metrics(&killed).iter().filter(|line| line.get("loss").is_some()).count() as u64;
-        assert_eq!(n_steps, step, "lines beyond the checkpoint are what this is about");
+        assert_eq!(n_steps, step, "there must be lines after the checkpoint");
         assert_eq!(killed.join("checkpoint.gguf").exists(), n_checkpoint.is_some());
-        // The last line of each file was not written whole.
+        // The last line of each file is incomplete.
         let torn = folder.path().join(format!("torn at {step}"));
         copy(&killed, &torn);
         cut(&torn.join("metrics.jsonl"), 40);
@@ -201,14 +210,14 @@ fn a_killed_run_goes_on_from_its_checkpoint_whatever_was_written_after_it() {
             let (mut at_step, mut at_part) = (|n| first = first.or(Some(n)), |_| {});
             let mut progress = Watching::new(&mut at_step, &mut at_part);
             train("llama", &settings(), &pairs, &broken, &interrupt, &mut progress).unwrap();
-            assert_eq!(first, Some(n_checkpoint.unwrap_or(0) + 1), "it goes on after its checkpoint");
+            assert_eq!(first, Some(n_checkpoint.unwrap_or(0) + 1), "it must resume after its checkpoint");
             assert_same(&whole, &broken, &broken.display().to_string());
         }
     }
 }
 
 #[test]
-fn references_that_were_cut_off_in_the_middle_of_a_step_come_out_the_same_to_the_bit() {
+fn references_lost_in_the_middle_of_a_step_are_recomputed_bit_for_bit() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
     let pairs = enough_pairs("llama");
@@ -222,7 +231,7 @@ fn references_that_were_cut_off_in_the_middle_of_a_step_come_out_the_same_to_the
     train("llama", &settings(), &pairs, &whole, &interrupt, &mut progress).unwrap();
     let lines = std::fs::read_to_string(killed.join("reference.jsonl")).unwrap();
     let n_lines = lines.lines().count();
-    // Steps of three pairs each, so that one or two of the last step's are left, alone in their pass.
+    // A step has three pairs, so one or two of the last step's references are left to compute, alone in their pass.
     for n_lost in [1, 2, 4, 5] {
         let broken = folder.path().join(format!("{n_lost} lost"));
         copy(&killed, &broken);
@@ -234,7 +243,7 @@ fn references_that_were_cut_off_in_the_middle_of_a_step_come_out_the_same_to_the
 }
 
 #[test]
-fn a_finished_run_is_found_finished_and_leaves_the_same_bytes_again() {
+fn a_finished_run_writes_the_same_result_again_without_training() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, again) = (folder.path().join("whole"), folder.path().join("again"));
     let pairs = enough_pairs("llama");
@@ -247,7 +256,7 @@ fn a_finished_run_is_found_finished_and_leaves_the_same_bytes_again() {
 }
 
 #[test]
-fn a_run_of_every_method_begins_at_ln_2_without_a_margin() {
+fn every_method_starts_at_loss_ln_2_and_margin_0() {
     for name in ["llama", "command-r", "gpt2", "bloom", "gemma3", "llama-q8_0"] {
         let pairs = own_pairs(name, 12);
         for method in [MethodName::Lora, MethodName::Vector, MethodName::Full] {
@@ -260,24 +269,24 @@ fn a_run_of_every_method_begins_at_ln_2_without_a_margin() {
             let what = format!("{name}, {method:?}");
             let all = steps(&trained.records);
             let (first, second) = (all[0].means, all[1].means);
-            // The reference of a model that is trained itself was computed with other pairs around it.
+            // In full training the reference log-probs were computed with other pairs in the pass.
             let tolerance = if method == MethodName::Full { 1e-5 } else { 0.0 };
             assert!((first.loss - std::f64::consts::LN_2).abs() <= tolerance, "{what}: {}", first.loss);
             assert!(first.rewards_margins.abs() <= tolerance, "{what}: {}", first.rewards_margins);
             assert!(all[0].grad_norm > 0.0, "{what}");
-            // The first step of the warm-up has learning rate 0: the second begins there too.
+            // The first step of the warm-up has learning rate 0, so the second starts from the same values.
             assert!((second.loss - std::f64::consts::LN_2).abs() <= tolerance, "{what}: {}", second.loss);
         }
     }
 }
 
 #[test]
-fn the_reference_is_the_base_to_the_bit_after_any_training() {
+fn the_reference_equals_the_base_bit_for_bit_after_training() {
     for name in ["llama", "gemma3", "llama-q8_0"] {
         let pairs = own_pairs(name, 12);
         let some: Vec<&TokenPair> = pairs.iter().take(5).collect();
         let base = GgufFile::open(tiny(name)).unwrap();
-        // A model without low-rank changes, whose directions are left out.
+        // A model without adapters; the reference side skips its directions.
         let untouched = load(&base, &Settings { method: MethodName::Vector, ..small_settings() }).unwrap();
         let expected = untouched.logps(Side::Reference, &some).unwrap();
         for method in [MethodName::Lora, MethodName::Vector] {
@@ -293,7 +302,7 @@ fn the_reference_is_the_base_to_the_bit_after_any_training() {
 }
 
 #[test]
-fn training_raises_the_margin_of_what_it_is_trained_on() {
+fn training_raises_the_margin_of_the_training_pairs() {
     for method in [MethodName::Lora, MethodName::Vector, MethodName::Full] {
         let folder = tempfile::tempdir().unwrap();
         let settings = Settings {
@@ -314,17 +323,20 @@ fn training_raises_the_margin_of_what_it_is_trained_on() {
 }
 
 #[test]
-fn a_run_ends_when_so_many_looks_found_nothing_better() {
+fn a_run_stops_early_after_patience_evaluations_without_improvement() {
     let folder = tempfile::tempdir().unwrap();
-    // Steps too small to change a bit of the loss: the first look is the best, and the others are no better.
+    // The steps are too small to change the loss: the first evaluation is the best, and the others are no better.
     let settings =
         Settings { learning_rate: 1e-30, eval_every: 2, patience: 3, epochs: 20, ..small_settings() };
     let pairs = own_pairs("llama", 16);
     let trained = train_whole("llama", &settings, &pairs, folder.path());
     assert_eq!(trained.outcome.ending, Ending::EarlyStopping);
-    assert_eq!(looks(&trained.records).iter().map(|look| look.step).collect::<Vec<_>>(), [2, 4, 6, 8]);
+    assert_eq!(
+        evaluations(&trained.records).iter().map(|evaluation| evaluation.step).collect::<Vec<_>>(),
+        [2, 4, 6, 8]
+    );
     assert_eq!((trained.outcome.n_steps, trained.outcome.best), (8, Some((2, std::f64::consts::LN_2))));
-    // Interrupted in between, it still counts the looks before.
+    // After an interrupt, earlier evaluations still count.
     let broken = folder.path().join("broken");
     let interrupt = AtomicBool::new(false);
     let (mut at_step, mut at_part) = (|n| interrupt.store(n == 5, Ordering::Relaxed), |_| {});
@@ -332,27 +344,27 @@ fn a_run_ends_when_so_many_looks_found_nothing_better() {
     train("llama", &settings, &pairs, &broken, &interrupt, &mut progress).err().unwrap();
     let resumed = train_whole("llama", &settings, &pairs, &broken);
     assert_eq!((resumed.outcome.ending, resumed.outcome.n_steps), (Ending::EarlyStopping, 8));
-    // And once it has ended it does not begin again.
+    // Once it has ended, it does not start again.
     let again = train_whole("llama", &settings, &pairs, &broken);
     assert_eq!((again.outcome.ending, again.outcome.n_steps), (Ending::EarlyStopping, 8));
 }
 
 #[test]
-fn the_step_with_the_least_held_out_loss_is_kept() {
+fn the_step_with_the_lowest_held_out_loss_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let pairs = own_pairs("llama", 24);
-    // Far too fast: what is learned by heart soon costs on other pairs.
+    // The learning rate is far too high: overfitting soon raises the held-out loss.
     let settings =
         Settings { learning_rate: 0.02, warmup_steps: 0, eval_every: 2, epochs: 6, ..small_settings() };
     let trained = train_whole("llama", &settings, &pairs, &folder.path().join("long"));
-    let looks = looks(&trained.records);
-    let least = looks.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).unwrap();
+    let evaluations = evaluations(&trained.records);
+    let least = evaluations.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).unwrap();
     assert_eq!(trained.outcome.best, Some((least.step, least.eval_loss)));
     assert!(
         least.step < trained.outcome.n_steps,
-        "the last step was the best, which shows nothing: {looks:?}"
+        "the last step was the best, so this test shows nothing: {evaluations:?}"
     );
-    // A run that ends at that step ends with the same numbers.
+    // A run that ends at that step ends with the same values.
     let short = Settings { max_steps: Some(least.step), ..settings };
     let ended = train_whole("llama", &short, &pairs, &folder.path().join("short"));
     let values = |trained: &super::Trained| -> Vec<Vec<f32>> {
@@ -362,7 +374,7 @@ fn the_step_with_the_least_held_out_loss_is_kept() {
 }
 
 #[test]
-fn numbers_that_are_none_end_a_run_and_leave_its_last_checkpoint_whole() {
+fn a_diverging_run_fails_and_keeps_its_last_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     // The first step of the warm-up has learning rate 0, and the second 5e29.
     let settings = Settings { learning_rate: 1e30, eval_every: 1, ..small_settings() };
@@ -375,7 +387,7 @@ fn numbers_that_are_none_end_a_run_and_leave_its_last_checkpoint_whole() {
     let mut trainer = load(&base, &settings).unwrap();
     let state = detox_gguf::train::run::checkpoint::load(&checkpoint, &mut trainer, true).unwrap();
     assert_eq!((state.step, state.evaluated_at), (1, 1));
-    // It meets the same end from there.
+    // Resuming fails in the same way.
     let error = train("llama", &settings, &pairs, folder.path(), &AtomicBool::new(false), &mut Silent).err();
     assert!(matches!(error, Some(Error::Training { .. })), "{error:?}");
     assert!(std::fs::read(&checkpoint).unwrap() == before);
@@ -383,12 +395,12 @@ fn numbers_that_are_none_end_a_run_and_leave_its_last_checkpoint_whole() {
 }
 
 #[test]
-fn a_run_that_cannot_write_goes_on_once_it_can() {
+fn a_run_that_failed_to_write_resumes() {
     let folder = tempfile::tempdir().unwrap();
     let whole = folder.path().join("whole");
     let pairs = enough_pairs("llama");
     train_whole("llama", &settings(), &pairs, &whole);
-    // The metrics are not written beside their place and moved: they are an open file by then.
+    // Not the metrics: they are appended to an open file instead of being replaced.
     for full in ["checkpoint.gguf", "best.gguf"] {
         let stopped = folder.path().join(full);
         let place = stopped.join(full);
@@ -404,7 +416,7 @@ fn a_run_that_cannot_write_goes_on_once_it_can() {
         let mut progress = Watching::new(&mut at_step, &mut at_part);
         let error = train("llama", &settings(), &pairs, &stopped, &interrupt, &mut progress).err().unwrap();
         assert!(matches!(&error, Error::Io { action: "write", .. }), "{error}");
-        // A file that cannot be written whole is not moved to its place: what was there stays.
+        // A file that cannot be written completely never replaces the old one.
         std::fs::remove_dir(&place).unwrap();
         std::fs::write(&place, kept.unwrap()).unwrap();
         train_whole("llama", &settings(), &pairs, &stopped);
@@ -413,7 +425,7 @@ fn a_run_that_cannot_write_goes_on_once_it_can() {
 }
 
 #[test]
-fn rejects_a_folder_whose_metrics_are_shorter_than_its_checkpoint_says() {
+fn rejects_metrics_shorter_than_the_checkpoint_says() {
     let folder = tempfile::tempdir().unwrap();
     let pairs = own_pairs("llama", 16);
     train_whole("llama", &small_settings(), &pairs, folder.path());
@@ -447,9 +459,9 @@ fn rejects_checkpoints_of_other_runs() {
 }
 
 #[test]
-fn logits_in_several_chunks_give_the_gradients_of_one_chunk_a_pass() {
+fn logits_in_several_chunks_give_the_same_gradients_as_in_one() {
     let pairs = own_pairs("llama", 40);
-    // Some 20,000 outputs, of which a chunk of 32 MiB of logits holds 16,384 at most.
+    // About 20,000 outputs; a chunk of 32 MiB of logits holds at most 16,384.
     let many: Vec<&TokenPair> = pairs.iter().cycle().take(700).collect();
     let base = GgufFile::open(tiny("llama")).unwrap();
     for targets in [&["q", "down"][..], &["v", "output"][..]] {
@@ -465,13 +477,16 @@ fn logits_in_several_chunks_give_the_gradients_of_one_chunk_a_pass() {
         };
         let n_outputs: usize = many.iter().map(|pair| pair.chosen.len() + pair.rejected.len()).sum();
         let n_vocab = load(&base, &settings).unwrap().transformer.config.n_vocab;
-        assert!(n_outputs * n_vocab * 4 > 32 << 20, "one chunk holds all: {n_outputs} outputs of {n_vocab}");
+        assert!(
+            n_outputs * n_vocab * 4 > 32 << 20,
+            "one chunk holds everything: {n_outputs} outputs of {n_vocab}"
+        );
         let (together, apart) = (gradients(1 << 20), gradients(300));
         for (together, apart) in together.iter().zip(&apart) {
             let largest = apart.iter().fold(0.0f32, |most, x| most.max(x.abs()));
             let distance = together.iter().zip(apart).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            // Sums of 20,000 terms in other orders.
-            assert!(distance <= 1e-4 * largest, "{distance} apart, the largest being {largest}");
+            // Sums of 20,000 terms in a different order.
+            assert!(distance <= 1e-4 * largest, "{distance} apart; the largest value is {largest}");
         }
     }
 }

@@ -1,26 +1,25 @@
-//! Losses on preference pairs, as functions of log-probabilities: no model, no device.
+//! Preference losses as pure functions of log-probs.
 //!
-//! Rafailov et al., "Direct Preference Optimization" (arXiv 2305.18290), with the names of its reference code.
+//! Rafailov et al., "Direct Preference Optimization" (arXiv 2305.18290). Names follow its reference code.
 
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// What is made small.
+/// A preference loss; h is the policy's log-ratio of chosen to rejected minus the reference's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LossKind {
     /// -log sigmoid(beta h): equation 7 of arXiv 2305.18290.
     Sigmoid,
-    /// (h - 1 / (2 beta))^2, each log-probability being divided by its answer's number of tokens, as TRL
-    /// does: equation 17 of arXiv 2310.12036.
+    /// (h - 1 / (2 beta))^2: equation 17 of arXiv 2310.12036. Log-probs are averaged over the answer's tokens, as in TRL.
     Ipo,
     /// max(0, 1 - beta h): SLiC (arXiv 2309.06657).
     Hinge,
 }
 
 impl LossKind {
-    /// As users type it.
+    /// The name as users type it.
     pub fn name(self) -> &'static str {
         match self {
             LossKind::Sigmoid => "sigmoid",
@@ -40,29 +39,29 @@ impl FromStr for LossKind {
     }
 }
 
-/// A loss with its settings.
+/// A loss with its parameters.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Preference {
-    /// What is made small.
+    /// Which loss.
     pub kind: LossKind,
-    /// How much the policy is held to the reference.
+    /// Temperature: a higher beta keeps the policy closer to the reference.
     pub beta: f64,
-    /// Share of pairs whose labels are taken to be swapped (sigmoid alone): equation 3 of
+    /// Assumed probability that a pair's labels are swapped, for the sigmoid loss only: equation 3 of
     /// <https://ericmitchell.ai/cdpo.pdf>.
     pub label_smoothing: f64,
 }
 
-/// Summed log-probabilities of a pair's answers.
+/// Log-probs of a pair's answers, each summed over its tokens, in nats.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AnswerLogps {
-    /// Of the chosen one.
+    /// Log-prob of the chosen answer.
     pub chosen: f64,
-    /// Of the rejected one.
+    /// Log-prob of the rejected answer.
     pub rejected: f64,
 }
 
 impl Preference {
-    /// [`preference_loss`] of one pair, by the log-probabilities of its answers, which have so many tokens.
+    /// [`preference_loss`] of one pair, from its answers' log-probs and numbers of tokens.
     pub fn of_pair(
         self,
         policy: AnswerLogps,
@@ -82,16 +81,16 @@ impl Preference {
     }
 }
 
-/// Log-probabilities of a pair's answers given its prompt, summed over their tokens.
+/// Log-probs of a pair's answers given its prompt, under policy and reference, summed over tokens.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PairLogps {
-    /// Under the model that is trained.
+    /// Policy log-prob of the chosen answer.
     pub policy_chosen: f64,
-    /// Under the model that is trained.
+    /// Policy log-prob of the rejected answer.
     pub policy_rejected: f64,
-    /// Under the model as it was.
+    /// Reference log-prob of the chosen answer.
     pub reference_chosen: f64,
-    /// Under the model as it was.
+    /// Reference log-prob of the rejected answer.
     pub reference_rejected: f64,
     /// Tokens of the chosen answer.
     pub n_chosen: usize,
@@ -99,29 +98,29 @@ pub struct PairLogps {
     pub n_rejected: usize,
 }
 
-/// What a pair costs, and in which direction it pulls.
+/// Loss, gradient and implicit rewards of one pair.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PairLoss {
     /// The loss.
     pub loss: f64,
-    /// The loss's derivative with respect to `policy_chosen`.
+    /// Derivative of the loss with respect to `policy_chosen`.
     pub dchosen: f64,
-    /// The loss's derivative with respect to `policy_rejected`.
+    /// Derivative of the loss with respect to `policy_rejected`.
     pub drejected: f64,
-    /// beta (policy_chosen - reference_chosen), the implicit reward.
+    /// Implicit reward: beta (policy_chosen - reference_chosen).
     pub chosen_reward: f64,
-    /// beta (policy_rejected - reference_rejected).
+    /// Implicit reward: beta (policy_rejected - reference_rejected).
     pub rejected_reward: f64,
 }
 
 impl PairLoss {
-    /// The chosen answer's reward less the rejected one's.
+    /// Chosen reward minus rejected reward.
     pub fn margin(&self) -> f64 {
         self.chosen_reward - self.rejected_reward
     }
 }
 
-/// The loss of one pair; that of a batch is the mean over its pairs.
+/// The loss of one pair. The loss of a batch is the mean over its pairs.
 pub fn preference_loss(preference: Preference, logps: PairLogps) -> PairLoss {
     let Preference { kind, beta, label_smoothing } = preference;
     let chosen = logps.policy_chosen - logps.reference_chosen;
@@ -142,8 +141,8 @@ pub fn preference_loss(preference: Preference, logps: PairLogps) -> PairLoss {
             (distance * distance, 2.0 * distance)
         }
         LossKind::Hinge => {
-            let short = 1.0 - beta * h;
-            if short > 0.0 { (short, -beta) } else { (0.0, 0.0) }
+            let hinge = 1.0 - beta * h;
+            if hinge > 0.0 { (hinge, -beta) } else { (0.0, 0.0) }
         }
     };
     PairLoss {
@@ -159,7 +158,7 @@ fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 
-/// Without overflow for large negative x.
+/// ln(sigmoid(x)), without overflow for large negative x.
 fn log_sigmoid(x: f64) -> f64 {
     x.min(0.0) - (-x.abs()).exp().ln_1p()
 }
@@ -182,14 +181,14 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_that_is_the_reference_costs_ln_2_and_has_no_margin() {
+    fn a_policy_equal_to_the_reference_has_loss_ln_2_and_no_margin() {
         let loss = preference_loss(SIGMOID, logps(-10.0, -20.0));
         assert_eq!(loss.loss, std::f64::consts::LN_2);
         assert_eq!((loss.margin(), loss.dchosen, loss.drejected), (0.0, -0.05, 0.05));
     }
 
     #[test]
-    fn losses_are_those_that_are_derived_by_hand() {
+    fn losses_match_values_derived_by_hand() {
         // chosen 2 above the reference, rejected 1 below: h = 3, beta h = 0.3.
         let near = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} and {b}");
         let at = logps(-8.0, -21.0);
@@ -209,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn derivatives_are_those_of_finite_differences() {
+    fn derivatives_match_finite_differences() {
         for kind in [LossKind::Sigmoid, LossKind::Ipo, LossKind::Hinge] {
             for label_smoothing in [0.0, 0.1] {
                 let preference = Preference { kind, label_smoothing, beta: 0.1 };
@@ -225,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_far_from_zero_does_not_overflow() {
+    fn an_extreme_log_ratio_does_not_overflow() {
         let loss = preference_loss(SIGMOID, logps(-1e6, 0.0));
         assert!(loss.loss.is_finite() && (loss.dchosen + 0.1).abs() < 1e-12);
     }
