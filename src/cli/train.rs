@@ -27,7 +27,8 @@ pub struct TrainCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Preference pairs: a JSON Lines file or a folder of them [default: the built-in pairs]
+    /// Preference pairs: JSON Lines with prompt, chosen and rejected, or a folder of such files [default: the built-in
+    /// pairs]
     #[arg(long, value_name = "PATH")]
     pairs: Option<PathBuf>,
     /// Folder for the result, checkpoints and report; rerun the same command to resume an interrupted run
@@ -77,10 +78,10 @@ struct RecipeArguments {
     /// Loss function: sigmoid (DPO), ipo or hinge
     #[arg(long, value_name = "L", default_value = "sigmoid")]
     loss: LossKind,
-    /// Deviation from the reference model: a higher beta means less deviation
+    /// DPO temperature: a higher beta keeps the model closer to the untrained one
     #[arg(long, value_name = "B", default_value_t = 0.1, allow_negative_numbers = true)]
     beta: f64,
-    /// Probability that a pair's labels are swapped (sigmoid loss only)
+    /// Assumed probability that chosen and rejected are swapped in a pair (sigmoid loss only)
     #[arg(long, value_name = "P", default_value_t = 0.0, allow_negative_numbers = true)]
     label_smoothing: f64,
     /// Number of passes over the training pairs
@@ -107,19 +108,19 @@ struct RecipeArguments {
     /// Weight decay (adamw only)
     #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
     weight_decay: f32,
-    /// Maximum gradient norm, for gradient clipping
+    /// Maximum gradient norm; larger gradients are clipped
     #[arg(long, value_name = "X", default_value_t = 10.0, allow_negative_numbers = true)]
     max_grad_norm: f64,
     /// Steps between two evaluations on the held-out pairs; each also saves a checkpoint
     #[arg(long, value_name = "N", default_value_t = 25)]
     eval_every: u64,
-    /// Fraction of the pairs to hold out for evaluation
+    /// Fraction of the pairs held out for evaluation; the pairs of one prompt stay together
     #[arg(long, value_name = "F", default_value_t = 0.05, allow_negative_numbers = true)]
     held_out: f64,
-    /// Stop after this many evaluations without a lower held-out loss
+    /// Early stopping: evaluations without a lower held-out loss before training ends
     #[arg(long, value_name = "N", default_value_t = 10)]
     patience: u32,
-    /// Tokens to keep of a prompt that has to be truncated
+    /// If prompt and answer exceed --max-length, keep only this many tokens of the prompt, from its end
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_prompt: usize,
     /// Maximum tokens of prompt and answer together
@@ -128,7 +129,7 @@ struct RecipeArguments {
     /// Do not append the end-of-text token to answers
     #[arg(long)]
     no_eos: bool,
-    /// Random seed
+    /// Random seed of the held-out split, the order of the pairs and the initial adapter
     #[arg(short = 's', long, value_name = "SEED", default_value_t = 0)]
     seed: u64,
 }

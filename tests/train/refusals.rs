@@ -66,8 +66,8 @@ fn rejects_full_training_of_quantised_weights() {
     let base = GgufFile::open(tiny("llama-q8_0")).unwrap();
     let error = artifact::check(&base, MethodName::Full).unwrap_err();
     assert!(error.is_usage());
-    let said = error.to_string();
-    assert!(said.starts_with("--method full: ") && said.contains("is of type q8_0"), "{said}");
+    let message = error.to_string();
+    assert!(message.starts_with("--method full: ") && message.contains("is of type q8_0"), "{message}");
     assert!(error.hint().unwrap().contains("--method lora"));
     for method in [MethodName::Lora, MethodName::Vector] {
         artifact::check(&base, method).unwrap();
@@ -140,8 +140,11 @@ fn rejects_pairs_longer_than_the_table_of_positions() {
     let refused = train("gpt2", &settings, &pairs, &folder.path().join("long"), &interrupt, &mut Silent);
     let error = refused.err().unwrap();
     assert!(error.is_usage());
-    let said = error.to_string();
-    assert!(said.starts_with("--max-length: ") && said.contains("257") && said.contains("256"), "{said}");
+    let message = error.to_string();
+    assert!(
+        message.starts_with("--max-length: ") && message.contains("257") && message.contains("256"),
+        "{message}"
+    );
     // A model without such a table has no limit.
     train("llama", &settings, &pairs, &folder.path().join("llama"), &interrupt, &mut Silent).unwrap();
 }

@@ -150,8 +150,11 @@ fn llama_cpp_computes_an_adapter_on_a_quantised_base_within_its_noise() {
     }
 }
 
-/// Faults of the trainer's model: a description, the change, and the mean KL before training on `llama-q8_0`.
-const FAULTS: [(&str, fn(&mut Config)); 4] = [
+/// A change to the trainer's model that llama.cpp's model does not have.
+type Fault = fn(&mut Config);
+
+/// Faults by description; each comment is the mean KL before training on `llama-q8_0`.
+const FAULTS: [(&str, Fault); 4] = [
     // 4.9e-2
     ("logits scaled by 1.2", |config| config.logit_scale *= 1.2),
     // 4.4e-2

@@ -38,9 +38,9 @@ pub struct DeviceArguments {
 /// `exact`, `fast` or `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum ProductsArgument {
-    /// In f32
+    /// In f32, with dequantised weights
     Exact,
-    /// Quantised matrices only: operands are rounded to 8 bits
+    /// In 8-bit integers if the matrix is quantised: rounds the other operand to 8 bits
     Fast,
     /// Fast if the CPU has AVX-512 VNNI and memory suffices, else exact
     Auto,
@@ -53,7 +53,7 @@ enum CheckpointingArgument {
     On,
     /// Never, even if memory runs out
     Off,
-    /// If activations would exceed a quarter of the machine's memory, or the GPU's free memory
+    /// If activations would exceed a quarter of the machine's memory, or would not fit into the GPU's free memory
     Auto,
 }
 

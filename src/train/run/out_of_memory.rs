@@ -8,16 +8,7 @@ use crate::train::device::Device;
 use crate::train::device::name::Frozen;
 use crate::train::recipe::method::MethodName;
 use crate::train::run::metrics::{PlacementRecord, Record};
-use crate::train::run::training_loop::{TrainingLoop, n_rows};
-
-/// Work that can run out of memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Work {
-    /// Forward passes only, which keep no activations.
-    Score,
-    /// Forward and backward passes.
-    Train,
-}
+use crate::train::run::training_loop::{TrainingLoop, Work, n_rows};
 
 impl<D: Device> TrainingLoop<'_, D> {
     /// Logs the placement with which the run starts or resumes, and prints it if it differs from the last one.

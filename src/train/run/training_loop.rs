@@ -16,7 +16,6 @@ use crate::train::recipe::settings::Settings;
 use crate::train::run::checkpoint::{self, State};
 use crate::train::run::files::RunFiles;
 use crate::train::run::metrics::{EvaluationRecord, PairMeans, Record, StepRecord};
-use crate::train::run::out_of_memory::Work;
 use crate::train::run::outcome::{Ending, Outcome};
 use crate::train::run::reference::References;
 use crate::train::run::trainer::Trainer;
@@ -90,6 +89,15 @@ pub fn check_lengths(config: &Config, pairs: &[TokenPair]) -> Result<()> {
 /// Rows that a pair takes in a pass.
 pub(super) fn n_rows(pair: &TokenPair) -> usize {
     Packed::n_rows_of(&pair.prompt, &pair.chosen, &pair.rejected)
+}
+
+/// Work that can run out of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Work {
+    /// Forward passes only, which keep no activations.
+    Score,
+    /// Forward and backward passes.
+    Train,
 }
 
 /// A run in progress.
