@@ -12,6 +12,7 @@
 //! | [`MERGE_NOISE_FACTOR`] | 2 | times the noise floor, for merges |
 //! | [`MERGE_LOSS_MAX`] | 0.5 | times the adapters' effect: the largest loss of a merge that is kept |
 //! | [`MERGE_LOSS_CLOSE`] | 0.1 | times the adapters' effect: the largest loss of a merge that needs no advice |
+//! | [`FAINT_EFFECT_FACTOR`] | 4 | times the noise floor: adapters whose effect is hardly larger than noise |
 //!
 //! Unless it is a factor, a bound is a mean KL divergence in nats per token.
 
@@ -46,9 +47,9 @@ pub const QUANTISED_MIN: f64 = 5e-4;
 /// | random weights, Llama-3.2-1B's shape, in Q4_K and Q6_K | 1.1e-3 to 2.3e-3 | 3.8e-3 | 8.6e-4 to 1.3e-3 |
 /// | `gguf/tiny/llama-q8_0` | 7.9e-4 | | 5.7e-4 |
 ///
-/// Each range covers one comparison over 29 or 61 tokens and three or eight over 4 tokens. The bound is 2.7 times the
-/// largest value. Wrong models exceed it: scaling the logits or the attention scores of `llama-q8_0` by 1.2 gives 4.9e-2
-/// and 4.4e-2, halving its rotary frequencies 0.43 (`tests/train/result.rs`).
+/// Ranges span four to nine comparisons of 4 to 61 tokens each. The bound is 2.7 times the largest value. Wrong models
+/// exceed it: scaling the logits of `llama-q8_0` by 1.2 gives 4.9e-2, scaling its attention scores by 1.2 gives 4.4e-2, and
+/// halving its rotary frequencies gives 0.43 (`tests/train/result.rs`).
 pub const ROUNDING_MAX: f64 = 2e-2;
 
 /// How many noise floors apart two programs may be that both round, but differently.
@@ -65,6 +66,9 @@ pub const MERGE_LOSS_MAX: f64 = 0.5;
 
 /// The share of the adapters' effect up to which a merge counts as lossless.
 pub const MERGE_LOSS_CLOSE: f64 = 0.1;
+
+/// Adapters whose effect is less than this many noise floors are called hardly larger than noise, in a message.
+pub const FAINT_EFFECT_FACTOR: f64 = 4.0;
 
 /// The bound for rounding weights to `tensor_type`; `None` for quantised types, whose error depends on the weights.
 pub fn float_merge(tensor_type: TensorType) -> Option<f64> {

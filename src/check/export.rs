@@ -120,7 +120,7 @@ impl LoadedBack {
         if is_zero || is_nearer && (allow_loss || missed <= bounds::MERGE_LOSS_MAX * effect) {
             return Ok(());
         }
-        let why = if effect < 4.0 * floor {
+        let why = if effect < bounds::FAINT_EFFECT_FACTOR * floor {
             "the adapters' effect is hardly larger than the noise of the model's own quantisation"
         } else {
             "rounding removed the change, or added an error as large"

@@ -142,8 +142,7 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
         Ok(TrainingLoop { trainer, pairs, longest, settings, files, log, records, state, references })
     }
 
-    /// Computes all reference log-probs of a model whose own weights are trained: only before its first step is it still the
-    /// reference.
+    /// Full training only: computes all reference log-probs before the first step, while the model still is the reference.
     fn references_of_start(&mut self, interrupt: &AtomicBool, progress: &mut dyn Progress) -> Result<()> {
         if self.trainer.has_reference() {
             return Ok(());
@@ -169,7 +168,7 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
             return Ok(());
         }
         let kept = checkpoint::load(&self.files.best, self.trainer, false)?;
-        // A process was killed between writing the two files, and the repeated steps had another result.
+        // They differ if the process was killed between writing the two files, and the repeated steps gave another result.
         if kept.best != self.state.best {
             let step = kept.step;
             progress.say(&format!(
