@@ -3,7 +3,8 @@
 //! - [`retrieval`] compares translations inside a model, and correlates that with the fall of toxicity.
 //! - [`make_pairs`] samples continuations, scores them, and pairs a clean one with a toxic one.
 //! - [`sweep`](mod@sweep) evaluates one intervention at several settings.
-//! - [`train`] trains on preference pairs, compares the result with llama.cpp, and writes the report.
+//! - [`train`] trains on preference pairs, compares the result with llama.cpp, and writes the report. It is the only study
+//!   that uses [`crate::report`]; the others return their results.
 
 pub mod make_pairs;
 pub mod retrieval;

@@ -8,9 +8,8 @@
 //! use std::sync::atomic::AtomicBool;
 //! use detox_gguf::{progress::Silent, study::train::{TrainRequest, train}};
 //! # fn main() -> detox_gguf::Result<()> {
-//! # let folder = tempfile::tempdir().unwrap();
-//! # let output = folder.path().join("run");
-//! let mut request = TrainRequest::new("gguf/tiny/llama.gguf", &output);
+//! let folder = tempfile::tempdir().expect("a temporary folder");
+//! let mut request = TrainRequest::new("gguf/tiny/llama.gguf", folder.path().join("run"));
 //! request.settings.max_steps = Some(2);
 //! request.settings.rank = 4;
 //! let trained = train(&request, &AtomicBool::new(false), &mut Silent)?;
