@@ -19,7 +19,8 @@ use crate::steer::argument::parse_scaled;
 use crate::steer::bake::check_output;
 use crate::steer::{Fingerprint, lora};
 use crate::train::output::Adapter;
-use crate::train::output::merge::{Change, MergeOptions, MergeReport, merge};
+use crate::train::output::merge::{MergeOptions, merge};
+use crate::train::output::merge_report::{Change, MergeReport};
 
 use super::print;
 use super::progress::Shown;

@@ -213,7 +213,7 @@ pub fn write(
         }
     }
     let specs = directions.iter().map(|(layer, direction)| TensorSpec {
-        name: format!("direction.{layer}"),
+        name: tensor_name(*layer),
         shape: vec![direction.len() as u64],
         tensor_type: TensorType::F32,
     });
@@ -338,6 +338,11 @@ fn check_kind(file: &GgufFile) -> Result<()> {
             "a control vector has tensors direction.1, direction.2, …",
         ),
     }
+}
+
+/// The tensor that holds the direction of a layer.
+pub fn tensor_name(layer: usize) -> String {
+    format!("direction.{layer}")
 }
 
 /// Parses the layer of a tensor `direction.N` and checks its type and shape.

@@ -1,33 +1,83 @@
-//! Checks a LoRA adapter before llama.cpp sees it.
+//! LoRA adapters as llama.cpp applies them: names, scale, and a check before it loads one.
 //!
-//! `llama_adapter_lora_init` refuses much of what does not fit, in its log only; other faults it meets by
-//! an assertion that ends the process, at loading (a key of another type) or at the first decode (a shape
-//! that no product takes). Its rules are in `llama-adapter.cpp`, those of the products in `build_lora_mm`
-//! and `build_inp_embd` of `llama-graph.cpp`.
+//! For a matrix W of shape `[n_in, n_out]` (ggml's order), `W.lora_a` is `[n_in, rank]` and `W.lora_b`
+//! `[rank, n_out]`. W becomes `W + scale * B A`, with the factor of [`scale`]. The token embeddings,
+//! `[n_embd, n_vocab]`, are looked up, not multiplied; their factors are transposed: `lora_a` is
+//! `[rank, n_vocab]` and `lora_b` `[rank, n_embd]`.
 //!
-//! For a matrix W of shape `[n_in, n_out]`, `W.lora_a` is `[n_in, rank]` and `W.lora_b` `[rank, n_out]`; W
-//! becomes `W + scale * alpha / rank * B A`, or `W + scale * B A` where the adapter gives no alpha. The token
-//! embeddings, `[n_embd, n_vocab]`, are looked up and not multiplied, so theirs are flipped: `lora_a`
-//! is `[rank, n_vocab]` and `lora_b` `[rank, n_embd]`.
+//! # Why adapters are checked here first
+//! `llama_adapter_lora_init` refuses most misfits, but explains them only in its log. Others fail an assertion,
+//! which ends the process: when loading (a key of an unexpected type) or at the first decode (a shape that no
+//! product accepts). Its rules are in llama.cpp's `llama-adapter.cpp`; those of the products are in
+//! `build_lora_mm` and `build_inp_embd` of `llama-graph.cpp`.
 
 use std::collections::BTreeMap;
+use std::ops::{Div, Mul};
 
 use crate::error::{Error, Result};
 use crate::gguf::{GgufFile, TensorInfo, TensorType, Value};
 use crate::graph::steering::LoraScaled;
 
-/// Bytes of tensor data that are read at a time.
+/// The tensor whose rows are looked up, so that its factors are transposed.
+pub const EMBEDDING: &str = "token_embd.weight";
+
+/// Metadata key of alpha.
+pub const ALPHA_KEY: &str = "adapter.lora.alpha";
+
+/// Name ending of the factor A.
+const A_SUFFIX: &str = ".lora_a";
+
+/// Name ending of the factor B.
+const B_SUFFIX: &str = ".lora_b";
+
+/// Tensor data is read in pieces of this size.
 const CHUNK_BYTES: usize = 1 << 20;
 
-const EMBEDDING: &str = "token_embd.weight";
-
-/// Whether llama.cpp can apply this adapter to `model`.
+/// The LoRA scale: `user_scale * alpha / rank`, or `user_scale` if alpha is 0.
 ///
-/// Tensors of norms, which llama.cpp leaves out, are left out here too, with a warning.
+/// W becomes `W + scale * B A` (arXiv 2106.09685, section 4.1). llama.cpp computes the same
+/// (`llama_adapter_lora_weight::get_scale`). `T` is the precision to compute in: f32, or f64 for sums in f64.
+pub fn scale<T>(user_scale: f32, alpha: f32, rank: usize) -> T
+where
+    T: From<f32> + Mul<Output = T> + Div<Output = T>,
+{
+    if alpha == 0.0 {
+        return T::from(user_scale);
+    }
+    T::from(user_scale) * (T::from(alpha) / T::from(rank as f32))
+}
+
+/// The alpha of an adapter file; 0 if it has none, as in llama.cpp.
 ///
 /// # Errors
-/// [`Error::Io`] and [`Error::Gguf`] as [`GgufFile::open`]. [`Error::Input`] for what is no LoRA adapter, is
-/// one for another model, or holds values that are not finite. [`Error::Setting`] for a scale that is not.
+/// [`Error::Gguf`] for a value of another type.
+pub fn alpha(file: &GgufFile) -> Result<f32> {
+    Ok(file.f32_if_present(ALPHA_KEY)?.unwrap_or(0.0))
+}
+
+/// The tensor that holds the factor A for a tensor of the base.
+pub fn a_name(tensor: &str) -> String {
+    format!("{tensor}{A_SUFFIX}")
+}
+
+/// The tensor that holds the factor B for a tensor of the base.
+pub fn b_name(tensor: &str) -> String {
+    format!("{tensor}{B_SUFFIX}")
+}
+
+/// The tensor of the base whose factor A is in the tensor `name`; `None` if `name` is not a factor A.
+pub fn tensor_of_a(name: &str) -> Option<&str> {
+    name.strip_suffix(A_SUFFIX)
+}
+
+/// Checks that llama.cpp can apply an adapter to `model`.
+///
+/// llama.cpp skips tensors of norms; so does this check, with a warning.
+///
+/// # Errors
+/// [`Error::Io`] and [`Error::Gguf`] as [`GgufFile::open`]. [`Error::Input`] for a file that is not a LoRA
+/// adapter, fits another model, or has values that are not finite. [`Error::Setting`] for a scale that is not
+/// finite.
 pub fn check(lora: &LoraScaled, model: &GgufFile) -> Result<()> {
     if !lora.scale.is_finite() {
         let reason = format!("expected a finite scale for {}, found {}", lora.path.display(), lora.scale);
@@ -39,30 +89,31 @@ pub fn check(lora: &LoraScaled, model: &GgufFile) -> Result<()> {
     let mut n_norms = 0;
     for tensor in file.tensors() {
         let name = tensor.name();
-        if let Some(of) = name.strip_suffix(".lora_a") {
-            pairs.entry(of).or_default().a = Some(tensor);
-        } else if let Some(of) = name.strip_suffix(".lora_b") {
-            pairs.entry(of).or_default().b = Some(tensor);
+        if let Some(base) = tensor_of_a(name) {
+            pairs.entry(base).or_default().a = Some(tensor);
+        } else if let Some(base) = name.strip_suffix(B_SUFFIX) {
+            pairs.entry(base).or_default().b = Some(tensor);
         } else if name.ends_with("_norm.weight") {
             n_norms += 1;
         } else {
             let reason =
                 format!("tensor {name:?}: expected a name ending in .lora_a, .lora_b or _norm.weight");
-            return Err(refuse(&file, reason, None));
+            return Err(Error::input(file.path(), None, reason));
         }
     }
     if pairs.is_empty() {
-        return Err(refuse(&file, "expected pairs of tensors .lora_a and .lora_b, found none", None));
+        let reason = "expected pairs of tensors .lora_a and .lora_b, found none";
+        return Err(Error::input(file.path(), None, reason));
     }
-    for (of, pair) in &pairs {
-        check_pair(&file, model, of, pair)?;
+    for (base, pair) in &pairs {
+        check_pair(&file, model, base, pair)?;
     }
     for tensor in pairs.values().flat_map(|pair| [pair.a, pair.b]).flatten() {
         check_finite(&file, tensor)?;
     }
     if n_norms > 0 {
         tracing::warn!(
-            "{}: {n_norms} tensors of norms are left out, as llama.cpp has no way to apply them",
+            "{}: skipping {n_norms} tensors of norms, which llama.cpp cannot apply",
             lora.path.display()
         );
     }
@@ -76,131 +127,118 @@ struct Pair<'a> {
     b: Option<&'a TensorInfo>,
 }
 
-fn refuse(file: &GgufFile, reason: impl Into<String>, hint: Option<&str>) -> Error {
-    Error::Input {
-        path: file.path().to_path_buf(),
-        line: None,
-        reason: reason.into(),
-        hint: hint.map(str::to_owned),
-    }
-}
-
-/// An adapter, of kind LoRA, for the model's architecture, in one file.
+/// Checks that the file is a LoRA adapter for the model's architecture, in one part.
 fn check_kind(file: &GgufFile, model: &GgufFile) -> Result<()> {
+    let refuse = |reason: String| Error::input(file.path(), None, reason);
     let architecture = file.str_if_present("general.architecture")?;
     match file.str_if_present("general.type")? {
         Some("adapter") => {}
         _ if architecture == Some("controlvector") => {
-            let reason = "expected a LoRA adapter, found a control vector";
-            return Err(refuse(file, reason, Some("give it with --control-vector")));
+            return Err(refuse("expected a LoRA adapter, found a control vector".into())
+                .with_hint("give it with --control-vector"));
         }
         found => {
             let found = found.map_or("nothing".to_owned(), |found| format!("{found:?}"));
             let what = architecture.map_or(String::new(), |name| format!(" (architecture {name:?})"));
-            let reason = format!(
+            return Err(refuse(format!(
                 "expected a LoRA adapter: key \"general.type\" should be \"adapter\", found {found}{what}"
-            );
-            let hint =
-                "convert an adapter with llama.cpp's convert_lora_to_gguf.py; a model is given with -m";
-            return Err(refuse(file, reason, Some(hint)));
+            ))
+            .with_hint(
+                "convert an adapter with llama.cpp's convert_lora_to_gguf.py; a model is given with -m",
+            ));
         }
     }
     let kind = file.str("adapter.type")?;
     if kind != "lora" {
-        let reason = format!("key \"adapter.type\": expected \"lora\", found {kind:?}");
-        return Err(refuse(file, reason, None));
+        return Err(refuse(format!("key \"adapter.type\": expected \"lora\", found {kind:?}")));
     }
     let (expected, found) = (model.architecture()?, architecture.unwrap_or_default());
     if expected != found {
-        let reason = format!("it is for architecture {found:?}, and this model has {expected:?}");
-        return Err(refuse(file, reason, Some("use the model that it was trained on")));
+        return Err(refuse(format!("it is for architecture {found:?}, and this model has {expected:?}"))
+            .with_hint(OTHER_BASE));
     }
-    if let Some(alpha) = file.f32_if_present("adapter.lora.alpha")?
-        && !alpha.is_finite()
-    {
-        let reason = format!("key \"adapter.lora.alpha\": expected a finite number, found {alpha}");
-        return Err(refuse(file, reason, None));
+    let alpha = alpha(file)?;
+    if !alpha.is_finite() {
+        return Err(refuse(format!("key {ALPHA_KEY:?}: expected a finite number, found {alpha}")));
     }
     if let Some(tokens) = file.metadata().get("adapter.alora.invocation_tokens") {
         let is_empty = matches!(tokens, Value::Array(tokens) if tokens.is_empty());
         if !is_empty {
-            let reason = "it is an activated LoRA, which acts only after tokens of its own, and here it \
-                          would act on all";
-            return Err(refuse(file, reason, None));
+            let reason =
+                "it is an activated LoRA, made to act only after certain tokens; here it would act on all";
+            return Err(refuse(reason.into()));
         }
     }
     if file.part_paths().len() > 1 {
-        return Err(refuse(file, "it is split into several files, of which llama.cpp reads one", None));
+        return Err(refuse("it is split into several files, and llama.cpp reads only the first".into()));
     }
     Ok(())
 }
 
-/// Both factors, of shapes that llama.cpp's products take, for a tensor that is multiplied with.
-fn check_pair(file: &GgufFile, model: &GgufFile, of: &str, pair: &Pair<'_>) -> Result<()> {
-    let in_tensor = |reason: String, hint| Err(refuse(file, format!("tensor {of:?}: {reason}"), hint));
+/// The cure for an adapter that fits another model.
+const OTHER_BASE: &str = "use the model that the adapter was trained on";
+
+/// Checks the factors for the tensor `name` of the model: both present, in shapes and types that llama.cpp's
+/// products accept.
+fn check_pair(file: &GgufFile, model: &GgufFile, name: &str, pair: &Pair<'_>) -> Result<()> {
+    let refuse = |reason: &str| Error::input(file.path(), None, format!("tensor {name:?}: {reason}"));
     let (a, b) = match (pair.a, pair.b) {
         (Some(a), Some(b)) => (a, b),
-        (a, _) => {
-            let (has, lacks) = if a.is_some() { (".lora_a", ".lora_b") } else { (".lora_b", ".lora_a") };
-            return in_tensor(format!("expected {has} and {lacks}, found {has} alone"), None);
-        }
+        (Some(_), None) => return Err(refuse("expected .lora_a and .lora_b, found .lora_a alone")),
+        (None, _) => return Err(refuse("expected .lora_a and .lora_b, found .lora_b alone")),
     };
-    let other_base = Some("use the model that it was trained on");
-    let Some(base) = model.tensor(of) else {
-        return in_tensor("this model has no such tensor".into(), other_base);
+    let Some(base) = model.tensor(name) else {
+        return Err(refuse("this model has no such tensor").with_hint(OTHER_BASE));
     };
     if base.shape().len() < 2 {
-        return in_tensor("it is no matrix in this model, and llama.cpp would leave it out".into(), None);
+        return Err(refuse("it is not a matrix in this model, and llama.cpp would skip it"));
     }
-    // One that is tied to the output is one tensor to llama.cpp: it multiplies by the flipped factors
-    // there too, and ends the process by an assertion.
-    if of == EMBEDDING && model.tensor("output.weight").is_none() {
-        return in_tensor(
-            "this model uses the token embeddings as its output too, where llama.cpp cannot apply an adapter"
-                .into(),
-            Some("train the adapter without embed_tokens"),
-        );
+    // A model that ties the two has one tensor for both. llama.cpp would use the transposed factors in the
+    // output product too, and fail an assertion.
+    if name == EMBEDDING && model.tensor("output.weight").is_none() {
+        return Err(refuse(
+            "in this model the token embeddings are also the output matrix, and llama.cpp cannot apply an \
+             adapter to them",
+        )
+        .with_hint("train the adapter without embed_tokens"));
     }
-    // The scale of NVFP4 would be applied to the adapter too; build_ffn asserts that this does not happen.
+    // The scale of NVFP4 would multiply the adapter too; build_ffn asserts that this does not happen.
     let has_scale =
-        of.strip_suffix(".weight").is_some_and(|stem| model.tensor(&format!("{stem}.scale")).is_some());
+        name.strip_suffix(".weight").is_some_and(|stem| model.tensor(&format!("{stem}.scale")).is_some());
     if base.tensor_type() == TensorType::NVFP4 && has_scale {
-        return in_tensor("llama.cpp applies no adapter to nvfp4 with a scale of its own".into(), None);
+        return Err(refuse("llama.cpp cannot apply an adapter to an NVFP4 tensor with a scale of its own"));
     }
     let rank = b.shape()[0];
     let (n_in, n_out) = (base.shape()[0], base.shape()[1]);
-    let (shape_a, shape_b) =
-        if of == EMBEDDING { ([rank, n_out], [rank, n_in]) } else { ([n_in, rank], [rank, n_out]) };
-    for (factor, expected) in [(a, shape_a), (b, shape_b)] {
+    let (a_shape, b_shape) =
+        if name == EMBEDDING { ([rank, n_out], [rank, n_in]) } else { ([n_in, rank], [rank, n_out]) };
+    for (factor, expected) in [(a, a_shape), (b, b_shape)] {
         let expected: Vec<u64> = expected.into_iter().chain(base.shape()[2..].iter().copied()).collect();
+        let refuse =
+            |reason| Error::input(file.path(), None, format!("tensor {:?}: {reason}", factor.name()));
         if !same_shape(factor.shape(), &expected) {
-            let (name, found) = (factor.name(), factor.shape());
-            let reason = format!(
-                "tensor {name:?}: expected {expected:?} for a matrix {:?}, found {found:?}",
-                base.shape()
-            );
-            return Err(refuse(file, reason, other_base));
+            let (base, found) = (base.shape(), factor.shape());
+            return Err(refuse(format!("expected {expected:?} for a matrix {base:?}, found {found:?}"))
+                .with_hint(OTHER_BASE));
         }
         if !factor.tensor_type().is_weight() {
-            let (name, found) = (factor.name(), factor.tensor_type());
-            let reason = format!("tensor {name:?}: llama.cpp cannot multiply by type {found}");
-            return Err(refuse(file, reason, None));
+            return Err(refuse(format!("llama.cpp cannot multiply by type {}", factor.tensor_type())));
         }
     }
     Ok(())
 }
 
-/// ggml leaves out trailing dimensions of 1: a factor of rank 1 may be written with one dimension.
+/// Compares shapes, with missing dimensions as 1: ggml drops trailing dimensions of 1, as in rank 1.
 fn same_shape(found: &[u64], expected: &[u64]) -> bool {
     let n = found.len().max(expected.len());
     (0..n).all(|i| found.get(i).unwrap_or(&1) == expected.get(i).unwrap_or(&1))
 }
 
-/// Every value of the plain types; blocks of quantised types are taken as they are.
+/// Checks that the values of a float type are finite. Quantised types are not checked.
 fn check_finite(file: &GgufFile, tensor: &TensorInfo) -> Result<()> {
     let is_finite: fn(&[u8]) -> bool = match tensor.tensor_type() {
         TensorType::F32 => |bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).is_finite(),
-        // All bits of the exponent set is infinity or NaN.
+        // An exponent of all ones is infinity or NaN.
         TensorType::F16 => |bytes| u16::from_le_bytes([bytes[0], bytes[1]]) & 0x7c00 != 0x7c00,
         TensorType::BF16 => |bytes| u16::from_le_bytes([bytes[0], bytes[1]]) & 0x7f80 != 0x7f80,
         _ => return Ok(()),
@@ -213,9 +251,12 @@ fn check_finite(file: &GgufFile, tensor: &TensorInfo) -> Result<()> {
         file.read_tensor_at(tensor, done, &mut chunk[..n])?;
         if let Some(i) = chunk[..n].chunks_exact(width).position(|bytes| !is_finite(bytes)) {
             let at = done as usize / width + i;
-            let reason =
-                format!("tensor {:?}: expected finite numbers, found another at {at}", tensor.name());
-            return Err(refuse(file, reason, Some("the training diverged, or the file is damaged")));
+            let reason = format!(
+                "tensor {:?}: expected finite numbers, found NaN or infinity at element {at}",
+                tensor.name()
+            );
+            return Err(Error::input(file.path(), None, reason)
+                .with_hint("the training diverged, or the file is damaged"));
         }
         done += n as u64;
     }
@@ -230,12 +271,12 @@ mod tests {
     /// One tensor: name, shape, type.
     type Tensor = (&'static str, Vec<u64>, TensorType);
 
-    /// What a test changes in an adapter that fits.
+    /// An adapter to be written; starts as one that fits.
     struct Adapter {
         metadata: Metadata,
         tensors: Vec<(String, Vec<u64>, TensorType)>,
         scale: f32,
-        /// Written into the first tensor's first value.
+        /// The first value of the first tensor; else 0.
         first: Option<f32>,
     }
 
@@ -292,7 +333,7 @@ mod tests {
                 let n_rows: u64 = shape[1..].iter().product();
                 let mut bytes = vec![0; (tensor_type.row_bytes(shape[0]).unwrap() * n_rows) as usize];
                 if let Some(first) = self.first.filter(|_| i == 0) {
-                    // The high half of an f32 is its bf16; an f16 with these exponents is not finite either.
+                    // The high half of an f32 is its bf16. As an f16 it is not finite either.
                     let bits = first.to_le_bytes();
                     let n = bytes.len().min(tensor_type.block_bytes() as usize);
                     bytes[..n].copy_from_slice(&bits[4 - n..]);
@@ -309,10 +350,16 @@ mod tests {
     }
 
     #[test]
+    fn the_scale_is_alpha_over_rank_times_the_users_and_without_alpha_the_users_alone() {
+        assert_eq!((scale::<f32>(1.0, 16.0, 64), scale::<f64>(-0.5, 8.0, 2)), (0.25, -2.0));
+        assert_eq!((scale::<f32>(0.5, 0.0, 64), scale::<f64>(0.5, 0.0, 64)), (0.5, 0.5));
+    }
+
+    #[test]
     fn an_adapter_that_fits_is_accepted() {
         let base = model("llama");
         adapter(&down()).check(&base).unwrap();
-        // Norms are left out by llama.cpp; the model may be quantised; alpha may be missing.
+        // llama.cpp skips norms. The model may be quantised, and alpha may be missing.
         let mut tensors = down();
         tensors.push(("blk.0.attn_norm.weight", vec![8], TensorType::F32));
         adapter(&tensors).check(&model("llama-q8_0")).unwrap();
@@ -337,12 +384,15 @@ mod tests {
         .unwrap();
     }
 
-    /// Token embeddings of a model whose output is a tensor of its own, or is not.
-    fn embedding(base: &GgufFile, architecture: &str, flipped: bool) -> Result<()> {
+    /// Checks an adapter for the token embeddings.
+    fn embedding(base: &GgufFile, architecture: &str, transposed: bool) -> Result<()> {
         let shape = base.tensor(EMBEDDING).unwrap().shape().to_vec();
         let (n_embd, n_vocab) = (shape[0], shape[1]);
-        let (a, b) =
-            if flipped { (vec![4, n_vocab], vec![4, n_embd]) } else { (vec![n_embd, 4], vec![4, n_vocab]) };
+        let (a, b) = if transposed {
+            (vec![4, n_vocab], vec![4, n_embd])
+        } else {
+            (vec![n_embd, 4], vec![4, n_vocab])
+        };
         adapter(&[
             ("token_embd.weight.lora_a", a, TensorType::F32),
             ("token_embd.weight.lora_b", b, TensorType::F32),
@@ -352,25 +402,25 @@ mod tests {
     }
 
     #[test]
-    fn factors_of_token_embeddings_are_flipped() {
+    fn factors_of_token_embeddings_are_transposed() {
         let base = model("llama");
-        assert!(base.tensor("output.weight").is_some(), "the tiny llama has an output of its own");
+        assert!(base.tensor("output.weight").is_some(), "the tiny llama must have an output matrix");
         embedding(&base, "llama", true).unwrap();
         let error = embedding(&base, "llama", false).unwrap_err().to_string();
         assert!(error.contains("token_embd.weight.lora_a"), "{error}");
     }
 
     #[test]
-    fn rejects_token_embeddings_that_are_the_output_too() {
+    fn rejects_token_embeddings_that_are_also_the_output() {
         let base = model("gemma3");
-        assert!(base.tensor("output.weight").is_none(), "the tiny gemma3 is tied");
+        assert!(base.tensor("output.weight").is_none(), "the tiny gemma3 must tie embeddings and output");
         let error = embedding(&base, "gemma3", true).unwrap_err();
-        assert!(error.to_string().contains("as its output too"), "{error}");
+        assert!(error.to_string().contains("also the output matrix"), "{error}");
         assert!(error.hint().is_some());
     }
 
     #[test]
-    fn rejects_other_files_by_what_they_are() {
+    fn rejects_other_files_and_names_their_kind() {
         let base = model("llama");
         let of = |path: &str| check(&LoraScaled { path: path.into(), scale: 1.0 }, &base).unwrap_err();
         let error = of("gguf/tiny/gpt2.gguf").to_string();
@@ -383,7 +433,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_another_kind_of_adapter_or_another_architecture() {
+    fn rejects_other_adapter_types_and_architectures() {
         let base = model("llama");
         let with =
             |key: &str, value: &str| adapter(&down()).with(key, Value::Str(value.into())).refusal(&base);
@@ -392,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_keys_that_would_end_the_process() {
+    fn rejects_keys_that_would_crash_llama_cpp() {
         let base = model("llama");
         for (key, value) in [
             ("adapter.lora.alpha", Value::U32(16)),
@@ -412,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_an_adapter_without_pairs() {
+    fn rejects_an_adapter_without_both_factors() {
         let base = model("llama");
         assert!(adapter(&[]).refusal(&base).contains("found none"));
         assert!(adapter(&down()[..1]).refusal(&base).contains("found .lora_a alone"));
@@ -420,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_tensors_of_other_names_or_of_no_matrix_in_the_model() {
+    fn rejects_tensors_with_other_names_or_for_something_that_is_not_a_matrix() {
         let base = model("llama");
         let with = |name: &'static str| {
             let mut tensors = down();
@@ -433,7 +483,7 @@ mod tests {
         let missing = pair("blk.99.ffn_down.weight.lora_a", "blk.99.ffn_down.weight.lora_b");
         assert!(missing.contains("no such tensor"), "{missing}");
         let norm = pair("output_norm.weight.lora_a", "output_norm.weight.lora_b");
-        assert!(norm.contains("no matrix"), "{norm}");
+        assert!(norm.contains("not a matrix"), "{norm}");
     }
 
     #[test]
@@ -447,14 +497,14 @@ mod tests {
             let error = adapter(&tensors).refusal(&base);
             assert!(error.contains("expected [") && error.contains("found ["), "{error}");
         }
-        // As "finetune" of old llama.cpp wrote them: not transposed.
+        // As the "finetune" of old llama.cpp wrote them.
         let mut transposed = down();
         transposed[0].1.reverse();
         assert!(adapter(&transposed).refusal(&base).contains("lora_a"));
     }
 
     #[test]
-    fn rejects_types_that_nothing_is_multiplied_by() {
+    fn rejects_types_that_cannot_be_multiplied() {
         let mut tensors = down();
         tensors[0].2 = TensorType::I32;
         assert!(adapter(&tensors).refusal(&model("llama")).contains("type i32"));
@@ -468,7 +518,9 @@ mod tests {
                 let mut tensors = down();
                 tensors[0].2 = tensor_type;
                 let adapter = Adapter { first: Some(value), ..adapter(&tensors) };
-                assert!(adapter.refusal(&base).contains("finite numbers, found another at 0"));
+                assert!(
+                    adapter.refusal(&base).contains("finite numbers, found NaN or infinity at element 0")
+                );
                 Adapter { first: Some(1.5), ..adapter }.check(&base).unwrap();
             }
         }

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile, TensorInfo};
 use crate::graph::steering::LoraScaled;
+use crate::steer::lora;
 
 /// The down projections of a model whose blocks all have a dense FFN.
 #[derive(Debug)]
@@ -163,16 +164,15 @@ fn tensor_name(layer: usize) -> String {
 }
 
 /// Adds an adapter's contribution to the columns: `scale * B A[:, index]`.
-fn add_lora(lora: &LoraScaled, layer: usize, weights: &[(usize, f32)], sum: &mut [f64]) -> Result<()> {
-    let file = GgufFile::open(&lora.path)?;
+fn add_lora(adapter: &LoraScaled, layer: usize, weights: &[(usize, f32)], sum: &mut [f64]) -> Result<()> {
+    let file = GgufFile::open(&adapter.path)?;
     let name = tensor_name(layer);
-    let pair = (file.tensor(&format!("{name}.lora_a")), file.tensor(&format!("{name}.lora_b")));
+    let pair = (file.tensor(&lora::a_name(&name)), file.tensor(&lora::b_name(&name)));
     let (Some(a), Some(b)) = pair else { return Ok(()) };
     // A is [n_ff, rank], B is [rank, n_embd].
     let (n_ff, rank) = (a.shape()[0] as usize, b.shape()[0] as usize);
     let (a, b) = (numbers(&file, a)?, numbers(&file, b)?);
-    let alpha = f64::from(file.f32_if_present("adapter.lora.alpha")?.unwrap_or(0.0));
-    let scale = f64::from(lora.scale) * if alpha == 0.0 { 1.0 } else { alpha / rank as f64 };
+    let scale: f64 = lora::scale(adapter.scale, lora::alpha(&file)?, rank);
     let inner: Vec<f64> = (0..rank)
         .map(|r| weights.iter().map(|&(i, w)| f64::from(w) * f64::from(a[r * n_ff + i])).sum())
         .collect();

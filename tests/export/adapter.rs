@@ -40,14 +40,14 @@ fn an_adapter_that_is_written_is_read_as_it_was_and_acts_in_llama_cpp() {
 }
 
 #[test]
-fn an_adapter_without_an_alpha_has_a_multiplier_of_one() {
+fn without_an_alpha_the_scale_is_the_users_alone() {
     let (folder, base) = (tempfile::tempdir().unwrap(), tiny("llama"));
     let path = folder.path().join("lora.gguf");
     let adapter = Adapter { alpha: 0.0, ..adapter(&base) };
     write(&adapter, &path, &base);
     assert!(GgufFile::open(&path).unwrap().metadata().get("adapter.lora.alpha").is_none());
     assert_eq!(Adapter::read(&path, &base).unwrap(), adapter);
-    assert_eq!((adapter.multiplier(4), Adapter { alpha: 8.0, ..adapter }.multiplier(4)), (1.0, 2.0));
+    assert_eq!((adapter.scale(0.5, 4), Adapter { alpha: 8.0, ..adapter }.scale(0.5, 4)), (0.5, 1.0));
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn rejects_tied_embeddings_and_other_files() {
     let base = tiny("gemma3");
     let adapter = Adapter { alpha: 1.0, factors: vec![factors(&base, "token_embd.weight", 2, 0)] };
     let error = adapter.check(&base).unwrap_err();
-    assert!(error.to_string().contains("as its output too") && error.hint().is_some(), "{error}");
+    assert!(error.to_string().contains("also the output matrix") && error.hint().is_some(), "{error}");
     let error = Adapter::read(&tiny_path("gpt2-lora"), &tiny("llama")).unwrap_err();
     assert!(error.to_string().contains("architecture"), "{error}");
     assert!(matches!(Adapter::read(&tiny_path("none"), &base), Err(Error::Io { .. })));

@@ -8,7 +8,8 @@ use detox_gguf::error::{Error, Result};
 use detox_gguf::gguf::{GgufFile, GgufWriter, TensorSpec, TensorType, check_decoder};
 use detox_gguf::gguf::{dequantize, quantize};
 use detox_gguf::train::output::Adapter;
-use detox_gguf::train::output::merge::{MergeOptions, MergeReport, merge};
+use detox_gguf::train::output::merge::{MergeOptions, merge};
+use detox_gguf::train::output::merge_report::MergeReport;
 
 use super::split::split_in_two;
 use super::{factors, largest_difference, logits, provenance, tiny, tiny_path, write};

@@ -1,30 +1,34 @@
-//! What a transformer is like, read from a GGUF's metadata: options, not one program for each family.
+//! Sizes and options of a transformer, read from a GGUF's metadata.
+//!
+//! Architectures differ by options, not by code: one forward and one backward pass serve them all.
 
 use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
 
 use crate::train::device::{Activation, Attention, Norm, NormKind, Rope, RopePairs};
 
-/// Where a token's position comes in.
+/// How the model learns a token's position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Position {
+    /// Queries and keys are rotated.
     Rope(RopePairs),
-    /// A table that is added to the embeddings.
+    /// A table is added to the embeddings.
     Learned,
+    /// Attention scores get a bias that grows with distance (arXiv 2108.12409).
     Alibi,
 }
 
-/// What sets an architecture apart beyond its sizes.
+/// The options of an architecture that its name implies.
 struct Family {
     name: &'static str,
     norm: NormKind,
     position: Position,
     activation: Activation,
-    /// The FFN multiplies by a second projection.
+    /// The FFN's activation is multiplied by a second projection.
     gated: bool,
-    /// Attention and FFN read the one norm of the block, and are added to its input together.
+    /// Attention and FFN read the same normed input, and both are added to the block's input.
     parallel: bool,
-    /// Embeddings are multiplied by the root of their width.
+    /// Embeddings are multiplied by sqrt(n_embd).
     scales_embedding: bool,
 }
 
@@ -47,7 +51,7 @@ const GPT2: Family = Family {
     ..LLAMA
 };
 
-/// Each is tested against PyTorch (`tests/train`).
+/// The architectures that can be trained. Each is tested against PyTorch (`tests/train`).
 const FAMILIES: [Family; 7] = [
     LLAMA,
     Family { name: "command-r", norm: NormKind::Layer, parallel: true, ..LLAMA },
@@ -64,108 +68,78 @@ const FAMILIES: [Family; 7] = [
     Family { name: "qwen3", position: Position::Rope(RopePairs::Halves), ..LLAMA },
 ];
 
-/// BLOOM's largest slope exponent, which its files do not tell (`bloom.cpp` of llama.cpp).
+/// BLOOM's largest ALiBi slope exponent. Its files do not have it (llama.cpp's `bloom.cpp`).
 const BLOOM_MAX_ALIBI_BIAS: f32 = 8.0;
 
-/// Layers of the one Gemma 3 whose attention is scaled by n_embd / n_head (`gemma3.cpp` of llama.cpp).
+/// Layers of Gemma 3 27B. It scales attention by n_embd / n_head, other sizes by the head size (llama.cpp's
+/// `gemma3.cpp`).
 const GEMMA3_27B_LAYERS: u32 = 62;
 
-/// Every how many layers one is global where Gemma 3's file does not tell (`gemma3.cpp` of llama.cpp).
+/// Default of Gemma 3's sliding-window pattern: one layer in six is global (llama.cpp's `gemma3.cpp`).
 const GEMMA3_PATTERN: u32 = 6;
 
-/// Base of the rotary frequencies of local layers where the file does not tell (`llama-hparams.h`).
-const LOCAL_ROPE_BASE: f32 = 10_000.0;
+/// Default base of the rotary frequencies (llama.cpp's `llama-hparams.h`).
+const DEFAULT_ROPE_BASE: f32 = 10_000.0;
 
 /// The sizes and options of a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
     /// `general.architecture`.
     pub architecture: String,
-    /// Blocks.
+    /// Number of blocks.
     pub n_layer: usize,
     /// Width of the residual stream.
     pub n_embd: usize,
     /// Neurons of each block's FFN, `[n_layer]`.
     pub n_ff: Vec<usize>,
-    /// Tokens in the vocabulary.
+    /// Size of the vocabulary.
     pub n_vocab: usize,
-    /// Tokens that the model was trained to see at once.
+    /// Context length the model was trained with.
     pub n_ctx_train: usize,
-    /// Norms.
+    /// Kind and epsilon of the norms.
     pub norm: Norm,
     /// The FFN's non-linearity.
     pub activation: Activation,
-    /// Whether the FFN multiplies by a second projection.
+    /// Whether the FFN has a gate projection.
     pub gated: bool,
-    /// Whether attention and FFN read the one norm of the block.
+    /// Whether attention and FFN read the same normed input.
     pub parallel: bool,
-    /// Multiplies embeddings.
+    /// Multiplies the token embeddings.
     pub embedding_scale: f32,
-    /// Multiplies logits.
+    /// Multiplies the logits.
     pub logit_scale: f32,
-    /// Each block's attention, `[n_layer]`.
+    /// The attention of each block, `[n_layer]`.
     pub attention: Vec<Attention>,
-    /// Each block's rotary position embedding, `[n_layer]`; none where positions come in otherwise.
+    /// The rotary embedding of each block, `[n_layer]`; `None` for other position encodings.
     pub rope: Vec<Option<Rope>>,
-    /// Whether a table of positions is added to the embeddings.
+    /// Whether a table of positions is added to the token embeddings.
     pub learned_positions: bool,
 }
 
 impl Config {
-    /// Reads a model's metadata; `rope_factors` are the numbers of `rope_freqs.weight`, where there is one.
+    /// Reads a model's metadata. `rope_factors` are the values of the tensor `rope_freqs.weight`, if present.
     ///
     /// # Errors
-    /// [`Error::Model`] for an architecture, or an option of one, that cannot be trained here.
-    /// [`Error::Gguf`] where metadata are missing.
+    /// [`Error::Model`] for an architecture, or an option of one, that cannot be trained; [`Error::Gguf`] for
+    /// missing metadata.
     pub fn read(file: &GgufFile, rope_factors: Option<&[f32]>) -> Result<Config> {
         let architecture = file.architecture()?;
-        let refuse = |reason: String, hint: &str| Error::Model {
-            path: file.path().to_path_buf(),
-            reason,
-            hint: (!hint.is_empty()).then(|| hint.to_owned()),
-        };
         let Some(family) = FAMILIES.iter().find(|family| family.name == architecture) else {
             let known: Vec<&str> = FAMILIES.iter().map(|family| family.name).collect();
             let reason = format!("architecture {architecture:?} cannot be trained here");
-            return Err(refuse(reason, &format!("these can: {}", known.join(", "))));
+            let hint = format!("these can: {}", known.join(", "));
+            return Err(Error::model(file.path(), reason).with_hint(hint));
         };
-        let key = |name: &str| file.arch_key(name);
-        let number = |name: &str| -> Result<Option<f32>> { file.f32_if_present(&key(name)?) };
-        for (name, what) in [("expert_count", "experts"), ("attention.temperature_length", "scaled queries")]
-        {
-            if file.u32_if_present(&key(name)?)?.is_some_and(|n| n > 0) {
-                return Err(refuse(format!("models with {what} cannot be trained here"), ""));
-            }
-        }
-        for name in [
-            "final_logit_softcapping",
-            "attention.scale",
-            "embedding_scale",
-            "residual_scale",
-            "attention.clamp_kqv",
-        ] {
-            if number(name)?.is_some_and(|x| x != 0.0) {
-                return Err(refuse(format!("key {:?} is not known to the trainer", key(name)?), ""));
-            }
-        }
+        refuse_unknown_options(file)?;
 
         let (n_layer, n_embd) = (file.n_layer()?, file.n_embd()?);
         let (n_head, n_head_kv) = (file.n_head()?, file.n_head_kv()?);
-        let width = |name: &str| -> Result<usize> {
-            Ok(file.u32_if_present(&key(name)?)?.unwrap_or(n_embd / n_head.max(1)) as usize)
-        };
-        let (head_dim, value_dim) = (width("attention.key_length")?, width("attention.value_length")?);
-        if head_dim != value_dim || head_dim == 0 {
-            let reason = format!("expected keys and values of one size, found {head_dim} and {value_dim}");
-            return Err(refuse(reason, ""));
-        }
-
+        let head_dim = head_dim(file, n_embd / n_head.max(1))?;
         let epsilon_key = match family.norm {
             NormKind::Rms => "attention.layer_norm_rms_epsilon",
             NormKind::Layer => "attention.layer_norm_epsilon",
         };
-        let norm = Norm { kind: family.norm, epsilon: file.f32(&key(epsilon_key)?)? };
-
+        let norm = Norm { kind: family.norm, epsilon: file.f32(&file.arch_key(epsilon_key)?)? };
         let windows = windows(file, n_layer)?;
         let scaled_dim = match family.name {
             "gemma3" if n_layer == GEMMA3_27B_LAYERS => (n_embd / n_head) as f32,
@@ -180,43 +154,11 @@ impl Config {
             window: *window,
             max_alibi_bias,
         };
-
         let rope = match family.position {
-            Position::Rope(pairs) => {
-                let n_rot = file.u32_if_present(&key("rope.dimension_count")?)?.unwrap_or(head_dim as u32);
-                let n_rot = n_rot as usize;
-                if n_rot > head_dim || !n_rot.is_multiple_of(2) {
-                    return Err(refuse(format!("a rotation of {n_rot} numbers of {head_dim} in a head"), ""));
-                }
-                if let Some(factors) = rope_factors
-                    && factors.len() != n_rot / 2
-                {
-                    let reason = format!(
-                        "tensor \"rope_freqs.weight\": expected {} numbers, found {}",
-                        n_rot / 2,
-                        factors.len()
-                    );
-                    return Err(refuse(reason, ""));
-                }
-                let base = number("rope.freq_base")?.unwrap_or(LOCAL_ROPE_BASE);
-                let local_base = number("rope.freq_base_swa")?.unwrap_or(LOCAL_ROPE_BASE);
-                let scale = rope_scale(file)?;
-                windows
-                    .iter()
-                    .map(|window| {
-                        let (base, scale) = if window.is_some() { (local_base, 1.0) } else { (base, scale) };
-                        let factor = |i: usize| rope_factors.map_or(1.0, |factors| f64::from(factors[i]));
-                        let frequency = |i: usize| {
-                            f64::from(base).powf(-((2 * i) as f64) / n_rot as f64) * scale / factor(i)
-                        };
-                        let frequencies = (0..n_rot / 2).map(|i| frequency(i) as f32).collect();
-                        Some(Rope { pairs, frequencies })
-                    })
-                    .collect()
-            }
+            Position::Rope(pairs) => rope(file, pairs, head_dim, &windows, rope_factors)?,
             Position::Learned | Position::Alibi => vec![None; n_layer as usize],
         };
-
+        let logit_scale = file.f32_if_present(&file.arch_key("logit_scale")?)?;
         Ok(Config {
             architecture: architecture.to_owned(),
             n_layer: n_layer as usize,
@@ -229,34 +171,106 @@ impl Config {
             gated: family.gated,
             parallel: family.parallel,
             embedding_scale: if family.scales_embedding { (n_embd as f32).sqrt() } else { 1.0 },
-            logit_scale: number("logit_scale")?.filter(|&scale| scale != 0.0).unwrap_or(1.0),
+            logit_scale: logit_scale.filter(|&scale| scale != 0.0).unwrap_or(1.0),
             attention: windows.iter().map(attention).collect(),
             rope,
             learned_positions: family.position == Position::Learned,
         })
     }
 
-    /// Bytes that a forward pass of `n_rows` rows keeps for the backward pass, about.
+    /// About how many bytes a forward pass of `n_rows` rows keeps for the backward pass.
     pub fn activation_bytes(&self, n_rows: usize) -> u64 {
-        // Per row of a block: its input, both norms' outputs, the stream between; q, k, v and what attention
-        // gives; and the FFN's inner numbers.
-        let of_layer = |n_ff: &usize| 5 * self.n_embd + 2 * (self.n_query() + self.n_key()) + 3 * n_ff;
-        let n_values: usize = self.n_ff.iter().map(of_layer).sum();
+        // Per row and block: the input, both norms' outputs, the residual stream between attention and FFN, and
+        // a projection before its norm; q, k, v and the heads; gate, up and neuron activations.
+        let per_row = |n_ff: &usize| 5 * self.n_embd + 2 * (self.n_query() + self.n_key()) + 3 * n_ff;
+        let n_values: usize = self.n_ff.iter().map(per_row).sum();
         (size_of::<f32>() * n_rows * n_values) as u64
     }
 
-    /// Numbers in all query heads of a row.
+    /// Width of all query heads together.
     pub fn n_query(&self) -> usize {
         self.attention.first().map_or(0, |a| a.n_head * a.head_dim)
     }
 
-    /// Numbers in all key heads of a row.
+    /// Width of all key heads together.
     pub fn n_key(&self) -> usize {
         self.attention.first().map_or(0, |a| a.n_head_kv * a.head_dim)
     }
 }
 
-/// The window of each layer's attention, `[n_layer]`.
+/// Refuses metadata that would change the computation in a way the trainer does not implement.
+fn refuse_unknown_options(file: &GgufFile) -> Result<()> {
+    for (name, what) in [("expert_count", "experts"), ("attention.temperature_length", "scaled queries")] {
+        if file.u32_if_present(&file.arch_key(name)?)?.is_some_and(|n| n > 0) {
+            return Err(Error::model(file.path(), format!("models with {what} cannot be trained here")));
+        }
+    }
+    for name in [
+        "final_logit_softcapping",
+        "attention.scale",
+        "embedding_scale",
+        "residual_scale",
+        "attention.clamp_kqv",
+    ] {
+        let key = file.arch_key(name)?;
+        if file.f32_if_present(&key)?.is_some_and(|x| x != 0.0) {
+            return Err(Error::model(file.path(), format!("key {key:?} is not supported by the trainer")));
+        }
+    }
+    Ok(())
+}
+
+/// The size of an attention head, `default` if the metadata do not give it.
+fn head_dim(file: &GgufFile, default: u32) -> Result<usize> {
+    let size = |name: &str| -> Result<usize> {
+        Ok(file.u32_if_present(&file.arch_key(name)?)?.unwrap_or(default) as usize)
+    };
+    let (key_dim, value_dim) = (size("attention.key_length")?, size("attention.value_length")?);
+    if key_dim != value_dim || key_dim == 0 {
+        let reason = format!("expected keys and values of one size, found {key_dim} and {value_dim}");
+        return Err(Error::model(file.path(), reason));
+    }
+    Ok(key_dim)
+}
+
+/// The rotary embedding of each block, `[n_layer]`; `windows` says which blocks are local.
+fn rope(
+    file: &GgufFile,
+    pairs: RopePairs,
+    head_dim: usize,
+    windows: &[Option<usize>],
+    factors: Option<&[f32]>,
+) -> Result<Vec<Option<Rope>>> {
+    let number = |name: &str| -> Result<Option<f32>> { file.f32_if_present(&file.arch_key(name)?) };
+    let n_rot = file.u32_if_present(&file.arch_key("rope.dimension_count")?)?.unwrap_or(head_dim as u32);
+    let n_rot = n_rot as usize;
+    if n_rot > head_dim || !n_rot.is_multiple_of(2) {
+        let reason = format!(
+            "expected an even number of rotated values up to the head size {head_dim}, found {n_rot}"
+        );
+        return Err(Error::model(file.path(), reason));
+    }
+    if let Some(factors) = factors
+        && factors.len() != n_rot / 2
+    {
+        let (expected, found) = (n_rot / 2, factors.len());
+        let reason = format!("tensor \"rope_freqs.weight\": expected {expected} numbers, found {found}");
+        return Err(Error::model(file.path(), reason));
+    }
+    let base = number("rope.freq_base")?.unwrap_or(DEFAULT_ROPE_BASE);
+    let local_base = number("rope.freq_base_swa")?.unwrap_or(DEFAULT_ROPE_BASE);
+    let scale = rope_scale(file)?;
+    let of_block = |window: &Option<usize>| {
+        let (base, scale) = if window.is_some() { (local_base, 1.0) } else { (base, scale) };
+        let factor = |i: usize| factors.map_or(1.0, |factors| f64::from(factors[i]));
+        let frequency = |i: usize| f64::from(base).powf(-((2 * i) as f64) / n_rot as f64) * scale / factor(i);
+        let frequencies = (0..n_rot / 2).map(|i| frequency(i) as f32).collect();
+        Some(Rope { pairs, frequencies })
+    };
+    Ok(windows.iter().map(of_block).collect())
+}
+
+/// The attention window of each block in tokens, `[n_layer]`; `None` for global attention.
 fn windows(file: &GgufFile, n_layer: u32) -> Result<Vec<Option<usize>>> {
     let none = vec![None; n_layer as usize];
     if file.architecture()? != "gemma3" {
@@ -279,11 +293,11 @@ fn windows(file: &GgufFile, n_layer: u32) -> Result<Vec<Option<usize>>> {
         return Ok(of_layers.into_iter().take(n_layer as usize).map(|local| window(local != 0)).collect());
     }
     let pattern = file.u32_if_present(&pattern_key)?.unwrap_or(GEMMA3_PATTERN);
-    // The last layer of each group is global; a pattern of 0 is llama.cpp's word for no global layer.
+    // The last layer of each group is global. In llama.cpp a pattern of 0 means that no layer is.
     Ok((0..n_layer).map(|il| window(pattern == 0 || il % pattern + 1 < pattern)).collect())
 }
 
-/// What rotary frequencies are multiplied by.
+/// The factor of the rotary frequencies of global layers.
 fn rope_scale(file: &GgufFile) -> Result<f64> {
     let factor = match file.f32_if_present(&file.arch_key("rope.scaling.factor")?)? {
         Some(factor) => Some(factor),
@@ -292,9 +306,10 @@ fn rope_scale(file: &GgufFile) -> Result<f64> {
     match file.str_if_present(&file.arch_key("rope.scaling.type")?)? {
         Some("none") => Ok(1.0),
         None | Some("linear") => Ok(factor.filter(|&f| f != 0.0).map_or(1.0, |f| 1.0 / f64::from(f))),
-        Some(other) => {
-            Err(Error::model(file.path(), format!("rotary scaling {other:?} is not known to the trainer"))
-                .with_hint("it knows none and linear, and Llama 3's factors"))
-        }
+        Some(other) => Err(Error::model(
+            file.path(),
+            format!("rotary scaling {other:?} is not supported by the trainer"),
+        )
+        .with_hint("supported: none, linear, and the factors of Llama 3")),
     }
 }

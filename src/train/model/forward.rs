@@ -1,4 +1,4 @@
-//! The forward pass: from tokens to the log-probabilities of what is predicted.
+//! The forward pass: from tokens to the log-probabilities of the predicted tokens.
 
 use std::ops::Range;
 
@@ -6,7 +6,8 @@ use crate::error::Result;
 
 use crate::train::data::pack::Packed;
 use crate::train::device::{Device, Index};
-use crate::train::model::linear::{Linear, Pass, Reduced, by_transposed};
+use crate::train::model::linear::{Linear, Reduced};
+use crate::train::model::pass::Pass;
 use crate::train::model::transformer::{Layer, NormWeights, Qkv, Transformer};
 
 /// A batch on the device.
@@ -14,80 +15,105 @@ use crate::train::model::transformer::{Layer, NormWeights, Qkv, Transformer};
 pub struct Batch<D: Device> {
     /// Its layout.
     pub packed: Packed,
-    pub(in crate::train) rows: D::Rows,
+    /// The layout in the device's memory.
+    pub rows: D::Rows,
 }
 
 impl<D: Device> Batch<D> {
-    /// Takes `packed` to `device`.
+    /// Copies `packed` to `device`.
     ///
     /// # Errors
-    /// Of the device.
+    /// Those of the device.
     pub fn new(device: &D, packed: Packed) -> Result<Batch<D>> {
         Ok(Batch { rows: device.rows(&packed)?, packed })
     }
 }
 
-/// What a forward pass is for.
+/// Why a forward pass runs, which decides what it keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// Log-probabilities alone: nothing is kept.
+    /// Log-probabilities only; nothing is kept.
     Score,
-    /// A backward pass; with `checkpointing` only each block's input is kept, and the rest made again then.
+    /// A backward pass follows.
     Train {
-        /// Whether memory is saved so.
+        /// Keep only the input of each block, and recompute the rest in the backward pass. Saves memory.
         checkpointing: bool,
     },
 }
 
-/// What the backward pass of a block needs.
+/// The activations of one block.
 #[derive(Debug)]
 pub(super) struct LayerCache<D: Device> {
-    pub attn_in: D::Buffer,
-    /// Of one fused matrix, or of q, k and v.
-    pub qkv_reduced: Vec<Reduced<D>>,
-    /// q and k before their norms.
-    pub raw: Option<(D::Buffer, D::Buffer)>,
-    pub q: D::Buffer,
-    pub k: D::Buffer,
-    pub v: D::Buffer,
-    pub lse: D::Buffer,
-    pub attn_out: D::Buffer,
-    pub output_reduced: Reduced<D>,
-    /// Before the norm that follows.
-    pub attn_projected: Option<D::Buffer>,
-    /// The residual stream between attention and FFN.
-    pub middle: Option<D::Buffer>,
-    pub ffn_in: Option<D::Buffer>,
-    pub gate: Option<(D::Buffer, Reduced<D>)>,
-    pub up: D::Buffer,
-    pub up_reduced: Reduced<D>,
-    pub active: D::Buffer,
-    pub down_reduced: Reduced<D>,
-    /// Before the norm that follows.
-    pub ffn_projected: Option<D::Buffer>,
+    pub attention: AttentionCache<D>,
+    pub ffn: FfnCache<D>,
 }
 
-/// What the backward pass needs.
+/// The activations of one block's attention.
+#[derive(Debug)]
+pub(super) struct AttentionCache<D: Device> {
+    /// The block's input after its norm, `[n_rows][n_embd]`.
+    pub input: D::Buffer,
+    /// One for a fused matrix, else three: of q, k and v.
+    pub qkv_reduced: Vec<Reduced<D>>,
+    /// q and k before their norms, in models that have these norms.
+    pub qk_raw: Option<(D::Buffer, D::Buffer)>,
+    /// Queries, `[n_rows][n_query]`.
+    pub q: D::Buffer,
+    /// Keys, `[n_rows][n_key]`.
+    pub k: D::Buffer,
+    /// Values, `[n_rows][n_key]`.
+    pub v: D::Buffer,
+    /// Log of the softmax's denominator, `[n_rows][n_head]`.
+    pub lse: D::Buffer,
+    /// The weighted sums of the values, `[n_rows][n_query]`.
+    pub heads: D::Buffer,
+    pub output_reduced: Reduced<D>,
+    /// The output projection before the norm that follows it, `[n_rows][n_embd]`; `None` without such a norm.
+    pub projected: Option<D::Buffer>,
+}
+
+/// The activations of one block's FFN.
+#[derive(Debug)]
+pub(super) struct FfnCache<D: Device> {
+    /// The residual stream between attention and FFN, `[n_rows][n_embd]`; `None` in a parallel block.
+    pub residual: Option<D::Buffer>,
+    /// `residual` after the FFN's norm; `None` in a parallel block, whose FFN reads the attention's input.
+    pub input: Option<D::Buffer>,
+    /// The gate projection, `[n_rows][n_ff]`.
+    pub gate: Option<(D::Buffer, Reduced<D>)>,
+    /// The up projection, `[n_rows][n_ff]`.
+    pub up: D::Buffer,
+    pub up_reduced: Reduced<D>,
+    /// Neuron activations, `[n_rows][n_ff]`.
+    pub active: D::Buffer,
+    pub down_reduced: Reduced<D>,
+    /// The down projection before the norm that follows it, `[n_rows][n_embd]`; `None` without such a norm.
+    pub projected: Option<D::Buffer>,
+}
+
+/// What a forward pass keeps for the backward pass.
 #[derive(Debug)]
 pub struct Cache<D: Device> {
-    /// `x A` of the token embeddings, `[R][r]`.
-    pub(super) embedding_reduced: Option<D::Buffer>,
-    /// Before the norm of the embeddings.
+    /// Rows of the token embeddings' factor A, `[n_rows][rank]`.
+    pub(super) embedding_reduced: Reduced<D>,
+    /// The embeddings before their norm, `[n_rows][n_embd]`; `None` without such a norm.
     pub(super) embedded: Option<D::Buffer>,
-    /// What each block reads, and what the last one leaves, `[n_layer + 1]`.
+    /// The input of each block, then the output of the last one: `[n_layer + 1][n_rows][n_embd]`.
     pub(super) inputs: Vec<D::Buffer>,
-    /// None where it is made again.
+    /// The activations of each block; `None` with checkpointing.
     pub(super) layers: Vec<Option<LayerCache<D>>>,
-    /// Of each output the gradient of its log-probability with respect to the normed residual stream,
-    /// `[outputs][n_embd]`; none where the output matrix is trained.
+    /// For each output the derivative of its log-probability with respect to the normed residual stream,
+    /// `[n_outputs][n_embd]`; `None` if the output matrix is trained.
     pub(super) head: Option<D::Buffer>,
 }
 
 impl<D: Device> Transformer<D> {
-    /// Log-probabilities of the outputs of `batch`, `[outputs]`, on the device, and what a backward pass needs.
+    /// Computes the log-probability of each output, `[n_outputs]`, and the cache for a backward pass.
+    ///
+    /// There is no cache for [`Purpose::Score`].
     ///
     /// # Errors
-    /// Of the device.
+    /// Those of the device.
     pub fn forward(
         &self,
         pass: &Pass<'_, D>,
@@ -95,52 +121,30 @@ impl<D: Device> Transformer<D> {
         purpose: Purpose,
     ) -> Result<(D::Buffer, Option<Cache<D>>)> {
         let (embedding_reduced, embedded, mut x) = self.embed(pass, batch)?;
-        let keeps = purpose != Purpose::Score;
+        let is_training = purpose != Purpose::Score;
         let keeps_layers = purpose == Purpose::Train { checkpointing: false };
         let mut inputs = Vec::new();
         let mut layers = Vec::new();
         for il in 0..self.config.n_layer {
             let (next, cache) = self.layer_forward(pass, batch, il, &x)?;
-            if keeps {
+            if is_training {
                 inputs.push(x);
                 layers.push(keeps_layers.then_some(cache));
             }
             x = next;
         }
-        let n_outputs = batch.packed.outputs.len();
-        let needs_gradient = keeps && !self.output.is_trained();
-        let mut head = match needs_gradient {
-            true => Some(pass.device.zeros(n_outputs * self.config.n_embd)?),
-            false => None,
-        };
-        let mut logps = pass.device.space(n_outputs)?;
-        for range in self.chunks(pass.device, n_outputs) {
-            let (normed, _) = self.output_rows(pass, batch, &x, range.clone())?;
-            let (mut logits, _) = self.output.forward(pass, &normed, range.len())?;
-            self.logprobs(pass, batch, range.clone(), needs_gradient, &mut logits, &mut logps)?;
-            if let Some(head) = &mut head {
-                // The loss reaches an output's logits by one number only, its log-probability's gradient.
-                // So the product with the output matrix is made now, while the softmax is at hand, and
-                // multiplied by that number once it is known.
-                let mut dx = pass.device.zeros(range.len() * self.config.n_embd)?;
-                let none = &mut [];
-                self.output.backward(pass, none, &normed, &None, &logits, range.len(), &mut dx)?;
-                let n = range.len() * self.config.n_embd;
-                let to = range.start * self.config.n_embd;
-                pass.device.add_columns(&dx, n, 0, head, n_outputs * self.config.n_embd, to, n)?;
-            }
-        }
-        let cache = keeps.then(|| {
+        let (logps, head) = self.head_forward(pass, batch, &x, is_training)?;
+        let cache = is_training.then(|| {
             inputs.push(x);
             Cache { embedding_reduced, embedded, inputs, layers, head }
         });
         Ok((logps, cache))
     }
 
-    /// The residual stream after each block, `[n_layer][R][n_embd]`; for comparisons with a reference.
+    /// Computes the residual stream after each block, `[n_layer][n_rows * n_embd]`, for comparisons.
     ///
     /// # Errors
-    /// Of the device.
+    /// Those of the device.
     pub fn residual_stream(&self, pass: &Pass<'_, D>, batch: &Batch<D>) -> Result<Vec<Vec<f32>>> {
         let (.., mut x) = self.embed(pass, batch)?;
         let mut streams = Vec::new();
@@ -151,10 +155,10 @@ impl<D: Device> Transformer<D> {
         Ok(streams)
     }
 
-    /// Logits of every output, `[outputs][n_vocab]`; for comparisons with a reference.
+    /// Computes the logits of each output, `[n_outputs][n_vocab]`, for comparisons.
     ///
     /// # Errors
-    /// Of the device.
+    /// Those of the device.
     pub fn logits(&self, pass: &Pass<'_, D>, batch: &Batch<D>) -> Result<Vec<Vec<f32>>> {
         let (.., mut x) = self.embed(pass, batch)?;
         for il in 0..self.config.n_layer {
@@ -171,13 +175,50 @@ impl<D: Device> Transformer<D> {
         Ok(rows)
     }
 
-    /// Outputs whose logits fit into [`Device::logit_bytes`] together.
+    /// From the last block's output `x`, `[n_rows][n_embd]`, to log-probabilities, `[n_outputs]`.
+    ///
+    /// Also returns [`Cache::head`]. The loss depends on an output's logits only through its log-probability.
+    /// So the log-probability's derivative with respect to the normed residual stream is computed here, while
+    /// the softmax is at hand; the backward pass multiplies it by the loss's derivative, one number an output.
+    fn head_forward(
+        &self,
+        pass: &Pass<'_, D>,
+        batch: &Batch<D>,
+        x: &D::Buffer,
+        is_training: bool,
+    ) -> Result<(D::Buffer, Option<D::Buffer>)> {
+        let (device, n_embd) = (pass.device, self.config.n_embd);
+        let n_outputs = batch.packed.outputs.len();
+        let needs_gradient = is_training && !self.output.is_trained();
+        let mut head = match needs_gradient {
+            true => Some(device.zeros(n_outputs * n_embd)?),
+            false => None,
+        };
+        let mut logps = device.space(n_outputs)?;
+        for range in self.chunks(device, n_outputs) {
+            let (normed, _) = self.output_rows(pass, batch, x, range.clone())?;
+            let (mut logits, _) = self.output.forward(pass, &normed, range.len())?;
+            self.logprobs(pass, batch, range.clone(), needs_gradient, &mut logits, &mut logps)?;
+            if let Some(head) = &mut head {
+                // `logits` now holds d logp / d logits.
+                let dlogits = logits;
+                let mut dnormed = device.zeros(range.len() * n_embd)?;
+                let none = &mut [];
+                self.output.backward(pass, none, &normed, &None, &dlogits, range.len(), &mut dnormed)?;
+                let (n, to) = (range.len() * n_embd, range.start * n_embd);
+                device.add_columns(&dnormed, n, 0, head, n_outputs * n_embd, to, n)?;
+            }
+        }
+        Ok((logps, head))
+    }
+
+    /// Splits the outputs into ranges whose logits fit into [`Device::logit_bytes`].
     pub(super) fn chunks(&self, device: &D, n_outputs: usize) -> impl Iterator<Item = Range<usize>> + use<D> {
         let n = (device.logit_bytes() / (4 * self.config.n_vocab)).max(1);
         (0..n_outputs).step_by(n).map(move |first| first..(first + n).min(n_outputs))
     }
 
-    /// The rows that predict the outputs of `range`, after the last norm and before it, `[outputs][n_embd]`.
+    /// The rows of `x` that predict the outputs of `range`, `[range.len()][n_embd]`: normed, and as they are.
     pub(super) fn output_rows(
         &self,
         pass: &Pass<'_, D>,
@@ -188,10 +229,13 @@ impl<D: Device> Transformer<D> {
         let (device, n_embd) = (pass.device, self.config.n_embd);
         let mut rows = device.space(range.len() * n_embd)?;
         device.gather(x, n_embd, &Index::Output(range.clone()), &batch.rows, 1.0, &mut rows)?;
-        let normed = self.normed(pass, &self.output_norm, &rows, range.len() * n_embd, n_embd)?;
+        let normed = self.norm_forward(pass, &self.output_norm, &rows, range.len() * n_embd, n_embd)?;
         Ok((normed, rows))
     }
 
+    /// Writes the log-probabilities of the outputs of `range` into `logps`, `[n_outputs]`.
+    ///
+    /// With `gradient`, `logits`, `[range.len()][n_vocab]`, become their derivative with respect to the logits.
     pub(super) fn logprobs(
         &self,
         pass: &Pass<'_, D>,
@@ -205,7 +249,8 @@ impl<D: Device> Transformer<D> {
         pass.device.logprobs(&batch.rows, range, scale, n_vocab, gradient, logits, logps)
     }
 
-    pub(super) fn normed(
+    /// The norm of `x`, which has `n` values in rows of `n_cols`.
+    pub(super) fn norm_forward(
         &self,
         pass: &Pass<'_, D>,
         weights: &NormWeights<D>,
@@ -219,34 +264,16 @@ impl<D: Device> Transformer<D> {
         Ok(y)
     }
 
-    /// The embeddings: their reduced rows, what their norm reads, and what the first block reads.
-    #[allow(clippy::type_complexity, reason = "three buffers, of which two are rarely there")]
+    /// Embeds the tokens: [`Cache::embedding_reduced`], [`Cache::embedded`] and the first block's input.
+    #[allow(clippy::type_complexity, reason = "three buffers, two of them optional")]
     fn embed(
         &self,
         pass: &Pass<'_, D>,
         batch: &Batch<D>,
-    ) -> Result<(Option<D::Buffer>, Option<D::Buffer>, D::Buffer)> {
-        let Pass { device, values, .. } = pass;
+    ) -> Result<(Reduced<D>, Option<D::Buffer>, D::Buffer)> {
+        let device = pass.device;
         let (n_rows, n_embd) = (batch.packed.n_rows(), self.config.n_embd);
-        let scale = self.config.embedding_scale;
-        let mut x = device.space(n_rows * n_embd)?;
-        match &self.embedding.weight {
-            crate::train::model::linear::Weight::Frozen(matrix) => {
-                device.embed(matrix, &batch.rows, scale, &mut x)?
-            }
-            crate::train::model::linear::Weight::Trained(id) => {
-                device.gather(&values[*id], n_embd, &Index::Token, &batch.rows, scale, &mut x)?;
-            }
-        }
-        let mut reduced = None;
-        if let (Some(low_rank), Some(adapter_scale)) = (self.embedding.low_rank, pass.adapter_scale) {
-            let mut a = device.space(n_rows * low_rank.rank)?;
-            device.gather(&values[low_rank.a], low_rank.rank, &Index::Token, &batch.rows, 1.0, &mut a)?;
-            let mut change = by_transposed([n_rows, n_embd, low_rank.rank]);
-            (change.alpha, change.beta) = (scale * adapter_scale, 1.0);
-            device.gemm(change, &a, &values[low_rank.b], &mut x)?;
-            reduced = Some(a);
-        }
+        let (mut x, reduced) = self.embedding.forward(pass, &batch.rows, n_rows)?;
         if let Some(positions) = &self.positions {
             let mut added = device.space(n_rows * n_embd)?;
             device.gather(positions.get(pass), n_embd, &Index::Position, &batch.rows, 1.0, &mut added)?;
@@ -254,14 +281,19 @@ impl<D: Device> Transformer<D> {
         }
         match &self.embedding_norm {
             Some(weights) => {
-                let normed = self.normed(pass, weights, &x, n_rows * n_embd, n_embd)?;
+                let normed = self.norm_forward(pass, weights, &x, n_rows * n_embd, n_embd)?;
                 Ok((reduced, Some(x), normed))
             }
             None => Ok((reduced, None, x)),
         }
     }
 
-    /// What block `il` leaves of `x[R][n_embd]`.
+    /// Block `il`: from its input `x` to its output, both `[n_rows][n_embd]`.
+    ///
+    /// ```text
+    /// y = x + attention(norm(x))
+    /// y = y + ffn(norm(y)) + direction       in a parallel block: y = y + ffn(norm(x)) + direction
+    /// ```
     pub(super) fn layer_forward(
         &self,
         pass: &Pass<'_, D>,
@@ -269,46 +301,76 @@ impl<D: Device> Transformer<D> {
         il: usize,
         x: &D::Buffer,
     ) -> Result<(D::Buffer, LayerCache<D>)> {
+        let (mut y, attention) = self.attention_forward(pass, batch, il, x)?;
+        let ffn = self.ffn_forward(pass, batch.packed.n_rows(), il, &attention.input, &mut y)?;
+        if let Some(direction) = self.layers[il].active_direction(pass) {
+            pass.device.add_to_rows(&pass.values[direction], self.config.n_embd, &mut y)?;
+        }
+        Ok((y, LayerCache { attention, ffn }))
+    }
+
+    /// `y = x + attention(norm(x))`, `[n_rows][n_embd]`.
+    fn attention_forward(
+        &self,
+        pass: &Pass<'_, D>,
+        batch: &Batch<D>,
+        il: usize,
+        x: &D::Buffer,
+    ) -> Result<(D::Buffer, AttentionCache<D>)> {
         let (config, layer, device) = (&self.config, &self.layers[il], pass.device);
-        let (n_rows, n_embd, n_ff) = (batch.packed.n_rows(), config.n_embd, config.n_ff[il]);
+        let (n_rows, n_embd) = (batch.packed.n_rows(), config.n_embd);
         let (n_query, attention) = (config.n_query(), &config.attention[il]);
 
-        let attn_in = self.normed(pass, &layer.attn_norm, x, n_rows * n_embd, n_embd)?;
-        let ([mut q, mut k, v], qkv_reduced) = self.qkv(pass, layer, &attn_in, n_rows)?;
-        let mut raw = None;
+        let input = self.norm_forward(pass, &layer.attn_norm, x, n_rows * n_embd, n_embd)?;
+        let ([mut q, mut k, v], qkv_reduced) = self.qkv_forward(pass, layer, &input, n_rows)?;
+        let mut qk_raw = None;
         if let Some((q_norm, k_norm)) = &layer.qk_norm {
             let head_dim = attention.head_dim;
-            let mut normed = [device.space(n_rows * n_query)?, device.space(n_rows * config.n_key())?];
-            device.norm(config.norm, &q, q_norm.get(pass), None, head_dim, &mut normed[0])?;
-            device.norm(config.norm, &k, k_norm.get(pass), None, head_dim, &mut normed[1])?;
-            let [q_normed, k_normed] = normed;
-            raw = Some((std::mem::replace(&mut q, q_normed), std::mem::replace(&mut k, k_normed)));
+            let mut q_normed = device.space(n_rows * n_query)?;
+            let mut k_normed = device.space(n_rows * config.n_key())?;
+            device.norm(config.norm, &q, q_norm.get(pass), None, head_dim, &mut q_normed)?;
+            device.norm(config.norm, &k, k_norm.get(pass), None, head_dim, &mut k_normed)?;
+            qk_raw = Some((std::mem::replace(&mut q, q_normed), std::mem::replace(&mut k, k_normed)));
         }
         if let Some(rope) = &config.rope[il] {
             device.rope(rope, &batch.rows, attention.head_dim, false, &mut q)?;
             device.rope(rope, &batch.rows, attention.head_dim, false, &mut k)?;
         }
-        let mut attn_out = device.space(n_rows * n_query)?;
+        let mut heads = device.space(n_rows * n_query)?;
         let mut lse = device.space(n_rows * attention.n_head)?;
-        device.attention(attention, &batch.rows, &q, &k, &v, &mut attn_out, &mut lse)?;
-        let (projected, output_reduced) = layer.attn_output.forward(pass, &attn_out, n_rows)?;
+        device.attention(attention, &batch.rows, &q, &k, &v, &mut heads, &mut lse)?;
+        let (projected, output_reduced) = layer.attn_output.forward(pass, &heads, n_rows)?;
 
-        // What the block leaves: its input, and what attention and FFN add to it.
         let mut y = device.copy(x, n_rows * n_embd)?;
-        let attn_projected = self.add_normed(pass, &layer.post_attention_norm, projected, n_rows, &mut y)?;
+        let projected = self.add_normed(pass, &layer.post_attention_norm, projected, n_rows, &mut y)?;
+        let cache =
+            AttentionCache { input, qkv_reduced, qk_raw, q, k, v, lse, heads, output_reduced, projected };
+        Ok((y, cache))
+    }
 
-        let (mut middle, mut ffn_in) = (None, None);
+    /// `y += ffn(norm(y))`, or `y += ffn(attn_input)` in a parallel block; `y` is `[n_rows][n_embd]`.
+    fn ffn_forward(
+        &self,
+        pass: &Pass<'_, D>,
+        n_rows: usize,
+        il: usize,
+        attn_input: &D::Buffer,
+        y: &mut D::Buffer,
+    ) -> Result<FfnCache<D>> {
+        let (config, layer, device) = (&self.config, &self.layers[il], pass.device);
+        let (n_embd, n_ff) = (config.n_embd, config.n_ff[il]);
+        let (mut residual, mut input) = (None, None);
         if let Some(weights) = &layer.ffn_norm {
-            ffn_in = Some(self.normed(pass, weights, &y, n_rows * n_embd, n_embd)?);
-            middle = Some(device.copy(&y, n_rows * n_embd)?);
+            input = Some(self.norm_forward(pass, weights, y, n_rows * n_embd, n_embd)?);
+            residual = Some(device.copy(y, n_rows * n_embd)?);
         }
-        let read = ffn_in.as_ref().unwrap_or(&attn_in);
+        let x = input.as_ref().unwrap_or(attn_input);
         let (gate, (up, up_reduced)) = match &layer.ffn_gate {
             Some(gate) => {
-                let [gate, up] = Linear::forward_all(pass, [gate, &layer.ffn_up], read, n_rows)?;
+                let [gate, up] = Linear::forward_all(pass, [gate, &layer.ffn_up], x, n_rows)?;
                 (Some(gate), up)
             }
-            None => (None, layer.ffn_up.forward(pass, read, n_rows)?),
+            None => (None, layer.ffn_up.forward(pass, x, n_rows)?),
         };
         let mut active = device.space(n_rows * n_ff)?;
         match &gate {
@@ -316,34 +378,13 @@ impl<D: Device> Transformer<D> {
             None => device.activate(config.activation, &up, None, &mut active)?,
         }
         let (projected, down_reduced) = layer.ffn_down.forward(pass, &active, n_rows)?;
-        let ffn_projected = self.add_normed(pass, &layer.post_ffn_norm, projected, n_rows, &mut y)?;
-        if let Some(direction) = layer.active_direction(pass) {
-            device.add_to_rows(direction, n_embd, &mut y)?;
-        }
-        let cache = LayerCache {
-            attn_in,
-            qkv_reduced,
-            raw,
-            q,
-            k,
-            v,
-            lse,
-            attn_out,
-            output_reduced,
-            attn_projected,
-            middle,
-            ffn_in,
-            gate,
-            up,
-            up_reduced,
-            active,
-            down_reduced,
-            ffn_projected,
-        };
-        Ok((y, cache))
+        let projected = self.add_normed(pass, &layer.post_ffn_norm, projected, n_rows, y)?;
+        Ok(FfnCache { residual, input, gate, up, up_reduced, active, down_reduced, projected })
     }
 
-    /// Adds `projected`, or its norm, to `y`; gives it back where the backward pass of the norm needs it.
+    /// Adds `projected` to `y`, after a norm if there are `weights`; all `[n_rows][n_embd]`.
+    ///
+    /// Returns `projected` if the backward pass of that norm needs it.
     fn add_normed(
         &self,
         pass: &Pass<'_, D>,
@@ -357,13 +398,14 @@ impl<D: Device> Transformer<D> {
             pass.device.add(1.0, &projected, y)?;
             return Ok(None);
         };
-        let normed = self.normed(pass, weights, &projected, n_rows * n_embd, n_embd)?;
+        let normed = self.norm_forward(pass, weights, &projected, n_rows * n_embd, n_embd)?;
         pass.device.add(1.0, &normed, y)?;
         Ok(Some(projected))
     }
 
-    #[allow(clippy::type_complexity, reason = "q, k and v, with what their matrices keep")]
-    fn qkv(
+    /// q `[n_rows][n_query]`, k and v `[n_rows][n_key]`, from `x`, `[n_rows][n_embd]`.
+    #[allow(clippy::type_complexity, reason = "q, k and v, and what their matrices keep")]
+    fn qkv_forward(
         &self,
         pass: &Pass<'_, D>,
         layer: &Layer<D>,
@@ -372,13 +414,13 @@ impl<D: Device> Transformer<D> {
     ) -> Result<([D::Buffer; 3], Vec<Reduced<D>>)> {
         let widths = [self.config.n_query(), self.config.n_key(), self.config.n_key()];
         match &layer.qkv {
-            Qkv::Apart(linears) => {
+            Qkv::Separate(linears) => {
                 let [(q, q_reduced), (k, k_reduced), (v, v_reduced)] =
                     Linear::forward_all(pass, linears.each_ref(), x, n_rows)?;
                 Ok(([q, k, v], vec![q_reduced, k_reduced, v_reduced]))
             }
             Qkv::Fused(linear) => {
-                let (all, reduced) = linear.forward(pass, x, n_rows)?;
+                let (fused, reduced) = linear.forward(pass, x, n_rows)?;
                 let mut parts = [
                     pass.device.zeros(n_rows * widths[0])?,
                     pass.device.zeros(n_rows * widths[1])?,
@@ -386,7 +428,7 @@ impl<D: Device> Transformer<D> {
                 ];
                 let mut from = 0;
                 for (part, width) in parts.iter_mut().zip(widths) {
-                    pass.device.add_columns(&all, linear.n_out, from, part, width, 0, width)?;
+                    pass.device.add_columns(&fused, linear.n_out, from, part, width, 0, width)?;
                     from += width;
                 }
                 Ok((parts, vec![reduced]))

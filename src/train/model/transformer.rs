@@ -1,4 +1,4 @@
-//! A model's weights on a device, and what of them is trained.
+//! A model's weights on a device, and which of them are trained.
 
 use std::sync::Arc;
 
@@ -11,35 +11,39 @@ use crate::gguf::{self, GgufFile, TensorInfo};
 
 use crate::train::device::{Device, HostMatrix};
 use crate::train::model::config::Config;
-use crate::train::model::linear::{Linear, LowRank, Pass, Row, Weight};
-use crate::train::model::lora;
-use crate::train::model::parameters::{ParameterId, Parameters};
-pub use crate::train::recipe::method::Method;
+use crate::train::model::embedding::Embedding;
+use crate::train::model::linear::{Linear, Row, Weight};
+use crate::train::model::low_rank::{self, LowRank};
+use crate::train::model::parameters::{ParameterId, Parameters, Role};
+use crate::train::model::pass::Pass;
+use crate::train::recipe::method::Method;
 
-/// One block.
+/// The weights of one block.
 #[derive(Debug)]
 pub(super) struct Layer<D: Device> {
     pub attn_norm: NormWeights<D>,
     pub qkv: Qkv<D>,
-    /// Norms over each head of q and of k.
+    /// Norms over each head of q and of k, `[head_dim]` each.
     pub qk_norm: Option<(Row<D>, Row<D>)>,
     pub attn_output: Linear<D>,
     pub post_attention_norm: Option<NormWeights<D>>,
-    /// None where the FFN reads what the attention reads.
+    /// `None` in a parallel block, whose FFN reads the attention's input.
     pub ffn_norm: Option<NormWeights<D>>,
     pub ffn_gate: Option<Linear<D>>,
     pub ffn_up: Linear<D>,
     pub ffn_down: Linear<D>,
     pub post_ffn_norm: Option<NormWeights<D>>,
-    /// `[n_embd]`.
+    /// Added to the block's output, `[n_embd]`.
     pub direction: Option<ParameterId>,
 }
 
-/// Queries, keys and values from one matrix or three.
+/// The matrices of queries, keys and values.
 #[derive(Debug)]
 pub(super) enum Qkv<D: Device> {
+    /// One matrix for all three, one after the other in its rows.
     Fused(Linear<D>),
-    Apart([Linear<D>; 3]),
+    /// q, k and v.
+    Separate([Linear<D>; 3]),
 }
 
 /// A norm's weight and bias, `[n_cols]` each.
@@ -49,21 +53,13 @@ pub(super) struct NormWeights<D: Device> {
     pub bias: Option<Row<D>>,
 }
 
-/// The token embeddings, `[n_vocab][n_embd]`, with what is trained of them.
-#[derive(Debug)]
-pub(super) struct Embedding<D: Device> {
-    pub weight: Weight<D>,
-    /// A is `[n_vocab][r]` here and B `[n_embd][r]`: row t changes by scale B A[t].
-    pub low_rank: Option<LowRank>,
-}
-
-/// A model that can be trained.
+/// A model in a form that can be trained.
 #[derive(Debug)]
 pub struct Transformer<D: Device> {
     /// Sizes and options.
     pub config: Config,
     pub(super) embedding: Embedding<D>,
-    /// `[n_ctx][n_embd]`.
+    /// Learned position embeddings, `[n_ctx_train][n_embd]`.
     pub(super) positions: Option<Row<D>>,
     pub(super) embedding_norm: Option<NormWeights<D>>,
     pub(super) layers: Vec<Layer<D>>,
@@ -72,11 +68,12 @@ pub struct Transformer<D: Device> {
 }
 
 impl<D: Device> Transformer<D> {
-    /// Takes the weights of `file` to `device`, and makes the parameters of `method`, seeded by `seed`.
+    /// Loads the weights of `file` to `device` and creates the parameters of `method`, seeded by `seed`.
     ///
     /// # Errors
-    /// [`Error::Model`] for a model, or a way to train it, that is not known here; [`Error::Gguf`] and
-    /// [`Error::Io`] where weights are missing, of other shapes, not finite, or cannot be read; of the device.
+    /// [`Error::Model`] for an architecture that cannot be trained; [`Error::Setting`] for LoRA options that do
+    /// not suit the model; [`Error::Gguf`] and [`Error::Io`] for weights that are missing, unreadable, not
+    /// finite or of an unexpected shape; and those of the device.
     pub fn load(
         device: &D,
         file: &GgufFile,
@@ -104,16 +101,16 @@ impl<D: Device> Transformer<D> {
 }
 
 impl<D: Device> Layer<D> {
-    /// The direction that is added to what the block leaves, where it counts.
-    pub fn active_direction<'a>(&self, pass: &Pass<'a, D>) -> Option<&'a D::Buffer> {
-        pass.adapter_scale.and(self.direction).map(|id| &pass.values[id])
+    /// The direction to add to the block's output in this pass.
+    pub fn active_direction(&self, pass: &Pass<'_, D>) -> Option<ParameterId> {
+        self.direction.filter(|_| pass.adapters.are_on())
     }
 }
 
-/// All numbers of a tensor, in f32.
+/// Reads a tensor of any type into f32.
 ///
 /// # Errors
-/// [`Error::Io`] and [`Error::Gguf`], the latter also where a number is not finite.
+/// [`Error::Io`]; [`Error::Gguf`] for a type that cannot be dequantised or a value that is not finite.
 pub fn read_numbers(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>> {
     let bytes = file.read_tensor(tensor)?;
     let mut values = vec![0.0; tensor.n_elements() as usize];
@@ -125,7 +122,7 @@ pub fn read_numbers(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>> {
     }
 }
 
-/// Every number of a matrix, a row at a time, so that it is never whole in f32.
+/// Refuses a matrix with a value that is not finite. Dequantises a row at a time to save memory.
 fn check_finite(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8]) -> Result<()> {
     let refuse = |reason: String| Error::gguf(file.path(), format!("tensor {:?}: {reason}", tensor.name()));
     let n = tensor.shape()[0] as usize;
@@ -146,7 +143,7 @@ fn check_finite(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8]) -> Result<()
     )
 }
 
-/// The one matrix whose rows are read one by one.
+/// The one matrix whose rows are looked up.
 const TOKEN_EMBEDDINGS: &str = "token_embd.weight";
 
 struct Loader<'a, D: Device> {
@@ -165,13 +162,13 @@ impl<D: Device> Loader<'_, D> {
         let low_rank = match self.method {
             Method::Lora(options) if options.trains(name) => {
                 let rank = options.rank;
-                let a = self.first_a(n_vocab, rank, rank);
+                let a = self.initial_a(n_vocab, rank, rank);
                 let (a_shape, b_shape) = (vec![n_vocab, rank], vec![n_embd, rank]);
                 Some(self.low_rank(name, rank, (a_shape, &a), b_shape)?)
             }
             _ => None,
         };
-        let embedding = Embedding { weight, low_rank };
+        let embedding = Embedding { n_embd, scale: config.embedding_scale, weight, low_rank };
         let positions = match config.learned_positions {
             true => Some(self.row("position_embd.weight", n_embd * config.n_ctx_train)?),
             false => None,
@@ -199,63 +196,63 @@ impl<D: Device> Loader<'_, D> {
         let (n_embd, n_query, n_key) = (config.n_embd, config.n_query(), config.n_key());
         let n_ff = *config.n_ff.get(il).unwrap_or(&0);
         let head_dim = config.attention[il].head_dim;
-        let of_block = |name: &str| format!("blk.{il}.{name}");
-        let has = |name: &str| self.file.tensor(&of_block(name)).is_some();
+        let in_block = |name: &str| format!("blk.{il}.{name}");
+        let has = |name: &str| self.file.tensor(&in_block(name)).is_some();
         let (is_fused, has_qk_norm) = (has("attn_qkv.weight"), has("attn_q_norm.weight"));
         let (has_post_attention, has_post_ffn) =
             (has("post_attention_norm.weight"), has("post_ffw_norm.weight"));
         let qkv = if is_fused {
-            Qkv::Fused(self.linear(&of_block("attn_qkv"), n_embd, n_query + 2 * n_key)?)
+            Qkv::Fused(self.linear(&in_block("attn_qkv"), n_embd, n_query + 2 * n_key)?)
         } else {
-            Qkv::Apart([
-                self.linear(&of_block("attn_q"), n_embd, n_query)?,
-                self.linear(&of_block("attn_k"), n_embd, n_key)?,
-                self.linear(&of_block("attn_v"), n_embd, n_key)?,
+            Qkv::Separate([
+                self.linear(&in_block("attn_q"), n_embd, n_query)?,
+                self.linear(&in_block("attn_k"), n_embd, n_key)?,
+                self.linear(&in_block("attn_v"), n_embd, n_key)?,
             ])
         };
         let qk_norm = match has_qk_norm {
             true => Some((
-                self.row(&of_block("attn_q_norm.weight"), head_dim)?,
-                self.row(&of_block("attn_k_norm.weight"), head_dim)?,
+                self.row(&in_block("attn_q_norm.weight"), head_dim)?,
+                self.row(&in_block("attn_k_norm.weight"), head_dim)?,
             )),
             false => None,
         };
         let direction = match self.method {
             // llama.cpp has no control vector for block 0.
             Method::Vector if il > 0 => {
-                let name = format!("direction.{il}");
-                Some(self.parameters.add(self.device, name, vec![n_embd], &vec![0.0; n_embd])?)
+                let role = Role::Direction { layer: il };
+                Some(self.parameters.add(self.device, role, vec![n_embd], &vec![0.0; n_embd])?)
             }
             _ => None,
         };
         Ok(Layer {
-            attn_norm: self.norm(&of_block("attn_norm"), n_embd)?,
+            attn_norm: self.norm(&in_block("attn_norm"), n_embd)?,
             qkv,
             qk_norm,
-            attn_output: self.linear(&of_block("attn_output"), n_query, n_embd)?,
+            attn_output: self.linear(&in_block("attn_output"), n_query, n_embd)?,
             post_attention_norm: match has_post_attention {
-                true => Some(self.norm(&of_block("post_attention_norm"), n_embd)?),
+                true => Some(self.norm(&in_block("post_attention_norm"), n_embd)?),
                 false => None,
             },
             ffn_norm: match config.parallel {
                 true => None,
-                false => Some(self.norm(&of_block("ffn_norm"), n_embd)?),
+                false => Some(self.norm(&in_block("ffn_norm"), n_embd)?),
             },
             ffn_gate: match config.gated {
-                true => Some(self.linear(&of_block("ffn_gate"), n_embd, n_ff)?),
+                true => Some(self.linear(&in_block("ffn_gate"), n_embd, n_ff)?),
                 false => None,
             },
-            ffn_up: self.linear(&of_block("ffn_up"), n_embd, n_ff)?,
-            ffn_down: self.linear(&of_block("ffn_down"), n_ff, n_embd)?,
+            ffn_up: self.linear(&in_block("ffn_up"), n_embd, n_ff)?,
+            ffn_down: self.linear(&in_block("ffn_down"), n_ff, n_embd)?,
             post_ffn_norm: match has_post_ffn {
-                true => Some(self.norm(&of_block("post_ffw_norm"), n_embd)?),
+                true => Some(self.norm(&in_block("post_ffw_norm"), n_embd)?),
                 false => None,
             },
             direction,
         })
     }
 
-    /// The tensor `name`, which must have `n_elements` numbers in the dimensions of `shape` (ggml's order).
+    /// The tensor `name`, which must have `shape` (ggml's order); trailing dimensions may be merged.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<&TensorInfo> {
         let refuse = |reason: String| Error::gguf(self.file.path(), reason);
         let expected: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
@@ -272,7 +269,7 @@ impl<D: Device> Loader<'_, D> {
         }
     }
 
-    /// All numbers of a tensor, in f32; zeros if the device does not read them.
+    /// All values of a tensor, in f32; zeros if the device does not read them.
     fn numbers(&self, tensor: &TensorInfo) -> Result<Vec<f32>> {
         match self.device.reads_values() {
             true => read_numbers(self.file, tensor),
@@ -290,15 +287,15 @@ impl<D: Device> Loader<'_, D> {
         Ok(bytes)
     }
 
-    /// The first numbers of A; zeros if the device does not read them.
-    fn first_a(&mut self, n_rows: usize, n_cols: usize, fan_in: usize) -> Vec<f32> {
+    /// The initial values of A; zeros if the device does not read them.
+    fn initial_a(&mut self, n_rows: usize, n_cols: usize, fan_in: usize) -> Vec<f32> {
         match self.device.reads_values() {
-            true => lora::first_a(&mut self.random, n_rows, n_cols, fan_in),
+            true => low_rank::initial_a(&mut self.random, n_rows, n_cols, fan_in),
             false => vec![0.0; n_rows * n_cols],
         }
     }
 
-    /// Numbers of a norm, a bias or a table.
+    /// A norm, a bias or a table of `n` values.
     fn row(&mut self, name: &str, n: usize) -> Result<Row<D>> {
         let Some(tensor) = self.file.tensor(name).filter(|tensor| tensor.n_elements() == n as u64) else {
             let found =
@@ -310,7 +307,8 @@ impl<D: Device> Loader<'_, D> {
         match self.method {
             Method::Full => {
                 let shape = tensor.shape().iter().rev().map(|&n| n as usize).collect();
-                Ok(Row::Trained(self.parameters.add(self.device, name.to_owned(), shape, &values)?))
+                let role = Role::Tensor { name: name.to_owned() };
+                Ok(Row::Trained(self.parameters.add(self.device, role, shape, &values)?))
             }
             _ => Ok(Row::Frozen(self.device.upload(&values)?)),
         }
@@ -329,7 +327,8 @@ impl<D: Device> Loader<'_, D> {
         let tensor = self.tensor(name, &[n_in, n_out])?;
         if *self.method == Method::Full {
             let values = self.numbers(tensor)?;
-            let id = self.parameters.add(self.device, name.to_owned(), vec![n_out, n_in], &values)?;
+            let role = Role::Tensor { name: name.to_owned() };
+            let id = self.parameters.add(self.device, role, vec![n_out, n_in], &values)?;
             return Ok(Weight::Trained(id));
         }
         let bytes = self.blocks(tensor)?;
@@ -354,7 +353,7 @@ impl<D: Device> Loader<'_, D> {
         };
         let low_rank = match self.method {
             Method::Lora(options) if options.trains(&name) => {
-                let a = self.first_a(options.rank, n_in, n_in);
+                let a = self.initial_a(options.rank, n_in, n_in);
                 let (a_shape, b_shape) = (vec![options.rank, n_in], vec![n_out, options.rank]);
                 Some(self.low_rank(&name, options.rank, (a_shape, &a), b_shape)?)
             }
@@ -363,7 +362,7 @@ impl<D: Device> Loader<'_, D> {
         Ok(Linear { n_in, n_out, weight, bias, low_rank })
     }
 
-    /// B begins at zero, so that the policy begins as the reference.
+    /// Adds the factors of a change. B starts at zero, so the policy starts equal to the reference.
     fn low_rank(
         &mut self,
         name: &str,
@@ -371,11 +370,12 @@ impl<D: Device> Loader<'_, D> {
         (a_shape, a): (Vec<usize>, &[f32]),
         b_shape: Vec<usize>,
     ) -> Result<LowRank> {
+        let tensor = || name.to_owned();
         let b = vec![0.0; b_shape.iter().product()];
         Ok(LowRank {
             rank,
-            a: self.parameters.add(self.device, format!("{name}.lora_a"), a_shape, a)?,
-            b: self.parameters.add(self.device, format!("{name}.lora_b"), b_shape, &b)?,
+            a: self.parameters.add(self.device, Role::LoraA { tensor: tensor() }, a_shape, a)?,
+            b: self.parameters.add(self.device, Role::LoraB { tensor: tensor() }, b_shape, &b)?,
         })
     }
 }

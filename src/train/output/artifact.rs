@@ -1,20 +1,22 @@
-//! What training leaves behind: GGUF files that stock llama.cpp reads.
+//! The result of training as a GGUF file that stock llama.cpp loads.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::gguf::quantize;
-use crate::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, Value};
+use crate::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec};
 use crate::steer::{Fingerprint, control_vector};
 
 use crate::train::device::Device;
+use crate::train::model::parameters::Role;
 use crate::train::output::adapter::{Adapter, Factors};
+use crate::train::output::provenance::{add, copy_of, set_version};
 use crate::train::recipe::method::MethodName;
 use crate::train::recipe::settings::Settings;
 use crate::train::run::trainer::Trainer;
 
-/// What a method's result is called in the run's folder.
+/// The file name of a method's result in the run folder.
 pub fn file_name(method: MethodName) -> &'static str {
     match method {
         MethodName::Lora => "adapter.gguf",
@@ -23,30 +25,32 @@ pub fn file_name(method: MethodName) -> &'static str {
     }
 }
 
-/// Whether `base` can be trained by `method`, and its result be written.
+/// Checks that the result of training `base` by `method` can be written.
 ///
 /// # Errors
-/// [`Error::Setting`] where a model is to be trained itself whose weights are quantised.
+/// [`Error::Setting`] for [`MethodName::Full`] if the model is quantised.
 pub fn check(base: &GgufFile, method: MethodName) -> Result<()> {
     let quantised = base.tensors().iter().find(|tensor| tensor.tensor_type().block_len() > 1);
     match (method, quantised) {
         (MethodName::Full, Some(tensor)) => Err(Error::setting(
             "--method full",
             format!(
-                "it trains the weights themselves, and tensor {:?} of this model is of type {}",
+                "it trains the weights themselves, and tensor {:?} is of type {}, which is quantised",
                 tensor.name(),
                 tensor.tensor_type()
             ),
         )
-        .with_hint("train an adapter with --method lora, or take the model in F16, BF16 or F32")),
+        .with_hint("train an adapter with --method lora, or use an F16, BF16 or F32 file of the model")),
         _ => Ok(()),
     }
 }
 
-/// Writes what was trained: an adapter, a control vector, or a whole model.
+/// Writes the result: an adapter, a control vector or a whole model.
+///
+/// The file gets its name only when complete.
 ///
 /// # Errors
-/// [`Error::Io`], and nothing is left half-written; of the device.
+/// [`Error::Io`], and those of the device.
 pub fn write<D: Device>(
     trainer: &Trainer<D>,
     base: &GgufFile,
@@ -64,22 +68,21 @@ pub fn write<D: Device>(
     }
 }
 
-/// The trained factors of each matrix.
+/// Downloads the trained factors of each matrix.
 fn adapter<D: Device>(trainer: &Trainer<D>, base: &GgufFile, alpha: f32) -> Result<Adapter> {
     let parameters = &trainer.parameters;
-    let mut factors: BTreeMap<&str, Factors> = BTreeMap::new();
+    let mut all: BTreeMap<&str, Factors> = BTreeMap::new();
     for (parameter, value) in parameters.list().iter().zip(&parameters.values) {
-        let (name, is_a) = match parameter.name.strip_suffix(".lora_a") {
-            Some(name) => (name, true),
-            None => (parameter.name.trim_end_matches(".lora_b"), false),
+        let (Role::LoraA { tensor: name } | Role::LoraB { tensor: name }) = &parameter.role else {
+            unreachable!("`Method::Lora` trains factors only, found {:?}", parameter.role)
         };
         let shape = base.tensor(name).map(|tensor| tensor.shape().to_vec()).unwrap_or_default();
         let &[n_in, n_out] = shape.as_slice() else {
             let reason = format!("tensor {name:?}: expected a matrix, found {shape:?}");
             return Err(Error::gguf(base.path(), reason));
         };
-        let of_matrix = factors.entry(name).or_insert_with(|| Factors {
-            name: name.to_owned(),
+        let factors = all.entry(name).or_insert_with(|| Factors {
+            name: name.clone(),
             n_in: n_in as usize,
             n_out: n_out as usize,
             rank: 0,
@@ -87,30 +90,29 @@ fn adapter<D: Device>(trainer: &Trainer<D>, base: &GgufFile, alpha: f32) -> Resu
             b: Vec::new(),
         });
         let values = trainer.device().download(value)?;
-        if is_a {
-            of_matrix.rank =
-                values.len() / if of_matrix.is_lookup() { of_matrix.n_out } else { of_matrix.n_in };
-            of_matrix.a = values;
+        if let Role::LoraA { .. } = parameter.role {
+            factors.rank = values.len() / if factors.is_lookup() { factors.n_out } else { factors.n_in };
+            factors.a = values;
         } else {
-            of_matrix.b = values;
+            factors.b = values;
         }
     }
-    Ok(Adapter { alpha, factors: factors.into_values().collect() })
+    Ok(Adapter { alpha, factors: all.into_values().collect() })
 }
 
-/// The trained direction of each block.
+/// Downloads the trained direction of each layer.
 fn directions<D: Device>(trainer: &Trainer<D>) -> Result<BTreeMap<usize, Vec<f32>>> {
     let parameters = &trainer.parameters;
     let all = parameters.list().iter().zip(&parameters.values);
-    all.map(|(parameter, value)| {
-        let layer = parameter.name.strip_prefix("direction.").and_then(|n| n.parse().ok());
-        let layer = layer.expect("`Method::Vector` names its parameters direction.N");
-        Ok((layer, trainer.device().download(value)?))
+    all.map(|(parameter, value)| match parameter.role {
+        Role::Direction { layer } => Ok((layer, trainer.device().download(value)?)),
+        ref other => unreachable!("`Method::Vector` trains directions only, found {other:?}"),
     })
     .collect()
 }
 
-/// The base with its trained tensors, each in its own type; what is not trained byte for byte.
+/// Writes a copy of the base with its trained tensors, each in its own type. Other tensors are copied byte for
+/// byte.
 fn write_model<D: Device>(
     trainer: &Trainer<D>,
     base: &GgufFile,
@@ -120,14 +122,9 @@ fn write_model<D: Device>(
     let parameters = &trainer.parameters;
     let trained: BTreeMap<&str, usize> =
         parameters.list().iter().enumerate().map(|(i, p)| (p.name.as_str(), i)).collect();
-    let mut metadata = Metadata::new();
-    for (key, value) in base.metadata().iter().filter(|(key, _)| !key.starts_with("split.")) {
-        metadata.set(key, value.clone());
-    }
-    metadata.set("detox_gguf.version", Value::Str(crate::version().into()));
-    for (key, value) in provenance.iter() {
-        metadata.set(key, value.clone());
-    }
+    let mut metadata = copy_of(base, &[]);
+    set_version(&mut metadata);
+    add(provenance, &mut metadata);
     let specs = base.tensors().iter().map(|tensor| TensorSpec {
         name: tensor.name().to_owned(),
         shape: tensor.shape().to_vec(),

@@ -1,4 +1,4 @@
-//! How long a merge takes: a random adapter for every matrix of a model.
+//! Measures a merge: a random adapter for every matrix of a model.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,21 +13,22 @@ use crate::gguf::GgufFile;
 use crate::train::output::adapter::{Adapter, Factors};
 use crate::train::output::merge::{MergeOptions, merge};
 
-/// What was measured.
+/// The time of a merge, and what it did.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MergeTime {
-    /// From the first read to the whole file on disk.
+    /// From the first read until the file is complete on disk.
     pub seconds: f64,
-    /// Tensors changed.
+    /// Number of changed tensors.
     pub n_tensors: usize,
-    /// Weights in them.
+    /// Number of weights in them.
     pub n_weights: u64,
-    /// Memory of the adapter, in f32.
+    /// Memory of the adapter's f32 factors.
     pub adapter_bytes: u64,
 }
 
-/// Factors of this rank for each matrix that can be merged into in its own type, except the token embeddings; of about the
-/// size that training leaves: a change of 1e-4 or so a weight.
+/// Random factors for each matrix that can be written in its own type, except the token embeddings.
+///
+/// Their size is about that after training: a change of about 1e-4 a weight.
 pub fn random_adapter(base: &GgufFile, rank: usize) -> Adapter {
     let mut random = ChaCha8Rng::seed_from_u64(0);
     let mut numbers = |n: usize, size: f32| -> Vec<f32> {
@@ -52,7 +53,7 @@ pub fn random_adapter(base: &GgufFile, rank: usize) -> Adapter {
     Adapter { alpha: 16.0, factors }
 }
 
-/// Merges, removes what was written, and tells the time.
+/// Times a merge into a temporary file in `folder`.
 ///
 /// # Errors
 /// Those of [`merge`]; [`Error::Interrupted`].

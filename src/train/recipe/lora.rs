@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
+use crate::steer::lora;
 
 /// Target names as users type them, with the GGUF tensor names each stands for.
 const TARGETS: [(&str, &[&str]); 9] = [
@@ -44,9 +45,9 @@ impl LoraOptions {
         TARGETS.iter().map(|(name, _)| *name)
     }
 
-    /// Scale of the update: alpha / rank.
+    /// Scale of the update ([`lora::scale`]).
     pub fn scale(&self) -> f32 {
-        self.alpha / self.rank as f32
+        lora::scale(1.0, self.alpha, self.rank)
     }
 
     /// Whether the tensor `name` gets an adapter.

@@ -7,8 +7,8 @@ use crate::train::data::pack::Packed;
 use crate::train::data::tokens::TokenPair;
 use crate::train::device::Device;
 use crate::train::model::forward::{Batch, Purpose};
-use crate::train::model::linear::Pass;
 use crate::train::model::parameters::{ParameterId, Parameters};
+use crate::train::model::pass::{Adapters, Pass};
 use crate::train::model::transformer::Transformer;
 use crate::train::recipe::dpo::{AnswerLogps, PairLoss};
 use crate::train::recipe::method::Method;
@@ -35,7 +35,7 @@ pub struct Trainer<D: Device> {
     /// The optimizer.
     pub optimizer: Optimizer<D>,
     options: StepOptions,
-    adapter_scale: f32,
+    lora_scale: f32,
     has_reference: bool,
     may_checkpoint: bool,
     is_torn: bool,
@@ -55,7 +55,7 @@ impl<D: Device> Trainer<D> {
     ) -> Result<Trainer<D>> {
         let (transformer, parameters) = Transformer::load(&device, file, method, seed)?;
         let optimizer = Optimizer::new(&device, options.optimizer, options.weight_decay, &parameters)?;
-        let adapter_scale = match method {
+        let lora_scale = match method {
             Method::Lora(lora) => lora.scale(),
             Method::Full | Method::Vector => 1.0,
         };
@@ -66,7 +66,7 @@ impl<D: Device> Trainer<D> {
             parameters,
             optimizer,
             options,
-            adapter_scale,
+            lora_scale,
             has_reference,
             may_checkpoint: true,
             is_torn: false,
@@ -158,11 +158,11 @@ impl<D: Device> Trainer<D> {
 
     /// A pass through the policy or the reference.
     pub fn pass(&self, side: Side) -> Pass<'_, D> {
-        let adapter_scale = match side {
-            Side::Policy => Some(self.adapter_scale),
-            Side::Reference => None,
+        let adapters = match side {
+            Side::Policy => Adapters::On { lora_scale: self.lora_scale },
+            Side::Reference => Adapters::Off,
         };
-        Pass { device: &self.device, values: &self.parameters.values, adapter_scale }
+        Pass { device: &self.device, values: &self.parameters.values, adapters }
     }
 
     /// Splits `pairs`, in order, into passes of at most `max_rows` rows.
@@ -253,7 +253,7 @@ impl<D: Device> Trainer<D> {
             let pass = Pass {
                 device: &self.device,
                 values: &self.parameters.values,
-                adapter_scale: Some(self.adapter_scale),
+                adapters: Adapters::On { lora_scale: self.lora_scale },
             };
             let (transformer, gradients) = (&self.transformer, &mut self.parameters.gradients);
             self.device.scope(|| transformer.backward(&pass, gradients, &batch, cache, &dlogps))?;

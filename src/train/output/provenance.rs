@@ -1,0 +1,26 @@
+//! Metadata that every written file shares: where it came from.
+
+use crate::gguf::{GgufFile, Metadata, Value};
+
+/// The base's metadata for a copy of it in one file: without `split.*`, and without the keys in `drop`.
+pub fn copy_of(base: &GgufFile, drop: &[&str]) -> Metadata {
+    let mut metadata = Metadata::new();
+    for (key, value) in base.metadata().iter() {
+        if !key.starts_with("split.") && !drop.contains(&key) {
+            metadata.set(key, value.clone());
+        }
+    }
+    metadata
+}
+
+/// Records the version of this program.
+pub fn set_version(metadata: &mut Metadata) {
+    metadata.set("detox_gguf.version", Value::Str(crate::version().into()));
+}
+
+/// Adds `provenance`, which replaces keys already there.
+pub fn add(provenance: &Metadata, metadata: &mut Metadata) {
+    for (key, value) in provenance.iter() {
+        metadata.set(key, value.clone());
+    }
+}
