@@ -1,6 +1,7 @@
 //! Trained adapters as files, against llama.cpp with the same adapters at run time.
 
 mod adapter;
+mod library;
 mod merge;
 #[path = "../support/split.rs"]
 mod split;

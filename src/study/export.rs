@@ -1,0 +1,205 @@
+//! Exports a model with LoRA adapters merged into its weights.
+//!
+//! merge ──► load back in llama.cpp ──► compare with base + adapters ──► keep or refuse
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::check::export::LoadedBack;
+use crate::engine::steering::LoraScaled;
+use crate::engine::{Model, ModelOptions, SessionOptions, Token};
+use crate::error::{Error, Result};
+use crate::eval::prompts::PromptSource;
+use crate::file::{TEMPORARY_PREFIX, base_name};
+use crate::gguf::{self, GgufFile, Metadata, TensorType, Value, file_sha256};
+use crate::progress::Progress;
+use crate::steer::bake::check_output;
+use crate::steer::{Fingerprint, lora};
+use crate::train::output::Adapter;
+use crate::train::output::merge::{MergeOptions, merge};
+use crate::train::output::merge_report::MergeReport;
+
+/// The merged model is compared on one prompt in each of these languages: four scripts, in seconds.
+const LANGUAGES: [&str; 5] = ["en", "de", "ru", "ar", "zh"];
+
+/// What to export, and how.
+#[derive(Debug, Clone)]
+pub struct ExportRequest {
+    /// The base model.
+    pub model: PathBuf,
+    /// The adapters to merge, each with its scale.
+    pub loras: Vec<LoraScaled>,
+    /// The file to write.
+    pub output: PathBuf,
+    /// Type of the changed tensors; `None` keeps the type of each.
+    pub tensor_type: Option<TensorType>,
+    /// Merge adapters made for other weights than the base's.
+    pub force: bool,
+    /// Keep a merged model that lost more than half of the adapters' effect.
+    pub allow_loss: bool,
+    /// How to load the models for the comparison.
+    pub model_options: ModelOptions,
+    /// How to run them; its threads also do the merge.
+    pub session_options: SessionOptions,
+}
+
+/// A finished step of [`export`], to be shown while the next one runs.
+#[derive(Debug, Clone, Copy)]
+pub enum Step<'a> {
+    /// The adapters are merged.
+    Merged(&'a MergeReport),
+    /// The merged model was compared with the base and its adapters.
+    Compared(&'a LoadedBack),
+}
+
+/// An exported model.
+#[derive(Debug, Clone)]
+pub struct Exported {
+    /// How much of the change survived rounding.
+    pub merge: MergeReport,
+    /// How close the merged model is to the base with the adapters.
+    pub loaded_back: LoadedBack,
+    /// How to lose less, if much was lost.
+    pub advice: Option<String>,
+}
+
+/// Merges adapters into a copy of a model, loads it back, compares it, and keeps it only if it is close enough.
+///
+/// The output appears under its name only after the comparison. `on_step` is called after each step, also if the
+/// model is then refused.
+///
+/// # Errors
+/// Those of [`lora::check`], [`Adapter::check_fingerprint`], [`merge`] and [`LoadedBack::compare`];
+/// [`Error::Input`] for a merged model that is refused ([`LoadedBack::verdict`]); [`Error::Interrupted`].
+pub fn export(
+    request: &ExportRequest,
+    progress: &mut (dyn Progress + Send),
+    on_step: &mut dyn FnMut(Step<'_>) -> Result<()>,
+    interrupt: &AtomicBool,
+) -> Result<Exported> {
+    let ExportRequest { model, loras, output, .. } = request;
+    let base = GgufFile::open(model)?;
+    gguf::check_decoder(&base)?;
+    check_output(&base, output)?;
+    let adapters = read_adapters(request, &base)?;
+    let is_zero = adapters.iter().all(|(adapter, scale)| *scale == 0.0 || adapter.is_zero());
+    let options = MergeOptions { tensor_type: request.tensor_type, provenance: provenance(&base, loras)? };
+
+    // In a temporary folder beside the output: keeping the file is a rename, and dropping the folder removes it.
+    let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).suffix(".tmp").tempdir_in(parent);
+    let folder = folder.map_err(Error::io("create", parent))?;
+    let unnamed = folder.path().join("merged.gguf");
+    let merged = merge_with_progress(request, &base, &adapters, &unnamed, &options, progress, interrupt)?;
+    drop(adapters);
+    on_step(Step::Merged(&merged))?;
+
+    let loaded_back = LoadedBack::compare(
+        model,
+        loras,
+        &unnamed,
+        &request.model_options,
+        &request.session_options,
+        prompts,
+        interrupt,
+    )?;
+    on_step(Step::Compared(&loaded_back))?;
+    let changed: Vec<(TensorType, TensorType)> = merged.tensors.iter().map(|t| (t.from, t.to)).collect();
+    let advice = merged.advice();
+    loaded_back.verdict(&changed, is_zero, request.allow_loss).map_err(|refusal| {
+        let mut hint = advice.clone().unwrap_or("use the adapter as it is, with --lora".into());
+        if refusal.can_be_allowed {
+            hint.push_str("; --allow-loss keeps the merged model anyway");
+        }
+        Error::input(output, None, format!("not written: {}", refusal.reason)).with_hint(hint)
+    })?;
+    std::fs::rename(&unnamed, output).map_err(Error::io("write", output))?;
+    let advice = advice.filter(|_| !loaded_back.is_close());
+    Ok(Exported { merge: merged, loaded_back, advice })
+}
+
+/// Checks and reads the adapters, each with its scale.
+fn read_adapters(request: &ExportRequest, base: &GgufFile) -> Result<Vec<(Adapter, f32)>> {
+    let mut adapters = Vec::new();
+    for lora in &request.loras {
+        refuse_control_vector(&lora.path)?;
+        lora::check(lora, base)?;
+        Adapter::check_fingerprint(&lora.path, base, request.force)?;
+        if is_same_file(&lora.path, &request.output) {
+            let reason = format!("{} is the adapter itself", request.output.display());
+            return Err(Error::setting("-o/--output", reason));
+        }
+        adapters.push((Adapter::read(&lora.path, base)?, lora.scale));
+    }
+    Ok(adapters)
+}
+
+/// Runs [`merge`] on the session's number of threads.
+fn merge_with_progress(
+    request: &ExportRequest,
+    base: &GgufFile,
+    adapters: &[(Adapter, f32)],
+    unnamed: &Path,
+    options: &MergeOptions,
+    progress: &mut (dyn Progress + Send),
+    interrupt: &AtomicBool,
+) -> Result<MergeReport> {
+    let n_threads = request.session_options.resolve_threads();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build();
+    let pool = pool.map_err(|e| Error::setting("-t/--threads", format!("cannot start {n_threads}: {e}")))?;
+    let mut shown = None;
+    let on_bytes = |done: u64, total: u64| {
+        if interrupt.load(Ordering::SeqCst) {
+            return Err(Error::Interrupted);
+        }
+        let before = shown.unwrap_or_else(|| {
+            progress.start("merging, MiB", total >> 20, 0);
+            0
+        });
+        progress.advance((done >> 20) - (before >> 20));
+        shown = Some(done);
+        Ok(())
+    };
+    let merged = pool.install(|| merge(base, adapters, unnamed, options, on_bytes));
+    progress.finish();
+    // Name the file that the user asked for, not the temporary one.
+    merged.map_err(|error| match error {
+        Error::Io { action, path, source } if path == unnamed => {
+            Error::Io { action, path: request.output.clone(), source }
+        }
+        other => other,
+    })
+}
+
+fn refuse_control_vector(path: &Path) -> Result<()> {
+    if GgufFile::open(path)?.str_if_present("general.architecture")? != Some("controlvector") {
+        return Ok(());
+    }
+    Err(Error::input(path, None, "expected a LoRA adapter, found a control vector")
+        .with_hint("bake it into a model: `detox-gguf steer -m MODEL --control-vector FILE --bake -o MODEL`"))
+}
+
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+/// Metadata of the merged model: its base and the adapters.
+fn provenance(base: &GgufFile, loras: &[LoraScaled]) -> Result<Metadata> {
+    let mut parts = Vec::new();
+    for lora in loras {
+        let sha256 = file_sha256(&lora.path, |_, _| {})?;
+        parts.push(format!("{} (sha256 {sha256}) x {}", base_name(&lora.path), lora.scale));
+    }
+    let mut metadata = Metadata::new();
+    metadata.set("detox_gguf.merged", Value::Str(parts.join("; ")));
+    metadata.set("detox_gguf.merged.base", Value::Str(base_name(base.path())));
+    let ffn_down_sha256 = Fingerprint::of(base)?.ffn_down_sha256;
+    metadata.set("detox_gguf.merged.base_ffn_down_sha256", Value::Str(ffn_down_sha256));
+    Ok(metadata)
+}
+
+/// The program's own prompts, the same texts for every model.
+fn prompts(model: &Model) -> Result<Vec<Vec<Token>>> {
+    let prompts = PromptSource::Own.read(&LANGUAGES, Some(1))?;
+    prompts.iter().map(|prompt| model.tokenize_prompt(&prompt.text)).collect()
+}
