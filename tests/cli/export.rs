@@ -1,4 +1,4 @@
-//! Adapters merged into models, and what stops them.
+//! The `export` command.
 
 use std::path::{Path, PathBuf};
 
@@ -19,7 +19,7 @@ fn n_files(folder: &Path) -> usize {
     std::fs::read_dir(folder).unwrap().count()
 }
 
-/// The tiny llama's adapter times a number, in `folder`, made for the model at `base`.
+/// Writes the tiny llama's adapter, B times `scale`, to `folder`, with the fingerprint of the model at `base`.
 fn scaled_adapter(folder: &Path, base: &Path, scale: f32) -> PathBuf {
     let base = GgufFile::open(base).unwrap();
     let mut adapter = Adapter::read(&tiny("llama-lora.gguf"), &base).unwrap();
@@ -30,7 +30,7 @@ fn scaled_adapter(folder: &Path, base: &Path, scale: f32) -> PathBuf {
 }
 
 #[test]
-fn a_merged_model_is_compared_with_its_adapter_and_runs() {
+fn a_merged_model_is_compared_with_base_and_adapter_and_runs() {
     let folder = tempfile::tempdir().unwrap();
     for model in ["llama.gguf", "llama-q8_0.gguf"] {
         let output = folder.path().join("merged.gguf");
@@ -50,7 +50,7 @@ fn a_merged_model_is_compared_with_its_adapter_and_runs() {
         assert_eq!(merged.str("detox_gguf.merged.base").unwrap(), model);
         let before = std::fs::read(&output).unwrap();
         export(&tiny(model), &tiny("llama-lora.gguf"), &output).assert().success();
-        assert!(std::fs::read(&output).unwrap() == before, "the same merge gives the same bytes");
+        assert!(std::fs::read(&output).unwrap() == before, "the same merge must give the same bytes");
         let mut command = detox();
         command.args(["generate", "-k", "1", "-n", "2", "--lang", "en", "--limit", "1", "-t", "1", "-m"]);
         command.arg(&output).assert().success();
@@ -59,24 +59,24 @@ fn a_merged_model_is_compared_with_its_adapter_and_runs() {
 }
 
 #[test]
-fn a_merge_that_loses_the_change_is_an_error_with_a_cure_and_leaves_nothing() {
+fn a_merge_that_loses_the_change_is_refused_with_a_hint_and_leaves_no_file() {
     let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let base = tiny("llama-q8_0.gguf");
     let lora = scaled_adapter(work.path(), &base, 1e-6);
     let output = folder.path().join("merged.gguf");
-    let (code, said) = failure(&mut export(&base, &lora, &output));
-    assert_eq!(code, 1, "{said}");
-    assert!(said.contains("merged.gguf: not written: the merged model is no nearer"), "{said}");
-    assert!(said.contains("hint: 0% of the change survived") && said.contains("--type f16"), "{said}");
+    let (code, stderr) = failure(&mut export(&base, &lora, &output));
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("merged.gguf: not written: the merged model is no nearer"), "{stderr}");
+    assert!(stderr.contains("hint: 0% of the change survived") && stderr.contains("--type f16"), "{stderr}");
     assert_eq!(n_files(folder.path()), 0);
-    // What was there before stays.
+    // An existing file stays.
     std::fs::write(&output, "before").unwrap();
     failure(&mut export(&base, &lora, &output));
     assert_eq!(std::fs::read_to_string(&output).unwrap(), "before");
 }
 
 #[test]
-fn an_adapter_of_zeros_is_merged_into_the_same_tensors() {
+fn an_adapter_of_zeros_leaves_all_tensors_as_they_are() {
     let folder = tempfile::tempdir().unwrap();
     let lora = scaled_adapter(folder.path(), &tiny("llama-q8_0.gguf"), 0.0);
     let output = folder.path().join("merged.gguf");
@@ -89,10 +89,10 @@ fn an_adapter_of_zeros_is_merged_into_the_same_tensors() {
 
 #[cfg(unix)]
 #[test]
-fn a_full_disk_leaves_nothing() {
+fn a_full_disk_leaves_no_file() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("merged.gguf");
-    // No file over 100 KiB: a write fails in the middle of the tensors, as on a full disk.
+    // A file size limit of 100 KiB: a write fails amid the tensors, as on a full disk.
     let run = std::process::Command::new("bash")
         .args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$0\" \"$@\""])
         .arg(assert_cmd::cargo::cargo_bin("detox-gguf"))
@@ -104,20 +104,20 @@ fn a_full_disk_leaves_nothing() {
         .arg(&output)
         .output()
         .unwrap();
-    let said = String::from_utf8(run.stderr).unwrap();
-    assert_eq!(run.status.code(), Some(1), "{said}");
-    assert!(said.contains(&format!("cannot write {}", output.display())), "{said}");
+    let stderr = String::from_utf8(run.stderr).unwrap();
+    assert_eq!(run.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains(&format!("cannot write {}", output.display())), "{stderr}");
     assert_eq!(n_files(folder.path()), 0);
 }
 
 #[cfg(unix)]
 #[test]
-fn ctrl_c_ends_a_merge_and_leaves_nothing() {
+fn ctrl_c_stops_an_export_and_leaves_no_file() {
     let Some(model) = real_model() else { return };
     let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let base = GgufFile::open(&model).unwrap();
     let name = "blk.0.ffn_down.weight";
-    let &[n_in, n_out] = base.tensor(name).unwrap().shape() else { panic!("{name} is no matrix") };
+    let &[n_in, n_out] = base.tensor(name).unwrap().shape() else { panic!("{name} is not a matrix") };
     let (n_in, n_out) = (n_in as usize, n_out as usize);
     let factors =
         Factors { name: name.into(), n_in, n_out, rank: 1, a: vec![1e-3; n_in], b: vec![1e-3; n_out] };
@@ -133,22 +133,22 @@ fn ctrl_c_ends_a_merge_and_leaves_nothing() {
         .stderr(std::process::Stdio::piped())
         .spawn()
         .unwrap();
-    // Its temporary folder is there from before the merge to after the comparison, which takes seconds.
+    // The temporary folder exists from before the merge until after the comparison, which takes seconds.
     while n_files(folder.path()) == 0 {
-        assert!(child.try_wait().unwrap().is_none(), "it ended before it merged");
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it could be interrupted");
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
     let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
     assert!(kill.unwrap().success());
     let run = child.wait_with_output().unwrap();
-    let said = String::from_utf8(run.stderr).unwrap();
-    assert_eq!(run.status.code(), Some(130), "{said}");
-    assert!(said.contains("error: interrupted"), "{said}");
+    let stderr = String::from_utf8(run.stderr).unwrap();
+    assert_eq!(run.status.code(), Some(130), "{stderr}");
+    assert!(stderr.contains("error: interrupted"), "{stderr}");
     assert_eq!(n_files(folder.path()), 0);
 }
 
 #[test]
-fn rejects_what_is_no_merge_with_what_to_do() {
+fn rejects_bad_arguments_with_a_hint() {
     let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let (llama, lora) = (tiny("llama.gguf"), tiny("llama-lora.gguf"));
     let vector = work.path().join("steer.gguf");
@@ -183,11 +183,11 @@ fn rejects_what_is_no_merge_with_what_to_do() {
         (2, "the folder", export(&llama, &lora, folder.path())),
     ];
     for (code, part, mut command) in cases {
-        let (found, said) = failure(&mut command);
-        assert!(found == code && said.contains(part), "{part}: {found} {said}");
+        let (found, stderr) = failure(&mut command);
+        assert!(found == code && stderr.contains(part), "{part}: {found} {stderr}");
         assert_eq!(n_files(folder.path()), 0, "{part}");
     }
-    // Neither of the files it is made of.
+    // The output must not be one of the inputs.
     let copy = work.path().join("copy.gguf");
     std::fs::copy(&llama, &copy).unwrap();
     assert!(failure(&mut export(&copy, &lora, &copy)).1.contains("the model itself"));

@@ -320,7 +320,7 @@ fn skipped_pairs_are_counted_by_reason() {
     for words in [
         "1 for training, 1 held out, pairs.jsonl",
         "1 skipped: an empty answer",
-        "1 skipped: all prompt after it was cut",
+        "1 skipped: no answer left after truncation",
         "1 skipped: chosen equal to rejected",
     ] {
         assert!(stderr.contains(words), "{words}: {stderr}");

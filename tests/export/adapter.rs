@@ -1,4 +1,4 @@
-//! Adapters written, read, and refused.
+//! Writes, reads and refuses adapters.
 
 use detox_gguf::error::Error;
 use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value};
@@ -7,7 +7,7 @@ use detox_gguf::train::output::{Adapter, Factors};
 
 use super::{factors, largest_difference, logits, provenance, tiny, tiny_path, write};
 
-/// Matrices of the attention, the FFN, the embeddings and the output, with ranks of their own.
+/// An adapter for matrices of the attention, the FFN, the embeddings and the output, each of another rank.
 fn adapter(base: &GgufFile) -> Adapter {
     let names = ["blk.0.attn_q.weight", "blk.1.ffn_down.weight", "token_embd.weight", "output.weight"];
     let factors = names.iter().enumerate().map(|(i, name)| factors(base, name, 3 + i, i));
@@ -15,7 +15,7 @@ fn adapter(base: &GgufFile) -> Adapter {
 }
 
 #[test]
-fn an_adapter_that_is_written_is_read_as_it_was_and_acts_in_llama_cpp() {
+fn a_written_adapter_reads_back_equal_and_acts_in_llama_cpp() {
     let (folder, base) = (tempfile::tempdir().unwrap(), tiny("llama"));
     let path = folder.path().join("lora.gguf");
     let adapter = adapter(&base);
@@ -29,7 +29,7 @@ fn an_adapter_that_is_written_is_read_as_it_was_and_acts_in_llama_cpp() {
     assert_eq!(file.str("detox_gguf.test").unwrap(), "yes");
     assert_eq!(Fingerprint::recorded_in(&file).unwrap(), Some(Fingerprint::of(&base).unwrap()));
     let shape = |name: &str| file.tensor(name).unwrap().shape().to_vec();
-    // ggml's order: fastest axis first. The embeddings are flipped.
+    // ggml's order: fastest axis first. The factors of the embeddings are transposed.
     let (n_embd, n_vocab) = (64, base.n_vocab().unwrap().into());
     assert_eq!(shape("blk.1.ffn_down.weight.lora_a"), [96, 4]);
     assert_eq!(shape("blk.1.ffn_down.weight.lora_b"), [4, 64]);
@@ -51,7 +51,7 @@ fn without_an_alpha_the_scale_is_the_users_alone() {
 }
 
 #[test]
-fn adapters_of_the_reference_are_read() {
+fn adapters_of_another_program_are_read() {
     for name in ["llama", "gpt2", "gemma3"] {
         let adapter = Adapter::read(&tiny_path(&format!("{name}-lora")), &tiny(name)).unwrap();
         assert!(!adapter.factors.is_empty() && !adapter.is_zero());
@@ -59,7 +59,7 @@ fn adapters_of_the_reference_are_read() {
 }
 
 #[test]
-fn zero_is_a_product_of_nothing() {
+fn an_adapter_is_zero_if_every_product_is() {
     let base = tiny("llama");
     let mut adapter = adapter(&base);
     adapter.factors.iter_mut().for_each(|f| f.b.fill(0.0));
@@ -69,7 +69,7 @@ fn zero_is_a_product_of_nothing() {
 }
 
 #[test]
-fn rejects_adapters_that_do_not_fit_and_leaves_nothing() {
+fn rejects_adapters_that_do_not_fit_and_writes_nothing() {
     let (folder, base) = (tempfile::tempdir().unwrap(), tiny("llama"));
     let path = folder.path().join("lora.gguf");
     let refusal = |change: &dyn Fn(&mut Adapter)| {
@@ -99,7 +99,7 @@ fn rejects_adapters_that_do_not_fit_and_leaves_nothing() {
 }
 
 #[test]
-fn rejects_tied_embeddings_and_other_files() {
+fn rejects_tied_embeddings_and_adapters_of_other_models() {
     let base = tiny("gemma3");
     let adapter = Adapter { alpha: 1.0, factors: vec![factors(&base, "token_embd.weight", 2, 0)] };
     let error = adapter.check(&base).unwrap_err();
@@ -122,12 +122,12 @@ fn rejects_an_adapter_made_for_other_weights_unless_forced() {
         "{error}"
     );
     Adapter::check_fingerprint(&path, &quantised, true).unwrap();
-    // Another program's says nothing of its base.
+    // A file of another program records no fingerprint.
     Adapter::check_fingerprint(&tiny_path("llama-lora"), &quantised, false).unwrap();
 }
 
 #[test]
-fn factors_of_other_types_are_read_as_numbers() {
+fn f16_factors_are_read_as_f32() {
     let (folder, base) = (tempfile::tempdir().unwrap(), tiny("llama"));
     let path = folder.path().join("lora.gguf");
     let mut metadata = Metadata::new();

@@ -1,4 +1,4 @@
-//! Trained adapters as files, against llama.cpp with the same adapters at run time.
+//! Adapters and merged models as files, compared with llama.cpp applying the same adapters at run time.
 
 mod adapter;
 mod library;
@@ -24,12 +24,12 @@ fn tiny(name: &str) -> GgufFile {
     GgufFile::open(tiny_path(name)).unwrap()
 }
 
-/// The logits of a model with adapters, with an F32 cache and no fused attention.
+/// The logits of a model with adapters, with an F32 cache and without flash attention.
 fn logits(model: &Path, loras: &[LoraScaled]) -> Vec<Vec<f32>> {
     let model = Model::open(model, &ModelOptions::default()).unwrap();
     let steering = Steering { loras: loras.to_vec(), ..Steering::default() };
     let model = model.with_steering(steering).unwrap();
-    // One thread: these models are too small to share.
+    // One thread: the models are too small to gain from more.
     let options = SessionOptions {
         n_parallel: Some(1),
         n_threads: Some(1),
@@ -44,14 +44,14 @@ fn largest_difference(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
     a.iter().flatten().zip(b.iter().flatten()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
 }
 
-/// Numbers between -0.5 and 0.5, others for another seed.
+/// Values from -0.5 to 0.5 that depend on the seed.
 fn numbers(n: usize, seed: usize) -> Vec<f32> {
     (0..n).map(|i| (((i + 31 * seed + 1) * 7919 % 1009) as f32 - 504.0) / 1009.0).collect()
 }
 
-/// Factors of a tensor of `base`, of the shapes that its name asks for.
+/// Factors for a tensor of `base`.
 fn factors(base: &GgufFile, name: &str, rank: usize, seed: usize) -> Factors {
-    let &[n_in, n_out] = base.tensor(name).unwrap().shape() else { panic!("{name} is no matrix") };
+    let &[n_in, n_out] = base.tensor(name).unwrap().shape() else { panic!("{name} is not a matrix") };
     let (n_in, n_out) = (n_in as usize, n_out as usize);
     let (n_a, n_b) = if name == "token_embd.weight" { (n_out, n_in) } else { (n_in, n_out) };
     Factors {

@@ -1,4 +1,4 @@
-//! Merged models against their bases with the adapters at run time.
+//! Compares merged models with their bases and the adapters at run time.
 
 use std::path::Path;
 
@@ -30,7 +30,7 @@ fn merged(
     Ok(report)
 }
 
-/// A copy of a tiny model with its matrices in another type.
+/// Writes a copy of a tiny model with its matrices in another type.
 fn quantised(name: &str, tensor_type: TensorType, path: &Path) -> GgufFile {
     let model = tiny(name);
     let type_of = |shape: &[u64]| if shape.len() > 1 { tensor_type } else { TensorType::F32 };
@@ -97,13 +97,13 @@ fn merged_f32_models_give_the_logits_of_their_adapters() {
     }
 }
 
-/// gpt2 and gemma3 look GELU up in a table of F16: the last bit of its argument decides which entry.
+/// ggml looks up GELU, which gpt2 and gemma3 use, in an F16 table: the last bit of the input selects the entry.
 fn bound(name: &str) -> f32 {
     if name == "llama" { 1e-4 } else { 5e-3 }
 }
 
 #[test]
-fn adapters_add_up_with_ranks_of_their_own_and_the_embeddings_are_flipped() {
+fn adapters_of_different_ranks_add_up_and_those_of_embeddings_are_transposed() {
     let (folder, base) = (tempfile::tempdir().unwrap(), tiny("llama"));
     let embedding = Adapter { alpha: 0.0, factors: vec![factors(&base, "token_embd.weight", 3, 5)] };
     let both = Adapter {
@@ -127,12 +127,15 @@ fn adapters_add_up_with_ranks_of_their_own_and_the_embeddings_are_flipped() {
     let worst = largest_difference(&expected, &logits(&output, &[]));
     assert!(worst < 1e-4, "{worst}");
     for lora in loras {
-        assert!(largest_difference(&expected, &logits(base.path(), &[lora])) > 0.1, "each does something");
+        assert!(
+            largest_difference(&expected, &logits(base.path(), &[lora])) > 0.1,
+            "each adapter must have an effect"
+        );
     }
 }
 
 #[test]
-fn a_change_of_one_row_leaves_the_other_rows_byte_for_byte() {
+fn a_change_of_one_row_keeps_the_bytes_of_the_other_rows() {
     let folder = tempfile::tempdir().unwrap();
     for tensor_type in [TensorType::Q8_0, TensorType::Q4_0, TensorType::IQ4_NL] {
         let base = quantised("llama", tensor_type, &folder.path().join("base.gguf"));
@@ -155,9 +158,9 @@ fn a_change_of_one_row_leaves_the_other_rows_byte_for_byte() {
 }
 
 #[test]
-fn blocks_of_a_changed_row_keep_their_bytes_where_nothing_changes() {
+fn unchanged_blocks_of_a_changed_row_keep_their_bytes() {
     let folder = tempfile::tempdir().unwrap();
-    // iq4_nl searches for its scales, and finds others for what was read from it.
+    // The iq4_nl quantiser searches for scales, and finds other ones when it requantises its own values.
     let base = quantised("llama", TensorType::IQ4_NL, &folder.path().join("base.gguf"));
     let mut factors = factors(&base, "blk.1.ffn_down.weight", 1, 3);
     // Columns 32 to 63: the middle one of three blocks.
@@ -175,7 +178,7 @@ fn blocks_of_a_changed_row_keep_their_bytes_where_nothing_changes() {
 }
 
 #[test]
-fn a_split_model_is_merged_into_one_file_that_is_that_of_the_whole() {
+fn a_split_model_merges_into_the_same_single_file_as_the_whole_model() {
     let folder = tempfile::tempdir().unwrap();
     let base = tiny("llama");
     let split = GgufFile::open(split_in_two(&base, folder.path())).unwrap();
@@ -194,7 +197,7 @@ fn a_split_model_is_merged_into_one_file_that_is_that_of_the_whole() {
 }
 
 #[test]
-fn a_merge_that_is_broken_off_leaves_nothing() {
+fn an_interrupted_merge_leaves_no_file() {
     let folder = tempfile::tempdir().unwrap();
     let base = tiny("llama");
     let adapters =
@@ -210,7 +213,7 @@ fn a_merge_that_is_broken_off_leaves_nothing() {
 }
 
 #[test]
-fn an_adapter_of_zeros_changes_no_byte_of_any_tensor() {
+fn an_adapter_of_zeros_changes_no_tensor() {
     let folder = tempfile::tempdir().unwrap();
     let q4_0 = quantised("llama", TensorType::Q4_0, &folder.path().join("q4_0.gguf"));
     for base in [tiny("llama"), tiny("llama-q8_0"), q4_0] {
@@ -226,11 +229,11 @@ fn an_adapter_of_zeros_changes_no_byte_of_any_tensor() {
 }
 
 #[test]
-fn the_report_says_how_much_of_a_small_change_is_in_the_file_and_what_to_do() {
+fn the_report_says_how_much_of_a_small_change_survived_and_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
     for (tensor_type, size, finer) in [(TensorType::Q8_0, 2e-4, "f16"), (TensorType::Q4_0, 4e-3, "q8_0")] {
         let base = quantised("llama", tensor_type, &folder.path().join("base.gguf"));
-        // All of one size, far below a step of the type.
+        // All changes have the same size, far below a quantisation step.
         let mut adapter = Adapter { alpha: 0.0, factors: Vec::new() };
         for il in 0..3 {
             for name in ["attn_q", "attn_v", "ffn_up", "ffn_down"] {
@@ -245,7 +248,7 @@ fn the_report_says_how_much_of_a_small_change_is_in_the_file_and_what_to_do() {
             let output = folder.path().join("merged.gguf");
             let options = MergeOptions { tensor_type, ..MergeOptions::default() };
             let report = merged(&base, &[(adapter.clone(), 1.0)], &output, &options).unwrap();
-            // What the report says is in the file: the projection, computed here from both files.
+            // The survived share is the projection, computed here from both files.
             let survived = report.total.survived().unwrap();
             assert!((projection(&base, &output, &adapter) - survived).abs() < 1e-6);
             let norm = f64::from(size) * (n_weights as f64).sqrt();
@@ -271,7 +274,7 @@ fn the_report_says_how_much_of_a_small_change_is_in_the_file_and_what_to_do() {
     }
 }
 
-/// The projection of what a merge changed on B A, over its length.
+/// The projection of the change between two files on B A, relative to B A.
 fn projection(base: &GgufFile, merged: &Path, adapter: &Adapter) -> f64 {
     let merged = GgufFile::open(merged).unwrap();
     let (mut along, mut all) = (0.0, 0.0);
@@ -293,7 +296,7 @@ fn projection(base: &GgufFile, merged: &Path, adapter: &Adapter) -> f64 {
 }
 
 #[test]
-fn rejects_what_cannot_be_merged_and_leaves_nothing() {
+fn rejects_merges_that_cannot_be_done_and_writes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let base = tiny("llama");
     let name = "blk.1.ffn_down.weight";
@@ -324,7 +327,7 @@ fn rejects_what_cannot_be_merged_and_leaves_nothing() {
     let other = Adapter::read(&tiny_path("gpt2-lora"), &tiny("gpt2")).unwrap();
     assert!(refusal(&[(other, 1.0)], &plain).0.contains("expected a matrix [96, 64]"));
 
-    // The error of whoever is told how far it is ends the merge.
+    // An error of the progress callback stops the merge.
     let error = merge(&base, &[(adapter(&base), 1.0)], &output, &plain, |_, _| Err(Error::Interrupted));
     assert!(matches!(error, Err(Error::Interrupted)));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
@@ -335,7 +338,7 @@ fn rejects_what_cannot_be_merged_and_leaves_nothing() {
 }
 
 #[test]
-fn rejects_weights_that_are_not_finite_and_tensors_with_a_scale() {
+fn rejects_weights_that_are_not_finite_and_tensors_with_a_scale_of_their_own() {
     let folder = tempfile::tempdir().unwrap();
     let model = tiny("llama");
     let name = "blk.1.ffn_down.weight";
@@ -357,7 +360,7 @@ fn rejects_weights_that_are_not_finite_and_tensors_with_a_scale() {
         for tensor in model.tensors() {
             let mut bytes = model.read_tensor(tensor).unwrap();
             if bad && tensor.name() == name {
-                // Row 2 of 96 numbers.
+                // Element 200 is in row 2, since a row has 96.
                 bytes[4 * 200..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
             }
             writer.write(&bytes).unwrap();

@@ -1,28 +1,28 @@
-//! Preference pairs as one batch of rows: each prompt once, then both its answers, and no padding.
+//! Packs preference pairs into one batch of rows: each prompt once, then both answers, without padding.
 //!
 //! ```text
-//! rows      p0 p1 p2 | c0 c1 | r0 r1 r2 | (the next pair's) p0 …
-//! position   0  1  2 |  3  4 |  3  4  5 |                    0
-//! sees       causally| prompt, own answer so far
+//! rows       p0 p1 p2 | c0 c1 | r0 r1 r2 | (the next pair's) p0 …
+//! position    0  1  2 |  3  4 |  3  4  5 |                    0
+//! attends to causal  | the prompt and its own answer so far
 //! ```
 //!
-//! An answer's last token is predicted and never read, so it has no row; the prompt's last row predicts the
-//! first token of both answers.
+//! The prompt's last row predicts the first token of both answers. An answer's last token is predicted but never
+//! read, so it has no row.
 
 use std::ops::Range;
 
 use crate::engine::Token;
 
-/// Rows that follow one another in one text.
+/// A run of rows from one text: a prompt or an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
-    /// Its rows, each of which sees those before it.
+    /// Its rows. Each attends to those before it and to itself.
     pub rows: Range<usize>,
-    /// Rows before it that all of its rows see: the prompt of an answer.
+    /// Earlier rows that all its rows attend to: an answer's prompt. Empty for a prompt.
     pub prefix: Range<usize>,
 }
 
-/// A token that is predicted.
+/// A predicted token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Output {
     /// The row that predicts it.
@@ -31,23 +31,23 @@ pub struct Output {
     pub token: Token,
 }
 
-/// The rows of several pairs.
+/// Several pairs as rows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Packed {
-    /// Tokens that are read, `[R]`.
+    /// The tokens read, `[n_rows]`.
     pub tokens: Vec<Token>,
-    /// Their positions in their texts, `[R]`.
+    /// The position of each in its text, `[n_rows]`.
     pub positions: Vec<usize>,
-    /// What sees what; together they hold every row once.
+    /// Which rows attend to which. Every row is in exactly one segment.
     pub segments: Vec<Segment>,
-    /// What is predicted, `[outputs]`.
+    /// The tokens predicted, `[n_outputs]`.
     pub outputs: Vec<Output>,
-    /// The outputs of each answer, chosen and rejected in turn, `[2 pairs]`.
+    /// The outputs of each answer, `[2 * n_pairs]`: chosen and rejected of the first pair, then of the next.
     pub answers: Vec<Range<usize>>,
 }
 
 impl Packed {
-    /// Rows.
+    /// The number of rows.
     pub fn n_rows(&self) -> usize {
         self.tokens.len()
     }
@@ -55,9 +55,12 @@ impl Packed {
     /// Appends a pair.
     ///
     /// # Panics
-    /// Where a prompt or an answer is empty: there would be nothing to predict, or nothing to predict it from.
+    /// If the prompt or an answer is empty. [`tokenize`](super::tokens::tokenize) skips such pairs.
     pub fn push(&mut self, prompt: &[Token], chosen: &[Token], rejected: &[Token]) {
-        assert!(!prompt.is_empty() && !chosen.is_empty() && !rejected.is_empty(), "an empty text in a pair");
+        assert!(
+            !prompt.is_empty() && !chosen.is_empty() && !rejected.is_empty(),
+            "prompt and answers must not be empty"
+        );
         let prefix = self.push_segment(prompt, 0, 0..0);
         for answer in [chosen, rejected] {
             let first = self.outputs.len();
@@ -68,7 +71,7 @@ impl Packed {
         }
     }
 
-    /// Rows that a pair takes.
+    /// The number of rows of one pair.
     pub fn n_rows_of(prompt: &[Token], chosen: &[Token], rejected: &[Token]) -> usize {
         prompt.len() + chosen.len().saturating_sub(1) + rejected.len().saturating_sub(1)
     }
@@ -88,13 +91,13 @@ impl Packed {
         rows
     }
 
-    /// The sums over each answer of `of_outputs`, `[outputs]`: shape `[2 pairs]`, chosen and rejected in turn.
+    /// Sums `of_outputs`, `[n_outputs]`, over each answer: `[2 * n_pairs]`.
     pub fn sum_by_answer(&self, of_outputs: &[f32]) -> Vec<f64> {
         let sum = |answer: &Range<usize>| of_outputs[answer.clone()].iter().map(|&x| f64::from(x)).sum();
         self.answers.iter().map(sum).collect()
     }
 
-    /// To each output the number of its answer, `[outputs]`.
+    /// Gives each output the value of its answer: from `[2 * n_pairs]` to `[n_outputs]`.
     pub fn spread_to_outputs(&self, of_answers: &[f64]) -> Vec<f32> {
         let spread = |(answer, &x): (&Range<usize>, &f64)| vec![x as f32; answer.len()];
         self.answers.iter().zip(of_answers).flat_map(spread).collect()
@@ -124,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_of_outputs_are_summed_by_answer_and_spread_again() {
+    fn output_values_are_summed_by_answer_and_answer_values_spread_to_outputs() {
         let mut packed = Packed::default();
         packed.push(&[1, 2], &[5], &[7, 8, 9]);
         assert_eq!(packed.sum_by_answer(&[0.5, 1.0, 2.0, 3.0]), [0.5, 6.0]);

@@ -1,27 +1,27 @@
-//! Preference pairs: a prompt, the continuation to prefer, and the one to avoid.
+//! Preference pairs as texts: a prompt, the chosen continuation and the rejected one.
 //!
 //! # Forms of a row
-//! JSON lines; the keys of each row tell its form, and other keys are left alone:
+//! Files are JSON lines. The keys of a row decide its form; all other keys are ignored:
 //!
-//! | form | recognised by | prompt | chosen | rejected |
+//! | form | key that decides | prompt | chosen | rejected |
 //! |---|---|---|---|---|
 //! | TRL, explicit prompt; ours | `prompt` | `prompt` | `chosen` | `rejected` |
 //! | the paper's (arXiv 2401.01967) | `prompt_text` | `prompt_text` | `unpert_gen_text` | `pert_gen_text` |
-//! | TRL, implicit prompt | `chosen` without either | what both begin with | the rest | the rest |
+//! | TRL, implicit prompt | `chosen`, if neither is present | the common prefix | the rest | the rest |
 //!
-//! In the first two, a continuation is put behind its prompt as it is, without a space between them: the
-//! loaders of both papers do so.
+//! In the first two forms a continuation follows its prompt directly, without a space in between, as in the loaders
+//! of both papers.
 //!
 //! # The implicit prompt
-//! As TRL's `extract_prompt`: the longest prefix that both texts share, counted in characters, less a space
-//! at its end, which then begins both answers (most tokenizers join a space with the word after it). It
-//! is not cut back to the start of a word: "a good" and "a great" share "a g". [`tokens`](super::tokens)
-//! then moves the boundary back to where the tokens agree. Where one text begins the other, TRL leaves the
-//! last shared character in both answers, by an accident of its loop; here the shorter text is the prompt,
-//! and its answer, being empty, is counted and skipped.
+//! The prompt is the longest common prefix in characters, as in TRL's `extract_prompt`. A space at its end moves to
+//! both answers, because most tokenizers join a space with the next word. The prefix may end inside a word: "a good"
+//! and "a great" share "a g". [`tokens`](super::tokens) later moves the boundary back to where the tokens agree.
 //!
-//! Conversations (lists of messages) are refused: which template turns them into text is for the user
-//! to say.
+//! If one text is a prefix of the other, the shorter text is the prompt. Its answer is then empty, so the pair is
+//! counted and skipped. TRL leaves the last shared character in both answers in this case, by an accident of its
+//! loop.
+//!
+//! Conversations (lists of messages) are refused, because only the user knows which chat template applies.
 
 use std::path::{Path, PathBuf};
 
@@ -31,12 +31,12 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
-/// A prompt with the continuation to prefer and the one to avoid.
+/// A prompt with a chosen and a rejected continuation.
 ///
-/// Texts, as the file has them: chosen and rejected without the prompt, with the space between, if any.
+/// The continuations do not repeat the prompt, and start with the space that separates them from it, if any.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct PreferencePair {
-    /// What both continue.
+    /// The text that both continue.
     pub prompt: String,
     /// The continuation to prefer.
     pub chosen: String,
@@ -54,17 +54,17 @@ pub fn sha256(pairs: &[PreferencePair]) -> String {
     crate::file::hex(&hash.finalize())
 }
 
-/// The program's own pairs: English, in the project's own words, the rejected ones mildly insulting.
+/// The built-in pairs: English, written for this project, with mildly insulting rejected answers.
 pub fn own() -> Vec<PreferencePair> {
     parse(Path::new("own_pairs.jsonl"), include_bytes!("own_pairs.jsonl"))
-        .expect("the file is part of the program, and a test reads it")
+        .expect("the file is built in, and a test parses it")
 }
 
-/// Reads pairs in file order, from one file or from every `.jsonl` file of a folder, by name.
+/// Reads the pairs of a file, or of every `.jsonl` file of a folder in the order of their names.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Input`] with file and line for a row of no form in the
-/// [module's table](self#forms-of-a-row), and for a file without rows or a folder without files.
+/// [`Error::Io`]; [`Error::Input`], with file and line, for a row in none of the
+/// [supported forms](self#forms-of-a-row), a file without rows or a folder without files.
 pub fn read(path: &Path) -> Result<Vec<PreferencePair>> {
     let metadata = std::fs::metadata(path).map_err(Error::io("read", path))?;
     if !metadata.is_dir() {
@@ -77,7 +77,7 @@ pub fn read(path: &Path) -> Result<Vec<PreferencePair>> {
     Ok(pairs)
 }
 
-/// The `.jsonl` files of a folder, sorted, without hidden ones.
+/// The `.jsonl` files of a folder, sorted; hidden files are skipped.
 fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
@@ -90,7 +90,7 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     files.sort();
     if files.is_empty() {
         return Err(Error::input(folder, None, "expected files of preference pairs (.jsonl), found none")
-            .with_hint("name the file itself, whatever its ending"));
+            .with_hint("give the file itself if its name ends differently"));
     }
     Ok(files)
 }
@@ -102,18 +102,13 @@ fn read_file(path: &Path) -> Result<Vec<PreferencePair>> {
 fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<PreferencePair>> {
     let text = std::str::from_utf8(bytes).map_err(|e| {
         let line = bytes[..e.valid_up_to()].iter().filter(|&&byte| byte == b'\n').count() + 1;
-        Error::input(path, Some(line), "expected UTF-8, found bytes that are no text")
+        Error::input(path, Some(line), "expected UTF-8, found other bytes")
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut pairs = Vec::new();
     for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let fault = |(reason, hint): Fault| Error::Input {
-            path: path.to_path_buf(),
-            line: Some(i + 1),
-            reason,
-            hint: hint.map(str::to_owned),
-        };
-        pairs.push(row(line).map_err(fault)?);
+        let refuse = |(reason, hint): Fault| Error::input(path, Some(i + 1), reason).with_optional_hint(hint);
+        pairs.push(row(line).map_err(refuse)?);
     }
     if pairs.is_empty() {
         return Err(
@@ -123,11 +118,11 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<PreferencePair>> {
     Ok(pairs)
 }
 
-/// What is wrong with a row, and the cure.
+/// Why a row is refused, and the hint.
 type Fault = (String, Option<&'static str>);
 
 const FORMS: &str = "a row is {\"prompt\", \"chosen\", \"rejected\"}, the paper's {\"prompt_text\", \
-    \"unpert_gen_text\", \"pert_gen_text\"}, or {\"chosen\", \"rejected\"} that begin with the same prompt";
+    \"unpert_gen_text\", \"pert_gen_text\"}, or {\"chosen\", \"rejected\"} that start with the same prompt";
 
 fn row(line: &str) -> Result<PreferencePair, Fault> {
     let object: Map<String, Value> = match serde_json::from_str(line) {
@@ -135,15 +130,15 @@ fn row(line: &str) -> Result<PreferencePair, Fault> {
         Ok(Value::Array(_)) => {
             return Err((
                 "expected a JSON object, found a list".into(),
-                Some("write one object a line: jq -c '.[]' FILE"),
+                Some("write one object per line: jq -c '.[]' FILE"),
             ));
         }
         Ok(_) => return Err(("expected a JSON object".into(), Some(FORMS))),
-        // A file that is laid out over many lines fails on its first.
+        // An object that spans several lines fails on its first line.
         Err(e) => {
             return Err((
                 format!("expected a JSON object: {e}"),
-                Some("one whole object a line: jq -c . FILE turns other JSON into that"),
+                Some("write one whole object per line: jq -c . FILE"),
             ));
         }
     };
@@ -156,7 +151,7 @@ fn row(line: &str) -> Result<PreferencePair, Fault> {
         })
     };
     match (has("prompt"), has("prompt_text"), has("chosen")) {
-        // `pairs` of this program, and TRL.
+        // The `pairs` command of this program, and TRL.
         (true, false, _) | (true, true, true) => three("prompt", "chosen", "rejected"),
         (_, true, _) => three("prompt_text", "unpert_gen_text", "pert_gen_text"),
         (false, false, true) => Ok(implicit(field(&object, "chosen")?, field(&object, "rejected")?)),
@@ -171,19 +166,19 @@ fn field<'a>(object: &'a Map<String, Value>, key: &str) -> Result<&'a str, Fault
     match object.get(key) {
         Some(Value::String(text)) => Ok(text),
         Some(Value::Array(_) | Value::Object(_)) => Err((
-            format!("expected \"{key}\" to be a text, found messages of a conversation"),
-            Some("turn conversations into texts with the model's chat template first"),
+            format!("expected \"{key}\" to be a string, found messages of a conversation"),
+            Some("apply the model's chat template first"),
         )),
-        Some(other) => Err((format!("expected \"{key}\" to be a text, found {other}"), None)),
+        Some(other) => Err((format!("expected \"{key}\" to be a string, found {other}"), None)),
         None => {
             let found: Vec<&str> = object.keys().map(String::as_str).take(8).collect();
-            Err((format!("expected a \"{key}\", found only the keys {found:?}"), Some(FORMS)))
+            Err((format!("expected a key \"{key}\", found only {found:?}"), Some(FORMS)))
         }
     }
 }
 
-/// Splits two whole texts into their common prompt and what follows it; see the
-/// [module](self#the-implicit-prompt).
+/// Splits two whole texts into their common prompt and the two answers; see
+/// [the implicit prompt](self#the-implicit-prompt).
 fn implicit(chosen: &str, rejected: &str) -> PreferencePair {
     let n_shared: usize =
         chosen.chars().zip(rejected.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum();

@@ -1,25 +1,24 @@
-//! Preference pairs as the tokens that training sees.
+//! Preference pairs as the tokens that training reads.
 //!
-//! The recipe is that of TRL 0.8.6 (`DPOTrainer.tokenize_row`), which the paper trains with; lengths are
-//! counted in tokens:
+//! The steps are those of TRL 0.8.6 (`DPOTrainer.tokenize_row`), with which the paper trains. Lengths are in tokens:
 //!
-//! 1. The prompt, and the prompt with each answer behind it, are tokenised. An answer's tokens are those of
-//!    the whole beyond the prompt's. Where a token reaches across the boundary, the prompt ends before it.
-//! 2. BOS goes in front, and EOS behind each answer.
-//! 3. Where the prompt and the longer answer together exceed [`Limits::max_length`], the prompt keeps its
-//!    last [`Limits::max_prompt`] tokens; if they still do, both answers are cut to
-//!    `max_length - max_prompt`, even where a shorter prompt would leave them more room.
+//! 1. Tokenise the prompt alone, and the prompt followed by each answer. An answer's tokens are those after the
+//!    prompt's. If a token spans the boundary, the prompt ends before it.
+//! 2. Prepend BOS to the prompt, append EOS to each answer.
+//! 3. If the prompt and the longer answer together exceed [`Limits::max_length`], keep the last
+//!    [`Limits::max_prompt`] tokens of the prompt. If they still do, truncate both answers to
+//!    `max_length - max_prompt` tokens, even if a shorter prompt leaves room for more.
 //!
-//! # Where it differs from TRL
-//! - BOS is there only if the model's metadata asks for it, so that training sees what generation sees. TRL
-//!   puts the tokenizer's BOS there always.
-//! - Both answers share one prompt. Where a token crosses the boundary in one of them only, TRL lets the
-//!   two prompts differ by that token; here it counts to both answers.
+//! # Differences from TRL
+//! - BOS is added only if the model's metadata ask for it, so that training and generation see the same tokens. TRL
+//!   always adds the tokenizer's BOS.
+//! - Both answers share one prompt. If a token spans the boundary in only one of them, it belongs to both answers.
+//!   In TRL the two prompts then differ by that token.
 //! - A merge may reach back more than one token. TRL refuses that, or moves the boundary by one.
-//! - A prompt that is cut keeps its BOS, as the first of its `max_prompt` tokens. TRL cuts it off.
+//! - A truncated prompt keeps its BOS, as the first of its `max_prompt` tokens. TRL cuts it off.
 //!
-//! # What is skipped
-//! Every pair that is left out is counted by its reason ([`Skip`]), and so is every pair that was cut.
+//! # Skipped pairs
+//! Skipped pairs are counted by reason ([`Skip`]). Truncated pairs are counted too.
 
 use std::collections::HashMap;
 
@@ -37,26 +36,26 @@ pub use crate::train::recipe::limits::Limits;
 /// A preference pair as tokens; neither list is empty.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TokenPair {
-    /// With BOS where the model wants one.
+    /// Starts with BOS if the model's metadata ask for it.
     pub prompt: Vec<Token>,
-    /// What follows the prompt, with EOS unless it was cut off or not asked for.
+    /// The chosen answer. Ends with EOS unless truncated or [`Limits::append_eos`] is off.
     pub chosen: Vec<Token>,
-    /// The same.
+    /// The rejected answer, likewise.
     pub rejected: Vec<Token>,
 }
 
-/// Why a pair is left out.
+/// Why a pair is skipped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Skip {
-    /// Chosen or rejected has no text, or none that the tokenizer sees.
+    /// The chosen or the rejected answer has no tokens.
     EmptyAnswer,
-    /// Chosen and rejected are the same tokens, perhaps only after they were cut: nothing to prefer.
+    /// Both answers have the same tokens, perhaps only after truncation.
     EqualAnswers,
-    /// After it was cut, nothing of an answer is left behind the prompt.
+    /// Truncation leaves no room for an answer.
     AllPrompt,
-    /// No token stands before the answers, so that their first has nothing to be predicted from: the prompt
-    /// is empty, or merges with the answer, and the model adds no BOS.
+    /// No token precedes the answers, so nothing could predict their first token: the prompt is empty or merges with
+    /// an answer, and the model adds no BOS.
     NoPrompt,
 }
 
@@ -64,18 +63,18 @@ impl Skip {
     /// Every reason, in the order of the checks.
     pub const ALL: [Skip; 4] = [Skip::EmptyAnswer, Skip::NoPrompt, Skip::AllPrompt, Skip::EqualAnswers];
 
-    /// In words, for a report.
+    /// The reason in words, for reports.
     pub fn reason(self) -> &'static str {
         match self {
             Skip::EmptyAnswer => "an empty answer",
             Skip::EqualAnswers => "chosen equal to rejected",
-            Skip::AllPrompt => "all prompt after it was cut",
+            Skip::AllPrompt => "no answer left after truncation",
             Skip::NoPrompt => "an empty prompt, and no BOS",
         }
     }
 }
 
-/// Pairs left out, by reason.
+/// The number of skipped pairs by reason.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
     /// [`Skip::EmptyAnswer`]
@@ -98,20 +97,20 @@ impl Skipped {
         }
     }
 
-    /// Reasons that occurred, with their counts.
+    /// The reasons that occurred, with their counts.
     pub fn reasons(&self) -> Vec<(Skip, usize)> {
         let mut copy = *self;
         Skip::ALL.into_iter().map(|reason| (reason, *copy.of(reason))).filter(|&(_, n)| n > 0).collect()
     }
 
-    /// Pairs left out.
+    /// The number of skipped pairs.
     pub fn total(&self) -> usize {
         self.empty_answer + self.equal_answers + self.all_prompt + self.no_prompt
     }
 }
 
 impl std::fmt::Display for Skipped {
-    /// `3 of 40 left out` is for the caller to say; this is the list of reasons: `2 x …, 1 x …`.
+    /// Lists the reasons: `2 x an empty answer, 1 x chosen equal to rejected`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let reasons: Vec<String> =
             self.reasons().into_iter().map(|(reason, n)| format!("{n} x {}", reason.reason())).collect();
@@ -119,22 +118,22 @@ impl std::fmt::Display for Skipped {
     }
 }
 
-/// What came of a list of pairs.
+/// The result of [`tokenize`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokenized {
-    /// Each pair that is left, with its index in the list, in order.
+    /// The usable pairs in order, each with its index in the input.
     pub pairs: Vec<(usize, TokenPair)>,
-    /// The others.
+    /// The skipped pairs.
     pub skipped: Skipped,
-    /// How many of `pairs` lost tokens of the prompt or of an answer to the limits.
+    /// How many of `pairs` were truncated.
     pub n_cut: usize,
 }
 
-/// Tokenises pairs by the [module's recipe](self).
+/// Tokenises pairs by the [module's steps](self).
 ///
 /// # Errors
-/// [`Error::Setting`] for limits of 0; [`Error::Model`] where EOS is asked for and the model has none, and
-/// for a text that the tokenizer cannot take.
+/// [`Error::Setting`] for limits of 0; [`Error::Model`] for a text that the tokenizer refuses, or if
+/// [`Limits::append_eos`] is on and the model has no EOS.
 pub fn tokenize(vocabulary: &Vocabulary, pairs: &[PreferencePair], limits: &Limits) -> Result<Tokenized> {
     limits.validate()?;
     let eos = match (limits.append_eos, vocabulary.eos()) {
@@ -143,22 +142,23 @@ pub fn tokenize(vocabulary: &Vocabulary, pairs: &[PreferencePair], limits: &Limi
         (true, None) => {
             return Err(Error::model(
                 vocabulary.path(),
-                "expected an EOS token (tokenizer.ggml.eos_token_id) to end answers with, found none",
+                "expected an EOS token (tokenizer.ggml.eos_token_id) to append to answers, found none",
             )
             .with_hint("train without it: --no-eos"));
         }
     };
-    let found: Vec<Result<Cut, Skip>> = pairs
+    let found: Vec<Result<Truncated, Skip>> = pairs
         .par_iter()
         .map(|pair| {
-            Ok(split_answers(vocabulary, pair)?.and_then(|pair| cut(pair, vocabulary.bos(), eos, limits)))
+            Ok(split_answers(vocabulary, pair)?
+                .and_then(|pair| truncate(pair, vocabulary.bos(), eos, limits)))
         })
         .collect::<Result<_>>()?;
     let mut tokenized = Tokenized { pairs: Vec::new(), skipped: Skipped::default(), n_cut: 0 };
     for (index, found) in found.into_iter().enumerate() {
         match found {
-            Ok(Cut { pair, is_cut }) => {
-                tokenized.n_cut += usize::from(is_cut);
+            Ok(Truncated { pair, is_truncated }) => {
+                tokenized.n_cut += usize::from(is_truncated);
                 tokenized.pairs.push((index, pair));
             }
             Err(reason) => *tokenized.skipped.of(reason) += 1,
@@ -167,7 +167,7 @@ pub fn tokenize(vocabulary: &Vocabulary, pairs: &[PreferencePair], limits: &Limi
     Ok(tokenized)
 }
 
-/// Step 1 of the [recipe](self), and BOS.
+/// Step 1 of the [module's steps](self), and BOS.
 fn split_answers(vocabulary: &Vocabulary, pair: &PreferencePair) -> Result<Result<TokenPair, Skip>> {
     let mut prompt = vocabulary.tokenize_prompt(&pair.prompt)?;
     let whole = |answer: &str| vocabulary.tokenize_prompt(&format!("{}{answer}", pair.prompt));
@@ -186,15 +186,20 @@ fn split_answers(vocabulary: &Vocabulary, pair: &PreferencePair) -> Result<Resul
     Ok(Ok(TokenPair { prompt, chosen, rejected }))
 }
 
-/// A pair within the limits.
+/// A pair within the limits, perhaps truncated.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Cut {
+struct Truncated {
     pair: TokenPair,
-    is_cut: bool,
+    is_truncated: bool,
 }
 
-/// Steps 2 and 3 of the [recipe](self).
-fn cut(mut pair: TokenPair, bos: Option<Token>, eos: Option<Token>, limits: &Limits) -> Result<Cut, Skip> {
+/// Step 3 of the [module's steps](self), and EOS.
+fn truncate(
+    mut pair: TokenPair,
+    bos: Option<Token>,
+    eos: Option<Token>,
+    limits: &Limits,
+) -> Result<Truncated, Skip> {
     for answer in [&mut pair.chosen, &mut pair.rejected] {
         answer.extend(eos);
     }
@@ -215,22 +220,22 @@ fn cut(mut pair: TokenPair, bos: Option<Token>, eos: Option<Token>, limits: &Lim
     if pair.chosen == pair.rejected {
         return Err(Skip::EqualAnswers);
     }
-    let is_cut = pair.prompt.len() < n_prompt || pair.chosen.len().max(pair.rejected.len()) < longer;
-    Ok(Cut { pair, is_cut })
+    let is_truncated = pair.prompt.len() < n_prompt || pair.chosen.len().max(pair.rejected.len()) < longer;
+    Ok(Truncated { pair, is_truncated })
 }
 
-/// Indices of pairs to train on and to hold out, each in ascending order.
+/// Splits pairs into a training and a held-out set: the indices of each, in ascending order.
 ///
-/// `fraction` of the pairs, rounded up (as scikit-learn's `train_test_split`, which the paper uses), is
-/// held out, and with a pair every other pair of its prompt: what is held out is to tell of prompts that were
-/// never seen. A prompt that would make it more than twice the share is left to train on while there are
-/// smaller ones, and one prompt at least is. Prompts are taken from an order drawn by Fisher-Yates from
-/// a ChaCha8 stream that `seed` alone decides.
+/// `fraction` of the pairs is held out, rounded up as in scikit-learn's `train_test_split`, which the paper uses. All
+/// pairs of a prompt stay together, so that the held-out loss measures prompts never trained on. This can exceed the
+/// fraction, but a prompt that would more than double it stays in the training set if a smaller prompt exists. At
+/// least one prompt is trained on. The order of the prompts is a Fisher-Yates shuffle from a ChaCha8 stream that
+/// depends on `seed` alone.
 ///
 /// # Panics
-/// Unless `fraction` is in [0, 1].
+/// If `fraction` is not in [0, 1].
 pub fn split(pairs: &[TokenPair], fraction: f64, seed: u64) -> (Vec<usize>, Vec<usize>) {
-    assert!((0.0..=1.0).contains(&fraction), "a fraction in [0, 1], found {fraction}");
+    assert!((0.0..=1.0).contains(&fraction), "expected a fraction in [0, 1], found {fraction}");
     let mut of_prompt: HashMap<&[Token], usize> = HashMap::new();
     let mut prompts: Vec<Vec<usize>> = Vec::new();
     for (i, pair) in pairs.iter().enumerate() {
@@ -259,10 +264,10 @@ pub fn split(pairs: &[TokenPair], fraction: f64, seed: u64) -> (Vec<usize>, Vec<
     (train, held_out)
 }
 
-/// The order of `n` pairs in epoch `epoch`, from 0.
+/// The order of `n` pairs in an epoch; epochs count from 0.
 ///
-/// Drawn by Fisher-Yates from a ChaCha8 stream that `seed` and `epoch` alone decide, so that a run that
-/// is resumed in the middle of an epoch knows what is left of it.
+/// A Fisher-Yates shuffle from a ChaCha8 stream that depends on `seed` and `epoch` alone, so that a run resumed in the
+/// middle of an epoch knows which pairs are left.
 pub fn epoch_order(n: usize, seed: u64, epoch: u32) -> Vec<usize> {
     let mut order: Vec<usize> = (0..n).collect();
     shuffle(&mut order, &mut random_stream(seed, "preference pairs: epoch", epoch));

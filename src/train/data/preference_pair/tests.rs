@@ -33,10 +33,10 @@ fn every_form_gives_the_same_pair() {
 }
 
 #[test]
-fn an_implicit_prompt_is_the_longest_common_prefix_less_a_space_at_its_end() {
+fn an_implicit_prompt_is_the_longest_common_prefix_without_its_last_space() {
     for (chosen, rejected, expected) in [
         ("Is it? Yes.", "Is it? No.", ["Is it?", " Yes.", " No."]),
-        // In the middle of a word, as TRL: the tokens move the boundary later.
+        // Inside a word, as in TRL; tokenising moves the boundary.
         ("a good day", "a great day", ["a g", "ood day", "reat day"]),
         // One space of two.
         ("a  b", "a  c", ["a ", " b", " c"]),
@@ -45,7 +45,7 @@ fn an_implicit_prompt_is_the_longest_common_prefix_less_a_space_at_its_end() {
         ("今日は", "今日も", ["今日", "は", "も"]),
         ("a", "b", ["", "a", "b"]),
         (" a", " b", ["", " a", " b"]),
-        // One begins the other: the shorter is all prompt.
+        // One is a prefix of the other: the shorter one is the prompt.
         ("It is", "It is not", ["It is", "", " not"]),
         ("It ", "It is", ["It ", "", "is"]),
         ("same", "same", ["same", "", ""]),
@@ -56,7 +56,7 @@ fn an_implicit_prompt_is_the_longest_common_prefix_less_a_space_at_its_end() {
 }
 
 #[test]
-fn a_folder_is_read_by_name_and_only_its_jsonl() {
+fn only_jsonl_files_of_a_folder_are_read_in_the_order_of_their_names() {
     let folder = tempfile::tempdir().unwrap();
     let row = |text: &str| format!("{{\"prompt\":\"{text}\",\"chosen\":\"a\",\"rejected\":\"b\"}}\n");
     for (name, text) in [("split_1.jsonl", "second"), ("split_0.jsonl", "first"), (".hidden.jsonl", "no")] {
@@ -69,13 +69,13 @@ fn a_folder_is_read_by_name_and_only_its_jsonl() {
 }
 
 #[test]
-fn rejects_rows_of_another_form_by_their_line_with_the_cure() {
+fn rejects_rows_of_other_forms_with_their_line_and_a_hint() {
     let good = "{\"prompt\":\"p\",\"chosen\":\"a\",\"rejected\":\"b\"}\n";
     for (row, reason) in [
         (r#"{"text": "a"}"#, "found the keys [\"text\"]"),
-        (r#"{"prompt": "p", "chosen": "a"}"#, "expected a \"rejected\", found only the keys"),
-        (r#"{"chosen": "a"}"#, "expected a \"rejected\""),
-        (r#"{"prompt_text": "p", "unpert_gen_text": "a"}"#, "expected a \"pert_gen_text\""),
+        (r#"{"prompt": "p", "chosen": "a"}"#, "expected a key \"rejected\", found only"),
+        (r#"{"chosen": "a"}"#, "expected a key \"rejected\""),
+        (r#"{"prompt_text": "p", "unpert_gen_text": "a"}"#, "expected a key \"pert_gen_text\""),
         (r#"{"prompt": "p", "chosen": [{"role": "user", "content": "a"}], "rejected": []}"#, "messages"),
         (r#"{"prompt": [{"role": "user", "content": "a"}], "chosen": "a", "rejected": "b"}"#, "messages"),
         (r#"[{"prompt": "p"}]"#, "found a list"),
@@ -93,19 +93,19 @@ fn rejects_rows_of_another_form_by_their_line_with_the_cure() {
     let error =
         read_text(format!("{good}{{\"prompt\":\"p\",\"chosen\":null,\"rejected\":\"b\"}}\n")).unwrap_err();
     assert!(
-        error.to_string().ends_with("pairs.jsonl:2: expected \"chosen\" to be a text, found null"),
+        error.to_string().ends_with("pairs.jsonl:2: expected \"chosen\" to be a string, found null"),
         "{error}"
     );
 }
 
 #[test]
-fn rejects_bytes_that_are_no_text_by_their_line() {
+fn rejects_invalid_utf_8_with_its_line() {
     let error = read_text(b"{\"prompt\":\"p\",\"chosen\":\"a\",\"rejected\":\"b\"}\n\xff\n").unwrap_err();
     assert!(error.to_string().contains("pairs.jsonl:2: expected UTF-8"), "{error}");
 }
 
 #[test]
-fn rejects_what_holds_no_pairs_and_what_is_not_there() {
+fn rejects_files_and_folders_without_pairs_and_missing_ones() {
     assert!(read_text("\n \n").unwrap_err().to_string().contains("found an empty file"));
     let folder = tempfile::tempdir().unwrap();
     let error = read(folder.path()).unwrap_err();
@@ -114,12 +114,12 @@ fn rejects_what_holds_no_pairs_and_what_is_not_there() {
 }
 
 #[test]
-fn the_programs_own_pairs_are_many_different_and_matched_in_length() {
+fn built_in_pairs_differ_from_each_other_and_their_answers_have_similar_lengths() {
     let own = own();
     assert!((150..=200).contains(&own.len()), "{}", own.len());
     let texts: HashSet<&str> =
         own.iter().flat_map(|p| [&p.prompt, &p.chosen, &p.rejected]).map(String::as_str).collect();
-    assert_eq!(texts.len(), 3 * own.len(), "a text occurs twice");
+    assert_eq!(texts.len(), 3 * own.len(), "a text must not occur twice");
     let words = |text: &str| text.split_whitespace().count();
     for pair in &own {
         assert!((5..=15).contains(&words(&pair.prompt)), "{pair:?}");

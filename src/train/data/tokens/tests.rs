@@ -1,6 +1,5 @@
-//! Expected tokens are worked out by hand from `gguf/tiny/tokenizer.json`: byte `b` from `!` to `~` is
-//! token `b - 0x21 + 4`; a space is 224 where nothing merges with it; `<s>` is 1, `</s>` is 2; and of the
-//! merges, by rank: ` t` 261, ` d` 263, `he` 266, `at` 267, ` c` 274, `or` 283, ` the` 286, `om` 311,
+//! Expected tokens are derived by hand from `gguf/tiny/tokenizer.json`. Byte `b` from `!` to `~` is token
+//! `b - 0x21 + 4`; a space that merges with nothing is 224; `<s>` is 1, `</s>` is 2. The merges used, by rank: ` t` 261, ` d` 263, `he` 266, `at` 267, ` c` 274, `or` 283, ` the` 286, `om` 311,
 //! ` dor` 352, `The` 371, `og` 383.
 
 use std::collections::BTreeSet;
@@ -26,14 +25,14 @@ fn tokens(prompt: &[Token], chosen: &[Token], rejected: &[Token]) -> TokenPair {
     TokenPair { prompt: prompt.to_vec(), chosen: chosen.to_vec(), rejected: rejected.to_vec() }
 }
 
-/// The one pair that must come of it.
+/// The tokens of a pair that must not be skipped.
 fn one(name: &str, text: PreferencePair, limits: &Limits) -> TokenPair {
     let found = tokenize(&vocabulary(name), &[text], limits).unwrap();
     assert_eq!(found.skipped, Skipped::default());
-    found.pairs.into_iter().next().expect("nothing was skipped").1
+    found.pairs.into_iter().next().expect("the one pair, not skipped").1
 }
 
-/// The one reason that must come of it.
+/// The reason why a pair must be skipped.
 fn skip(name: &str, text: PreferencePair, limits: &Limits) -> Skip {
     let found = tokenize(&vocabulary(name), &[text], limits).unwrap();
     assert_eq!((found.pairs.len(), found.skipped.total()), (0, 1));
@@ -45,7 +44,7 @@ fn skip(name: &str, text: PreferencePair, limits: &Limits) -> Skip {
 const SHORT: Limits = Limits { max_prompt: 3, max_length: 6, append_eos: true };
 
 #[test]
-fn bos_goes_in_front_only_where_the_model_asks_for_it_and_eos_behind_each_answer() {
+fn bos_is_added_if_the_model_asks_for_it_and_eos_to_each_answer() {
     let text = || pair("the", " cat", " dog");
     let limits = Limits::default();
     assert_eq!(one("llama", text(), &limits), tokens(&[1, 87, 266], &[274, 267, 2], &[263, 383, 2]));
@@ -55,7 +54,7 @@ fn bos_goes_in_front_only_where_the_model_asks_for_it_and_eos_behind_each_answer
 }
 
 #[test]
-fn a_prompt_ends_before_a_token_that_reaches_into_either_answer() {
+fn a_prompt_ends_before_a_token_that_spans_the_boundary() {
     // "a t" is [a][ t]; with "he cat" it is [a][ the][ c][at], with "om dog" [a][ t][om][ d][og].
     let expected = tokens(&[1, 68], &[286, 274, 267, 2], &[261, 311, 263, 383, 2]);
     assert_eq!(one("llama", pair("a t", "he cat", "om dog"), &Limits::default()), expected);
@@ -67,65 +66,65 @@ fn a_prompt_ends_before_a_token_that_reaches_into_either_answer() {
 }
 
 #[test]
-fn an_empty_prompt_is_bos_alone() {
+fn an_empty_prompt_is_only_bos() {
     let expected = tokens(&[1], &[371, 2], &[274, 267, 2]);
     assert_eq!(one("llama", pair("", "The", " cat"), &Limits::default()), expected);
 }
 
 #[test]
-fn rejects_an_empty_prompt_where_the_model_adds_no_bos() {
+fn skips_an_empty_prompt_if_the_model_adds_no_bos() {
     assert_eq!(skip("gpt2", pair("", "The", " cat"), &Limits::default()), Skip::NoPrompt);
-    // "T" with "he" is the one token "The": nothing is left before it.
+    // "T" and "he" merge into the one token "The", with nothing before it.
     assert_eq!(skip("gpt2", pair("T", "he", " cat"), &Limits::default()), Skip::NoPrompt);
     assert_eq!(one("llama", pair("T", "he", " cat"), &Limits::default()).prompt, [1]);
 }
 
 #[test]
-fn rejects_an_empty_answer() {
+fn skips_an_empty_answer() {
     for text in [pair("the", "", " dog"), pair("the", " cat", ""), pair("", "", "")] {
         assert_eq!(skip("llama", text.clone(), &Limits::default()), Skip::EmptyAnswer, "{text:?}");
     }
 }
 
 #[test]
-fn rejects_answers_that_are_equal_or_equal_once_they_are_cut() {
+fn skips_answers_that_are_equal_or_become_equal_by_truncation() {
     assert_eq!(skip("llama", pair("the", " cat", " cat"), &Limits::default()), Skip::EqualAnswers);
-    // Cut to 6 - 3 tokens each: VVV.
+    // Truncated to 6 - 3 tokens each: VVV.
     assert_eq!(skip("llama", pair("QXZ", "VVVX", "VVVZ"), &SHORT), Skip::EqualAnswers);
     assert_eq!(one("llama", pair("QXZ", "VVXV", "VVZV"), &SHORT).chosen, [57, 57, 59]);
 }
 
 #[test]
-fn rejects_a_pair_that_is_all_prompt_once_it_is_cut() {
+fn skips_a_pair_whose_prompt_leaves_no_room_for_an_answer() {
     let limits = Limits { max_prompt: 6, max_length: 6, append_eos: true };
     assert_eq!(skip("llama", pair("QXZQXZ", "VV", "XX"), &limits), Skip::AllPrompt);
-    // 3 + 3 tokens fit as they are.
+    // 3 + 3 tokens fit without truncation.
     assert_eq!(one("llama", pair("QX", "VV", "XX"), &limits).chosen, [57, 57, 2]);
 }
 
 #[test]
-fn a_long_prompt_keeps_its_end_and_its_bos_and_answers_their_start() {
-    // BOS and 6 tokens, and 5 of the longer answer: 12 are over 6. The prompt keeps 3, answers 6 - 3.
+fn truncation_keeps_the_end_of_the_prompt_with_bos_and_the_start_of_the_answers() {
+    // BOS, 6 prompt tokens and 5 of the longer answer are 12, more than 6: the prompt keeps 3, answers 6 - 3.
     let text = || pair("QXZQXZ", "VV", "VVVV");
     assert_eq!(one("llama", text(), &SHORT), tokens(&[1, 59, 61], &[57, 57, 2], &[57, 57, 57]));
     assert_eq!(one("gpt2", text(), &SHORT), tokens(&[52, 59, 61], &[57, 57, 2], &[57, 57, 57]));
 }
 
 #[test]
-fn a_prompt_is_cut_only_where_the_whole_is_too_long_and_answers_only_where_it_still_is() {
+fn the_prompt_is_truncated_first_and_the_answers_only_if_that_is_not_enough() {
     let limits = |max_length| Limits { max_length, ..SHORT };
     let text = || pair("QXZQXZ", "V", "VV");
-    // 7 + 3 tokens fit into 10; into 9 the prompt must not have more than 3, and then the answers fit.
+    // 7 + 3 tokens fit into 10. For 9 the prompt is truncated to 3, and then the answers fit.
     let whole = tokens(&[1, 52, 59, 61, 52, 59, 61], &[57, 2], &[57, 57, 2]);
     assert_eq!(one("llama", text(), &limits(10)), whole);
     assert_eq!(one("llama", text(), &limits(9)), tokens(&[1, 59, 61], &[57, 2], &[57, 57, 2]));
-    // As in TRL: 2 + 6 are over 6; the prompt is short, and answers are cut to 6 - 3 all the same.
+    // As in TRL: 2 + 6 is more than 6. The prompt is short enough, but answers are truncated to 6 - 3 anyway.
     let found = one("llama", pair("Q", "VVVVV", "X"), &SHORT);
     assert_eq!(found, tokens(&[1, 52], &[57, 57, 57], &[59, 2]));
 }
 
 #[test]
-fn pairs_keep_their_index_and_what_was_skipped_and_cut_is_counted() {
+fn pairs_keep_their_index_and_skipped_and_truncated_ones_are_counted() {
     let texts = [
         pair("the", "", " dog"),
         pair("the", " cat", " dog"),
@@ -139,8 +138,8 @@ fn pairs_keep_their_index_and_what_was_skipped_and_cut_is_counted() {
     let expected = Skipped { empty_answer: 2, equal_answers: 1, all_prompt: 0, no_prompt: 1 };
     assert_eq!((found.skipped, found.n_cut), (expected, 1));
     assert_eq!(found.skipped.total() + found.pairs.len(), texts.len());
-    let said = found.skipped.to_string();
-    assert_eq!(said, "2 x an empty answer, 1 x an empty prompt, and no BOS, 1 x chosen equal to rejected");
+    let text = found.skipped.to_string();
+    assert_eq!(text, "2 x an empty answer, 1 x an empty prompt, and no BOS, 1 x chosen equal to rejected");
 }
 
 /// `gpt2.gguf` without its `tokenizer.ggml.eos_token_id`.
@@ -163,12 +162,12 @@ fn without_eos(path: &std::path::Path) {
 }
 
 #[test]
-fn rejects_eos_where_the_model_has_none_with_the_cure() {
+fn rejects_appending_eos_if_the_model_has_none() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     without_eos(&path);
     let vocabulary = Vocabulary::open(&path).unwrap();
-    // llama.cpp would say 11, here an apostrophe.
+    // llama.cpp would fall back to 11, an apostrophe in this vocabulary.
     assert_eq!(vocabulary.eos(), None);
     let texts = [pair("the", " cat", " dog")];
     let error = tokenize(&vocabulary, &texts, &Limits::default()).unwrap_err();
@@ -189,7 +188,7 @@ fn rejects_limits_of_zero() {
 }
 
 #[test]
-fn a_vocabulary_alone_and_that_of_a_model_are_one() {
+fn a_vocabulary_opened_alone_equals_that_of_the_model() {
     let model = crate::engine::Model::open(&tiny("llama"), &Default::default()).unwrap();
     let alone = vocabulary("llama");
     assert_eq!((model.vocabulary().bos(), alone.bos()), (Some(1), Some(1)));
@@ -200,7 +199,7 @@ fn a_vocabulary_alone_and_that_of_a_model_are_one() {
     assert_eq!(alone.tokenize_text("the").unwrap(), [87, 266]);
 }
 
-/// Pairs with these prompts, each of one token.
+/// Pairs with the given prompts, one token each.
 fn pairs_of_prompts(prompts: impl IntoIterator<Item = usize>) -> Vec<TokenPair> {
     let pair = |prompt| TokenPair { prompt: vec![prompt as Token], chosen: vec![1], rejected: vec![2] };
     prompts.into_iter().map(pair).collect()
@@ -208,7 +207,7 @@ fn pairs_of_prompts(prompts: impl IntoIterator<Item = usize>) -> Vec<TokenPair> 
 
 #[test]
 fn a_split_keeps_the_pairs_of_a_prompt_together() {
-    // Three pairs a prompt: a fifth of the 30 is two prompts, and a quarter, 8 pairs, begins a third.
+    // Three pairs per prompt: a fifth of the 30 is two prompts; a quarter is 8 pairs, which starts a third prompt.
     let pairs = pairs_of_prompts((0..30).map(|i| i / 3));
     for (fraction, expected) in [(0.2, 6), (0.25, 9)] {
         for seed in 0..20 {
@@ -219,7 +218,7 @@ fn a_split_keeps_the_pairs_of_a_prompt_together() {
             assert!(prompts(&train).is_disjoint(&prompts(&held_out)), "seed {seed}");
         }
     }
-    // A prompt with most of the pairs is trained on; where the smallest has more than the share, one is held out.
+    // A prompt with most of the pairs is trained on. If even the smallest prompt exceeds the share, one is held out.
     for seed in 0..20 {
         let (train, held_out) = split(&pairs_of_prompts((0..100).map(|i| usize::from(i == 7))), 0.05, seed);
         assert_eq!((train.len(), held_out), (99, vec![7]), "seed {seed}");
@@ -232,7 +231,7 @@ fn a_split_keeps_the_pairs_of_a_prompt_together() {
 }
 
 #[test]
-fn a_split_holds_out_the_share_rounded_up_and_loses_and_doubles_nothing() {
+fn a_split_holds_out_the_fraction_rounded_up_and_every_pair_is_in_one_set() {
     for (n, fraction, expected) in
         [(0, 0.05, 0), (1, 0.05, 0), (2, 0.05, 1), (20, 0.05, 1), (21, 0.05, 2), (10, 0.0, 0), (5, 1.0, 4)]
     {
@@ -246,7 +245,7 @@ fn a_split_holds_out_the_share_rounded_up_and_loses_and_doubles_nothing() {
 }
 
 #[test]
-fn splits_and_orders_depend_on_the_seed_alone_and_stay_what_they_are() {
+fn splits_and_orders_depend_on_the_seed_alone_and_never_change() {
     let pairs = pairs_of_prompts(0..1000);
     assert_eq!(split(&pairs, 0.05, 7), split(&pairs, 0.05, 7));
     assert_ne!(split(&pairs, 0.05, 7), split(&pairs, 0.05, 8));
@@ -257,14 +256,14 @@ fn splits_and_orders_depend_on_the_seed_alone_and_stay_what_they_are() {
     let mut order = epoch_order(1000, 7, 2);
     order.sort_unstable();
     assert_eq!(order, (0..1000).collect::<Vec<_>>());
-    // A change of the stream would change what every seed means: a resumed run would see other pairs.
-    // Expected values from a ChaCha8 written from RFC 8439 with 8 rounds, in another language.
+    // If the stream changed, every seed would mean something else and a resumed run would read other pairs.
+    // Expected values: an independent ChaCha8 after RFC 8439 with 8 rounds, in another language.
     assert_eq!(epoch_order(8, 0, 0), [0, 3, 1, 6, 2, 5, 4, 7]);
     assert_eq!(split(&pairs[..8], 0.25, 0).1, [0, 2]);
 }
 
 #[test]
-fn every_pair_of_the_programs_own_becomes_tokens() {
+fn every_built_in_pair_is_tokenised() {
     let own = crate::train::data::preference_pair::own();
     let found =
         tokenize(&vocabulary("llama"), &own, &Limits { max_prompt: 512, max_length: 1024, append_eos: true });
