@@ -118,8 +118,10 @@ impl<D: Device> Transformer<D> {
     /// The FFN, given the derivative `dx` at the block's output.
     ///
     /// Adds the FFN's part to `dx`, which becomes the derivative between attention and FFN. In a parallel block
-    /// `dx` stays as it is. Returns d loss / d the attention's normed input so far, `[n_rows][n_embd]`: in a
-    /// parallel block the FFN's part, because the FFN reads that input too, else zeros.
+    /// `dx` stays unchanged.
+    ///
+    /// Returns the FFN's part of the derivative at the attention's normed input, `[n_rows][n_embd]`. That is zeros,
+    /// except in a parallel block, where the FFN reads that input too.
     fn ffn_backward(
         &self,
         pass: &Pass<'_, D>,

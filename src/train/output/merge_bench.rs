@@ -13,7 +13,7 @@ use crate::gguf::GgufFile;
 use crate::train::output::adapter::{Adapter, Factors};
 use crate::train::output::merge::{MergeOptions, merge};
 
-/// The time of a merge, and what it did.
+/// The time and the size of a merge.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MergeTime {
     /// From the first read until the file is complete on disk.

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::gguf::TensorType;
 
-/// A change as it was asked for, against the change after rounding to the weights' type.
+/// Compares the change asked for with the change after rounding to the weights' type.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Change {
     /// Number of weights.
