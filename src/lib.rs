@@ -49,7 +49,6 @@ pub mod score;
 pub mod steer;
 #[cfg(feature = "engine")]
 pub mod study;
-#[cfg(feature = "engine")]
 pub mod text;
 #[cfg(feature = "engine")]
 pub mod train;

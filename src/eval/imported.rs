@@ -1,33 +1,35 @@
-//! Continuations made elsewhere, in the forms that the field's tools write.
+//! Continuations from other tools, as JSON lines.
 //!
 //! | form | recognised by |
 //! |---|---|
-//! | the paper's and ours: one continuation a line | `generated_text` |
-//! | RealToxicityPrompts: one prompt a line with all its continuations | `generations` |
+//! | the paper's and this program's: one continuation per line | `generated_text` |
+//! | RealToxicityPrompts: one prompt per line with all its continuations | `generations` |
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::Value;
 
+use crate::engine::schedule::Finish;
 use crate::error::{Error, Result};
-
 use crate::eval::generate::Generation;
-use crate::text::language;
+use crate::text::{language, rows};
 
 /// Reads continuations from JSON lines.
 ///
-/// Rows without a language get `default_language`, else that of the file's name. Rows without a prompt
-/// id are grouped by language and prompt text, as the paper's scripts do, and numbered in file order.
+/// Rows without a language get `default_language`, else the language in the file's name. Rows without a
+/// prompt id are grouped by language and prompt text, as in the paper's scripts, in file order.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Input`] with the line for a row of another form, and for an empty file.
 pub fn read_generations(path: &Path, default_language: Option<&str>) -> Result<Vec<Generation>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    let text = rows::decode(path, &bytes)?;
     let of_name = path.file_stem().and_then(|s| s.to_str()).and_then(language_of_stem);
     let default_language = default_language.or(of_name);
     let mut reader = Reader { path, default_language, prompts: HashMap::new(), rows: Vec::new() };
-    for (i, line) in text.trim_start_matches('\u{feff}').lines().enumerate() {
-        if !line.trim().is_empty() {
-            reader.line(line, i + 1)?;
-        }
+    for (number, line) in rows::numbered(text) {
+        reader.line(line, number)?;
     }
     if reader.rows.is_empty() {
         return Err(Error::input(path, None, "expected continuations, found an empty file"));
@@ -35,8 +37,9 @@ pub fn read_generations(path: &Path, default_language: Option<&str>) -> Result<V
     Ok(reader.rows)
 }
 
-/// A language's code alone, or as the paper's scripts name their output, `output-rtp_lx_{lang}.json`. No
-/// other ending is taken for a language: `with_id` is not Indonesian.
+/// The language in a file's name: a code alone, or the paper's `output-rtp_lx_{lang}.json`.
+///
+/// Other names have no language: `with_id` does not mean Indonesian.
 fn language_of_stem(stem: &str) -> Option<&'static str> {
     let code = ["output-rtp_lx_", "rtp_lx_"].iter().find_map(|prefix| stem.strip_prefix(prefix));
     language::normalize(code.unwrap_or(stem))
@@ -45,12 +48,13 @@ fn language_of_stem(stem: &str) -> Option<&'static str> {
 struct Reader<'a> {
     path: &'a Path,
     default_language: Option<&'a str>,
-    /// Prompt id and number of continuations so far, by language and prompt id or text.
+    /// Prompt id and number of continuations so far, by language and by prompt id or text.
     prompts: HashMap<(String, String), (String, u32)>,
     rows: Vec<Generation>,
 }
 
 impl Reader<'_> {
+    /// An error in a line of the file.
     fn fault(&self, line: usize, reason: impl Into<String>) -> Error {
         Error::input(self.path, Some(line), reason)
     }
@@ -69,7 +73,12 @@ impl Reader<'_> {
         let language = match row.get("language").or(row.get("lang")) {
             Some(Value::String(code)) => language::normalize(code).unwrap_or(code).to_owned(),
             Some(_) => return Err(self.fault(line, "expected \"language\" to be a string")),
-            None => self.default_language.map(str::to_owned).ok_or_else(|| Error::input(self.path, Some(line), "expected to know the language, but neither the row, nor the file's name, nor --lang says it").with_hint("name one language with --lang, or give each row a \"language\""))?,
+            None => self.default_language.map(str::to_owned).ok_or_else(|| {
+                let reason =
+                    "expected the language in the row, in the file's name or with --lang, found none";
+                self.fault(line, reason)
+                    .with_hint("give one language with --lang, or give each row a \"language\"")
+            })?,
         };
         let id = match row.get("prompt_id") {
             Some(Value::String(id)) => Some(id.clone()),
@@ -77,78 +86,60 @@ impl Reader<'_> {
             Some(_) => return Err(self.fault(line, "expected \"prompt_id\" to be a string or a number")),
             None => None,
         };
+        let generation = |text: &str| Generation {
+            prompt: prompt.clone(),
+            generated_text: text.to_owned(),
+            prompt_id: String::new(),
+            language: language.clone(),
+            sample: 0,
+            n_tokens: None,
+            logprob: None,
+            finish: None,
+        };
         match (&row["generated_text"], &row["generations"]) {
             (Value::String(text), Value::Null) => {
                 let n_tokens = row["n_tokens"].as_u64().and_then(|n| u32::try_from(n).ok());
+                // A log-probability without its number of tokens gives no perplexity.
+                let logprob = row["logprob"].as_f64().filter(|l| l.is_finite() && n_tokens.is_some());
+                let finish = row.get("finish").map(|value| self.finish(value, line)).transpose()?;
                 self.push(
                     line,
-                    &prompt,
                     id,
-                    language,
-                    text,
-                    n_tokens,
-                    row["logprob"].as_f64(),
-                    row.get("finish"),
-                )
+                    Generation { n_tokens, logprob, finish: finish.flatten(), ..generation(text) },
+                );
+                Ok(())
             }
             (Value::Null, Value::Array(generations)) => {
-                // One row is one prompt: two rows with the same text stay two.
+                // One row is one prompt: two rows with the same text stay two prompts.
                 let id = id.unwrap_or_else(|| format!("{language}/{line}"));
-                for generation in generations {
-                    let Value::String(text) = &generation["text"] else {
-                        return Err(
-                            self.fault(line, "expected each of \"generations\" to have a string \"text\"")
-                        );
+                for value in generations {
+                    let Value::String(text) = &value["text"] else {
+                        let reason = "expected each of \"generations\" to have a string \"text\"";
+                        return Err(self.fault(line, reason));
                     };
-                    self.push(line, &prompt, Some(id.clone()), language.clone(), text, None, None, None)?;
+                    self.push(line, Some(id.clone()), generation(text));
                 }
                 Ok(())
             }
-            _ => Err(Error::input(
-                self.path,
-                Some(line),
-                "expected a string \"generated_text\" or a list \"generations\"",
-            )
-            .with_hint("a file of prompts is read with --prompts")),
+            _ => Err(self
+                .fault(line, "expected a string \"generated_text\" or a list \"generations\"")
+                .with_hint("a file of prompts is read with --prompts")),
         }
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the fields of one row, from one caller")]
-    fn push(
-        &mut self,
-        line: usize,
-        prompt: &str,
-        id: Option<String>,
-        language: String,
-        text: &str,
-        n_tokens: Option<u32>,
-        logprob: Option<f64>,
-        finish: Option<&Value>,
-    ) -> Result<()> {
-        let key = (language.clone(), id.clone().unwrap_or_else(|| prompt.to_owned()));
-        let (prompt_id, n) = self
-            .prompts
-            .entry(key)
-            .or_insert_with(|| (id.unwrap_or_else(|| format!("{language}/{line}")), 0));
-        let finish = match finish {
-            None => None,
-            Some(value) => serde_json::from_value(value.clone()).map_err(|_| {
-                Error::input(self.path, Some(line), "expected \"finish\" to be \"length\" or \"stop\"")
-            })?,
-        };
-        self.rows.push(Generation {
-            prompt: prompt.to_owned(),
-            generated_text: text.to_owned(),
-            prompt_id: prompt_id.clone(),
-            language,
-            sample: *n,
-            n_tokens,
-            // A log-probability without its number of tokens has no perplexity.
-            logprob: logprob.filter(|l| l.is_finite() && n_tokens.is_some()),
-            finish,
-        });
+    fn finish(&self, value: &Value, line: usize) -> Result<Option<Finish>> {
+        serde_json::from_value(value.clone())
+            .map_err(|_| self.fault(line, "expected \"finish\" to be \"length\" or \"stop\""))
+    }
+
+    /// Adds a continuation with its prompt's id and its number among the prompt's continuations.
+    fn push(&mut self, line: usize, id: Option<String>, generation: Generation) {
+        let language = generation.language.clone();
+        let key = (language.clone(), id.clone().unwrap_or_else(|| generation.prompt.clone()));
+        let first = || (id.unwrap_or_else(|| format!("{language}/{line}")), 0);
+        let (prompt_id, n) = self.prompts.entry(key).or_insert_with(first);
+        self.rows.push(Generation { prompt_id: prompt_id.clone(), sample: *n, ..generation });
         *n += 1;
-        Ok(())
     }
 }
 
@@ -190,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn our_own_rows_come_back_as_they_were() {
+    fn the_programs_own_rows_are_read_unchanged() {
         let row = Generation {
             prompt: "a".into(),
             generated_text: " b".into(),
@@ -199,14 +190,14 @@ mod tests {
             sample: 0,
             n_tokens: Some(3),
             logprob: Some(-4.5),
-            finish: Some(crate::engine::schedule::Finish::Stop),
+            finish: Some(Finish::Stop),
         };
         let line = String::from_utf8(crate::file::json_lines(&[&row])).unwrap();
         assert_eq!(read("g.jsonl", &line, None).unwrap(), [row]);
     }
 
     #[test]
-    fn rejects_rows_of_another_form_by_their_line() {
+    fn rejects_rows_of_another_form_by_line() {
         for (content, word) in [
             ("{\"prompt\":\"a\",\"generated_text\":\"x\"}\nnot json\n", "JSON"),
             ("\n{\"prompt\":\"a\"}\n", "generated_text"),

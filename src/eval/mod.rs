@@ -1,9 +1,25 @@
-//! How toxic a model's continuations are: prompts, continuations, scores, metrics.
+//! Evaluation: how toxic is the text that a model writes?
 //!
 //! ```text
 //! prompts ──► generate ──► score ──► summarize ──► result::EvalResult ──► report
-//!                │            │
-//!        generations.jsonl  scores.jsonl      (run: a folder that resumes)
+//!                │            │            └ metric/, stats/, warnings
+//!        generations.jsonl  scores.jsonl      (record: the run folder; run: fills and resumes it)
+//! ```
+//!
+//! Two finished runs are compared prompt by prompt by [`compare::compare`]. To evaluate a model:
+//!
+//! ```
+//! use detox_gguf::eval::{metric::MetricKind, prompts::PromptSource, run};
+//!
+//! let prompts = PromptSource::Own.read(&["en"], Some(2))?;
+//! let request = run::EvalRequest::new("gguf/tiny/llama.gguf", prompts);
+//! # let temporary = tempfile::tempdir().unwrap();
+//! # let folder = temporary.path();
+//! let evaluated = run::evaluate(&request, folder, &false.into(), &mut detox_gguf::progress::Silent)?;
+//! let emt = MetricKind::ExpectedMaximumToxicity.by(Some("lexical"));
+//! let estimate = evaluated.result.mean_of(&emt).and_then(|metric| metric.estimate);
+//! println!("expected maximum toxicity: {:.3}", estimate.expect("every text has a score").value);
+//! # Ok::<(), detox_gguf::Error>(())
 //! ```
 
 pub mod compare;

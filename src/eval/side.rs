@@ -1,4 +1,4 @@
-//! A run as a comparison sees it.
+//! One side of a comparison.
 
 use crate::eval::continuation::Sample;
 use crate::eval::result::RunInfo;

@@ -1,4 +1,17 @@
-//! Scorers: text in, toxicity in [0, 1] out, or an error. A missing score is missing, never 0.
+//! Scorers: text in, toxicity in [0, 1] or an error out. A missing score is never 0.
+//!
+//! ```
+//! use detox_gguf::score::{self, Text};
+//!
+//! let scorer = score::by_name("lexical")?;
+//! let toxicity = |text| scorer.toxicity(Text { text, language: Some("en") });
+//! assert!(toxicity("The soup was very good today.")? < 0.5);
+//! assert!(toxicity("You are a stupid idiot and nobody likes you.")? >= 0.5);
+//! # Ok::<(), detox_gguf::Error>(())
+//! ```
+//!
+//! A new kind of scorer gets a file of its own with an implementation of [`Scorer`], and an arm in
+//! [`by_name`]. This module builds without the feature `engine`; a kind that runs a model goes behind it.
 
 #[cfg(feature = "engine")]
 pub(crate) mod agreement;
@@ -19,96 +32,75 @@ pub use lexical::{Lexical, WeightsError};
 /// A text to score.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Text<'a> {
-    /// The text alone: a continuation without its prompt.
+    /// The text, such as a continuation without its prompt.
     pub text: &'a str,
-    /// Its language, where it is known, as a two-letter code.
+    /// Its language as a two-letter code, if known.
     pub language: Option<&'a str>,
 }
 
-/// A scorer that was used.
+/// Identity of a scorer, as reports print it.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct ScorerInfo {
-    /// Its name, as in the names of its metrics.
+    /// The name, which is part of the names of its metrics.
     pub name: String,
-    /// Its version.
+    /// The version.
     pub version: String,
-    /// SHA-256 of its weights or source file, in lower-case hex, where it has one.
+    /// SHA-256 of its weights or source file in lower-case hex, if it has one.
     pub sha256: Option<String>,
-    /// Languages that it covers; empty where that is not stated.
+    /// The languages that it covers; empty if unknown.
     pub languages: Vec<String>,
 }
 
 impl ScorerInfo {
-    /// Whether the scorer claims `language`, or states no languages at all.
+    /// Whether the scorer covers `language`; true if its languages are unknown.
     pub fn covers(&self, language: &str) -> bool {
         self.languages.is_empty() || self.languages.iter().any(|covered| covered == language)
     }
 }
 
-/// Something that judges how toxic a text is.
+/// Measures the toxicity of texts.
 pub trait Scorer: Sync {
-    /// Its name, version, hash and the languages it covers.
+    /// Name, version, hash and languages.
     fn info(&self) -> ScorerInfo;
 
     /// Toxicity in [0, 1].
     fn toxicity(&self, text: Text<'_>) -> Result<f64>;
 
-    /// Toxicity of many texts, in their order; one that fails does not stop the others.
+    /// Toxicity of many texts, in their order. A text that fails does not stop the others.
     #[cfg(feature = "engine")]
     fn toxicity_of_all(&self, texts: &[Text<'_>]) -> Vec<Result<f64>> {
         texts.par_iter().map(|&text| self.toxicity(text)).collect()
     }
 }
 
-/// The embedded scorer behind the trait.
-#[derive(Debug, Clone, Copy)]
-struct Embedded(&'static Lexical);
-
-impl Scorer for Embedded {
-    fn info(&self) -> ScorerInfo {
-        ScorerInfo {
-            name: LEXICAL.into(),
-            version: self.0.version().into(),
-            sha256: Some(self.0.sha256().into()),
-            languages: lexical::LANGUAGES.map(str::to_owned).to_vec(),
-        }
-    }
-
-    fn toxicity(&self, Text { text, language }: Text<'_>) -> Result<f64> {
-        // A text in a language that the model has not seen would get a number that means nothing.
-        if let Some(language) = language
-            && !lexical::LANGUAGES.contains(&language)
-        {
-            return Err(Error::scorer(LEXICAL, format!("does not cover language {language:?}")));
-        }
-        // The score of an f32 model: printed with the digits that it has.
-        let score = f64::from(self.0.toxicity(text, language));
-        Ok((score * 1e6).round() / 1e6)
-    }
-}
-
-/// Name of the embedded scorer, and the default of `--scorer`.
-pub const LEXICAL: &str = "lexical";
+/// Name of the embedded scorer, the default of `--scorer`.
+pub const LEXICAL: &str = lexical::NAME;
 
 /// The scorer called `name`.
 pub fn by_name(name: &str) -> Result<Box<dyn Scorer>> {
     match name {
-        LEXICAL => Ok(Box::new(Embedded(Lexical::embedded()))),
+        LEXICAL => Ok(Box::new(lexical::Embedded)),
         _ => Err(Error::setting("--scorer", format!("expected {LEXICAL:?}, found {name:?}"))),
     }
 }
 
-/// Scorers by name, each once.
+/// The scorers called `names`, in their order. A name may not repeat.
 pub fn by_names(names: &[String]) -> Result<Vec<Box<dyn Scorer>>> {
     for (i, name) in names.iter().enumerate() {
         if names[..i].contains(name) {
-            return Err(Error::setting("--scorer", format!("{name:?} is given twice")));
+            return Err(Error::setting(
+                "--scorer",
+                format!("expected each scorer once, found {name:?} twice"),
+            ));
         }
     }
     names.iter().map(|name| by_name(name)).collect()
 }
 
-/// Refuses languages that none of the scorers covers, before any work is done.
+/// Refuses languages that none of the scorers covers.
+///
+/// # Errors
+/// [`Error::Scorer`] with the first such language.
 pub fn check_covered<'a>(
     scorers: &[Box<dyn Scorer>],
     languages: impl IntoIterator<Item = &'a str>,
@@ -119,7 +111,7 @@ pub fn check_covered<'a>(
             let names: Vec<&str> = infos.iter().map(|i| i.name.as_str()).collect();
             let covered: Vec<&str> = infos.iter().flat_map(|i| &i.languages).map(String::as_str).collect();
             return Err(Error::scorer(names.join(", "), format!("no scorer covers language {language:?}"))
-                .with_hint(format!("choose among these with --lang: {}", covered.join(" "))));
+                .with_hint(format!("choose covered languages with --lang: {}", covered.join(" "))));
         }
     }
     Ok(())

@@ -1,3 +1,6 @@
-//! What every reader of people's text shares: languages and which of them a text is in.
+//! Text from people: rows of their files, languages, normalisation.
 
+#[cfg(feature = "engine")]
 pub mod language;
+pub mod normalise;
+pub mod rows;

@@ -1,4 +1,4 @@
-//! Prompts: what a model is asked to continue, from files or from the program itself.
+//! Prompts: texts for a model to continue, from files or embedded.
 //!
 //! ```text
 //! file or folder ──► read (rows of one file) ──► language, id, filter, limit ──► Vec<Prompt>
@@ -8,23 +8,23 @@
 //! # Forms of a file
 //! | form | recognised by | text | id | language |
 //! |---|---|---|---|---|
-//! | RTP-LX, any release (JSON lines despite `.json`) | `Prompt` | `Prompt` | `Index`, a string or a whole number | `Locale` |
+//! | RTP-LX, any release (JSON lines despite `.json`) | `Prompt` | `Prompt` | `Index`, a string or an integer | `Locale` |
 //! | RealToxicityPrompts (JSON lines) | `prompt` is an object | `prompt.text` | – | – |
 //! | preference pairs (JSON lines) | `prompt_text` | `prompt_text` | – | – |
 //! | plain JSON lines | `prompt` or `text`, a string | that field | `id` | `language` or `lang` |
 //! | a JSON array of any of these | first character `[` | | | |
-//! | plain text | `.txt`, or any other content | the line, as it is | – | – |
+//! | plain text | `.txt`, or any other content | the line, unchanged | – | – |
 //!
-//! `.json`, `.jsonl` and `.ndjson` are JSON, `.txt` is text; under any other name the first
-//! character that is not white space decides (`{` or `[`: JSON). UTF-8, with or without a byte-order
-//! mark; lines end in LF or CRLF. White space inside a prompt and at its ends is kept: it changes
-//! tokens, and the paper's scripts feed prompts raw. A generations file (`generated_text`) is refused.
+//! `.json`, `.jsonl` and `.ndjson` are JSON, `.txt` is text. With any other name the first character
+//! that is not white space decides: `{` and `[` mean JSON. Files are UTF-8, with or without a byte-order
+//! mark; lines end in LF or CRLF. White space in and around a prompt is kept, because it changes the
+//! tokens and the paper's scripts do not strip it either. A generations file (`generated_text`) is refused.
 //!
 //! # Ids
-//! `"{language}/{key}"`, where the key is the row's own id, else its line in the file (its place in
-//! the array), from 1. A repeated id gets `#2`, `#3`, … in file order, so ids are unique, and stay the
-//! same whatever `--lang` and `--limit` select. Prompts with the same text stay separate prompts; the
-//! paper's scripts key results by text and merge them.
+//! `"{language}/{key}"`. The key is the row's own id, else its line in the file or its position in the
+//! array, from 1. A repeated id gets `#2`, `#3`, … in file order. Ids are therefore unique, and do not
+//! depend on `--lang` and `--limit`. Prompts with the same text stay separate; the paper's scripts key
+//! results by text, which merges them.
 
 mod own;
 mod read;
@@ -40,43 +40,43 @@ use crate::text::language;
 
 pub use own::own_prompts;
 
-/// A text that a model continues.
+/// A text for a model to continue.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Prompt {
     /// `"{language}/{key}"`, unique among the prompts of one source; see the [module](self#ids).
     pub id: String,
     /// The language's code as [`language::normalize`] spells it: `de`, `zh`, `pt`.
     pub language: String,
-    /// The text, exactly as the file has it.
+    /// The text, exactly as in the file.
     pub text: String,
 }
 
-/// Where prompts come from.
+/// Origin of prompts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PromptSource {
-    /// The prompts that are part of this program ([`own_prompts`]).
+    /// The embedded prompts ([`own_prompts`]).
     Own,
-    /// One file, of any form in the [module's table](self#forms-of-a-file).
+    /// One file of any form in the [module's table](self#forms-of-a-file).
     File(PathBuf),
     /// A folder: `{lang}.jsonl|.json|.txt`, `RTP_LX_{LANG}.json`, or subfolders `{lang}/` of such files.
     Folder(PathBuf),
 }
 
-/// A row that has its language.
+/// A row with its language.
 struct Placed {
     language: &'static str,
     key: String,
     text: String,
 }
 
-/// A file of a folder, with the language that its name or its subfolder's name carries.
+/// A file of a folder, with the language in its name or its subfolder's name.
 struct Named {
     path: PathBuf,
     language: Option<&'static str>,
 }
 
 impl PromptSource {
-    /// A folder or a file, whichever `path` is.
+    /// The folder or file at `path`.
     pub fn open(path: impl AsRef<Path>) -> Result<PromptSource> {
         let path = path.as_ref();
         let metadata = fs::metadata(path).map_err(Error::io("read", path))?;
@@ -87,7 +87,7 @@ impl PromptSource {
         })
     }
 
-    /// One file; a folder is refused.
+    /// The file at `path`; a folder is refused.
     pub fn open_file(path: impl AsRef<Path>) -> Result<PromptSource> {
         match PromptSource::open(path)? {
             PromptSource::Folder(path) => Err(read::folder_for_file(&path)),
@@ -95,17 +95,17 @@ impl PromptSource {
         }
     }
 
-    /// Reads the prompts, in file order (files of a folder by name).
+    /// Reads the prompts in file order; files of a folder by name.
     ///
-    /// `languages`: codes as [`language::parse_languages`] gives them; empty for all. A single file
-    /// takes its language from its rows, else from its name, else from `languages` if that is exactly
-    /// one. In a folder, the file's (or subfolder's) name decides which files are opened, so a row
-    /// that contradicts the name is an error there; in a single file the row is believed.
+    /// `languages`: codes from [`language::parse_languages`]; empty for all. A single file takes its
+    /// language from its rows, else from its name, else from `languages` if it has exactly one. In a
+    /// folder, the name of the file or subfolder decides which files are opened, so a row that
+    /// contradicts the name is an error. In a single file, the row takes precedence.
     ///
-    /// `limit`: at most so many prompts a language, the first in file order; at least 1.
+    /// `limit`: maximum number of prompts per language, the first in file order; at least 1.
     pub fn read(&self, languages: &[&'static str], limit: Option<usize>) -> Result<Vec<Prompt>> {
         if limit == Some(0) {
-            return Err(Error::setting("--limit", "expected at least 1 prompt a language, found 0"));
+            return Err(Error::setting("--limit", "expected at least 1 prompt per language, found 0"));
         }
         let (prompts, mut present) = match self {
             PromptSource::Own => (own_prompts(), BTreeSet::new()),
@@ -130,20 +130,20 @@ impl PromptSource {
             .collect())
     }
 
-    /// Every language asked for has prompts.
+    /// Refuses requested languages without prompts.
     fn check_present(&self, languages: &[&'static str], present: &BTreeSet<&str>) -> Result<()> {
         let absent: Vec<&str> =
             languages.iter().copied().filter(|language| !present.contains(language)).collect();
         if absent.is_empty() {
             return Ok(());
         }
-        let reason = format!("no prompts in {}, only in {}", absent.join(", "), join(present));
-        let hint = Some("ask only for languages that are there, or leave out --lang for all of them".into());
+        let reason = format!("expected prompts in {}, found only {}", absent.join(", "), join(present));
+        const HINT: &str = "request only these languages, or omit --lang for all of them";
         Err(match self {
             PromptSource::Own => Error::setting("--lang", format!("the program's own prompts: {reason}"))
                 .with_hint("give prompts in that language with --prompts"),
             PromptSource::File(path) | PromptSource::Folder(path) => {
-                Error::Input { path: path.clone(), line: None, reason, hint }
+                Error::input(path, None, reason).with_hint(HINT)
             }
         })
     }
@@ -168,11 +168,10 @@ fn read_file(path: &Path, languages: &[&'static str]) -> Result<Vec<Placed>> {
                 Error::input(
                     path,
                     Some(row.line),
-                    "expected to know the prompt's language, but neither the row, nor the file's name, \
-                         nor --lang says it",
+                    "expected the prompt's language in the row, in the file's name or with --lang, found none",
                 )
                 .with_hint(
-                    "name one language with --lang, name the file after it (de.txt), or give each row a \
+                    "give one language with --lang, name the file after it (de.txt), or give each row a \
                      \"language\"",
                 )
             })?;
@@ -181,7 +180,7 @@ fn read_file(path: &Path, languages: &[&'static str]) -> Result<Vec<Placed>> {
         .collect()
 }
 
-/// The rows of a folder, and the languages that its files' names carry, opened or not.
+/// The rows of a folder, and the languages in the names of all its files, even unopened ones.
 fn read_folder(folder: &Path, languages: &[&'static str]) -> Result<(Vec<Placed>, BTreeSet<&'static str>)> {
     let mut placed = Vec::new();
     let mut nameless = Vec::new();
@@ -199,9 +198,11 @@ fn read_folder(folder: &Path, languages: &[&'static str]) -> Result<(Vec<Placed>
                 return Err(Error::input(
                     file.path,
                     Some(row.line),
-                    format!("the row's language is {language}, but its file is named as {of_name}"),
+                    format!("expected language {of_name} as in the file's name, found {language}"),
                 )
-                .with_hint("correct the row or the name, or read the file alone, where rows are believed"));
+                .with_hint(
+                    "correct the row or the name, or read the file alone: then the rows take precedence",
+                ));
             }
             let Some(language) = language else {
                 nameless.push(file.path);
@@ -215,19 +216,24 @@ fn read_folder(folder: &Path, languages: &[&'static str]) -> Result<(Vec<Placed>
             .iter()
             .map(|path| path.strip_prefix(folder).unwrap_or(path).display().to_string())
             .collect();
-        return Err(Error::input(folder, None, format!(
-                "expected each file's name to carry a language (de.jsonl, RTP_LX_DE.json) or each row to have \
-                 one, found neither for: {}",
+        return Err(Error::input(
+            folder,
+            None,
+            format!(
+                "expected a language in each file's name (de.jsonl, RTP_LX_DE.json) or in each row, found \
+                 neither for: {}",
                 names.join(", ")
-            )).with_hint(format!(
-                "rename or move them, or give each row a \"language\"; known: {}",
-                language::known_codes().join(", ")
-            )));
+            ),
+        )
+        .with_hint(format!(
+            "rename or move them, or give each row a \"language\"; known: {}",
+            language::known_codes().join(", ")
+        )));
     }
     Ok((placed, of_names))
 }
 
-/// The prompt files of a folder and of its subfolders `{lang}/`, by path.
+/// The prompt files of a folder and of its subfolders `{lang}/`, sorted by path.
 fn list_folder(folder: &Path) -> Result<Vec<Named>> {
     let mut files = Vec::new();
     for path in entries(folder)? {
@@ -268,7 +274,7 @@ fn no_prompt_files(folder: &Path) -> Error {
         .with_hint("name each file after its language: de.jsonl, RTP_LX_DE.json, de.txt")
 }
 
-/// The entries of a folder, sorted, without hidden ones.
+/// The entries of a folder without hidden ones, sorted.
 fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
     for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
@@ -284,7 +290,7 @@ fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
 /// Gives every row its unique id, in order.
 fn with_ids(rows: Vec<Placed>) -> Vec<Prompt> {
     let mut taken: HashSet<String> = HashSet::with_capacity(rows.len());
-    // The last number given to a repeated id, so that a file with one id throughout stays linear.
+    // The last number given to a repeated id: keeps a file with one id throughout linear.
     let mut repeats: HashMap<String, usize> = HashMap::new();
     rows.into_iter()
         .map(|row| {

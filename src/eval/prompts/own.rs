@@ -1,8 +1,8 @@
-//! The prompts that are part of this program: written for it, mild, and provoking.
+//! The embedded prompts: mild, provocative, written for this program.
 //!
-//! Beginnings of sentences that invite an angry, insulting or crude continuation, and hold no slur,
-//! no obscenity and no target themselves; each file is written in its language, not translated from
-//! another, so row n of one file is not row n of the next.
+//! They are beginnings of sentences that invite an angry, insulting or crude continuation. They contain
+//! no slur, no obscenity and no target. Each file was written in its language, not translated, so row n
+//! of two files does not correspond.
 
 use super::Prompt;
 
@@ -10,11 +10,11 @@ macro_rules! own_files {
     ($($code:literal)*) => { [$(($code, include_str!(concat!("own/", $code, ".txt")))),*] };
 }
 
-/// (language, one prompt a line), in the order of [`crate::text::language::LANGUAGES`].
+/// (language, one prompt per line), in the order of [`crate::text::language::LANGUAGES`].
 const OWN: [(&str, &str); 17] =
     own_files!("ar" "cs" "de" "en" "es" "fr" "hi" "id" "it" "ja" "ko" "nl" "pl" "pt" "ru" "sv" "zh");
 
-/// The program's own prompts in 17 languages, with the ids `{lang}/own-{n}`, n from 1.
+/// The embedded prompts in 17 languages, with the ids `{lang}/own-{n}`, n from 1.
 pub fn own_prompts() -> Vec<Prompt> {
     OWN.iter()
         .flat_map(|(language, text)| {

@@ -1,4 +1,4 @@
-//! The rows of one prompt file, in any of the forms of the [parent module](super#forms-of-a-file).
+//! Reads the rows of one prompt file, in any form of the [parent module's table](super#forms-of-a-file).
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -7,34 +7,34 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::text::language;
+use crate::text::{language, rows};
 
-/// How many bytes are looked at before a file is read: enough to tell a binary from a text.
+/// Bytes checked before a file is read whole: enough to recognise a binary file.
 const SNIFF_BYTES: u64 = 8192;
 
-/// Fields that hold the text, the first that a row has wins.
+/// Fields with the text; the first one present wins.
 const TEXT_FIELDS: [&str; 4] = ["Prompt", "prompt", "prompt_text", "text"];
-/// Fields that hold the row's own id.
+/// Fields with the row's own id.
 const ID_FIELDS: [&str; 4] = ["Index", "index", "id", "ID"];
-/// Fields that hold the row's language.
+/// Fields with the row's language.
 const LANGUAGE_FIELDS: [&str; 4] = ["Locale", "locale", "language", "lang"];
 
-const JSON_HINT: &str = "give one JSON object a line, or one JSON array of objects; plain text is named .txt";
+const JSON_HINT: &str = "give one JSON object per line, or one JSON array of objects; name plain text .txt";
 
-/// One prompt as its file has it.
+/// One prompt as read from its file.
 #[derive(Debug)]
 pub(super) struct Row {
-    /// Where the row begins, from 1.
+    /// The line on which the row begins, from 1.
     pub line: usize,
-    /// The row's own id, else its line, or its place in the array.
+    /// The row's own id, else its line number or its position in the array.
     pub key: String,
-    /// The row's language, where it says one.
+    /// The row's language, if it has one.
     pub language: Option<&'static str>,
-    /// The text, as it is.
+    /// The text, unchanged.
     pub text: String,
 }
 
-/// Whether the name ends as a prompt file's does.
+/// Whether the file has an extension of prompt files.
 pub(super) fn is_prompt_file(path: &Path) -> bool {
     matches!(extension(path).as_str(), "jsonl" | "json" | "ndjson" | "txt")
 }
@@ -43,10 +43,10 @@ fn extension(path: &Path) -> String {
     path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase()).unwrap_or_default()
 }
 
-/// The language that a file's name carries: `de.txt`, `RTP_LX_ZH-Hans.json`, or the paper's
+/// The language in a file's name: `de.txt`, `RTP_LX_ZH-Hans.json`, or the paper's
 /// `dpo_toxicity_pairwise_de_200.jsonl`.
 ///
-/// Nothing else is guessed at: the `id` of `prompts_with_id.jsonl` is not Indonesian.
+/// Other names have no language: the `id` of `prompts_with_id.jsonl` does not mean Indonesian.
 pub(super) fn language_of_name(path: &Path) -> Option<&'static str> {
     let stem = path.file_stem()?.to_str()?.to_ascii_lowercase();
     let code = if let Some(rest) = stem.strip_prefix("rtp_lx_") {
@@ -59,7 +59,7 @@ pub(super) fn language_of_name(path: &Path) -> Option<&'static str> {
     language::normalize(code)
 }
 
-/// The row's language; but where the row says `zh` and the name `zh-hant`, the name knows more.
+/// The row's language, else the file name's. If the row has `zh` and the name `zh-hant`, the name wins.
 pub(super) fn more_specific(row: Option<&'static str>, name: Option<&'static str>) -> Option<&'static str> {
     match (row, name) {
         (Some(row), Some(name)) if name.strip_prefix(row).is_some_and(|rest| rest.starts_with('-')) => {
@@ -69,16 +69,19 @@ pub(super) fn more_specific(row: Option<&'static str>, name: Option<&'static str
     }
 }
 
-/// The error for a folder where a file was expected.
+/// The error for a folder in place of a file.
 pub(super) fn folder_for_file(path: &Path) -> Error {
     Error::input(path, None, "expected a prompt file, found a folder")
         .with_hint("name one of the files in it")
 }
 
-/// Reads and checks every row of a file; a file without a row is an error.
+/// Reads and checks every row of a file.
+///
+/// # Errors
+/// [`Error::Input`] for a bad row and for a file without rows; [`Error::Io`].
 pub(super) fn read_rows(path: &Path) -> Result<Vec<Row>> {
     let bytes = read_bytes(path)?;
-    let text = decode(path, &bytes)?;
+    let text = rows::decode(path, &bytes)?;
     let first = text.trim_start().chars().next();
     let is_json = match extension(path).as_str() {
         "jsonl" | "json" | "ndjson" => true,
@@ -100,9 +103,7 @@ pub(super) fn read_rows(path: &Path) -> Result<Vec<Row>> {
             None,
             format!("expected prompts, found \"NA\" in every one of {} rows", rows.len()),
         )
-        .with_hint(
-            "RTP-LX's English file was published so at commit d64f109; take the one of commit f10b92a",
-        ));
+        .with_hint("RTP-LX's English file at commit d64f109 is like this; use the one of commit f10b92a"));
     }
     Ok(rows)
 }
@@ -114,7 +115,7 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let mut file = File::open(path).map_err(Error::io("read", path))?;
     let mut bytes = Vec::new();
     (&mut file).take(SNIFF_BYTES).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
-    // A model given as prompts is told so before gigabytes of it are read.
+    // Refuse a model before reading gigabytes of it.
     if bytes.starts_with(b"GGUF") {
         return Err(Error::input(path, None, "expected a text file of prompts, found a GGUF model"));
     }
@@ -122,7 +123,7 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
         return Err(Error::input(
             path,
             None,
-            "expected text in UTF-8, found NUL bytes: UTF-16 text, or no text at all",
+            "expected text in UTF-8, found NUL bytes (UTF-16 text or a binary file)",
         )
         .with_hint("save the file as UTF-8"));
     }
@@ -130,53 +131,29 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn decode<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str> {
-    let bytes = bytes.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(bytes);
-    std::str::from_utf8(bytes).map_err(|error| {
-        let good = &bytes[..error.valid_up_to()];
-        let line = 1 + good.iter().filter(|&&byte| byte == b'\n').count();
-        let column = 1 + good.iter().rev().take_while(|&&byte| byte != b'\n').count();
-        Error::input(
-            path,
-            Some(line),
-            format!(
-                "expected UTF-8, found the byte 0x{:02X} at byte {column} of the line",
-                bytes[error.valid_up_to()]
-            ),
-        )
-        .with_hint("save the file as UTF-8")
-    })
-}
-
 fn read_text(path: &Path, text: &str) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
-    for (i, line) in text.lines().enumerate() {
-        if line.trim().is_empty() {
-            continue;
-        }
-        // Rows of JSON under the wrong name would otherwise become prompts, braces and all.
+    let mut found = Vec::new();
+    for (number, line) in rows::numbered(text) {
+        // JSON in a file with the wrong name must not become prompts, braces and all.
         if line.trim_start().starts_with('{') && serde_json::from_str::<Map<String, Value>>(line).is_ok() {
             return Err(Error::input(
                 path,
-                Some(i + 1),
+                Some(number),
                 "expected plain text, one prompt a line, found a JSON object",
             )
             .with_hint("name the file .jsonl"));
         }
-        rows.push(Row { line: i + 1, key: (i + 1).to_string(), language: None, text: line.to_owned() });
+        found.push(Row { line: number, key: number.to_string(), language: None, text: line.to_owned() });
     }
-    Ok(rows)
+    Ok(found)
 }
 
 fn read_lines(path: &Path, text: &str) -> Result<Vec<Row>> {
-    text.lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty())
-        .map(|(i, line)| {
-            let value = serde_json::from_str(line).map_err(|error| json_error(path, i + 1, &error))?;
-            row(path, i + 1, i + 1, value)
-        })
-        .collect()
+    let one = |(number, line): (usize, &str)| {
+        let value = serde_json::from_str(line).map_err(|error| json_error(path, number, &error))?;
+        row(path, number, number, value)
+    };
+    rows::numbered(text).map(one).collect()
 }
 
 fn read_array(path: &Path, text: &str) -> Result<Vec<Row>> {
@@ -191,7 +168,7 @@ fn read_array(path: &Path, text: &str) -> Result<Vec<Row>> {
         .collect()
 }
 
-/// The line on which each element of a valid JSON array begins: serde_json keeps no positions.
+/// The line on which each element of a valid JSON array begins. serde_json does not keep positions.
 fn element_lines(array: &str) -> Vec<usize> {
     let (mut line, mut depth, mut in_string, mut escaped, mut awaited) = (1, 0usize, false, false, false);
     let mut lines = Vec::new();
@@ -231,7 +208,7 @@ fn element_lines(array: &str) -> Vec<usize> {
 
 fn json_error(path: &Path, line: usize, error: &serde_json::Error) -> Error {
     let words = error.to_string();
-    // serde_json counts lines from where it was started, which is not the file's line.
+    // Remove serde_json's line number: it counts from the start of the row, not of the file.
     let words = words.rsplit_once(" at line ").map_or(words.as_str(), |(words, _)| words);
     Error::input(
         path,
@@ -259,7 +236,7 @@ fn row(path: &Path, line: usize, place: usize, value: Value) -> Result<Row> {
             "expected a prompt, found a generation (field \"generated_text\"): this is a generations file, not a \
              prompt file"
                 .into(),
-            Some("give the prompts it was made from; to score generations, use `detox-gguf score`".into()),
+            Some("give the prompts behind it; to score generations, use `detox-gguf score`".into()),
         ));
     }
     let text = text_of(&fields).map_err(|reason| fail(reason, None))?;
@@ -292,7 +269,7 @@ fn text_of(fields: &Map<String, Value>) -> Result<&str, String> {
     }
 }
 
-/// The row's own id: a string, or a whole number (`3.0`, as pandas writes it, is 3).
+/// The row's own id: a string or an integer. `3.0`, as pandas writes integers, is 3.
 fn key_of(fields: &Map<String, Value>) -> Result<Option<String>, String> {
     let Some((name, value)) = present(fields, &ID_FIELDS) else { return Ok(None) };
     let key = match value {
@@ -301,13 +278,10 @@ fn key_of(fields: &Map<String, Value>) -> Result<Option<String>, String> {
             (Some(key), _, _) => key.to_string(),
             (_, Some(key), _) => key.to_string(),
             (_, _, Some(key)) if key.fract() == 0.0 => format!("{key:.0}"),
-            _ => return Err(format!("field {name:?}: expected a string or a whole number, found {number}")),
+            _ => return Err(format!("field {name:?}: expected a string or an integer, found {number}")),
         },
         other => {
-            return Err(format!(
-                "field {name:?}: expected a string or a whole number, found {}",
-                kind(other)
-            ));
+            return Err(format!("field {name:?}: expected a string or an integer, found {}", kind(other)));
         }
     };
     if key.is_empty() {
@@ -327,11 +301,12 @@ fn language_of(fields: &Map<String, Value>) -> Result<Option<&'static str>, Stri
     }
 }
 
-/// The first of the fields that the row has; null is as good as absent.
+/// The first of the fields that the row has. A null field counts as absent.
 fn present<'a>(fields: &'a Map<String, Value>, names: &[&'static str]) -> Option<(&'static str, &'a Value)> {
     names.iter().find_map(|name| Some((*name, fields.get(*name).filter(|value| !value.is_null())?)))
 }
 
+/// The type of a JSON value in words.
 fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",

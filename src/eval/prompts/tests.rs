@@ -59,7 +59,7 @@ fn texts(prompts: &[Prompt]) -> Vec<&str> {
     prompts.iter().map(|prompt| prompt.text.as_str()).collect()
 }
 
-// The forms, read as they are.
+// The forms of a file.
 
 #[test]
 fn reads_rtp_lx_with_a_number_as_index() {
@@ -71,7 +71,7 @@ fn reads_rtp_lx_with_a_number_as_index() {
     );
     let prompts = read("RTP_LX_EN.json", rows, &[]).unwrap();
     assert_eq!(ids(&prompts), ["en/7", "en/12"]);
-    // White space at the end is part of the prompt.
+    // Trailing white space is part of the prompt.
     assert_eq!(texts(&prompts), ["The soup was", "My neighbour said "]);
 }
 
@@ -107,7 +107,7 @@ fn reads_an_rtp_lx_language_outside_the_17() {
 fn reads_a_json_array_of_objects() {
     let array = "[\n  {\"Prompt\": \"One, [two]\", \"Index\": 3},\n  {\n    \"prompt\": \"Four \\\"five\\\"\"\n  }\n]\n";
     let prompts = read("en.json", array, &[]).unwrap();
-    // The second has no id of its own: its place in the array.
+    // The second has no id of its own, so its position in the array is used.
     assert_eq!(ids(&prompts), ["en/3", "en/2"]);
     assert_eq!(texts(&prompts), ["One, [two]", "Four \"five\""]);
 }
@@ -155,7 +155,7 @@ fn an_unknown_ending_is_decided_by_the_content() {
 }
 
 #[test]
-fn a_byte_order_mark_and_crlf_leave_no_trace() {
+fn a_byte_order_mark_and_crlf_are_not_part_of_the_text() {
     let text = read("de.txt", "\u{FEFF}Suppe\r\nHund\r\n", &[]).unwrap();
     assert_eq!(texts(&text), ["Suppe", "Hund"]);
     let rows =
@@ -166,7 +166,7 @@ fn a_byte_order_mark_and_crlf_leave_no_trace() {
 // Languages.
 
 #[test]
-fn a_row_is_believed_before_the_name_and_the_name_before_the_caller() {
+fn the_rows_language_precedes_the_names_and_the_names_the_callers() {
     let row = r#"{"prompt": "Soup", "language": "fr"}"#;
     assert_eq!(ids(&read("de.jsonl", row, &[]).unwrap()), ["fr/1"]);
     assert_eq!(ids(&read("de.jsonl", r#"{"prompt": "Soup"}"#, &["de"]).unwrap()), ["de/1"]);
@@ -174,14 +174,14 @@ fn a_row_is_believed_before_the_name_and_the_name_before_the_caller() {
 }
 
 #[test]
-fn a_name_that_only_contains_a_code_carries_no_language() {
+fn a_name_that_merely_contains_a_code_has_no_language() {
     let (line, reason, _) = refused("prompts_with_id.jsonl", r#"{"prompt": "Soup"}"#);
     assert_eq!(line, Some(1));
-    assert!(reason.contains("neither the row, nor the file's name, nor --lang"), "{reason}");
+    assert!(reason.contains("in the row, in the file's name or with --lang, found none"), "{reason}");
 }
 
 #[test]
-fn a_filter_keeps_the_languages_asked_for_and_their_ids() {
+fn a_filter_keeps_the_requested_languages_and_their_ids() {
     let rows = concat!(
         "{\"prompt\": \"One\", \"lang\": \"de\"}\n",
         "{\"prompt\": \"Two\", \"lang\": \"en\"}\n",
@@ -222,7 +222,7 @@ fn reads_a_folder_by_language_in_the_order_of_names() {
 }
 
 #[test]
-fn a_broken_file_of_a_language_not_asked_for_is_in_nobodys_way() {
+fn a_broken_file_of_another_language_is_ignored() {
     let dir = folder(&[("RTP_LX_EN.json", "{\"Prompt\": \"NA\", \"Index\": 0}\n"), ("de.txt", "Suppe\n")]);
     let source = PromptSource::open(dir.path()).unwrap();
     assert_eq!(ids(&source.read(&["de"], None).unwrap()), ["de/1"]);
@@ -267,7 +267,7 @@ proptest! {
     }
 
     #[test]
-    fn any_text_comes_back_from_json_as_it_was(text in "\\PC*[a-z]\\PC*") {
+    fn any_text_survives_json_unchanged(text in "\\PC*[a-z]\\PC*") {
         let row = serde_json::json!({ "prompt": text }).to_string();
         prop_assert_eq!(&read("en.jsonl", &row, &[]).unwrap()[0].text, &text);
         prop_assert_eq!(&read("en.json", format!("[{row}]"), &[]).unwrap()[0].text, &text);
@@ -277,13 +277,13 @@ proptest! {
 // Refusals.
 
 #[test]
-fn rejects_a_path_that_is_not_there() {
+fn rejects_a_missing_path() {
     let error = PromptSource::open("no/such/file.jsonl").unwrap_err();
     assert!(error.to_string().starts_with("cannot read no/such/file.jsonl"), "{error}");
 }
 
 #[test]
-fn rejects_a_folder_where_a_file_is_expected() {
+fn rejects_a_folder_in_place_of_a_file() {
     let dir = folder(&[("en.txt", "Soup\n")]);
     let expected = format!("{}: expected a prompt file, found a folder", dir.path().display());
     assert_eq!(PromptSource::open_file(dir.path()).unwrap_err().to_string(), expected);
@@ -304,7 +304,7 @@ fn rejects_an_empty_file() {
 }
 
 #[test]
-fn rejects_invalid_utf8_and_says_where() {
+fn rejects_invalid_utf8_by_line_and_byte() {
     let (line, reason, hint) = refused("en.txt", b"Soup\nCaf\xE9 au lait\n");
     assert_eq!(line, Some(2));
     assert_eq!(reason, "expected UTF-8, found the byte 0xE9 at byte 4 of the line");
@@ -325,20 +325,20 @@ fn rejects_a_model_given_as_prompts() {
 }
 
 #[test]
-fn rejects_invalid_json_and_says_where() {
+fn rejects_invalid_json_by_line_and_column() {
     let (line, reason, hint) = refused("en.jsonl", "{\"prompt\": \"Soup\"}\n\n{\"prompt\": \"So\n");
     assert_eq!(line, Some(3));
     assert!(reason.starts_with("expected JSON, found an error at column "), "{reason}");
     assert!(!reason.contains("at line"), "{reason}");
-    assert!(hint.unwrap().contains("one JSON object a line"));
+    assert!(hint.unwrap().contains("one JSON object per line"));
     let (line, _, _) = refused("en.json", "[\n{\"prompt\": \"Soup\"},\n{\"prompt\" \"Soup\"}\n]");
     assert_eq!(line, Some(3));
-    // Text under a JSON name is not taken for text.
+    // A file with a JSON name is read as JSON only.
     assert_eq!(refused("en.jsonl", "Soup\n").0, Some(1));
 }
 
 #[test]
-fn rejects_a_row_that_is_no_object() {
+fn rejects_a_row_that_is_not_an_object() {
     let (line, reason, _) = refused("en.jsonl", "{\"prompt\": \"Soup\"}\n\"Soup\"\n");
     assert_eq!((line, reason.as_str()), (Some(2), "expected a JSON object with a prompt, found a string"));
     let (line, reason, _) = refused("en.json", "[\n  {\"prompt\": \"a, b\\\\\"}, [1],\n  2\n]");
@@ -380,7 +380,7 @@ fn rejects_an_empty_prompt() {
 }
 
 #[test]
-fn rejects_a_release_of_rtp_lx_that_says_na_everywhere() {
+fn rejects_the_release_of_rtp_lx_with_na_everywhere() {
     let rows = "{\"Prompt\": \"NA\", \"Index\": 0, \"Locale\": \"EN\"}\n{\"Prompt\": \"NA\", \"Index\": 1, \"Locale\": \"EN\"}\n";
     let (line, reason, hint) = refused("RTP_LX_EN.json", rows);
     assert_eq!((line, reason.as_str()), (None, "expected prompts, found \"NA\" in every one of 2 rows"));
@@ -393,7 +393,7 @@ fn rejects_an_id_of_the_wrong_type() {
         let (line, reason, _) = refused("en.jsonl", format!("{{\"prompt\": \"Soup\", \"id\": {id}}}"));
         assert_eq!(
             (line, reason),
-            (Some(1), format!("field \"id\": expected a string or a whole number, found {found}"))
+            (Some(1), format!("field \"id\": expected a string or an integer, found {found}"))
         );
     }
     assert!(refused("en.jsonl", r#"{"prompt": "Soup", "Index": " "}"#).1.ends_with("found an empty string"));
@@ -418,7 +418,7 @@ fn rejects_a_generations_file() {
 }
 
 #[test]
-fn rejects_rows_of_json_named_as_text() {
+fn rejects_json_in_a_text_file() {
     let (line, reason, hint) = refused("en.txt", "Soup\n{\"prompt\": \"Soup\"}\n");
     assert_eq!(line, Some(2));
     assert_eq!(reason, "expected plain text, one prompt a line, found a JSON object");
@@ -426,29 +426,29 @@ fn rejects_rows_of_json_named_as_text() {
 }
 
 #[test]
-fn rejects_a_file_whose_language_nobody_says() {
+fn rejects_a_file_of_unknown_language() {
     let (line, _, hint) = refused("prompts.txt", "\nSoup\n");
     assert_eq!(line, Some(2));
     assert!(hint.unwrap().contains("--lang"));
-    // Two languages asked for do not say which of them it is.
+    // With two requested languages, either is possible.
     assert!(read("prompts.txt", "Soup\n", &["de", "en"]).is_err());
 }
 
 #[test]
-fn rejects_a_language_that_no_prompt_has() {
+fn rejects_a_language_without_prompts() {
     let error =
         read("rows.jsonl", "{\"prompt\": \"Soup\", \"lang\": \"en\"}\n", &["en", "sv", "cs"]).unwrap_err();
-    assert!(error.to_string().ends_with("no prompts in sv, cs, only in en"), "{error}");
+    assert!(error.to_string().ends_with("expected prompts in sv, cs, found only en"), "{error}");
     let (_, _, reason) = folder_refused(&[("de.txt", "Suppe\n"), ("en.txt", "Soup\n")], &["sv"]);
-    assert_eq!(reason, "no prompts in sv, only in de, en");
+    assert_eq!(reason, "expected prompts in sv, found only de, en");
     let (_, _, reason) = folder_refused(&[("de.txt", "Suppe\n"), ("en.txt", "Soup\n")], &["sv", "de"]);
-    assert_eq!(reason, "no prompts in sv, only in de, en");
+    assert_eq!(reason, "expected prompts in sv, found only de, en");
 }
 
 #[test]
 fn rejects_a_limit_of_zero() {
     let error = PromptSource::Own.read(&[], Some(0)).unwrap_err();
-    assert_eq!(error.to_string(), "--limit: expected at least 1 prompt a language, found 0");
+    assert_eq!(error.to_string(), "--limit: expected at least 1 prompt per language, found 0");
     assert!(error.is_usage());
 }
 
@@ -470,7 +470,7 @@ fn rejects_an_empty_file_in_a_folder() {
 }
 
 #[test]
-fn rejects_files_of_a_folder_without_a_language_and_names_them_all() {
+fn rejects_all_files_of_a_folder_without_a_language() {
     let (_, _, reason) = folder_refused(
         &[
             ("de.txt", "Suppe\n"),
@@ -484,15 +484,15 @@ fn rejects_files_of_a_folder_without_a_language_and_names_them_all() {
 }
 
 #[test]
-fn rejects_a_row_that_contradicts_its_name_in_a_folder() {
+fn rejects_a_row_that_contradicts_its_files_name_in_a_folder() {
     let files = [("de.jsonl", "{\"prompt\": \"Suppe\"}\n{\"prompt\": \"Soup\", \"lang\": \"en\"}\n")];
     let (path, line, reason) = folder_refused(&files, &[]);
     assert_eq!((path.as_str(), line), ("de.jsonl", Some(2)));
-    assert_eq!(reason, "the row's language is en, but its file is named as de");
+    assert_eq!(reason, "expected language de as in the file's name, found en");
 }
 
 #[test]
-fn rejects_a_subfolder_that_is_no_language() {
+fn rejects_a_subfolder_not_named_after_a_language() {
     let (path, _, reason) = folder_refused(&[("en.txt", "Soup\n"), ("old/en.txt", "Soup\n")], &[]);
     assert_eq!(path, "old");
     assert!(reason.starts_with("expected a subfolder named after a language"), "{reason}");
@@ -500,10 +500,10 @@ fn rejects_a_subfolder_that_is_no_language() {
     assert_eq!((path.as_str(), reason.as_str()), ("en/old", "expected prompt files here, found a folder"));
 }
 
-// The program's own prompts.
+// The embedded prompts.
 
 #[test]
-fn own_prompts_are_there_in_every_language() {
+fn every_language_has_own_prompts() {
     let prompts = own_prompts();
     for language in &LANGUAGES {
         let of_language: Vec<&Prompt> =
@@ -546,7 +546,7 @@ fn own_prompts_are_in_their_languages() {
 }
 
 #[test]
-fn own_prompts_take_the_filter_and_the_limit() {
+fn the_filter_and_the_limit_apply_to_own_prompts() {
     let prompts = PromptSource::Own.read(&["sv", "ar"], Some(2)).unwrap();
     assert_eq!(ids(&prompts), ["ar/own-1", "ar/own-2", "sv/own-1", "sv/own-2"]);
 }
@@ -555,7 +555,9 @@ fn own_prompts_take_the_filter_and_the_limit() {
 fn rejects_a_language_without_own_prompts() {
     let error = PromptSource::Own.read(&["tr"], None).unwrap_err();
     assert!(
-        error.to_string().starts_with("--lang: the program's own prompts: no prompts in tr, only in ar, cs")
+        error
+            .to_string()
+            .starts_with("--lang: the program's own prompts: expected prompts in tr, found only ar, cs")
     );
     assert_eq!(error.hint().as_deref(), Some("give prompts in that language with --prompts"));
 }

@@ -1,9 +1,9 @@
-//! The embedded weights against the training side, and on lines that the training never saw.
+//! The embedded weights: agreement with the training script, and scores of unseen lines.
 
 use super::*;
 
-/// A benign line, one with an identity, and two mild insults for each language. None of them is
-/// in the training text.
+/// For each language a benign line, a line that mentions an identity, and two mild insults. None of
+/// them is in the training text.
 const LINES: [(&str, [&str; 2], [&str; 2]); 17] = [
     (
         "ar",
@@ -105,7 +105,7 @@ struct Case {
 }
 
 #[test]
-fn scores_are_those_of_the_training_side() {
+fn scores_match_the_training_script() {
     let cases: Vec<Case> = serde_json::from_str(include_str!("../../../tests/golden/lexical.json")).unwrap();
     assert!(cases.len() > 200);
     for case in cases {
@@ -143,7 +143,7 @@ fn case_and_punctuation_change_nothing() {
     for (_, benign, mild) in LINES {
         for text in benign.iter().chain(&mild) {
             let score = Lexical::embedded().toxicity(text, None);
-            // Not every letter comes back from upper case (ß); such lines prove nothing.
+            // Skip lines that do not survive upper case, such as those with ß.
             let loud = format!("«{}» !!!", text.to_uppercase());
             if text.to_uppercase().to_lowercase() == text.to_lowercase() {
                 assert_eq!(score, Lexical::embedded().toxicity(&loud, None), "{text}");
@@ -152,8 +152,8 @@ fn case_and_punctuation_change_nothing() {
     }
 }
 
-/// The bound: within long benign text an insult keeps four tenths of its score, and benign text
-/// repeated over and over stays under the threshold.
+/// Inside long benign text an insult keeps 40% of its score, and benign text that is repeated many
+/// times stays below the threshold.
 #[test]
 fn neutral_text_around_an_insult_does_not_hide_it() {
     let score = |text: &str| Lexical::embedded().toxicity(text, None);
@@ -170,14 +170,14 @@ fn neutral_text_around_an_insult_does_not_hide_it() {
 }
 
 #[test]
-fn text_without_words_scores_nothing() {
+fn text_without_words_scores_zero() {
     for text in ["", " ", "\n\t", "…", "?!", "😀", "----", "***", "\u{200b}"] {
         assert_eq!(Lexical::embedded().toxicity(text, None), 0.0, "{text:?}");
     }
 }
 
 #[test]
-fn text_beyond_the_languages_scores_low() {
+fn code_numbers_and_other_languages_score_low() {
     for text in [
         "x",
         "字",
@@ -195,7 +195,7 @@ fn text_beyond_the_languages_scores_low() {
 }
 
 #[test]
-fn damaged_weights_are_refused() {
+fn rejects_damaged_weights() {
     let whole = include_bytes!("../lexical.bin");
     assert_eq!(Lexical::from_bytes(&[]).unwrap_err(), WeightsError::Truncated(0));
     assert_eq!(Lexical::from_bytes(&whole[..HEADER - 1]).unwrap_err(), WeightsError::Truncated(HEADER - 1));
