@@ -1,4 +1,4 @@
-//! `generate`: continuations as JSON lines.
+//! `generate`: write continuations as JSON lines.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -36,7 +36,7 @@ pub struct GenerateCommand {
 }
 
 impl GenerateCommand {
-    /// Generates, a unit at a time.
+    /// Generates and writes one unit at a time.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let options = self.sampling.options()?;
         let (prompts, _) = self.prompts.read()?;

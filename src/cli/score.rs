@@ -1,4 +1,4 @@
-//! `score`: texts in, texts with toxicity out.
+//! `score`: add toxicity scores to texts.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -17,34 +17,34 @@ use super::print;
 /// Arguments of `score`.
 #[derive(Debug, Args)]
 pub struct ScoreCommand {
-    /// Texts: JSON lines, CSV, or a text a line [default: standard input]
+    /// Texts: JSON lines, CSV, or one text per line [default: standard input]
     #[arg(value_name = "FILE")]
     input: Option<PathBuf>,
-    /// File to write, JSON lines [default: standard output]
+    /// File to write (JSON lines) [default: standard output]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Scorer; may be repeated
     #[arg(long, value_name = "NAME", default_value = score::LEXICAL)]
     scorer: Vec<String>,
-    /// Form of the input [default: by its name or its first character]
+    /// Format of the input [default: from its name or its first character]
     #[arg(long, value_enum)]
     format: Option<FormArgument>,
-    /// Field or column that holds the text [default: generated_text, text or comment_text]
+    /// Field or column with the text [default: generated_text, text or comment_text]
     #[arg(long, value_name = "NAME")]
     field: Option<String>,
-    /// Language of texts that name none
+    /// Language of texts without a language
     #[arg(long, value_name = "L")]
     lang: Option<String>,
 }
 
-/// A form of input, as typed.
+/// Value of `--format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum FormArgument {
-    /// One JSON object a line
+    /// One JSON object per line
     Jsonl,
     /// A table with a header
     Csv,
-    /// A text a line
+    /// One text per line
     Text,
 }
 
@@ -52,7 +52,7 @@ enum FormArgument {
 const BATCH: usize = 4096;
 
 impl ScoreCommand {
-    /// Scores, a batch at a time.
+    /// Scores and writes one batch at a time.
     pub fn run(&self) -> Result<()> {
         let scorers = score::by_names(&self.scorer)?;
         let language = match &self.lang {
@@ -92,7 +92,7 @@ impl ScoreCommand {
         }
         if coverage.n_missing > 0 {
             eprintln!(
-                "{} of {} scores are missing: see \"errors\"",
+                "{} of {} scores are missing; see \"errors\" in the output",
                 coverage.n_missing,
                 coverage.n_texts * scorers.len()
             );

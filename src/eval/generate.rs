@@ -1,4 +1,4 @@
-//! Prompts into continuations, in units that are the same however often a run is broken off.
+//! Generates continuations in units, so that an interrupted run can resume.
 
 use std::sync::atomic::AtomicBool;
 
@@ -12,7 +12,7 @@ use super::prompts::Prompt;
 
 /// One continuation, as a line of `generations.jsonl`.
 ///
-/// `prompt` and `generated_text` are the paper's names. The rest is ours; rows made elsewhere lack it.
+/// `prompt` and `generated_text` are the paper's names. Rows of other tools have no other fields.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Generation {
     /// The prompt, as the model saw it.
@@ -25,10 +25,10 @@ pub struct Generation {
     pub language: String,
     /// Which of the k continuations of this prompt, from 0.
     pub sample: u32,
-    /// Tokens in the continuation.
+    /// Number of tokens in the continuation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub n_tokens: Option<u32>,
-    /// Sum of their natural log-probabilities under the model that wrote them.
+    /// Sum of the tokens' natural log-probs under the model that wrote them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprob: Option<f64>,
     /// Why the continuation ended.
@@ -36,11 +36,11 @@ pub struct Generation {
     pub finish: Option<Finish>,
 }
 
-/// Prompts ready to run: tokenised, checked, and divided into units.
+/// Prompts ready to run: tokenised, checked and divided into units.
 ///
-/// llama.cpp's logits can differ in their last bits with the shape of a batch. A unit always starts
-/// from an empty cache with the same prompts, so a run that was broken off and resumed at a unit gives
-/// the bytes of an unbroken one.
+/// llama.cpp's logits can differ in their last bits between batch shapes. A unit always starts from an
+/// empty cache with the same prompts, so a run that resumes at a unit produces the same bytes as an
+/// uninterrupted one.
 #[derive(Debug)]
 pub struct Plan {
     prompts: Vec<Prompt>,
@@ -50,14 +50,18 @@ pub struct Plan {
     n_ctx_seq: usize,
 }
 
-/// Rounds of full slots in a unit: few enough that a killed run loses little, enough that the slots
-/// that run empty at its end cost little.
+/// Times that a unit fills all slots.
+///
+/// Few rounds, so that a killed run loses little; several, so that the empty slots at the end of a unit
+/// cost little.
 const ROUNDS_PER_UNIT: usize = 4;
 
 impl Plan {
-    /// Tokenises the prompts and fixes the units.
+    /// Tokenises the prompts and divides them into units.
     ///
-    /// Errors: settings out of range, and a prompt that no context of this model could hold.
+    /// # Errors
+    /// [`crate::Error::Setting`] for a setting out of range; [`crate::Error::PromptTooLong`] for a prompt
+    /// beyond the model's training context.
     pub fn new(
         model: &Model,
         prompts: Vec<Prompt>,
@@ -68,7 +72,7 @@ impl Plan {
         let at_least_one = |flag: &str, n: usize| {
             (n > 0)
                 .then_some(())
-                .ok_or_else(|| crate::Error::setting(flag, "expected a number from 1 up, found 0"))
+                .ok_or_else(|| crate::Error::setting(flag, "expected a number of at least 1, found 0"))
         };
         at_least_one("-k/--samples", options.k as usize)?;
         at_least_one("-n/--n-predict", options.n_predict)?;
@@ -78,7 +82,7 @@ impl Plan {
             .collect::<Result<_>>()?;
         let longest = requests.iter().map(|r| r.tokens.len()).max().unwrap_or(0);
         let n_ctx_seq = longest.saturating_add(options.n_predict);
-        // Without -c the context grows with the prompts, but not beyond what the model was trained for.
+        // Without -c the context grows with the prompts, up to the model's training context.
         let n_ctx_train = model.n_ctx_train();
         if session_options.n_ctx.is_none() && n_ctx_train > 0 && n_ctx_seq > n_ctx_train {
             let (id, n_prompt) = requests
@@ -98,12 +102,12 @@ impl Plan {
         Ok(Plan { prompts, requests, options, prompts_per_unit, n_ctx_seq })
     }
 
-    /// Tokens that a sequence must hold: the longest prompt and its continuation.
+    /// Tokens of context that a sequence needs: the longest prompt and its continuation.
     pub fn n_ctx_seq(&self) -> usize {
         self.n_ctx_seq
     }
 
-    /// Refuses prompts that the session's sequences do not hold, before the first is generated.
+    /// Refuses prompts that do not fit into the session's sequences.
     pub fn check_fits(&self, session: &Session) -> Result<()> {
         self.requests
             .iter()
@@ -115,7 +119,7 @@ impl Plan {
         &self.prompts
     }
 
-    /// Prompts in every unit but the last.
+    /// Prompts in every unit except the last.
     pub fn prompts_per_unit(&self) -> usize {
         self.prompts_per_unit
     }
@@ -135,13 +139,13 @@ impl Plan {
         self.prompts.len() * self.options.k as usize
     }
 
-    /// What row `index` of all continuations is: its prompt, and its number among the prompt's k.
+    /// The prompt of row `index` of all continuations, and its number among the prompt's k.
     pub fn row(&self, index: usize) -> (&Prompt, u32) {
         let k = self.options.k as usize;
         (&self.prompts[index / k], (index % k) as u32)
     }
 
-    /// Generates unit `unit`: its prompts in order, k rows each. `done` is called after every row.
+    /// Generates unit `unit`: its prompts in order, k rows each. Calls `done` after every row.
     pub fn generate(
         &self,
         session: &mut Session,
@@ -172,7 +176,7 @@ impl Plan {
         })?;
         Ok(rows
             .into_iter()
-            .map(|row| row.expect("the schedule ends every sample of every request"))
+            .map(|row| row.expect("the schedule finishes every sample of every request"))
             .collect())
     }
 }

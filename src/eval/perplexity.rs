@@ -1,4 +1,4 @@
-//! Log-probabilities of continuations under a base model, for conditional perplexity.
+//! Log-probs of continuations under a base model, for conditional perplexity.
 
 use std::sync::atomic::AtomicBool;
 
@@ -10,38 +10,38 @@ use crate::error::Result;
 
 use super::generate::Generation;
 
-/// How probable a continuation is after its prompt.
+/// The log-prob of a continuation given its prompt.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct BaseLogprob {
-    /// Sum of the tokens' natural log-probabilities.
+    /// Sum of the tokens' natural log-probs.
     pub base_logprob: Option<f64>,
-    /// Tokens summed over.
+    /// Number of tokens in the sum.
     pub base_n_tokens: Option<u32>,
 }
 
 impl BaseLogprob {
-    /// What the model that wrote the continuation said of the tokens it chose.
+    /// The log-prob under the model that wrote the continuation.
     pub fn of_generation(generation: &Generation) -> BaseLogprob {
         BaseLogprob { base_logprob: generation.logprob, base_n_tokens: generation.n_tokens }
     }
 }
 
-/// A model that judges texts it may not have written.
+/// A model that measures the log-probs of texts, including those of other models.
 #[derive(Debug)]
 pub struct BaseModel {
     session: Session,
 }
 
-/// Prompt and continuation as the base model reads them.
+/// The base model's tokens of a prompt with its continuation.
 struct Split {
-    /// The tokens that the prompt alone and the whole text begin with.
+    /// The common prefix of the prompt's tokens and the whole text's tokens.
     prompt: Vec<Token>,
     /// The rest of the whole text's tokens.
     continuation: Vec<Token>,
 }
 
 impl BaseModel {
-    /// Opens a session that holds the longest of `generations`.
+    /// Opens a session with room for the longest of `generations`.
     pub fn open(model: &Model, generations: &[Generation], options: &SessionOptions) -> Result<BaseModel> {
         let mut longest = 0;
         for generation in generations {
@@ -51,10 +51,10 @@ impl BaseModel {
         Ok(BaseModel { session: Session::open(model, options, longest)? })
     }
 
-    /// One value for each of `generations`; none for an empty continuation.
+    /// One value for each of `generations`; an empty one for an empty continuation.
     ///
-    /// The continuation's tokens are those that prompt and continuation together have beyond the
-    /// prompt's own; where a tokenizer joins the two, the joined token counts as continuation.
+    /// The whole text is tokenised. Its tokens after the prompt's own tokens are the continuation. If the
+    /// tokenizer merges the end of the prompt with the continuation, the merged token counts as continuation.
     pub fn logprobs(
         &mut self,
         generations: &[Generation],
@@ -64,7 +64,7 @@ impl BaseModel {
         for generation in generations {
             let Split { prompt, continuation } = split(self.session.model(), generation)?;
             match requests.last_mut() {
-                // Continuations of one prompt stand together, and share its KV.
+                // Neighbouring continuations of one prompt share its KV.
                 Some(last) if last.prompt == prompt => last.continuations.push(continuation),
                 _ => requests.push(Request {
                     id: generation.prompt_id.clone(),
@@ -91,7 +91,7 @@ fn split(model: &Model, generation: &Generation) -> Result<Split> {
     let alone = model.tokenize_prompt(&generation.prompt)?;
     let mut whole = model.tokenize_prompt(&format!("{}{}", generation.prompt, generation.generated_text))?;
     let mut n_common = alone.iter().zip(&whole).take_while(|(a, b)| a == b).count();
-    // A prompt without a token of its own cannot predict one: without BOS the first token is given.
+    // Something must predict the first token. An empty prompt without BOS gives that token away.
     n_common = n_common.max(usize::from(!whole.is_empty()));
     let continuation = whole.split_off(n_common);
     Ok(Split { prompt: whole, continuation })

@@ -1,4 +1,4 @@
-//! Texts to score, in the forms people have them: JSON lines, CSV, plain lines.
+//! Scores files of texts: JSON lines, CSV or plain lines.
 
 use std::io::{BufRead, Read};
 use std::path::{Path, PathBuf};
@@ -6,23 +6,22 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-
 use crate::score::{Scorer, Text};
 use crate::text::language;
 
-/// The form of a file of texts.
+/// The format of a file of texts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
-    /// One JSON object, or one JSON string, a line.
+    /// One JSON object or one JSON string per line.
     JsonLines,
     /// A table with a header.
     Csv,
-    /// A text a line.
+    /// One text per line.
     Lines,
 }
 
 impl Form {
-    /// By the file's ending, else by its first byte that is not white space.
+    /// By the file's extension, else by its first byte that is not white space.
     pub fn guess(path: &Path, start: &[u8]) -> Form {
         let ending = path.extension().and_then(|e| e.to_str()).unwrap_or_default().to_ascii_lowercase();
         match ending.as_str() {
@@ -37,10 +36,10 @@ impl Form {
     }
 }
 
-/// Fields that hold the text, in order: continuations first, since they are scored without their prompt.
+/// Fields with the text, in order: continuations first, because they are scored without their prompt.
 const TEXT_FIELDS: [&str; 3] = ["generated_text", "text", "comment_text"];
 
-/// Reads rows one after the other.
+/// Iterator over the rows of a file.
 pub struct Rows<'a> {
     path: PathBuf,
     field: Option<&'a str>,
@@ -58,18 +57,18 @@ impl std::fmt::Debug for Rows<'_> {
     }
 }
 
-/// A row as it was read, and where its texts are in it.
+/// A row of the input with its texts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
     object: Map<String, Value>,
     texts: Vec<String>,
     language: Option<String>,
-    /// Whether the texts are those of `generations`, as RealToxicityPrompts has them.
+    /// Whether the texts come from `generations`, as in RealToxicityPrompts.
     is_list: bool,
 }
 
 impl<'a> Rows<'a> {
-    /// Starts reading. `path` names the input in errors; `field` the column or key that holds the text.
+    /// Starts reading. `path` names the input in errors; `field` is the column or key with the text.
     pub fn new(
         path: &Path,
         input: Box<dyn BufRead + 'a>,
@@ -88,7 +87,7 @@ impl<'a> Rows<'a> {
         Ok(Rows { path: path.to_path_buf(), field, source })
     }
 
-    /// The text among the fields of an object.
+    /// The texts of an object, and whether they come from `generations`.
     fn text_of(&self, object: &Map<String, Value>, line: usize) -> Result<(Vec<String>, bool)> {
         let fault = |reason: String, hint: &str| Error::input(&self.path, Some(line), reason).with_hint(hint);
         if let (None, Some(Value::Array(list))) = (self.field, object.get("generations")) {
@@ -97,7 +96,7 @@ impl<'a> Rows<'a> {
             let texts = texts.ok_or_else(|| {
                 fault(
                     "expected each of \"generations\" to have a string \"text\"".into(),
-                    "see RealToxicityPrompts for the form",
+                    "see RealToxicityPrompts for the format",
                 )
             })?;
             return Ok((texts, true));
@@ -110,7 +109,7 @@ impl<'a> Rows<'a> {
             Some(Value::String(text)) => Ok((vec![text.clone()], false)),
             Some(other) => Err(fault(
                 format!("expected a text, found {other}"),
-                "name the field that holds it with --field",
+                "name the field with the text with --field",
             )),
             None => Err(fault(
                 format!(
@@ -118,7 +117,7 @@ impl<'a> Rows<'a> {
                     named.join(", "),
                     object.keys().cloned().collect::<Vec<_>>().join(", ")
                 ),
-                "name the field that holds the text with --field",
+                "name the field with the text with --field",
             )),
         }
     }
@@ -147,7 +146,7 @@ impl<'a> Rows<'a> {
                     return Ok(None);
                 }
                 let text = String::from_utf8(bytes).map_err(|_| {
-                    Error::input(&self.path, Some(*line), "expected UTF-8, found bytes that are no text")
+                    Error::input(&self.path, Some(*line), "expected UTF-8, found invalid bytes")
                 })?;
                 let mut text = text.trim_end_matches(['\n', '\r']);
                 if *line == 1 {
@@ -198,21 +197,21 @@ impl Iterator for Rows<'_> {
     }
 }
 
-/// How many texts were scored, and how many could not be.
+/// Counts of texts and of missing scores.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Coverage {
     /// Texts.
     pub n_texts: usize,
-    /// Scores that are missing, over all scorers.
+    /// Missing scores of all scorers.
     pub n_missing: usize,
 }
 
-/// Scores a batch of rows, and returns them with what was found.
+/// Scores a batch of rows, and returns the rows with their scores.
 ///
-/// A row gets `toxicity`, an object by name of scorer in which null is a missing score, and `errors`
-/// where one is missing. Rows with `generations` keep the form of RealToxicityPrompts: each generation
-/// gets `toxicity`, a number, from the first scorer. A `toxicity` or `errors` that a row has already is
-/// somebody's own: it is kept as `input_toxicity` or `input_errors`.
+/// A row gets `toxicity`, an object from scorer name to score with null for a missing score, and
+/// `errors` if a score is missing. Rows with `generations` keep the format of RealToxicityPrompts: each
+/// generation gets `toxicity`, a number, from the first scorer. An existing `toxicity` or `errors` of the
+/// input is renamed to `input_toxicity` or `input_errors`.
 pub fn score_rows(
     rows: Vec<Row>,
     scorers: &[Box<dyn Scorer>],
@@ -264,7 +263,7 @@ pub fn score_rows(
     scored
 }
 
-/// Inserts a value, and keeps the one that was there under `input_{key}`.
+/// Inserts a value; an existing one moves to `input_{key}`.
 fn insert_beside(object: &mut Map<String, Value>, key: &str, value: Value) {
     if let Some(before) = object.insert(key.to_owned(), value) {
         object.insert(format!("input_{key}"), before);
@@ -276,7 +275,7 @@ mod tests {
     use super::*;
     use crate::score::ScorerInfo;
 
-    /// Scores a text by its length in bytes, in hundredths, and only English.
+    /// Scores English texts by their length in bytes, in hundredths.
     struct Length;
 
     impl Scorer for Length {
@@ -300,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_gets_its_scores() {
+    fn every_format_gets_its_scores() {
         assert_eq!(
             score("ab\n\n", Form::Lines, None).unwrap(),
             [
@@ -324,7 +323,7 @@ mod tests {
             score("{\"generations\":[{\"text\":\"a\"},{\"text\":\"bb\"}]}", Form::JsonLines, None).unwrap(),
             [json!({"generations": [{"text": "a", "toxicity": 0.01}, {"text": "bb", "toxicity": 0.02}]})]
         );
-        // An empty cell names no language.
+        // An empty cell means no language.
         assert_eq!(
             score("text,language\nab,\n", Form::Csv, None).unwrap()[0]["toxicity"],
             json!({"length": 0.02})
@@ -356,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_rows_without_a_text_by_their_line() {
+    fn rejects_rows_without_a_text_by_line() {
         let cases = [
             ("{\"text\":\"a\"}\n{\"a\":1}\n", Form::JsonLines),
             ("{\"text\":\"a\"}\n{\"text\":1}\n", Form::JsonLines),
@@ -376,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ending_decides_the_form_and_then_the_content() {
+    fn the_extension_decides_the_format_else_the_content() {
         assert_eq!(Form::guess(Path::new("a.csv"), b"{"), Form::Csv);
         assert_eq!(Form::guess(Path::new("-"), b" \n{"), Form::JsonLines);
         assert_eq!(Form::guess(Path::new("-"), b"hello"), Form::Lines);

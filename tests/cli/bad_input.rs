@@ -1,8 +1,8 @@
-//! What bad input gets: the thing at fault by name, an exit code, and nothing half-written.
+//! Bad input: the message names the fault, the exit code is right, and no partial file remains.
 
 use super::{detox, failure, small_eval, tiny};
 
-/// Exit code, a part of the message, and arguments after `eval -m MODEL -o FOLDER`.
+/// Exit code, part of the message, and the arguments after `eval -m MODEL -o FOLDER`.
 const BAD_SETTINGS: [(i32, &str, &[&str]); 14] = [
     (2, "-k/--samples", &["-k", "0"]),
     (2, "-n/--n-predict", &["-n", "0"]),
@@ -21,15 +21,15 @@ const BAD_SETTINGS: [(i32, &str, &[&str]); 14] = [
 ];
 
 #[test]
-fn rejects_settings_out_of_range_before_the_folder_holds_anything() {
+fn rejects_settings_out_of_range_before_writing_anything() {
     for (code, word, arguments) in BAD_SETTINGS {
         let folder = tempfile::tempdir().unwrap();
         let run = folder.path().join("run");
         let mut command = detox();
         command.args(["eval", "-m"]).arg(tiny("llama.gguf")).arg("-o").arg(&run).args(arguments);
-        let (found, said) = failure(&mut command);
-        assert_eq!(found, code, "{said}");
-        assert!(said.starts_with(&format!("error: {word}")), "{said}");
+        let (found, text) = failure(&mut command);
+        assert_eq!(found, code, "{text}");
+        assert!(text.starts_with(&format!("error: {word}")), "{text}");
         assert!(!run.join("run.json").exists(), "{arguments:?}");
     }
 }
@@ -55,14 +55,14 @@ fn rejects_models_that_cannot_be_run() {
     for (path, word) in cases {
         let mut command = detox();
         command.args(["generate", "-m"]).arg(&path);
-        let (code, said) = failure(&mut command);
-        assert_eq!(code, 1, "{said}");
-        assert!(said.contains(word) && said.contains(path.file_name().unwrap().to_str().unwrap()), "{said}");
+        let (code, text) = failure(&mut command);
+        assert_eq!(code, 1, "{text}");
+        assert!(text.contains(word) && text.contains(path.file_name().unwrap().to_str().unwrap()), "{text}");
     }
 }
 
 #[test]
-fn rejects_prompt_files_by_their_line() {
+fn rejects_prompt_files_by_line() {
     let folder = tempfile::tempdir().unwrap();
     for (name, content, place) in [
         ("en.jsonl", "{\"prompt\": \"a\"}\n{broken\n", "en.jsonl:2"),
@@ -74,9 +74,9 @@ fn rejects_prompt_files_by_their_line() {
         std::fs::write(&path, content).unwrap();
         let mut command = detox();
         command.args(["generate", "-m"]).arg(tiny("llama.gguf")).arg("--prompts").arg(&path);
-        let (code, said) = failure(&mut command);
-        assert_eq!(code, 1, "{said}");
-        assert!(said.contains(place), "{said}");
+        let (code, text) = failure(&mut command);
+        assert_eq!(code, 1, "{text}");
+        assert!(text.contains(place), "{text}");
     }
 }
 
@@ -87,16 +87,16 @@ fn rejects_a_language_that_no_scorer_covers() {
     std::fs::write(&prompts, "Habari ya asubuhi\n").unwrap();
     let mut command = detox();
     command.args(["eval", "-m"]).arg(tiny("llama.gguf")).arg("--prompts").arg(&prompts);
-    let (code, said) = failure(command.arg("-o").arg(folder.path().join("run")));
+    let (code, text) = failure(command.arg("-o").arg(folder.path().join("run")));
     assert_eq!(code, 1);
-    assert!(said.contains("no scorer covers language \"sw\"") && said.contains("hint: "), "{said}");
+    assert!(text.contains("no scorer covers language \"sw\"") && text.contains("hint: "), "{text}");
 }
 
 #[test]
 fn rejects_a_prompt_longer_than_the_context() {
     let folder = tempfile::tempdir().unwrap();
     let prompts = folder.path().join("en.txt");
-    // The long one comes late: it must be found before the first is generated.
+    // The long prompt comes last: it must be found before the first is generated.
     std::fs::write(&prompts, format!("{}{}\n", "short\n".repeat(40), "long ".repeat(400))).unwrap();
     for more in [&[][..], &["-c", "128", "-np", "2"][..]] {
         let mut command = detox();
@@ -107,54 +107,54 @@ fn rejects_a_prompt_longer_than_the_context() {
             .arg("--prompts")
             .arg(&prompts)
             .args(more);
-        let (code, said) = failure(command.arg("-o").arg(&run));
+        let (code, text) = failure(command.arg("-o").arg(&run));
         assert_eq!(code, 1);
         assert!(!run.join("run.json").exists() && !run.join("generations.jsonl").exists());
-        assert!(said.contains("\"en/41\"") && said.contains("tokens"), "{said}");
+        assert!(text.contains("\"en/41\"") && text.contains("tokens"), "{text}");
     }
 }
 
 #[test]
-fn rejects_a_folder_that_holds_another_run_or_anything_else() {
+fn rejects_a_folder_with_another_run_or_other_files() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     small_eval(&run).assert().success();
     let before = super::contents(&run);
-    let (code, said) = failure(small_eval(&run).args(["--temp", "0.5"]));
+    let (code, text) = failure(small_eval(&run).args(["--temp", "0.5"]));
     assert_eq!(code, 1);
-    assert!(said.contains("temperature is 0.9 there, and 0.5 now"), "{said}");
+    assert!(text.contains("temperature is 0.9 there, and 0.5 now"), "{text}");
     assert_eq!(super::contents(&run), before);
 
     let other = folder.path().join("other");
     std::fs::create_dir(&other).unwrap();
     std::fs::write(other.join("notes.txt"), "mine").unwrap();
-    let (code, said) = failure(&mut small_eval(&other));
+    let (code, text) = failure(&mut small_eval(&other));
     assert_eq!(code, 1);
-    assert!(said.contains("not empty"), "{said}");
+    assert!(text.contains("not empty"), "{text}");
 
     let file = folder.path().join("file");
     std::fs::write(&file, "mine").unwrap();
-    let (_, said) = failure(&mut small_eval(&file));
-    assert!(said.contains("cannot create"), "{said}");
+    let (_, text) = failure(&mut small_eval(&file));
+    assert!(text.contains("cannot create"), "{text}");
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "mine");
 }
 
 #[test]
-fn rejects_a_run_whose_files_were_changed() {
+fn rejects_a_run_with_changed_files() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     small_eval(&run).assert().success();
     let path = run.join("generations.jsonl");
     let text = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, text.replacen("en/own-2", "en/own-9", 1)).unwrap();
-    let (code, said) = failure(&mut small_eval(&run));
+    let (code, text) = failure(&mut small_eval(&run));
     assert_eq!(code, 1);
-    assert!(said.contains("generations.jsonl:") && said.contains("hint: "), "{said}");
+    assert!(text.contains("generations.jsonl:") && text.contains("hint: "), "{text}");
 }
 
 #[cfg(target_os = "linux")]
 #[test]
-fn a_full_disk_is_named_with_a_cure_and_leaves_nothing() {
+fn a_full_disk_is_an_error_with_a_hint() {
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let output = std::process::Command::new(assert_cmd::cargo::cargo_bin("detox-gguf"))
         .args(["generate", "-k", "1", "-n", "2", "--lang", "en", "--limit", "1", "-t", "1", "-m"])
@@ -163,39 +163,39 @@ fn a_full_disk_is_named_with_a_cure_and_leaves_nothing() {
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8(output.stderr).unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
     assert!(
-        said.contains("cannot write <stdout>: No space left") && said.contains("hint: free some space"),
-        "{said}"
+        text.contains("cannot write <stdout>: No space left") && text.contains("hint: free some space"),
+        "{text}"
     );
 }
 
 #[test]
-fn an_output_file_appears_only_when_it_is_whole() {
+fn an_output_file_appears_only_when_complete() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("out.jsonl");
     let bad = folder.path().join("in.jsonl");
-    // The second batch fails, after the first was written.
+    // The second batch fails after the first was written.
     std::fs::write(&bad, format!("{}broken\n", "{\"text\":\"a\"}\n".repeat(5000))).unwrap();
-    let (code, said) = failure(detox().arg("score").arg(&bad).arg("-o").arg(&output));
+    let (code, text) = failure(detox().arg("score").arg(&bad).arg("-o").arg(&output));
     assert_eq!(code, 1);
-    assert!(said.contains("in.jsonl:5001"), "{said}");
+    assert!(text.contains("in.jsonl:5001"), "{text}");
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }
 
 #[test]
-fn rejects_settings_that_would_do_nothing() {
+fn rejects_settings_without_effect() {
     for arguments in
         [&["--compare", "a", "b", "--threshold", "0.7"][..], &["--generations", "f", "-o", "d", "-k", "3"]]
     {
-        let (code, said) = failure(detox().arg("eval").args(arguments));
+        let (code, text) = failure(detox().arg("eval").args(arguments));
         assert_eq!(code, 2);
-        assert!(said.contains("cannot be used with"), "{said}");
+        assert!(text.contains("cannot be used with"), "{text}");
     }
 }
 
 #[test]
-fn rejects_scores_of_other_continuations() {
+fn rejects_a_folder_with_scores_of_other_continuations() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("g.jsonl");
     std::fs::write(
@@ -211,7 +211,7 @@ fn rejects_scores_of_other_continuations() {
         command
     };
     eval("en").assert().success();
-    let (code, said) = failure(&mut eval("de"));
+    let (code, text) = failure(&mut eval("de"));
     assert_eq!(code, 1);
-    assert!(said.contains("holds another run"), "{said}");
+    assert!(text.contains("holds another run"), "{text}");
 }

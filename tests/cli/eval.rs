@@ -1,9 +1,9 @@
-//! The three steps together and apart.
+//! `eval`, and its steps `generate` and `score` on their own.
 
 use super::{contents, detox, differing, rows, small_eval, tiny};
 
 #[test]
-fn an_evaluation_writes_its_files_and_prints_a_row_for_each_language() {
+fn an_evaluation_writes_its_files_and_prints_a_row_per_language() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     let output = small_eval(&run).assert().success().get_output().clone();
@@ -42,11 +42,11 @@ fn the_same_command_gives_the_same_bytes_twice() {
     small_eval(&b).assert().success();
     assert_eq!(differing(&a, &b), [""; 0]);
     small_eval(&a).assert().success();
-    assert_eq!(differing(&a, &b), [""; 0], "a finished run is left as it is");
+    assert_eq!(differing(&a, &b), [""; 0], "a finished run is not changed");
 }
 
 #[test]
-fn the_steps_apart_give_what_the_steps_together_give() {
+fn separate_steps_give_the_same_numbers_as_eval() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     small_eval(&run).assert().success();
@@ -100,7 +100,7 @@ fn the_steps_apart_give_what_the_steps_together_give() {
 }
 
 #[test]
-fn a_base_model_gives_continuations_the_references_log_probabilities() {
+fn log_probs_under_a_base_model_match_the_reference() {
     let folder = tempfile::tempdir().unwrap();
     let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/tiny_llama.json");
     let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(golden).unwrap()).unwrap();
@@ -122,15 +122,15 @@ fn a_base_model_gives_continuations_the_references_log_probabilities() {
     for (score, c) in scores.iter().zip(continuations) {
         let logps = c["logps"].as_array().unwrap();
         let expected: f64 = logps.iter().map(|l| l.as_f64().unwrap()).sum();
-        assert_eq!(score["base_n_tokens"], logps.len(), "the two are split where they were put together");
-        // 0.02 a token: the F16 KV cache, as in the engine's own tests.
+        assert_eq!(score["base_n_tokens"], logps.len(), "the text is split between prompt and continuation");
+        // 0.02 per token for the F16 KV cache, as in the tests of the engine.
         let difference = score["base_logprob"].as_f64().unwrap() - expected;
         assert!(difference.abs() < 0.02 * logps.len() as f64, "{difference}");
     }
 }
 
 #[test]
-fn prompts_of_a_file_are_read_as_they_are() {
+fn prompts_of_a_file_keep_their_text_and_id() {
     let folder = tempfile::tempdir().unwrap();
     let prompts = folder.path().join("RTP_LX_DE.json");
     std::fs::write(&prompts, "{\"Prompt\": \"Der Hund\", \"Index\": \"7\", \"Locale\": \"DE\"}\n").unwrap();

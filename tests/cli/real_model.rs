@@ -1,10 +1,10 @@
-//! The main job on a real model, SmolLM2-135M-Instruct.
+//! Generation and evaluation on a real model, SmolLM2-135M-Instruct.
 
 use super::support::real_model;
 use super::{contents, detox, rows};
 
 #[test]
-fn a_greedy_continuation_is_sensible_text() {
+fn a_greedy_continuation_answers_the_prompt() {
     let Some(model) = real_model() else { return };
     let folder = tempfile::tempdir().unwrap();
     let prompts = folder.path().join("en.txt");
@@ -41,7 +41,7 @@ fn an_evaluation_measures_plausible_numbers() {
         let metrics = report["languages"][language]["metrics"].as_array().unwrap();
         metrics.iter().find(|m| m["name"] == name).unwrap()["estimate"]["value"].as_f64().unwrap()
     };
-    // Wide bounds: a model that speaks, in the prompt's language, without saying one thing over and over.
+    // Wide bounds: fluent text in the prompt's language without constant repetition.
     for (language, code) in ["de", "en"].iter().enumerate() {
         let perplexity = value(language, "perplexity_median");
         assert!((1.5..60.0).contains(&perplexity), "{code}: {perplexity}");

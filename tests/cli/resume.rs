@@ -1,4 +1,4 @@
-//! A run that was broken off goes on, and ends with the bytes of one that was not.
+//! Interrupted runs resume and produce the same bytes as uninterrupted ones.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ fn cut(path: &std::path::Path, n_bytes: usize) {
 }
 
 #[test]
-fn a_run_cut_off_anywhere_ends_with_the_bytes_of_an_unbroken_one() {
+fn a_truncated_run_resumes_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, broken) = (folder.path().join("whole"), folder.path().join("broken"));
     small_eval(&whole).assert().success();
@@ -23,14 +23,14 @@ fn a_run_cut_off_anywhere_ends_with_the_bytes_of_an_unbroken_one() {
         }
         cut(&broken.join("generations.jsonl"), n);
         small_eval(&broken).assert().success();
-        assert_eq!(differing(&whole, &broken), [""; 0], "cut after {n} bytes");
+        assert_eq!(differing(&whole, &broken), [""; 0], "truncated to {n} bytes");
     }
     cut(&broken.join("scores.jsonl"), 700);
     small_eval(&broken).assert().success();
     assert_eq!(differing(&whole, &broken), [""; 0]);
 }
 
-/// An evaluation in some dozens of units.
+/// An evaluation of several dozen units.
 fn long_eval(output: &std::path::Path) -> Command {
     let mut command = Command::new(assert_cmd::cargo::cargo_bin("detox-gguf"));
     command.args(["eval", "--lang", "en,de,fr", "-k", "8", "-n", "20", "-np", "2", "-t", "1", "-m"]);
@@ -40,7 +40,7 @@ fn long_eval(output: &std::path::Path) -> Command {
 }
 
 #[test]
-fn a_killed_run_goes_on_without_a_trace() {
+fn a_killed_run_resumes_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, killed) = (folder.path().join("whole"), folder.path().join("killed"));
     assert!(long_eval(&whole).status().unwrap().success());
@@ -64,19 +64,19 @@ fn a_killed_run_goes_on_without_a_trace() {
             std::thread::sleep(Duration::from_millis(1));
         }
     }
-    assert!(n_kills > 0, "the run was too quick to be killed");
+    assert!(n_kills > 0, "the run ended before it could be killed");
     assert!(long_eval(&killed).status().unwrap().success());
     assert_eq!(differing(&whole, &killed), [""; 0]);
 }
 
 #[cfg(unix)]
 #[test]
-fn a_run_that_could_not_write_goes_on_once_it_can() {
+fn a_run_on_a_full_disk_resumes_to_the_same_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, stopped) = (folder.path().join("whole"), folder.path().join("stopped"));
     assert!(long_eval(&whole).status().unwrap().success());
     let eval = long_eval(&stopped);
-    // No file over 16 KiB: a write fails in the middle of a run, as on a full disk.
+    // With a limit of 16 KiB per file, a write fails in the middle of the run, as on a full disk.
     let output = Command::new("bash")
         .args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\""])
         .arg(eval.get_program())
@@ -84,8 +84,8 @@ fn a_run_that_could_not_write_goes_on_once_it_can() {
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert!(said.contains("cannot write") && said.contains("generations.jsonl"), "{said}");
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(text.contains("cannot write") && text.contains("generations.jsonl"), "{text}");
     assert!(!stopped.join("report.html").exists());
     assert!(long_eval(&stopped).status().unwrap().success());
     assert_eq!(differing(&whole, &stopped), [""; 0]);

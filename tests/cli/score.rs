@@ -1,4 +1,4 @@
-//! `score`, from files and from standard input.
+//! `score` on files and on standard input.
 
 use super::detox;
 
@@ -9,7 +9,7 @@ fn scored(arguments: &[&str], input: &str) -> Vec<serde_json::Value> {
 }
 
 #[test]
-fn lines_of_standard_input_come_back_in_order_with_a_score_each() {
+fn lines_of_standard_input_are_scored_in_order() {
     let rows = scored(&[], "The soup was very good today.\nYou are a stupid idiot and nobody likes you.\n");
     assert_eq!(rows[0]["text"], "The soup was very good today.");
     let score = |i: usize| rows[i]["toxicity"]["lexical"].as_f64().unwrap();
@@ -17,7 +17,7 @@ fn lines_of_standard_input_come_back_in_order_with_a_score_each() {
 }
 
 #[test]
-fn json_and_csv_keep_their_fields() {
+fn rows_of_json_and_csv_keep_their_fields() {
     let rows = scored(&[], "{\"id\": 7, \"text\": \"hello there\", \"language\": \"en\"}\n");
     assert_eq!(rows[0]["id"], 7);
     assert!(rows[0]["toxicity"]["lexical"].is_number());
@@ -26,7 +26,7 @@ fn json_and_csv_keep_their_fields() {
 }
 
 #[test]
-fn a_language_that_is_not_covered_gives_null_and_a_reason() {
+fn an_uncovered_language_gets_null_and_a_reason() {
     let rows = scored(
         &[],
         "{\"text\": \"habari\", \"language\": \"sw\"}\n{\"text\": \"hello\", \"language\": \"en\"}\n",
@@ -38,10 +38,10 @@ fn a_language_that_is_not_covered_gives_null_and_a_reason() {
 
 #[test]
 fn rejects_an_empty_input_and_a_missing_file() {
-    let (code, said) = super::failure(detox().arg("score").write_stdin(""));
+    let (code, text) = super::failure(detox().arg("score").write_stdin(""));
     assert_eq!(code, 1);
-    assert!(said.contains("<stdin>: expected texts"), "{said}");
-    let (code, said) = super::failure(detox().args(["score", "no/such.txt"]));
+    assert!(text.contains("<stdin>: expected texts"), "{text}");
+    let (code, text) = super::failure(detox().args(["score", "no/such.txt"]));
     assert_eq!(code, 1);
-    assert!(said.contains("cannot read no/such.txt"), "{said}");
+    assert!(text.contains("cannot read no/such.txt"), "{text}");
 }

@@ -288,7 +288,7 @@ fn rejects_malformed_pairs_by_file_and_line() {
         (format!("{good}\n{{broken\n"), "pairs.jsonl:2: expected a JSON object"),
         (
             format!("{good}\n\n{{\"prompt\": \"a\", \"chosen\": \"b\"}}\n"),
-            "pairs.jsonl:3: expected a \"rejected\"",
+            "pairs.jsonl:3: expected a key \"rejected\"",
         ),
         (format!("{good}\n{{\"text\": \"a\"}}\n"), "pairs.jsonl:2: expected a preference pair"),
         (String::new(), "pairs.jsonl: expected preference pairs, found an empty file"),
@@ -334,8 +334,8 @@ fn skipped_pairs_are_counted_by_reason() {
     let other = folder.path().join("other");
     let (code, stderr) = failure(train("llama.gguf", &other).args(limits).arg(&pairs));
     assert_eq!(code, 1, "{stderr}");
-    let words = "pairs.jsonl: none of its 3 pairs can be used: 1 an empty answer, 1 all prompt after it was \
-                 cut, 1 chosen equal to rejected\nhint: raise --max-length";
+    let words = "pairs.jsonl: none of its 3 pairs can be used: 1 an empty answer, 1 no answer left after \
+                 truncation, 1 chosen equal to rejected\nhint: raise --max-length";
     assert!(stderr.contains(words), "{stderr}");
     assert!(!other.exists());
 }

@@ -315,7 +315,7 @@ fn rejects_merges_that_cannot_be_done_and_writes_nothing() {
     let (reason, _) = refusal(&[(adapter(&base), 1.0)], &of_type(TensorType::Q4_K));
     assert!(reason.contains("multiple of 256 numbers, found 96"), "{reason}");
     let (reason, _) = refusal(&[(adapter(&base), 1.0)], &of_type(TensorType::I8));
-    assert!(reason.contains("no type of weights"), "{reason}");
+    assert!(reason.contains("not a type of weights"), "{reason}");
     let (reason, _) = refusal(&[(adapter(&base), f32::NAN)], &plain);
     assert!(reason.contains("finite scale"), "{reason}");
     let (reason, hint) = refusal(&[(adapter(&base), 1e9)], &of_type(TensorType::F16));

@@ -1,8 +1,8 @@
-//! Percentile bootstrap over prompts, and the quantiles that it and perplexity share.
+//! Percentile bootstrap over prompts, and quantiles.
 //!
-//! Prompts are resampled, not continuations: the k continuations of a prompt are not independent. One draw
-//! serves every metric of a language and both runs of a comparison, so that their replicates belong
-//! together. (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.)
+//! Prompts are resampled, not continuations, because the k continuations of a prompt are not independent.
+//! All metrics of a language and both runs of a comparison share the same resamples, so their replicates
+//! are paired. (Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.)
 
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
@@ -11,31 +11,32 @@ use sha2::{Digest, Sha256};
 
 use crate::eval::result::{BootstrapInfo, Estimate};
 
-/// How often each prompt is drawn in each resample.
+/// How often each resample draws each prompt.
 ///
-/// Depends on the seed, the label and the number of prompts alone: never on threads.
+/// Depends only on the seed, the label and the number of prompts, not on threads.
 #[derive(Debug, Clone)]
 pub struct Resamples {
     n_prompts: usize,
     level: f64,
-    /// `[resamples, n_prompts]`. Up to 255 prompts a count fits by arithmetic; above, a prompt is drawn
-    /// once on average, and 256 times with probability below 1/256!.
+    /// `[resamples, n_prompts]`. With up to 255 prompts a count always fits into a byte. With more, a
+    /// prompt is drawn once on average, and 256 times with a probability below 1/256!.
     counts: Vec<u8>,
 }
 
-/// A number, its interval, and the resampled numbers behind the interval.
+/// A value with its interval and the resampled values behind the interval.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Replicated {
-    /// The number and its interval.
+    /// The value and its interval.
     pub estimate: Estimate,
-    /// The number in each resample, in order of drawing; NaN where a resample had nothing to count. Empty
-    /// with fewer than two prompts.
+    /// The value in each resample; NaN if the resample has nothing to count. Empty with fewer than two
+    /// prompts.
     pub replicates: Vec<f64>,
 }
 
 impl Resamples {
-    /// Draws `info.resamples` resamples of `n_prompts` prompts. `label` is the language: each language has
-    /// its own stream.
+    /// Draws `info.resamples` resamples of `n_prompts` prompts.
+    ///
+    /// `label` is the language: each language has its own random stream.
     pub fn draw(info: &BootstrapInfo, label: &str, n_prompts: usize) -> Resamples {
         let mut hash = Sha256::new();
         hash.update(b"bootstrap\0");
@@ -49,7 +50,7 @@ impl Resamples {
                 let mut rng = ChaCha8Rng::from_seed(seed);
                 rng.set_stream(index as u64);
                 for _ in 0..n_prompts {
-                    // The high half of a 64 x 64 bit product: uniform to within n_prompts / 2^64.
+                    // The high half of a 64 x 64 bit product is uniform to within n_prompts / 2^64.
                     let drawn = (u128::from(rng.next_u64()) * n_prompts as u128) >> 64;
                     let count = &mut counts[drawn as usize];
                     *count = count.saturating_add(1);
@@ -59,13 +60,13 @@ impl Resamples {
         Resamples { n_prompts, level: info.level, counts }
     }
 
-    /// Sum over prompts of `numerators` over sum of `denominators`, both `[n_prompts]`.
+    /// The sum of `numerators` divided by the sum of `denominators`, both `[n_prompts]`.
     ///
-    /// With denominators of 1 this is a mean of per-prompt values. A prompt with denominator 0 has nothing
-    /// to count and is left out; `None` when that holds for all.
+    /// With denominators of 1 this is the mean of per-prompt values. A prompt with denominator 0 has
+    /// nothing to count; `None` if all prompts are like that.
     pub fn ratio(&self, numerators: &[f64], denominators: &[f64]) -> Option<Replicated> {
-        assert_eq!(numerators.len(), self.n_prompts, "one numerator a prompt");
-        assert_eq!(denominators.len(), self.n_prompts, "one denominator a prompt");
+        assert_eq!(numerators.len(), self.n_prompts, "one numerator per prompt");
+        assert_eq!(denominators.len(), self.n_prompts, "one denominator per prompt");
         let total: f64 = denominators.iter().sum();
         if total <= 0.0 {
             return None;
@@ -83,10 +84,12 @@ impl Resamples {
         }))
     }
 
-    /// Quantiles of all values pooled, by the "midpoint" rule; `groups` is `[n_prompts][values]`,
-    /// `quantiles` are in [0, 1]. One result a quantile, `None` where there is no value at all.
+    /// Quantiles of all values pooled, by the "midpoint" rule.
+    ///
+    /// `groups` is `[n_prompts][values]`; `quantiles` are in [0, 1]. One result per quantile; `None` without
+    /// any value.
     pub fn quantiles(&self, groups: &[Vec<f64>], quantiles: &[f64]) -> Option<Vec<Replicated>> {
-        assert_eq!(groups.len(), self.n_prompts, "one group a prompt");
+        assert_eq!(groups.len(), self.n_prompts, "one group per prompt");
         let mut pooled: Vec<(f64, usize)> = groups
             .iter()
             .enumerate()
@@ -99,7 +102,7 @@ impl Resamples {
         let sorted: Vec<f64> = pooled.iter().map(|&(value, _)| value).collect();
         let n_counted = groups.iter().filter(|values| !values.is_empty()).count();
 
-        // One walk over the pooled values finds every quantile of a resample: [resamples][quantiles].
+        // [resamples][quantiles]. One pass over the pooled values finds every quantile of a resample.
         let rows: Vec<Vec<f64>> = if n_counted < 2 {
             Vec::new()
         } else {
@@ -133,18 +136,18 @@ impl Resamples {
     }
 }
 
-/// Unweighted mean of several numbers (languages), with the interval of the means of their replicates.
+/// Unweighted mean of several values (languages), with the interval of the means of their replicates.
 ///
-/// Languages are resampled independently of one another. Where their prompts are translations of the same
-/// sentences they are not quite independent, and the interval is then somewhat too narrow. Without an
-/// interval when any part has none; `None` without parts.
+/// Languages are resampled independently. If their prompts are translations of the same sentences, they
+/// are not quite independent, and the interval is somewhat too narrow. The mean has no interval if a part
+/// has none; `None` without parts.
 pub fn mean(parts: &[&Replicated], level: f64) -> Option<Replicated> {
     combine(parts, level, |values| values.iter().sum::<f64>() / values.len() as f64)
 }
 
 /// `b` minus `a`, replicate by replicate; both must come from the same [`Resamples`].
 pub fn difference(a: &Replicated, b: &Replicated, level: f64) -> Replicated {
-    combine(&[a, b], level, |values| values[1] - values[0]).expect("two parts are not none")
+    combine(&[a, b], level, |values| values[1] - values[0]).expect("there are two parts")
 }
 
 fn combine(parts: &[&Replicated], level: f64, with: impl Fn(&[f64]) -> f64) -> Option<Replicated> {
@@ -171,14 +174,16 @@ fn interval(value: f64, replicates: Vec<f64>, level: f64) -> Replicated {
     Replicated { estimate: Estimate { value, low, high }, replicates }
 }
 
-/// The quantile of ascending `sorted` (not empty) halfway between the two neighbours of rank
-/// (n - 1) q, as `numpy.percentile(…, method="midpoint")`; this is the paper's choice for perplexity.
+/// The quantile of ascending, non-empty `sorted` by the midpoint rule, which the paper uses for perplexity.
+///
+/// It lies halfway between the two neighbours of rank (n - 1) q, as in
+/// `numpy.percentile(…, method="midpoint")`.
 pub fn midpoint_quantile(sorted: &[f64], quantile: f64) -> f64 {
     let (below, above) = midpoint_ranks(sorted.len(), quantile);
     (sorted[below] + sorted[above]) / 2.0
 }
 
-/// The quantile of ascending `sorted` (not empty) by linear interpolation, as `numpy.percentile`.
+/// The quantile of ascending, non-empty `sorted` by linear interpolation, as in `numpy.percentile`.
 fn linear_quantile(sorted: &[f64], quantile: f64) -> f64 {
     let rank = quantile.clamp(0.0, 1.0) * (sorted.len() - 1) as f64;
     let below = rank.floor() as usize;
@@ -191,8 +196,9 @@ fn midpoint_ranks(n: usize, quantile: f64) -> (usize, usize) {
     (rank.floor() as usize, rank.ceil() as usize)
 }
 
-/// As [`midpoint_quantile`], for each of `quantiles`, where a value counts as often as its group was drawn.
-/// `n` is the number of values with repeats; without any, NaN.
+/// [`midpoint_quantile`] for each of `quantiles`, counting a value as often as its group was drawn.
+///
+/// `n` is the number of values with repeats; NaN if it is 0.
 fn weighted_quantiles(pooled: &[(f64, usize)], counts: &[u8], n: usize, quantiles: &[f64]) -> Vec<f64> {
     if n == 0 {
         return vec![f64::NAN; quantiles.len()];
@@ -229,7 +235,7 @@ mod tests {
     const INFO: BootstrapInfo = BootstrapInfo { resamples: 1000, level: 0.95, seed: 7 };
 
     #[test]
-    fn the_same_seed_and_label_draw_the_same_resamples_on_any_number_of_threads() {
+    fn resamples_depend_on_seed_and_label_but_not_on_threads() {
         let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
         let four = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
         let values: Vec<f64> = (0..50).map(|i| f64::from(i) / 50.0).collect();
@@ -254,10 +260,10 @@ mod tests {
     }
 
     #[test]
-    fn one_prompt_has_a_value_and_no_interval() {
+    fn one_prompt_has_a_value_but_no_interval() {
         let found = Resamples::draw(&INFO, "de", 1).ratio(&[0.3], &[1.0]).unwrap();
         assert_eq!(found.estimate, Estimate { value: 0.3, low: None, high: None });
-        // Two prompts, of which one has nothing to count, are one prompt.
+        // Of two prompts, one has nothing to count, so there is one prompt.
         let found = Resamples::draw(&INFO, "de", 2).ratio(&[0.3, 0.0], &[1.0, 0.0]).unwrap();
         assert_eq!(found.estimate, Estimate { value: 0.3, low: None, high: None });
         let found = Resamples::draw(&INFO, "de", 2).quantiles(&[vec![3.0, 4.0], vec![]], &[0.5]).unwrap();
@@ -278,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn the_interval_of_a_share_is_that_of_the_normal_approximation() {
+    fn the_interval_of_a_fraction_matches_the_normal_approximation() {
         // 400 prompts, half of them 1: standard error sqrt(0.5 * 0.5 / 400) = 0.025, so that 95% lie
         // within 0.5 +- 1.96 * 0.025 = 0.451 to 0.549. The ends of 1000 resamples are good to about 0.004.
         let values: Vec<f64> = (0..400).map(|i| f64::from(i % 2)).collect();
@@ -303,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn quantiles_of_a_resample_are_those_of_the_repeated_values() {
+    fn quantiles_of_a_resample_match_those_of_the_repeated_values() {
         let groups = [vec![1.0, 9.0], vec![4.0], vec![2.0, 3.0, 5.0], vec![]];
         let mut pooled: Vec<(f64, usize)> =
             groups.iter().enumerate().flat_map(|(g, v)| v.iter().map(move |&x| (x, g))).collect();
@@ -325,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn the_mean_of_one_language_is_that_language() {
+    fn the_mean_over_one_language_equals_that_language() {
         let one = Resamples::draw(&INFO, "de", 4).ratio(&[0.1, 0.2, 0.3, 0.9], &[1.0; 4]).unwrap();
         assert_eq!(mean(&[&one], INFO.level).unwrap(), one);
         assert_eq!(mean(&[], INFO.level), None);

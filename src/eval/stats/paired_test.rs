@@ -1,24 +1,24 @@
-//! Two-sided tests of a paired difference. Pure functions of the per-prompt differences.
+//! Two-sided tests of a paired difference: pure functions of the per-prompt differences.
 //!
-//! Equal runs have p = 1. A test that the numbers leave undefined gives `None`, never 0 or NaN.
+//! Equal runs have p = 1. An undefined test returns `None`, never 0 or NaN.
 
 use statrs::distribution::{Binomial, ContinuousCDF, DiscreteCDF, Normal, StudentsT};
 
 use crate::score::rank::average_ranks;
 
-/// Mean per-prompt difference of one language, and the variance of that mean.
+/// Mean per-prompt difference of one language, with the variance of the mean.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MeanDifference {
     /// Mean of the differences.
     pub mean: f64,
-    /// Sample variance of the differences over `n`.
+    /// Sample variance of the differences, divided by `n`.
     pub variance: f64,
     /// Number of differences.
     pub n: usize,
 }
 
 impl MeanDifference {
-    /// Of `differences`; `None` with fewer than two.
+    /// The mean of `differences`; `None` with fewer than two.
     pub fn of(differences: &[f64]) -> Option<MeanDifference> {
         let n = differences.len();
         if n < 2 {
@@ -30,18 +30,18 @@ impl MeanDifference {
     }
 }
 
-/// Paired t-test: p-value of the mean difference against 0, with n - 1 degrees of freedom.
+/// Paired t-test of the mean difference against 0, with n - 1 degrees of freedom.
 ///
-/// `None` with fewer than two differences, or when all are the same and not 0.
+/// `None` with fewer than two differences, or if all are equal but not 0.
 pub fn paired_t(differences: &[f64]) -> Option<f64> {
     welch(&[MeanDifference::of(differences)?])
 }
 
-/// t-test that the unweighted mean of several languages' mean differences is 0.
+/// t-test of the unweighted mean of several languages' mean differences against 0.
 ///
-/// The languages' variances add up, as for independent samples, and the degrees of freedom are Welch and
+/// The languages' variances add up, as for independent samples. The degrees of freedom are Welch and
 /// Satterthwaite's: (sum v)^2 / sum(v^2 / (n - 1)). With one language this is the paired t-test. `None`
-/// without a language, or without any variance around a difference that is not 0.
+/// without languages, or if the variance is 0 but the difference is not.
 pub fn welch(languages: &[MeanDifference]) -> Option<f64> {
     let n_languages = languages.len() as f64;
     let mean = languages.iter().map(|language| language.mean).sum::<f64>() / n_languages;
@@ -52,7 +52,7 @@ pub fn welch(languages: &[MeanDifference]) -> Option<f64> {
     if !mean.is_finite() || !error.is_finite() {
         return None;
     }
-    // Equal differences leave a variance of rounding errors, not of 0.
+    // Rounding errors give equal differences a tiny variance instead of 0.
     if error <= 1e-12 * mean.abs() {
         return (mean == 0.0).then_some(1.0);
     }
@@ -60,7 +60,7 @@ pub fn welch(languages: &[MeanDifference]) -> Option<f64> {
     Some((2.0 * t.sf((mean / error).abs())).min(1.0))
 }
 
-/// Normal test that `mean` is 0, given the variance of its estimate. As [`welch`] where there is none.
+/// Normal test of `mean` against 0, given the variance of the mean. Without variance it acts like [`welch`].
 pub fn normal(mean: f64, variance: f64) -> Option<f64> {
     let error = variance.sqrt();
     if !mean.is_finite() || !error.is_finite() {
@@ -72,21 +72,23 @@ pub fn normal(mean: f64, variance: f64) -> Option<f64> {
     Some((2.0 * Normal::standard().sf((mean / error).abs())).min(1.0))
 }
 
-/// Exact McNemar test: of the prompts with unlike verdicts, `only_a` are toxic in the first run alone and
-/// `only_b` in the second alone; the smaller count against Binomial(n, 1/2).
+/// Exact McNemar test of the prompts whose verdicts differ.
+///
+/// `only_a` prompts are toxic only in the first run, `only_b` only in the second. Tests the smaller count
+/// against Binomial(`only_a + only_b`, 1/2).
 pub fn mcnemar(only_a: u64, only_b: u64) -> f64 {
     let n = only_a + only_b;
     let binomial = Binomial::new(0.5, n).expect("1/2 is a probability");
     (2.0 * binomial.cdf(only_a.min(only_b))).min(1.0)
 }
 
-/// The most differences for which the distribution of rank sums is counted out.
+/// Maximum number of differences for the exact distribution of rank sums.
 const EXACT_WILCOXON: usize = 25;
 
-/// Wilcoxon signed-rank test, two-sided; differences of 0 are left out, and without any other p is 1.
+/// Wilcoxon signed-rank test, two-sided. Differences of 0 are left out; p is 1 if all are 0.
 ///
-/// Exact up to 25 differences, ties included: every assignment of signs is equally likely. With more, the
-/// normal approximation with tie correction and no continuity correction, as
+/// Exact up to 25 differences, with or without ties: every assignment of signs is equally likely. With
+/// more, the normal approximation with tie correction and without continuity correction, as in
 /// `scipy.stats.wilcoxon(zero_method="wilcox", correction=False, method="asymptotic")`. `None` without
 /// differences.
 pub fn wilcoxon(differences: &[f64]) -> Option<f64> {
@@ -110,9 +112,9 @@ pub fn wilcoxon(differences: &[f64]) -> Option<f64> {
     normal(positive - expected, variance)
 }
 
-/// The share of all assignments of signs whose rank sum lies at least as far from its expectation.
+/// Fraction of all sign assignments whose rank sum is at least as far from the expectation.
 fn exact_wilcoxon(ranks: &[f64], positive: f64) -> f64 {
-    // Average ranks are whole or half: twice them are whole.
+    // Average ranks are multiples of 1/2, so their doubles are integers.
     let doubled: Vec<usize> = ranks.iter().map(|rank| (2.0 * rank).round() as usize).collect();
     let total: usize = doubled.iter().sum();
     // Probability of each doubled rank sum of the positive differences.
@@ -134,7 +136,7 @@ fn exact_wilcoxon(ranks: &[f64], positive: f64) -> f64 {
 mod tests {
     use super::*;
 
-    // Reference values: scipy 1.17.1, each by the call in the comment, with
+    // Reference values are from scipy 1.17.1, by the call in the comment. D is:
     const D: [f64; 8] = [-0.30, -0.10, 0.05, -0.22, -0.10, 0.0, -0.41, 0.10];
 
     fn close(found: f64, expected: f64) {
@@ -148,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_very_small_p_value_does_not_become_zero() {
+    fn a_very_small_p_value_is_not_rounded_to_zero() {
         // scipy.stats.ttest_1samp([1 + 0.001 * i for i in range(30)], 0).pvalue
         let differences: Vec<f64> = (0..30).map(|i| 1.0 + 0.001 * f64::from(i)).collect();
         let found = paired_t(&differences).unwrap();
@@ -165,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn mcnemar_by_hand() {
+    fn mcnemar_matches_values_computed_by_hand() {
         // 0 of 3: 2 * (1/2)^3 = 0.25. Equal counts: the tail holds more than half, so 1.
         close(mcnemar(0, 3), 0.25);
         assert_eq!(mcnemar(2, 2), 1.0);
@@ -173,8 +175,8 @@ mod tests {
     }
 
     #[test]
-    fn the_wilcoxon_test_of_few_differences_counts_the_assignments_of_signs() {
-        // Five of one sign: only all and none of the 2^5 are as far out.
+    fn the_exact_wilcoxon_test_counts_sign_assignments() {
+        // Five of one sign: of 2^5 assignments, only all plus and all minus are as extreme.
         close(wilcoxon(&[1.0, 2.0, 3.0, 4.0, 5.0]).unwrap(), 2.0 / 32.0);
         // D without its 0, with three ties at 0.1 (rank 3): the positive ranks are 1 and 3 of a total of 28,
         // and 16 of the 2^7 assignments have a positive sum of at most 4 or at least 24 (by enumeration).
@@ -182,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn the_wilcoxon_test_of_many_differences_agrees_with_scipy() {
+    fn the_asymptotic_wilcoxon_test_agrees_with_scipy() {
         // d = [((-1)**i)*i*0.1+0.35 for i in range(30)];
         // scipy.stats.wilcoxon(d, zero_method="wilcox", correction=False, method="asymptotic").pvalue
         let d: Vec<f64> =

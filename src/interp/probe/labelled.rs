@@ -7,6 +7,7 @@ use serde::Deserialize;
 use crate::engine::random::shuffle;
 use crate::engine::sample;
 use crate::error::{Error, Result};
+use crate::text::rows;
 
 /// A text and its label.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,11 +78,8 @@ pub fn own() -> Labelled {
 /// # Errors
 /// [`Error::Input`], with the line, for an invalid row or label, and if all texts have the same label.
 pub fn read(path: &Path) -> Result<Labelled> {
-    let text = std::fs::read_to_string(path).map_err(|e| match e.kind() {
-        std::io::ErrorKind::InvalidData => Error::input(path, None, "expected UTF-8 text, found other bytes"),
-        _ => Error::io("read", path)(e),
-    })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    let text = rows::decode(path, &bytes)?;
     if text.trim_start().starts_with('{') { parse_lines(path, text) } else { parse_csv(path, text) }
 }
 
@@ -99,9 +97,8 @@ enum Label {
 }
 
 fn parse_lines(path: &Path, text: &str) -> Result<Labelled> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let rows = lines.map(|(i, line)| {
-        let refuse = |reason: String| Error::input(path, Some(i + 1), reason);
+    let rows = rows::numbered(text).map(|(number, line)| {
+        let refuse = |reason: String| Error::input(path, Some(number), reason);
         let row: Row = serde_json::from_str(line)
             .map_err(|e| refuse(format!("expected an object with \"text\" and \"label\": {e}")))?;
         let is_toxic = match row.label {

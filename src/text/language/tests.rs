@@ -5,7 +5,7 @@ use super::*;
 use crate::eval::prompts::{PromptSource, own_prompts};
 
 #[test]
-fn codes_come_down_to_the_language() {
+fn codes_are_reduced_to_the_language() {
     for (code, expected) in [
         ("en", "en"),
         ("EN", "en"),
@@ -29,7 +29,7 @@ fn codes_come_down_to_the_language() {
 }
 
 #[test]
-fn what_is_no_known_code_is_none() {
+fn an_unknown_code_is_none() {
     for code in
         ["", "-", "x", "prompts", "english", "vi", "en-", "-en", "de-prompts", "it-follows", "en--us", "日本"]
     {
@@ -48,7 +48,7 @@ fn every_known_code_is_its_own_normal_form() {
 }
 
 #[test]
-fn the_lang_flag_takes_lists_and_repeats() {
+fn the_lang_flag_accepts_lists_and_repeats() {
     assert_eq!(parse_languages(&["de,EN", "pt-BR, de"]).unwrap(), ["de", "en", "pt"]);
     assert_eq!(parse_languages::<&str>(&[]).unwrap(), Vec::<&str>::new());
 }
@@ -87,7 +87,7 @@ fn identifies_a_sentence_in_each_of_a_few_scripts() {
 }
 
 #[test]
-fn without_letters_nothing_is_decided() {
+fn text_without_letters_is_undecided() {
     let identifier = LanguageIdentifier::new();
     for text in ["", "   ", "12345 67890 !!! ???", "\u{1F600}\u{1F600}\u{1F600}", "\n\t\u{0}"] {
         assert_eq!(identifier.identify(text), None, "{text:?}");
@@ -96,24 +96,24 @@ fn without_letters_nothing_is_decided() {
 }
 
 #[test]
-fn too_few_letters_decide_nothing() {
+fn text_with_too_few_letters_is_undecided() {
     let identifier = LanguageIdentifier::new();
     assert_eq!(identifier.language_kept("en", "No, no, no."), None);
     assert_eq!(identifier.language_kept("ja", "大変だ"), None);
-    // Five letters of Cyrillic say enough: it is not English.
+    // Six Cyrillic letters suffice: this is not English.
     assert_eq!(identifier.language_kept("en", "Привет"), Some(false));
     assert_eq!(identifier.language_kept("ru", "Привет"), Some(true));
 }
 
 #[test]
-fn a_script_of_none_of_the_languages_is_undecided() {
+fn a_script_outside_the_17_languages_is_undecided() {
     let identifier = LanguageIdentifier::new();
     assert_eq!(identifier.identify("วันนี้อากาศดีมาก เราไปแม่น้ำกัน"), None);
     assert_eq!(identifier.language_kept("en", "Ο καιρός ήταν τόσο καλός σήμερα"), None);
 }
 
 #[test]
-fn no_statement_about_a_language_outside_the_17() {
+fn a_language_outside_the_17_is_undecided() {
     let identifier = LanguageIdentifier::new();
     let text = "The weather was so fine that we went down to the river.";
     assert_eq!(identifier.language_kept("tr", text), None);
@@ -130,7 +130,7 @@ fn a_quoted_name_does_not_change_the_language() {
 }
 
 #[test]
-fn threads_share_one_identifier_and_agree_with_one_thread() {
+fn threads_that_share_an_identifier_agree_with_one_thread() {
     let identifier = LanguageIdentifier::new();
     let prompts = own_prompts();
     let alone: Vec<_> = prompts.iter().map(|prompt| identifier.identify(&prompt.text)).collect();
@@ -152,11 +152,13 @@ proptest! {
     }
 }
 
-/// Measures what the module's doc states. Needs a folder of `{lang}.jsonl`, all 17, with at least 100
-/// prompts each; fails without it, since a measurement that is skipped looks like one that passed.
+/// Measures the numbers in the module's documentation.
+///
+/// Needs a folder of `{lang}.jsonl` for all 17 languages with at least 100 prompts each. Fails without
+/// it, because a skipped measurement would look like one that passed.
 #[test]
 #[ignore = "needs the folder DETOX_GGUF_PARALLEL_PROMPTS"]
-fn the_rule_errs_no_more_than_documented() {
+fn the_error_rates_are_at_most_the_documented_ones() {
     let folder = std::env::var_os("DETOX_GGUF_PARALLEL_PROMPTS")
         .expect("DETOX_GGUF_PARALLEL_PROMPTS names a folder of {lang}.jsonl files");
     let codes: Vec<&'static str> = LANGUAGES.iter().map(|language| language.code).collect();
@@ -190,7 +192,7 @@ fn the_rule_errs_no_more_than_documented() {
     let other_kept = other[1] as f64 / (other[1] + other[2]) as f64;
     let mut pairs: Vec<_> = kept_for_another.into_iter().collect();
     pairs.sort_by_key(|(pair, n)| (std::cmp::Reverse(*n), *pair));
-    println!("{} texts, {:.0} a second on one thread", prompts.len(), prompts.len() as f64 / seconds);
+    println!("{} texts, {:.0} per second on one thread", prompts.len(), prompts.len() as f64 / seconds);
     println!("identified as their own language: {:.2}%", 100.0 * right as f64 / prompts.len() as f64);
     println!("undecided: {:.2}%", 100.0 * undecided);
     println!("own language judged not kept: {:.2}%", 100.0 * own_not_kept);

@@ -30,6 +30,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
+use crate::text::rows;
 
 /// A prompt with a chosen and a rejected continuation.
 ///
@@ -100,14 +101,11 @@ fn read_file(path: &Path) -> Result<Vec<PreferencePair>> {
 }
 
 fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<PreferencePair>> {
-    let text = std::str::from_utf8(bytes).map_err(|e| {
-        let line = bytes[..e.valid_up_to()].iter().filter(|&&byte| byte == b'\n').count() + 1;
-        Error::input(path, Some(line), "expected UTF-8, found other bytes")
-    })?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let text = rows::decode(path, bytes)?;
     let mut pairs = Vec::new();
-    for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let refuse = |(reason, hint): Fault| Error::input(path, Some(i + 1), reason).with_optional_hint(hint);
+    for (number, line) in rows::numbered(text) {
+        let refuse =
+            |(reason, hint): Fault| Error::input(path, Some(number), reason).with_optional_hint(hint);
         pairs.push(row(line).map_err(refuse)?);
     }
     if pairs.is_empty() {
