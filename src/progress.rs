@@ -48,14 +48,3 @@ pub fn hash_model(path: &Path, progress: &mut dyn Progress) -> Result<String> {
     }
     Ok(hash)
 }
-
-/// Shows nothing.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Silent;
-
-impl Progress for Silent {
-    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
-    fn advance(&mut self, _n: u64) {}
-    fn finish(&mut self) {}
-    fn say(&mut self, _text: &str) {}
-}
