@@ -1,41 +1,42 @@
-//! One error type for the library: each variant names the thing, what was expected and what was found.
+//! The crate's error type. Every message names the thing, what was expected and what was found.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// What every fallible function of this crate returns.
+/// The result of every fallible function in this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong, in words a person can act on.
+/// Everything that can go wrong, with a message for the user.
 ///
-/// [`Error::hint`] holds the cure where there is one; the command line prints it on its own line.
+/// Most variants can carry a hint: what the user can do about it. [`Error::hint`] returns it, and the command line
+/// prints it on its own `hint:` line.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The operating system refused: a missing file, no permission, a full disk.
+    /// An operating system error: a missing file, no permission, a full disk.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// A verb for the attempt: "read", "write", "create".
+        /// The verb for the message: "read", "write", "create".
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// The system's own words.
+        /// The system's error.
         source: io::Error,
     },
 
-    /// A text file that a user gave is not of the form that was expected.
+    /// A text file from the user has the wrong form.
     #[error("{}{}: {reason}", path.display(), line.map(|n| format!(":{n}")).unwrap_or_default())]
     Input {
         /// The file, or `<stdin>`.
         path: PathBuf,
-        /// Line number, from 1, where one line is at fault.
+        /// The line at fault, from 1, if a single line is.
         line: Option<usize>,
         /// What was expected and what was found.
         reason: String,
-        /// The cure, where there is one.
+        /// What to do about it, if known.
         hint: Option<String>,
     },
 
-    /// A file is not a GGUF that can be trusted: foreign, truncated, or inconsistent.
+    /// A file is not a valid GGUF file: another format, truncated, or inconsistent.
     #[error("{}: not a usable GGUF file: {reason}", path.display())]
     Gguf {
         /// The file.
@@ -44,25 +45,25 @@ pub enum Error {
         reason: String,
     },
 
-    /// A GGUF that is well formed, but not a model that this program can run.
+    /// A valid GGUF file that this program cannot run.
     #[error("{}: cannot run this model: {reason}", path.display())]
     Model {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// Why it cannot run.
         reason: String,
-        /// The cure, where there is one.
+        /// What to do about it, if known.
         hint: Option<String>,
     },
 
     /// A setting is outside its range, or two settings contradict each other.
     #[error("{setting}: {reason}")]
     Setting {
-        /// The flag as typed, such as `--top-p`.
+        /// The flag as the user types it, such as `--top-p`.
         setting: String,
-        /// The range, and the value found.
+        /// The expected range and the value found.
         reason: String,
-        /// The cure, where there is one.
+        /// What to do about it, if known.
         hint: Option<String>,
     },
 
@@ -71,110 +72,110 @@ pub enum Error {
     Decode {
         /// Tokens in the batch.
         n_tokens: usize,
-        /// Its return code, in words.
+        /// llama.cpp's return code in words.
         reason: String,
     },
 
-    /// A prompt does not fit into the context together with its continuation.
+    /// A prompt and its continuation do not fit in the context.
     #[error(
-        "prompt {prompt:?} has {n_prompt} tokens and {n_predict} are to be generated, but a sequence holds {n_ctx_seq}"
+        "prompt {prompt:?} has {n_prompt} tokens and {n_predict} more would be generated, but a sequence holds only {n_ctx_seq}"
     )]
     PromptTooLong {
         /// The prompt's id.
         prompt: String,
         /// Tokens in the prompt.
         n_prompt: usize,
-        /// Tokens asked for.
+        /// Tokens to generate.
         n_predict: usize,
-        /// Tokens that one sequence of the session holds.
+        /// Context of one sequence in the session, in tokens.
         n_ctx_seq: usize,
     },
 
-    /// A scorer cannot be used, or gave no usable score.
+    /// A scorer cannot run, or returned an unusable score.
     #[error("scorer {scorer}: {reason}")]
     Scorer {
         /// The scorer's name.
         scorer: String,
-        /// Why.
+        /// What failed.
         reason: String,
-        /// The cure, where there is one.
+        /// What to do about it, if known.
         hint: Option<String>,
     },
 
-    /// A run folder cannot be used for what was asked.
+    /// A run folder cannot be used: it holds another run, or is incomplete.
     #[error("{}: {reason}", path.display())]
     RunFolder {
         /// The folder.
         path: PathBuf,
-        /// Why.
+        /// Why it cannot be used.
         reason: String,
-        /// The cure, where there is one.
+        /// What to do about it, if known.
         hint: Option<String>,
     },
 
-    /// A GPU cannot be used, or failed.
+    /// A GPU is unavailable, or failed.
     #[error("{device}: {reason}")]
     Device {
-        /// Which, as on the command line: `cuda:0`.
+        /// The device as on the command line: `cuda:0`.
         device: String,
-        /// What was wanted, and what came of it.
+        /// What was attempted and how it failed.
         reason: String,
-        /// The cure, where there is one.
+        /// What to do about it, if known.
         hint: Option<String>,
     },
 
-    /// The memory of a GPU, or of the CPU, does not suffice.
+    /// A GPU, or the CPU, is out of memory.
     #[error("{device}: {reason}")]
     DeviceMemory {
-        /// Which, as on the command line: `cuda:0`.
+        /// The device as on the command line: `cuda:0`.
         device: String,
-        /// How much was wanted, and how much there is.
+        /// How much was needed and how much there is.
         reason: String,
-        /// The cure, where there is one.
+        /// What to do about it, if known.
         hint: Option<String>,
     },
 
-    /// Training cannot go on: its numbers are no numbers any more.
-    #[error("training cannot go on: {reason}")]
+    /// Training diverged: a loss, gradient or parameter is NaN or infinite.
+    #[error("training diverged: {reason}")]
     Training {
-        /// What is not finite.
+        /// The value that is not finite.
         reason: String,
     },
 
-    /// What another program decoded was not steered as it should have been.
-    #[error("this decode was not steered as it should be: {reason}")]
+    /// A host program's decode was not steered as intended.
+    #[error("this decode was not steered as intended: {reason}")]
     NotSteered {
-        /// What the graph lacked, or what was not said of the batch.
+        /// What was missing from the graph, or from the description of the batch.
         reason: String,
     },
 
-    /// Steering that is not possible as things are set up.
+    /// Steering that the current setup does not support.
     #[error("{what}: {reason}")]
     Refused {
-        /// What was asked for.
+        /// The requested steering.
         what: String,
-        /// Why it is not possible.
+        /// Why the setup does not support it.
         reason: String,
-        /// What to set up otherwise.
+        /// What to change in the setup, if known.
         hint: Option<String>,
     },
 
-    /// The work was done, and nothing came of it that could be written.
+    /// The work finished without a result to write.
     #[error("{reason}")]
     NoResult {
-        /// What was wanted, and what came of it.
+        /// The expected result, and what was found instead.
         reason: String,
-        /// The cure, where there is one.
+        /// What to do about it, if known.
         hint: Option<String>,
     },
 
-    /// The user pressed Ctrl-C; a run's finished units are on disk.
+    /// The user pressed Ctrl-C. The finished units of a run are on disk.
     #[error("interrupted")]
     Interrupted,
 }
 
 impl Error {
-    /// An [`Error::Io`] for `map_err`: `File::open(p).map_err(Error::io("open", p))`.
+    /// Makes an [`Error::Io`], for `map_err`: `File::open(p).map_err(Error::io("open", p))`.
     pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
         move |source| Error::Io { action, path, source }
@@ -185,12 +186,12 @@ impl Error {
         Error::Setting { setting: setting.into(), reason: reason.into(), hint: None }
     }
 
-    /// An [`Error::Input`] for one line of a file, or for the whole file.
+    /// An [`Error::Input`] without a hint, for one line or for the whole file.
     pub fn input(path: impl AsRef<Path>, line: Option<usize>, reason: impl Into<String>) -> Error {
         Error::Input { path: path.as_ref().to_path_buf(), line, reason: reason.into(), hint: None }
     }
 
-    /// An [`Error::Gguf`]; its hint is fixed.
+    /// An [`Error::Gguf`]. Its hint is always the same.
     pub fn gguf(path: impl AsRef<Path>, reason: impl Into<String>) -> Error {
         Error::Gguf { path: path.as_ref().to_path_buf(), reason: reason.into() }
     }
@@ -230,11 +231,27 @@ impl Error {
         Error::NoResult { reason: reason.into(), hint: None }
     }
 
-    /// This error with a hint: what the user can do about it.
+    /// Adds a hint: what the user can do about it.
     ///
-    /// Variants whose hint is fixed, such as [`Error::Gguf`], keep theirs.
+    /// No effect on variants without a hint of their own, such as [`Error::Gguf`].
     pub fn with_hint(mut self, text: impl Into<String>) -> Error {
-        match &mut self {
+        if let Some(hint) = self.hint_mut() {
+            *hint = Some(text.into());
+        }
+        self
+    }
+
+    /// Adds a hint if there is one.
+    pub fn with_optional_hint(self, hint: Option<impl Into<String>>) -> Error {
+        match hint {
+            Some(hint) => self.with_hint(hint),
+            None => self,
+        }
+    }
+
+    /// Where this variant stores its hint, if it does.
+    fn hint_mut(&mut self) -> Option<&mut Option<String>> {
+        match self {
             Error::Input { hint, .. }
             | Error::Model { hint, .. }
             | Error::Setting { hint, .. }
@@ -243,21 +260,18 @@ impl Error {
             | Error::DeviceMemory { hint, .. }
             | Error::RunFolder { hint, .. }
             | Error::Refused { hint, .. }
-            | Error::NoResult { hint, .. } => *hint = Some(text.into()),
-            _ => {}
-        }
-        self
-    }
-
-    /// [`Error::with_hint`] if there is a hint.
-    pub fn with_optional_hint(self, hint: Option<impl Into<String>>) -> Error {
-        match hint {
-            Some(hint) => self.with_hint(hint),
-            None => self,
+            | Error::NoResult { hint, .. } => Some(hint),
+            Error::Io { .. }
+            | Error::Gguf { .. }
+            | Error::Decode { .. }
+            | Error::PromptTooLong { .. }
+            | Error::Training { .. }
+            | Error::NotSteered { .. }
+            | Error::Interrupted => None,
         }
     }
 
-    /// What the user can do about it, where there is a cure.
+    /// What the user can do about it, if known.
     pub fn hint(&self) -> Option<String> {
         match self {
             Error::Input { hint, .. }
@@ -283,7 +297,7 @@ impl Error {
         }
     }
 
-    /// Whether the command line itself was at fault (exit code 2) rather than the work (exit code 1).
+    /// Whether the command line is at fault (exit code 2) and not the work (exit code 1).
     pub fn is_usage(&self) -> bool {
         matches!(self, Error::Setting { .. })
     }

@@ -1,26 +1,36 @@
-//! Measures how toxic a GGUF model's continuations are, in 17 languages, with llama.cpp.
+//! Measures and reduces the toxicity of GGUF language models in 17 languages, on llama.cpp.
 //!
 //! ```text
-//! gguf ──► graph ──► engine ──► steer ──► { eval | interp | train } ──► study ──► report
-//!             doors: cli (the program) · plugin (inside another program) · this crate
+//! text, gguf ─► graph ─► engine ─► steer ─► score ─► { eval | interp | train } ─► check ─► study ─► report
+//!
+//! doors: cli (the program) · plugin (steering inside another program) · this crate
 //! ```
 //!
-//! A module uses only what stands to its left.
+//! A module uses only modules to its left, and the leaves `error`, `file`, `memory` and `progress`.
 //!
-//! - [`gguf`] reads, validates and writes GGUF files.
-//! - [`graph`] knows llama.cpp's graphs from inside, and edits the values in them as they are computed.
-//! - [`engine`] runs models: many continuations of many prompts, and log-probabilities.
-//! - [`steer`] reads, combines and compiles what changes a model while it runs.
-//! - [`interp`] finds what to change: probes, value vectors, activations, retrieval.
-//! - [`train`] trains models on preference pairs, by hand over a device, and puts what was learned into files.
-//! - [`eval`] turns prompts into continuations, scores and metrics with intervals.
-//! - [`study`] is what needs several of these: making preference pairs.
-//! - [`report`] turns results into JSON, CSV, Markdown, a terminal table and an HTML page.
-//! - [`plugin`] steers inside a program that runs llama.cpp itself.
+//! - [`text`] reads rows of users' files, detects and names languages, normalises text.
+//! - [`gguf`] reads, validates and writes GGUF files, and converts their blocks to and from numbers.
+//! - [`graph`] describes llama.cpp's compute graphs, and edits or records their values during the forward pass.
+//! - [`engine`] runs models: samples continuations in parallel, computes log-probs, records activations.
+//! - [`steer`] reads, combines, applies and bakes interventions, control vectors and LoRA adapters.
+//! - [`score`] rates the toxicity of texts, with a word list, a model or another program.
+//! - [`eval`] turns prompts into continuations, scores and metrics with confidence intervals.
+//! - [`interp`] finds what to steer: probes, directions, value vectors, neuron activations, retrieval.
+//! - [`train`] trains models on preference pairs (DPO), on the CPU or with CUDA.
+//! - [`check`] checks that llama.cpp computes what was trained, exported or steered.
+//! - [`study`] combines the modules above: sweeps, preference pairs, training from start to report.
+//! - [`report`] formats results as JSON, CSV, Markdown, terminal tables and HTML.
+//! - [`cli`] is the command line: it parses, calls the library, prints.
+//! - [`plugin`] steers inside a program that runs llama.cpp itself, from Rust or C.
 //!
-//! The feature `engine`, on by default, is all that needs llama.cpp compiled in: `engine`, `train`, `study`, `report`,
-//! `cli`, and the parts of the others that run models. Without it the crate is small, and carries no llama.cpp; with
-//! `capi` it is then the plugin, a C library (`vendor/include/detox_gguf.h`).
+//! - [`error`] is the error type of every module.
+//! - [`file`] writes files atomically and resumes logs.
+//! - [`memory`] measures memory.
+//! - [`progress`] is how long work reports its progress.
+//!
+//! The default feature `engine` compiles llama.cpp in. Without it the crate is small and has no llama.cpp: `gguf`,
+//! `graph`, `plugin`, and those parts of `interp`, `score` and `steer` that do not run a model. With `capi` as well
+//! the crate is the plugin, a C library (`vendor/include/detox_gguf.h`).
 //!
 //! The metrics are those of Li, Yong and Bach, "Preference Tuning For Toxicity Mitigation Generalizes
 //! Across Languages" (arXiv 2406.16235).
@@ -55,7 +65,7 @@ pub mod train;
 
 pub use error::{Error, Result};
 
-/// This program's version, with the git revision it was built from where that is known.
+/// The version of this crate, with the git revision of the build if known.
 pub fn version() -> &'static str {
     env!("DETOX_GGUF_VERSION")
 }

@@ -1,6 +1,6 @@
-//! Memory: how much the machine has, and how much this process took.
+//! Memory of the machine and of this process.
 
-/// Bytes of memory in the machine, and not of what is free, so that the same command chooses the same.
+/// Total memory of the machine in bytes. Not the free memory, so that defaults derived from it do not vary between runs.
 pub fn total_bytes() -> u64 {
     match sysinfo::System::new() {
         Ok(mut system) => {
@@ -10,14 +10,14 @@ pub fn total_bytes() -> u64 {
         Err(error) => {
             const ASSUMED: u64 = 4 << 30;
             tracing::warn!(
-                "cannot tell the machine's memory ({error}): assuming 4 GiB; set -np to choose for yourself"
+                "cannot read the machine's memory size ({error}): assuming 4 GiB; set -np to override"
             );
             ASSUMED
         }
     }
 }
 
-/// The most resident memory that this process had so far, in bytes; `None` where the system does not tell.
+/// Peak resident memory of this process so far, in bytes. `None` if the system does not report it.
 pub fn peak_rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

@@ -1,25 +1,25 @@
-//! How long work tells of itself, without knowing who listens.
+//! Progress reports from long work, independent of how they are shown.
 
 use std::path::Path;
 
 use crate::error::Result;
 use crate::gguf;
 
-/// Told how a run goes on.
+/// Receives the progress of a run.
 pub trait Progress {
-    /// A phase begins: `done` of `total` are there already.
+    /// A phase begins. `done` of its `total` items are already finished, for instance by an interrupted run.
     fn start(&mut self, phase: &str, total: u64, done: u64);
-    /// Some more are done.
+    /// `n` more items are finished.
     fn advance(&mut self, n: u64);
     /// The phase has ended.
     fn finish(&mut self);
-    /// How things stand right now, in a line or two; only the last one is worth showing.
+    /// The current state in a line or two. Each note replaces the previous one.
     fn note(&mut self, _text: &str) {}
-    /// Something worth a line.
+    /// Prints a line that stays.
     fn say(&mut self, text: &str);
 }
 
-/// A progress that shows nothing.
+/// Shows nothing.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Silent;
 
@@ -30,10 +30,10 @@ impl Progress for Silent {
     fn say(&mut self, _text: &str) {}
 }
 
-/// SHA-256 of a model, with its progress shown.
+/// Hashes a model (SHA-256) and reports the progress.
 ///
 /// # Errors
-/// [`crate::Error::Io`].
+/// Same as [`gguf::model_sha256`].
 pub fn hash_model(path: &Path, progress: &mut dyn Progress) -> Result<String> {
     let mut shown = 0;
     let hash = gguf::model_sha256(path, |done, total| {

@@ -386,7 +386,7 @@ fn a_diverging_run_fails_with_a_hint_that_works() {
         failure(train("llama.gguf", &run).args(["--learning-rate", "1e30", "--warmup-steps", "0"]));
     assert_eq!(code, 1, "{stderr}");
     assert!(
-        stderr.contains("error: training cannot go on: ") && stderr.contains("hint: lower --learning-rate"),
+        stderr.contains("error: training diverged: ") && stderr.contains("hint: lower --learning-rate"),
         "{stderr}"
     );
     assert!(!run.join("adapter.gguf").exists() && !run.join("report.html").exists());
