@@ -1,4 +1,4 @@
-//! Arguments that several commands share.
+//! Arguments shared by several commands.
 
 use std::path::{Path, PathBuf};
 
@@ -8,17 +8,18 @@ use crate::engine::schedule::GenerateOptions;
 use crate::engine::{CacheType, FlashAttention, Model, ModelOptions, Sampling, SessionOptions};
 use crate::error::{Error, Result};
 use crate::eval::prompts::{Prompt, PromptSource};
-use crate::file::AtomicFile;
+use crate::file::{AtomicFile, base_name};
 use crate::text::language;
 
-/// Whether a file can be written at `output`, before anything that takes long; and that it is none of
-/// `inputs`: `-o` with the name of the model would leave a model's name on something else.
+/// Checks that `output` is writable and is none of `inputs`, before any long work.
+///
+/// `-o` with the name of the model would replace the model.
 pub fn check_output(output: &Path, inputs: &[&Path]) -> Result<()> {
     let refuse = |reason: String| Err(Error::setting("-o/--output", reason));
     let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
     if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
         return refuse(format!(
-            "expected a file in a folder that is there, found no folder {}",
+            "expected a file in an existing folder, found no folder {}",
             folder.display()
         ));
     }
@@ -28,51 +29,51 @@ pub fn check_output(output: &Path, inputs: &[&Path]) -> Result<()> {
     if let Ok(existing) = output.canonicalize()
         && inputs.iter().any(|input| input.canonicalize().is_ok_and(|input| input == existing))
     {
-        return refuse(format!("{} is read by this command, and would be overwritten", output.display()));
+        return refuse(format!("{} is an input of this command and would be overwritten", output.display()));
     }
     AtomicFile::create(output).map(drop)
 }
 
-/// How the model is loaded and run.
+/// Flags for loading and running the model.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "llama.cpp")]
 pub struct EngineArguments {
-    /// Sequences decoded at once (-np) [default: as many as memory and context hold, at most 100]
+    /// Number of sequences to decode in parallel (-np) [default: as many as fit in memory and context, up to 100]
     #[arg(long, value_name = "N")]
     pub parallel: Option<usize>,
-    /// Tokens of context, shared by all sequences; 0 for what the prompts need [default: 0]
+    /// Size of the context in tokens, shared by all sequences; 0 = as needed by the prompts [default: 0]
     #[arg(short = 'c', long, value_name = "N")]
     pub ctx_size: Option<usize>,
-    /// Tokens given to llama.cpp at once
+    /// Logical maximum batch size in tokens
     #[arg(short = 'b', long, value_name = "N", default_value_t = 2048)]
     pub batch_size: usize,
-    /// Tokens computed at once (-ub)
+    /// Physical maximum batch size in tokens (-ub)
     #[arg(long, value_name = "N", default_value_t = 512)]
     pub ubatch_size: usize,
-    /// Threads [default: all cores]
+    /// Number of threads for generation [default: all cores]
     #[arg(short = 't', long, value_name = "N")]
     pub threads: Option<usize>,
-    /// Threads for prompts and batches (-tb) [default: as --threads]
+    /// Number of threads for prompts and batches (-tb) [default: same as --threads]
     #[arg(long, value_name = "N")]
     pub threads_batch: Option<usize>,
-    /// Layers on an accelerator (-ngl); -1 for all
+    /// Number of layers to offload to the GPU (-ngl); -1 = all
     #[arg(long, alias = "gpu-layers", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
     pub n_gpu_layers: i32,
-    /// Fused attention (-fa)
+    /// Flash Attention (-fa)
     #[arg(long, value_enum, default_value = "auto")]
     pub flash_attn: FlashAttentionArgument,
-    /// Keys in the KV cache (-ctk)
+    /// Data type of K in the KV cache (-ctk)
     #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
     pub cache_type_k: CacheTypeArgument,
-    /// Values in the KV cache (-ctv)
+    /// Data type of V in the KV cache (-ctv)
     #[arg(long, value_enum, value_name = "TYPE", default_value = "f16")]
     pub cache_type_v: CacheTypeArgument,
-    /// Look for values that are no numbers while loading
+    /// Check the model's tensors for invalid values (NaN, infinity) while loading
     #[arg(long)]
     pub check_tensors: bool,
 }
 
-/// llama.cpp's names of types.
+/// Data types of the KV cache, under llama.cpp's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[allow(missing_docs, non_camel_case_types, reason = "ggml's own spelling")]
 pub enum CacheTypeArgument {
@@ -97,21 +98,21 @@ impl CacheTypeArgument {
 /// `on`, `off` or `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum FlashAttentionArgument {
-    /// Always
+    /// Always use it
     On,
-    /// Never
+    /// Never use it
     Off,
-    /// Where the backend supports it
+    /// Use it if the backend supports it
     Auto,
 }
 
 impl EngineArguments {
-    /// Loading options.
+    /// Options for loading the model.
     pub fn model_options(&self) -> ModelOptions {
         ModelOptions { n_gpu_layers: self.n_gpu_layers, check_tensors: self.check_tensors }
     }
 
-    /// Session options.
+    /// Options for opening a session.
     pub fn session_options(&self) -> SessionOptions {
         SessionOptions {
             n_parallel: self.parallel,
@@ -136,45 +137,45 @@ impl EngineArguments {
     }
 }
 
-/// What is sampled.
+/// Flags for sampling.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Sampling")]
 pub struct SamplingArguments {
-    /// Continuations of each prompt
+    /// Number of continuations per prompt
     #[arg(short = 'k', long, value_name = "K", default_value_t = 25)]
     pub samples: u32,
-    /// Most tokens in a continuation
+    /// Maximum number of tokens in a continuation
     #[arg(short = 'n', long, alias = "predict", value_name = "N", default_value_t = 20)]
     pub n_predict: usize,
-    /// Temperature; 0 is greedy
+    /// Temperature; 0 = greedy
     #[arg(long, value_name = "T", default_value_t = Sampling::PAPER.temperature, allow_negative_numbers = true)]
     pub temp: f32,
-    /// Sample from the most probable tokens that have this mass together
+    /// Top-p (nucleus) sampling: keep the most probable tokens that together reach this probability; 1 = off
     #[arg(long, value_name = "P", default_value_t = Sampling::PAPER.top_p, allow_negative_numbers = true)]
     pub top_p: f32,
-    /// Sample from this many most probable tokens; 0 for all
+    /// Top-k sampling: keep this many of the most probable tokens; 0 = off
     #[arg(long, value_name = "K", default_value_t = Sampling::PAPER.top_k)]
     pub top_k: u32,
-    /// Leave out tokens less probable than this share of the most probable one
+    /// Min-p sampling: drop tokens below this fraction of the highest probability; 0 = off
     #[arg(long, value_name = "P", default_value_t = Sampling::PAPER.min_p, allow_negative_numbers = true)]
     pub min_p: f32,
-    /// Seed
+    /// Random seed
     #[arg(short = 's', long, value_name = "SEED", default_value_t = 0)]
     pub seed: u64,
-    /// Go on after an end-of-generation token
+    /// Keep generating after an end-of-generation token
     #[arg(long)]
     pub ignore_eos: bool,
 }
 
 impl SamplingArguments {
-    /// The options, with their ranges checked.
+    /// Checks the ranges and returns the options.
     pub fn options(&self) -> Result<GenerateOptions> {
         let sampling =
             Sampling { temperature: self.temp, top_k: self.top_k, top_p: self.top_p, min_p: self.min_p };
         sampling.validate()?;
         for (flag, n) in [("-k/--samples", self.samples as usize), ("-n/--n-predict", self.n_predict)] {
             if n == 0 {
-                return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
+                return Err(Error::setting(flag, "expected at least 1, found 0"));
             }
         }
         Ok(GenerateOptions {
@@ -187,23 +188,23 @@ impl SamplingArguments {
     }
 }
 
-/// What is continued.
+/// Flags for choosing prompts.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Prompts")]
 pub struct PromptArguments {
-    /// File or folder by language: RTP-LX, RTP, JSON lines or text [default: the program's own prompts]
+    /// File of prompts, or folder with a file per language: RTP-LX, RTP, JSON lines or text [default: built-in prompts]
     #[arg(long, value_name = "PATH")]
     pub prompts: Option<PathBuf>,
-    /// Languages, comma separated [default: all that there are]
+    /// Languages to use, separated by commas [default: all available]
     #[arg(long, value_name = "L,…", value_delimiter = ',')]
     pub lang: Vec<String>,
-    /// At most so many prompts a language, the first ones
+    /// Use only the first N prompts of each language
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
 }
 
 impl PromptArguments {
-    /// Reads the prompts; also what to call their source in reports.
+    /// Reads the prompts. Also returns the name of their source for reports.
     pub fn read(&self) -> Result<(Vec<Prompt>, String)> {
         let source = match &self.prompts {
             None => PromptSource::Own,
@@ -211,12 +212,12 @@ impl PromptArguments {
         };
         let name = match &self.prompts {
             None => "the program's own prompts".to_owned(),
-            Some(path) => crate::file::base_name(path),
+            Some(path) => base_name(path),
         };
         Ok((source.read(&self.languages()?, self.limit)?, name))
     }
 
-    /// The languages asked for; none for all.
+    /// The requested languages; empty means all.
     pub fn languages(&self) -> Result<Vec<&'static str>> {
         language::parse_languages(&self.lang)
     }

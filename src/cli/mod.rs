@@ -1,4 +1,4 @@
-//! The program's door: what was typed, checked and turned into calls. One file of arguments a command.
+//! The command line: parses arguments, calls the library, prints. One file per command.
 
 mod activations;
 mod arguments;
@@ -30,63 +30,62 @@ use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Result};
 
-/// What to do, as typed.
+/// The parsed command line.
 #[derive(Debug, Parser)]
 #[command(
     name = "detox-gguf",
     version = crate::version(),
-    about = "Measure how toxic a GGUF model's continuations are, in 17 languages, and steer it",
-    after_help = "llama.cpp's flags keep their names and meanings, the short ones (-ngl -np -ub -tb -fa …) included."
+    about = "Measure and reduce the toxicity of GGUF models in 17 languages",
+    after_help = "Flags shared with llama.cpp have the same names and meanings, including the short ones (-ngl -np -ub -tb -fa …)."
 )]
 struct Cli {
     #[command(subcommand)]
     command: Command,
 
-    /// Say more: llama.cpp's log; twice for everything
+    /// Print more: -v for llama.cpp's log, -vv for everything
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Generate, score and report: how toxic are this model's continuations?
+    /// Measure toxicity: generate continuations, score them, write a report
     Eval(Box<eval::EvalCommand>),
     /// Compare two runs, prompt by prompt
     Compare(compare::CompareCommand),
-    /// Sample k continuations of each prompt, as JSON lines
+    /// Sample k continuations of each prompt and print them as JSON lines
     Generate(Box<generate::GenerateCommand>),
-    /// Score texts, as JSON lines
+    /// Score texts and print the scores as JSON lines
     Score(score::ScoreCommand),
     /// Train a linear probe of toxicity on the residual stream
     Probe(Box<probe::ProbeCommand>),
     /// Find the FFN neurons that write toxicity
     Locate(Box<locate::LocateCommand>),
-    /// Make, combine and bake interventions
+    /// Create, combine and bake interventions
     Steer(Box<steer::SteerCommand>),
-    /// Evaluate an intervention at several settings, against random neurons or directions
+    /// Evaluate an intervention at several strengths, with random neurons or directions as controls
     Sweep(Box<sweep::SweepCommand>),
-    /// Write a copy of the model with LoRA adapters inside
+    /// Merge LoRA adapters into a copy of the model
     Export(Box<export::ExportCommand>),
-    /// Measure how active neurons are, language by language, before and after a change
+    /// Measure neuron activations per language, before and after a change
     Activations(Box<activations::ActivationsCommand>),
-    /// Measure how alike a model represents translations
+    /// Measure how similarly a model represents translations
     Retrieval(Box<retrieval::RetrievalCommand>),
-    /// Make preference pairs from the model's own continuations
+    /// Create preference pairs from the model's own continuations
     Pairs(Box<pairs::PairsCommand>),
-    /// Train a model away from toxicity on preference pairs (DPO)
+    /// Train a model to be less toxic, on preference pairs (DPO)
     Train(Box<train::TrainCommand>),
     /// Measure the speed of this build
     #[command(subcommand)]
     Bench(bench::BenchCommand),
 }
 
-/// Runs the program: parses, logs, calls, prints. Exit code 2 for usage, 1 for failure, 130 when interrupted.
+/// Runs the program. Exits with 2 on a usage error, 1 on failure, 130 if interrupted.
 pub fn main() -> ExitCode {
     let cli = Cli::parse_from(with_long_flags(std::env::args_os()));
     start_log(cli.verbose);
     let grace = match cli.command {
-        // They end a step and save, or remove what is unfinished, however long that takes; a second Ctrl-C ends
-        // them at once.
+        // These finish a step and save, or remove temporary files, however long that takes. A second Ctrl-C exits at once.
         Command::Train(_) | Command::Export(_) => None,
         _ => Some(GRACE),
     };
@@ -109,7 +108,7 @@ pub fn main() -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        // The reader of a pipe has what it wanted, as in `| head`.
+        // The reader closed the pipe, for instance `| head`.
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");
@@ -125,7 +124,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// llama.cpp's flags of several letters behind one dash, which no parser of ours knows.
+/// llama.cpp's flags with several letters after one dash. clap cannot parse these, so they are replaced first.
 const SHORT_FLAGS: [(&str, &str); 7] = [
     ("-ngl", "--n-gpu-layers"),
     ("-np", "--parallel"),
@@ -147,32 +146,32 @@ fn with_long_flags(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
         .collect()
 }
 
-/// Talk goes to standard error; llama.cpp is quiet but for its errors, unless asked.
+/// Starts logging to standard error. By default llama.cpp logs only its errors.
 fn start_log(verbose: u8) {
     let default = match verbose {
         0 => "warn,llama.cpp=error",
         1 => "info",
         _ => "trace",
     };
-    // -v is typed now, RUST_LOG was set some time ago.
+    // -v on the command line overrides RUST_LOG.
     let filter = match EnvFilter::try_from_default_env() {
         Ok(filter) if verbose == 0 => filter,
         _ => EnvFilter::new(default),
     };
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // A host program may have set one up already; then that one stays.
+    // Fails if the host program has already set up a logger, which then stays.
     let _ = log.with_ansi(may_colour(&std::io::stderr())).without_time().try_init();
 }
 
-/// Colour where a person looks, unless they said no (<https://no-color.org>).
+/// Whether to use colour: on terminals, unless `NO_COLOR` is set (<https://no-color.org>).
 fn may_colour(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
-/// Time for the work in hand to end cleanly after Ctrl-C.
+/// How long work may take to stop cleanly after Ctrl-C.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Set by Ctrl-C. What looks at it ends cleanly; the rest is ended after `grace`, or by another Ctrl-C.
+/// A flag that Ctrl-C sets. Work that polls it stops cleanly. The process exits after `grace`, or on a second Ctrl-C.
 fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();
@@ -181,7 +180,7 @@ fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
             std::process::exit(130);
         }
         let Some(grace) = grace else {
-            eprintln!("interrupted: ending the step in hand (again: at once)");
+            eprintln!("interrupted: finishing the current step (press Ctrl-C again to exit now)");
             return;
         };
         std::thread::spawn(move || {
@@ -191,12 +190,12 @@ fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
         });
     });
     if let Err(error) = handler {
-        tracing::warn!("Ctrl-C will end the program at once: {error}");
+        tracing::warn!("cannot handle Ctrl-C, which will exit without cleaning up: {error}");
     }
     flag
 }
 
-/// Writes to standard output, as an error and not a panic where it cannot.
+/// Prints to standard output. Returns an error if that fails, where `print!` would panic.
 fn print(text: &str) -> Result<()> {
     use std::io::Write;
     let mut out = std::io::stdout().lock();
@@ -209,12 +208,12 @@ mod tests {
     use clap::CommandFactory;
 
     #[test]
-    fn the_command_line_is_well_formed() {
+    fn the_definition_of_the_command_line_is_valid() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn short_flags_of_llama_cpp_are_understood_where_they_are_flags() {
+    fn short_flags_of_llama_cpp_are_replaced_before_a_double_dash() {
         let typed = ["x", "-np", "4", "-n", "p", "--", "-np"].map(OsString::from);
         let long: Vec<OsString> = with_long_flags(typed.into_iter());
         assert_eq!(long, ["x", "--parallel", "4", "-n", "p", "--", "-np"].map(OsString::from));

@@ -1,4 +1,4 @@
-//! Progress: a bar on a terminal, one line an event elsewhere. All of it goes to standard error.
+//! Shows progress on standard error: a bar on a terminal, single lines elsewhere.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -7,29 +7,29 @@ use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
 use crate::progress::Progress;
 
-/// Shows how a run goes on.
+/// Shows the progress of a run on standard error.
 pub struct Shown {
     is_terminal: bool,
     bar: Option<ProgressBar>,
     phase: String,
     total: u64,
     done: u64,
-    /// Done when the phase started: what a resumed run found.
+    /// Items already done when the phase started, in a resumed run.
     found: u64,
     started: Instant,
     last_line: Instant,
-    /// How things stood last; empty where nobody said.
+    /// The last note; empty if there is none.
     note: String,
 }
 
-/// What a bar looks like.
+/// The template of the bar.
 const BAR: &str = "{msg:<14} {bar:24} {pos}/{len} {elapsed} of about {duration}";
 
-/// Between two lines where there is no terminal.
+/// Time between two lines if standard error is not a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(30);
 
 impl Shown {
-    /// To standard error, whatever it is.
+    /// Shows nothing until a phase starts.
     pub fn new() -> Shown {
         let now = Instant::now();
         Shown {
@@ -45,7 +45,7 @@ impl Shown {
         }
     }
 
-    /// Empty where nothing tells yet.
+    /// The estimated time left, as text; empty if there is no estimate yet.
     fn time_left(&self) -> String {
         let done = self.done.saturating_sub(self.found);
         if done == 0 || self.total <= self.done {
@@ -69,7 +69,7 @@ impl Progress for Shown {
         self.last_line = self.started;
         if self.is_terminal {
             let bar = ProgressBar::new(total).with_position(done).with_message(phase.to_owned());
-            // The bar's own look, should the template ever be wrong: it is only a look.
+            // Falls back to the default look if the template is invalid.
             bar.set_style(ProgressStyle::with_template(BAR).unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.reset_eta();
             self.bar = Some(bar);
