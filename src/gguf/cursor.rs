@@ -1,4 +1,4 @@
-//! Bounded reads: every length is compared with what the file still has before anything is allocated.
+//! Bounded reads: every length is checked against the bytes left in the file before anything is allocated.
 
 use std::io::{self, BufRead, BufReader, Read};
 
@@ -7,19 +7,19 @@ use super::{Array, Strings, Value, ValueType};
 /// The longest key in bytes: the format's own limit, 2^16 - 1 (gguf.md, `gguf_metadata_kv_t`).
 const MAX_KEY_BYTES: u64 = 65_535;
 
-/// The most bytes of metadata and tensor list together: llama.cpp's cap for a single string or array
-/// (`GGUF_MAX_STRING_LENGTH` in `gguf.cpp`), applied to their sum. Vocabularies of today need 30 MB.
+/// The largest header (metadata and tensor list) in bytes. llama.cpp's cap for one string or array
+/// (`GGUF_MAX_STRING_LENGTH` in `gguf.cpp`), applied to the whole header. Today's vocabularies need 30 MB.
 const MAX_HEADER_BYTES: u64 = 1 << 30;
 
-/// The most array elements allocated ahead of reading them: a length that lies costs 8 MiB, no more.
+/// The most array elements allocated before they are read: a false length costs at most 8 MiB.
 const MAX_ELEMENTS_AHEAD: u64 = 1 << 20;
 
 /// Why a read failed.
 #[derive(Debug)]
 pub(super) enum Fault {
-    /// The operating system's answer.
+    /// The operating system refused the read.
     Io(io::Error),
-    /// What is wrong with the file, for `Error::Gguf`.
+    /// The file is invalid; the reason for `Error::Gguf`.
     Reason(String),
 }
 
@@ -29,7 +29,7 @@ impl From<String> for Fault {
     }
 }
 
-/// Reads a file from its start, knowing its length.
+/// Reads a file of known length from its start.
 #[derive(Debug)]
 pub(super) struct Cursor<R> {
     reader: BufReader<R>,
@@ -38,7 +38,7 @@ pub(super) struct Cursor<R> {
 }
 
 impl<R: Read> Cursor<R> {
-    /// Over `reader`, which holds `len` bytes.
+    /// A cursor at the start of `reader`, which holds `len` bytes.
     pub(super) fn new(reader: R, len: u64) -> Cursor<R> {
         Cursor { reader: BufReader::with_capacity(1 << 18, reader), position: 0, len }
     }
@@ -53,23 +53,23 @@ impl<R: Read> Cursor<R> {
         self.len - self.position
     }
 
-    /// The first bytes of the file, at most a buffer full, without reading past them.
+    /// Peeks at the first bytes of the file, up to a full buffer.
     pub(super) fn head(&mut self) -> Result<&[u8], Fault> {
         self.reader.fill_buf().map_err(Fault::Io)
     }
 
-    /// Refuses to go on if fewer than `n_bytes` remain, or the header would pass its cap.
+    /// Checks that `n_bytes` remain, and that reading them keeps the header under its cap.
     fn need(&self, n_bytes: u64, what: &str) -> Result<(), Fault> {
         if n_bytes > self.remaining() {
             return Err(Fault::Reason(format!(
-                "{what} needs {n_bytes} bytes at byte {}, and the file ends after {}: \
+                "{what} needs {n_bytes} bytes at byte {}, but the file ends after {}: \
                  the download stopped early, or a length is damaged",
                 self.position, self.len
             )));
         }
         if self.position.saturating_add(n_bytes) > MAX_HEADER_BYTES {
             return Err(Fault::Reason(format!(
-                "{what} of {n_bytes} bytes makes the header larger than {MAX_HEADER_BYTES} bytes"
+                "{what} of {n_bytes} bytes would make the header larger than {MAX_HEADER_BYTES} bytes"
             )));
         }
         Ok(())
@@ -88,17 +88,17 @@ impl<R: Read> Cursor<R> {
         Ok(bytes)
     }
 
-    /// A little-endian u32.
+    /// Reads a little-endian u32.
     pub(super) fn u32(&mut self, what: &str) -> Result<u32, Fault> {
         self.array(what).map(u32::from_le_bytes)
     }
 
-    /// A little-endian u64.
+    /// Reads a little-endian u64.
     pub(super) fn u64(&mut self, what: &str) -> Result<u64, Fault> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// A string of at most `max_bytes`, into `buffer`, whose old content is lost.
+    /// Reads a string of at most `max_bytes` into `buffer`, and replaces its content.
     fn str_into<'a>(
         &mut self,
         max_bytes: u64,
@@ -109,7 +109,7 @@ impl<R: Read> Cursor<R> {
         self.need(n_bytes, what)?;
         if n_bytes > max_bytes {
             return Err(Fault::Reason(format!(
-                "{what} has {n_bytes} bytes, and at most {max_bytes} are allowed"
+                "{what} has {n_bytes} bytes, but at most {max_bytes} are allowed"
             )));
         }
         buffer.clear();
@@ -121,13 +121,13 @@ impl<R: Read> Cursor<R> {
         })
     }
 
-    /// A string of any length the header may have.
+    /// Reads a string, limited only by the header's cap.
     pub(super) fn string(&mut self, what: &str) -> Result<String, Fault> {
         let mut buffer = Vec::new();
         self.str_into(MAX_HEADER_BYTES, what, &mut buffer).map(str::to_owned)
     }
 
-    /// A metadata key: not empty, not longer than the format allows, no NUL (llama.cpp compares C strings).
+    /// Reads a metadata key: not empty, no longer than the format allows, no NUL (llama.cpp compares C strings).
     pub(super) fn key(&mut self, index: u64) -> Result<String, Fault> {
         let what = format!("metadata key {index}");
         let mut buffer = Vec::new();
@@ -144,7 +144,7 @@ impl<R: Read> Cursor<R> {
             .ok_or_else(|| Fault::Reason(format!("{what}: expected a value type from 0 to 12, found {id}")))
     }
 
-    /// A type number, then a value of that type.
+    /// Reads a type number and a value of that type.
     pub(super) fn value(&mut self, key: &str) -> Result<Value, Fault> {
         let what = format!("the value of key {key:?}");
         Ok(match self.value_type(&what)? {
@@ -182,7 +182,7 @@ impl<R: Read> Cursor<R> {
     }
 
     fn strings(&mut self, n: u64, what: &str) -> Result<Strings, Fault> {
-        // A string is at least its own length field.
+        // A string takes at least its length field.
         self.need(n.checked_mul(8).ok_or_else(|| too_long(what, n))?, what)?;
         let mut strings = Strings::with_capacity(n.min(MAX_ELEMENTS_AHEAD) as usize);
         let mut buffer = Vec::new();
@@ -197,7 +197,7 @@ impl<R: Read> Cursor<R> {
     }
 
     fn scalars(&mut self, element: ValueType, n: u64, what: &str) -> Result<Array, Fault> {
-        let size = element.size_bytes().expect("strings and arrays are handled by the caller") as u64;
+        let size = element.size_bytes().expect("the caller handles strings and arrays") as u64;
         let n_bytes = n.checked_mul(size).ok_or_else(|| too_long(what, n))?;
         self.need(n_bytes, what)?;
         let mut bytes = vec![0; n_bytes as usize];

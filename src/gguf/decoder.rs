@@ -1,4 +1,4 @@
-//! Whether a valid GGUF file is a language model that can generate text.
+//! Checks that a valid GGUF file is a language model that can generate text.
 
 use std::collections::HashSet;
 
@@ -7,14 +7,14 @@ use super::read::GgufFile;
 use super::{TensorInfo, Value};
 use crate::error::{Error, Result};
 
-/// The most experts (`LLAMA_MAX_EXPERTS` in `llama-hparams.h`).
+/// The most experts a model has (`LLAMA_MAX_EXPERTS` in `llama-hparams.h`).
 const MAX_EXPERTS: u32 = 1024;
 
-/// llama.cpp's CPU buffers begin at multiples of this many bytes (`TENSOR_ALIGNMENT` in `ggml-impl.h`);
-/// a mapped file whose tensors do not ends the process.
+/// Alignment of llama.cpp's CPU buffers in bytes (`TENSOR_ALIGNMENT` in `ggml-impl.h`).
+/// It aborts if the tensors of a memory-mapped file are aligned to less.
 const MIN_ALIGNMENT: u64 = 32;
 
-/// Architectures that turn text into vectors: llama.cpp gives them no KV cache, or no decoder.
+/// Architectures that embed text: in llama.cpp they have no KV cache, or no decoder.
 const ENCODERS: &[&str] = &[
     "bert",
     "modern-bert",
@@ -29,49 +29,49 @@ const ENCODERS: &[&str] = &[
     "t5encoder",
 ];
 
-/// Architectures whose decoder needs the output of their own encoder, which this program does not run.
+/// Architectures whose decoder needs the output of an encoder. This program does not run encoders.
 const ENCODER_DECODERS: &[&str] = &["t5"];
 
 /// Architectures that generate text by filling in masks, not from left to right.
 const DIFFUSION: &[&str] = &["dream", "llada", "llada-moe", "rnd1"];
 
-/// Architectures of other things than language models, and what they are.
+/// Architectures of files that are not language models, with a description.
 const NOT_LANGUAGE_MODELS: &[(&str, &str)] = &[
     ("clip", "a vision or audio projector (mmproj), the companion of a multimodal model"),
-    ("controlvector", "a control vector: it is added to a model with --control-vector"),
-    ("imatrix", "an importance matrix, made for quantising"),
+    ("controlvector", "a control vector: add it to a model with --control-vector"),
+    ("imatrix", "an importance matrix for quantising"),
     ("wavtokenizer-dec", "an audio decoder"),
-    ("clef", "a classifier of tokens"),
+    ("clef", "a token classifier"),
     ("gemma4-assistant", "a draft model for speculative decoding, which cannot generate alone"),
     ("eagle3", "a draft model for speculative decoding, which cannot generate alone"),
     ("dflash", "a draft model for speculative decoding, which cannot generate alone"),
 ];
 
-/// Values of `general.type` other than "model", and what they are.
+/// Values of `general.type` other than "model", with a description.
 const NOT_MODELS: &[(&str, &str)] = &[
-    ("adapter", "a LoRA adapter: it is added to its base model with --lora"),
-    ("lora", "a LoRA adapter: it is added to its base model with --lora"),
-    ("imatrix", "an importance matrix, made for quantising"),
+    ("adapter", "a LoRA adapter: add it to its base model with --lora"),
+    ("lora", "a LoRA adapter: add it to its base model with --lora"),
+    ("imatrix", "an importance matrix for quantising"),
     ("mmproj", "a vision or audio projector (mmproj), the companion of a multimodal model"),
-    ("controlvector", "a control vector: it is added to a model with --control-vector"),
+    ("controlvector", "a control vector: add it to a model with --control-vector"),
     ("vocab", "a vocabulary without a model"),
 ];
 
 /// Values of `{arch}.rope.scaling.type` that llama.cpp knows (`LLAMA_ROPE_SCALING_TYPES` in `llama-model.cpp`).
 const ROPE_SCALING_TYPES: &[&str] = &["none", "linear", "yarn", "longrope"];
 
-/// Whether llama.cpp can generate text with this file, as far as metadata and tensor types tell.
+/// Checks that llama.cpp can generate text with this file, from its metadata and tensor types.
 ///
-/// Looks for other kinds of file, for encoders, and for everything known to end the process by a failed
-/// assertion when the model is loaded or first run on a CPU. Tensor data is not read: a NaN in it is not found.
+/// Refuses other kinds of file, encoders, and everything known to make llama.cpp abort when it loads the model or first
+/// runs it on a CPU. Tensor data is not read, so a NaN in it is not found.
 ///
 /// # Errors
-/// [`Error::Model`] says what the file is instead, or which key or tensor is at fault.
+/// [`Error::Model`] names the kind of file, or the key or tensor at fault.
 pub fn check_decoder(file: &GgufFile) -> Result<()> {
     check_kind(file)?;
     let arch = file.architecture()?;
     if file.tensors().is_empty() {
-        return Err(reject(file, "it holds a vocabulary and no tensors", "pass the model itself"));
+        return Err(reject(file, "it has a vocabulary and no tensors", "pass the model itself"));
     }
     check_vocabulary(file)?;
     check_layers(file)?;
@@ -103,7 +103,7 @@ fn reject(file: &GgufFile, reason: &str, hint: &str) -> Error {
     Error::Model { path: file.path().to_path_buf(), reason: reason.to_owned(), hint }
 }
 
-/// A model, and of a kind that generates.
+/// Checks that the file is a model, of a kind that generates text.
 fn check_kind(file: &GgufFile) -> Result<()> {
     let known = |list: &[(&str, &'static str)], name: &str| {
         list.iter().find(|(n, _)| *n == name).map(|(_, what)| *what)
@@ -142,7 +142,7 @@ fn check_kind(file: &GgufFile) -> Result<()> {
     }
     if ENCODER_DECODERS.contains(&arch) {
         let reason =
-            format!("architecture {arch} is an encoder-decoder: only models that continue a text can be run");
+            format!("architecture {arch} is an encoder-decoder: only decoder-only models can be run");
         return Err(reject(file, &reason, ""));
     }
     if file.bool_if_present(&file.arch_key("attention.causal")?)? == Some(false) {
@@ -164,7 +164,11 @@ fn check_vocabulary(file: &GgufFile) -> Result<()> {
     if model.is_none_or(|model| model == "none" || model == "no_vocab") {
         let found = model.map_or("nothing".to_owned(), |model| format!("{model:?}"));
         let reason = format!("key \"tokenizer.ggml.model\": expected the kind of tokenizer, found {found}");
-        return Err(reject(file, &reason, "without a tokenizer no prompt can be read"));
+        return Err(reject(
+            file,
+            &reason,
+            "pass a model with a tokenizer: prompts cannot be read without one",
+        ));
     }
     let key = "tokenizer.ggml.tokens";
     if file.metadata.get(key).is_none() || file.tokens()?.is_empty() {
@@ -174,7 +178,7 @@ fn check_vocabulary(file: &GgufFile) -> Result<()> {
     let mut seen = HashSet::with_capacity(tokens.len());
     let mut placeholders = Vec::new();
     for (id, token) in tokens.iter().enumerate() {
-        // llama.cpp reads C strings, and calls an empty one [EMPTY_id].
+        // llama.cpp reads C strings, and renames an empty one to [EMPTY_id].
         let token = token.split('\0').next().unwrap_or_default();
         if token.is_empty() {
             placeholders.push(format!("[EMPTY_{id}]"));
@@ -185,12 +189,12 @@ fn check_vocabulary(file: &GgufFile) -> Result<()> {
     if let Some(name) = placeholders.iter().find(|name| seen.contains(name.as_str())) {
         return Err(reject(
             file,
-            &format!("key {key:?}: {name:?} is what llama.cpp calls an empty token"),
+            &format!("key {key:?}: token {name:?} has the name that llama.cpp gives to an empty token"),
             "",
         ));
     }
     if model == Some("llama") {
-        // Bytes that no UTF-8 text contains are not needed. For any other, llama.cpp's tokenizer throws.
+        // llama.cpp's tokenizer throws on a byte without a token. Bytes that never occur in UTF-8 need none.
         let has_byte = |b: u8| {
             seen.contains(format!("<0x{b:02X}>").as_str())
                 || b.is_ascii() && seen.contains(char::from(b).to_string().as_str())
@@ -199,7 +203,7 @@ fn check_vocabulary(file: &GgufFile) -> Result<()> {
         if let Some(byte) = missing {
             let reason = format!(
                 "key {key:?}: expected a token for each byte, found no \"<0x{byte:02X}>\"; \
-                 llama.cpp ends on the first character that the vocabulary lacks"
+                 llama.cpp aborts on the first character that is not in the vocabulary"
             );
             return Err(reject(file, &reason, ""));
         }
@@ -207,9 +211,9 @@ fn check_vocabulary(file: &GgufFile) -> Result<()> {
     check_special_tokens(file, model.unwrap_or_default(), tokens.len())
 }
 
-/// Where a token is added to every prompt it must exist: llama.cpp asserts that when it first reads a text.
+/// Checks that tokens added to every prompt exist. llama.cpp asserts it when it first tokenizes a text.
 fn check_special_tokens(file: &GgufFile, tokenizer: &str, n_vocab: usize) -> Result<()> {
-    // (added unless told otherwise, the default id), for the first and the last token: `llama_vocab::impl::load`.
+    // (added by default, default id) for the first and the last token, from `llama_vocab::impl::load`.
     let (first, last) = match tokenizer {
         "llama" => ((true, Some(1)), (false, Some(2))),
         "gpt2" => ((false, Some(11)), (false, Some(11))),
@@ -220,12 +224,12 @@ fn check_special_tokens(file: &GgufFile, tokenizer: &str, n_vocab: usize) -> Res
         let flag = format!("tokenizer.ggml.add_{name}_token");
         let key = format!("tokenizer.ggml.{name}_token_id");
         let given: Option<u32> = file.u32_if_present(&key)?;
-        // An id outside the vocabulary is ignored in favour of the default.
+        // llama.cpp replaces an id outside the vocabulary by the default.
         let exists = [given, default].into_iter().flatten().any(|id| (id as usize) < n_vocab);
         if file.bool_if_present(&flag)?.unwrap_or(added) && !exists {
             let found = given.map_or("nothing".to_owned(), |id| id.to_string());
             let reason = format!(
-                "key {key:?}: expected a token below {n_vocab}, as every prompt gets this token, found {found}"
+                "key {key:?}: expected a token below {n_vocab} because it is added to every prompt, found {found}"
             );
             return Err(reject(file, &reason, ""));
         }
@@ -258,9 +262,9 @@ fn check_layers(file: &GgufFile) -> Result<()> {
     }
 }
 
-/// Each key and value head serves the same number of heads: `ggml_mul_mat` asserts it while the graph is built.
+/// Checks that the heads divide evenly among the key and value heads. `ggml_mul_mat` asserts it when the graph is built.
 fn check_heads(file: &GgufFile) -> Result<()> {
-    // Recurrent models have no heads, and some layers of hybrid ones none for keys and values.
+    // Recurrent models have no heads. Some layers of hybrid models have none for keys and values.
     if file.metadata.get(&file.arch_key("attention.head_count")?).is_none() {
         return Ok(());
     }
@@ -274,7 +278,7 @@ fn check_heads(file: &GgufFile) -> Result<()> {
     Ok(())
 }
 
-/// What norms add under the root: ggml asserts that it is not negative, which NaN fails too.
+/// Checks the epsilon of norms. ggml asserts that it is not negative, and NaN fails that too.
 fn check_norms(file: &GgufFile) -> Result<()> {
     for name in ["layer_norm_rms_epsilon", "layer_norm_epsilon", "group_norm_epsilon"] {
         let key = file.arch_key(&format!("attention.{name}"))?;
@@ -288,14 +292,14 @@ fn check_norms(file: &GgufFile) -> Result<()> {
     Ok(())
 }
 
-/// The assertions of `load_hparams` on experts.
+/// Checks what llama.cpp's `load_hparams` asserts about experts.
 fn check_experts(file: &GgufFile) -> Result<()> {
     let number = |name: &str| -> Result<(String, u32)> {
         let key = file.arch_key(name)?;
         let found = file.u32_if_present(&key)?.unwrap_or(0);
         Ok((key, found))
     };
-    // Two architectures count a dense model as one with a single expert, and llama.cpp lets them.
+    // llama.cpp lets two architectures describe a dense model as one with a single expert.
     let single_is_dense = matches!(file.architecture()?, "hunyuan-dense" | "hunyuan_vl");
     let (key, n_expert) = number("expert_count")?;
     if n_expert <= 1 && single_is_dense {
@@ -314,7 +318,7 @@ fn check_experts(file: &GgufFile) -> Result<()> {
     let n_used = match file.metadata.get(&key) {
         None => 0,
         Some(&Value::U32(n)) => n,
-        // One number a layer: llama.cpp looks at the largest.
+        // One number per layer: llama.cpp checks the largest.
         Some(Value::Array(array)) => {
             let most = array.to_i64s().and_then(|values| values.into_iter().max()).unwrap_or(0);
             u32::try_from(most).unwrap_or(u32::MAX)
@@ -337,7 +341,7 @@ fn check_experts(file: &GgufFile) -> Result<()> {
     Ok(())
 }
 
-/// ggml's CPU code aborts on a norm or bias that is not f32, and has no product with some types.
+/// Checks tensor types. ggml's CPU code aborts on a norm or bias that is not f32, and cannot multiply by some types.
 fn check_tensor_type(file: &GgufFile, tensor: &TensorInfo) -> Result<()> {
     use super::TensorType::F32;
     let (name, found) = (tensor.name(), tensor.tensor_type());
@@ -360,8 +364,7 @@ fn check_tensor_type(file: &GgufFile, tensor: &TensorInfo) -> Result<()> {
             | "ffn_down.weight"
     );
     if is_matrix && !found.is_weight() {
-        let reason =
-            format!("tensor {name:?}: type {found} holds no weights that llama.cpp can multiply with");
+        let reason = format!("tensor {name:?}: llama.cpp cannot multiply by type {found}");
         return Err(reject(file, &reason, ""));
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! The sha256 of a whole file, and of a model of one file or several.
+//! The sha256 of a file, and of a model in one or several files.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,7 +13,7 @@ use super::GgufFile;
 use crate::error::{Error, Result};
 use crate::file::hex;
 
-/// Bytes read at a time: large enough for a system call to cost nothing, small enough to stay in the L2 cache.
+/// Bytes read at a time: large enough to make system calls cheap, small enough for the L2 cache.
 const CHUNK_BYTES: usize = 1 << 18;
 
 /// The sha256 of the file at `path` in lower-case hex, as `sha256sum` prints it.
@@ -43,19 +43,19 @@ pub fn file_sha256(path: impl AsRef<Path>, mut progress: impl FnMut(u64, u64)) -
     Ok(hex(&hash.finalize()))
 }
 
-/// What a file was when it was hashed: path, bytes, time of change.
+/// Identifies a hashed file: path, length in bytes, modification time.
 type Stamp = (PathBuf, u64, Option<SystemTime>);
 
-/// Hashes of this process: a sweep names the same model in each of its runs.
+/// Hashes computed by this process: each run of a sweep asks for the same model.
 static KNOWN: Mutex<Option<HashMap<Stamp, String>>> = Mutex::new(None);
 
-/// The sha256 of the GGUF at `path`; of a split one, that of its parts' hashes in order, as hex.
+/// The sha256 of the model at `path`. For a split model, the sha256 of its parts' hashes (hex, in order).
 ///
-/// A file that this process has hashed before, and whose length and time of change are the same, is not
-/// read again. `progress` is as for [`file_sha256`], over all parts; it is not called for those.
+/// A hash is reused if this process has already hashed the file, and its length and modification time are the same.
+/// `progress` works as in [`file_sha256`], with totals over all parts. It is not called for reused hashes.
 ///
 /// # Errors
-/// As [`GgufFile::open`] and [`file_sha256`].
+/// Same as [`GgufFile::open`] and [`file_sha256`].
 pub fn model_sha256(path: impl AsRef<Path>, mut progress: impl FnMut(u64, u64)) -> Result<String> {
     let file = GgufFile::open(path)?;
     let total = file.n_bytes();

@@ -1,9 +1,9 @@
-//! The quantisation of a whole file, by the names that people use.
+//! File types: the quantisation of a whole file, under its usual name.
 
 use super::TensorType;
 
-/// What `llama-quantize` calls the file type numbered `id` (`enum llama_ftype` in `llama.h`):
-/// `Q4_K_M`, `F16`. `None` for a number that is unknown or was removed.
+/// The name `llama-quantize` uses for file type `id` (`enum llama_ftype` in `llama.h`), such as `Q4_K_M`.
+/// `None` if the number is unknown or was removed.
 pub fn file_type_name(id: u32) -> Option<&'static str> {
     Some(match id {
         0 => "F32",
@@ -46,7 +46,7 @@ pub fn file_type_name(id: u32) -> Option<&'static str> {
     })
 }
 
-/// The file type that llama.cpp guesses when most tensors are of this type and `general.file_type` is absent.
+/// The file type llama.cpp guesses from the most common tensor type if `general.file_type` is absent.
 pub(super) fn guessed_name(most_common: TensorType) -> String {
     match most_common {
         TensorType::Q3_K => "Q3_K_M".into(),

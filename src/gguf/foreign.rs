@@ -1,22 +1,21 @@
-//! What a file that is not GGUF looks like, so that the message can say what went wrong.
+//! Recognises other file formats, so that the error can say what the file is.
 
-/// Names a file by its first bytes, when it is one of those that people pass by mistake.
-/// `None` for anything else.
+/// Describes a file by its first bytes, if it is of a kind that users pass by mistake.
 pub(super) fn name_foreign(head: &[u8]) -> Option<String> {
     let starts = |magic: &[u8]| head.starts_with(magic);
     if head.len() >= 64 && head.iter().all(|&b| b == 0) {
-        return Some("it begins with zeros: a download reserved the space and did not fill it".into());
+        return Some("it begins with zeros: a download reserved the space but did not fill it".into());
     }
     if starts(b"PK\x03\x04") {
-        return Some(with_cure("it is a ZIP archive, as PyTorch's .bin and .pt files are"));
+        return Some(with_cure("it is a ZIP archive, like PyTorch's .bin and .pt files"));
     }
     if starts(&[0x80, 2]) || starts(&[0x80, 3]) || starts(&[0x80, 4]) {
-        return Some(with_cure("it is a Python pickle, as old PyTorch files are"));
+        return Some(with_cure("it is a Python pickle, like old PyTorch files"));
     }
     if starts(b"\x89HDF") {
         return Some("it is an HDF5 file (Keras)".into());
     }
-    // llama.cpp before August 2023 wrote its magics as little-endian numbers, so they read backwards.
+    // Before August 2023, llama.cpp wrote its magics as little-endian numbers, so the letters are reversed on disk.
     for (number, letters) in
         [(b"lmgg", "ggml"), (b"fmgg", "ggmf"), (b"tjgg", "ggjt"), (b"algg", "ggla"), (b"nsgg", "ggsn")]
     {
@@ -55,7 +54,7 @@ fn compressed(head: &[u8]) -> Option<&'static str> {
     .find_map(|(magic, name)| head.starts_with(magic).then_some(name))
 }
 
-/// Pages, pointers and messages that were saved under the model's name.
+/// Describes text saved under the model's name: web pages, git-lfs pointers, error messages.
 fn name_text(head: &[u8]) -> Option<String> {
     let head = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head).trim_ascii_start();
     let head = &head[..head.len().min(1024)];
@@ -70,12 +69,12 @@ fn name_text(head: &[u8]) -> Option<String> {
         ));
     }
     if lower.starts_with("<?xml") {
-        return Some("it is an XML document, as download servers send for an error".into());
+        return Some("it is an XML document, probably an error message from a download server".into());
     }
     if lower.starts_with(['{', '[']) {
         return Some("it is JSON text".into());
     }
     let line: String = lower.lines().next().unwrap_or_default().chars().take(80).collect();
     let is_text = line.len() >= 8 && line.chars().all(|c| c.is_ascii_graphic() || c == ' ' || c == '\t');
-    is_text.then(|| format!("it is a text that begins {line:?}"))
+    is_text.then(|| format!("it is text that begins with {line:?}"))
 }

@@ -1,4 +1,4 @@
-//! What the metadata says about the model, under llama.cpp's names for it.
+//! Typed access to metadata, and the model's hyperparameters under llama.cpp's names.
 
 use std::collections::HashMap;
 
@@ -11,9 +11,9 @@ use crate::error::Result;
 /// The most layers a model has (`LLAMA_MAX_LAYERS` in `llama-hparams.h`).
 pub(super) const MAX_LAYERS: u32 = 512;
 
-/// A Rust type that one type of metadata value turns into.
+/// A Rust type that a metadata value of one type converts to.
 trait FromValue<'a>: Sized {
-    /// The type that is expected, for messages.
+    /// The expected type, for error messages.
     const EXPECTED: &'static str;
     fn from_value(value: &'a Value) -> Option<Self>;
 }
@@ -45,8 +45,9 @@ impl<'a> FromValue<'a> for &'a Strings {
     }
 }
 
-/// Values by key. The plain getters fail on a missing key; those in `Option` only on a wrong type.
-/// Types must match exactly, as in llama.cpp, which refuses a u64 where it expects a u32.
+/// Metadata values by key. Getters named `…_if_present` return `None` for a missing key; the others fail.
+///
+/// Types must match exactly. llama.cpp too refuses a u64 if it expects a u32.
 impl GgufFile {
     fn find<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<Option<T>> {
         let Some(value) = self.metadata.get(key) else { return Ok(None) };
@@ -67,15 +68,15 @@ impl GgufFile {
     /// The u32 under `key`.
     ///
     /// # Errors
-    /// [`crate::Error::Gguf`] where the key is missing or of another type; so for every getter here.
+    /// [`crate::Error::Gguf`] if the key is missing or has another type. The same holds for every getter below.
     pub fn u32(&self, key: &str) -> Result<u32> {
         self.require(key)
     }
 
-    /// The u32 under `key`, if the key is there.
+    /// The u32 under `key`, if present.
     ///
     /// # Errors
-    /// As [`GgufFile::u32`], except that a missing key is `None`; so for every getter in `Option`.
+    /// [`crate::Error::Gguf`] if the key has another type. The same holds for every `…_if_present`.
     pub fn u32_if_present(&self, key: &str) -> Result<Option<u32>> {
         self.find(key)
     }
@@ -83,15 +84,15 @@ impl GgufFile {
     /// The i32 under `key`.
     ///
     /// # Errors
-    /// As [`GgufFile::u32`].
+    /// Same as [`GgufFile::u32`].
     pub fn i32(&self, key: &str) -> Result<i32> {
         self.require(key)
     }
 
-    /// The integer under `key`, whatever its width and sign: some keys are i32 in one converter and u32 in another.
+    /// The integer under `key`, of any width and sign: some keys are i32 from one converter and u32 from another.
     ///
     /// # Errors
-    /// As [`GgufFile::u32`]; also where a u64 exceeds `i64::MAX`.
+    /// Same as [`GgufFile::u32`]; also if a u64 exceeds `i64::MAX`.
     pub fn integer(&self, key: &str) -> Result<i64> {
         let found = self.metadata.get(key);
         found.and_then(Value::as_integer).and_then(|v| i64::try_from(v).ok()).ok_or_else(|| {
@@ -103,15 +104,15 @@ impl GgufFile {
     /// The f32 under `key`.
     ///
     /// # Errors
-    /// As [`GgufFile::u32`].
+    /// Same as [`GgufFile::u32`].
     pub fn f32(&self, key: &str) -> Result<f32> {
         self.require(key)
     }
 
-    /// The f32 under `key`, if the key is there.
+    /// The f32 under `key`, if present.
     ///
     /// # Errors
-    /// As [`GgufFile::u32_if_present`].
+    /// Same as [`GgufFile::u32_if_present`].
     pub fn f32_if_present(&self, key: &str) -> Result<Option<f32>> {
         self.find(key)
     }
@@ -119,15 +120,15 @@ impl GgufFile {
     /// The bool under `key`.
     ///
     /// # Errors
-    /// As [`GgufFile::u32`].
+    /// Same as [`GgufFile::u32`].
     pub fn bool(&self, key: &str) -> Result<bool> {
         self.require(key)
     }
 
-    /// The bool under `key`, if the key is there.
+    /// The bool under `key`, if present.
     ///
     /// # Errors
-    /// As [`GgufFile::u32_if_present`].
+    /// Same as [`GgufFile::u32_if_present`].
     pub fn bool_if_present(&self, key: &str) -> Result<Option<bool>> {
         self.find(key)
     }
@@ -135,15 +136,15 @@ impl GgufFile {
     /// The string under `key`.
     ///
     /// # Errors
-    /// As [`GgufFile::u32`].
+    /// Same as [`GgufFile::u32`].
     pub fn str(&self, key: &str) -> Result<&str> {
         self.require(key)
     }
 
-    /// The string under `key`, if the key is there.
+    /// The string under `key`, if present.
     ///
     /// # Errors
-    /// As [`GgufFile::u32_if_present`].
+    /// Same as [`GgufFile::u32_if_present`].
     pub fn str_if_present(&self, key: &str) -> Result<Option<&str>> {
         self.find(key)
     }
@@ -151,7 +152,7 @@ impl GgufFile {
     /// The array under `key`.
     ///
     /// # Errors
-    /// As [`GgufFile::u32`].
+    /// Same as [`GgufFile::u32`].
     pub fn array(&self, key: &str) -> Result<&Array> {
         self.require(key)
     }
@@ -159,18 +160,18 @@ impl GgufFile {
     /// The array of strings under `key`.
     ///
     /// # Errors
-    /// As [`GgufFile::u32`].
+    /// Same as [`GgufFile::u32`].
     pub fn strings(&self, key: &str) -> Result<&Strings> {
         self.require(key)
     }
 }
 
-/// What is said of the model. Keys of the form `{arch}.…` are looked up under [`GgufFile::architecture`].
+/// Hyperparameters. Keys of the form `{arch}.…` use [`GgufFile::architecture`].
 impl GgufFile {
     /// `general.architecture`, such as "llama".
     ///
     /// # Errors
-    /// As [`GgufFile::u32`]; so for every method here that gives a `Result`.
+    /// Same as [`GgufFile::u32`]. The same holds for every method below that returns a `Result`.
     pub fn architecture(&self) -> Result<&str> {
         self.str("general.architecture")
     }
@@ -178,7 +179,7 @@ impl GgufFile {
     /// The key `{arch}.{name}`.
     ///
     /// # Errors
-    /// Where there is no architecture.
+    /// Same as [`GgufFile::architecture`].
     pub fn arch_key(&self, name: &str) -> Result<String> {
         Ok(format!("{}.{name}", self.architecture()?))
     }
@@ -187,7 +188,7 @@ impl GgufFile {
         self.u32(&self.arch_key(name)?)
     }
 
-    /// `general.name`, if the file gives one.
+    /// `general.name`, if present.
     pub fn model_name(&self) -> Option<&str> {
         self.str_if_present("general.name").ok().flatten()
     }
@@ -195,7 +196,7 @@ impl GgufFile {
     /// The number of blocks, `{arch}.block_count`.
     ///
     /// # Errors
-    /// As [`GgufFile::architecture`].
+    /// Same as [`GgufFile::architecture`].
     pub fn n_layer(&self) -> Result<u32> {
         self.arch_u32("block_count")
     }
@@ -203,23 +204,23 @@ impl GgufFile {
     /// Width of the residual stream, `{arch}.embedding_length`.
     ///
     /// # Errors
-    /// As [`GgufFile::architecture`].
+    /// Same as [`GgufFile::architecture`].
     pub fn n_embd(&self) -> Result<u32> {
         self.arch_u32("embedding_length")
     }
 
-    /// Tokens of context that the model was trained with, `{arch}.context_length`.
+    /// Context length in training, in tokens, `{arch}.context_length`.
     ///
     /// # Errors
-    /// As [`GgufFile::architecture`].
+    /// Same as [`GgufFile::architecture`].
     pub fn n_ctx_train(&self) -> Result<u32> {
         self.arch_u32("context_length")
     }
 
-    /// Neurons in each FFN, `{arch}.feed_forward_length`, where all layers have the same number.
+    /// Neurons per FFN, `{arch}.feed_forward_length`, if it is the same in all layers.
     ///
     /// # Errors
-    /// As [`GgufFile::architecture`]; also where layers differ: see [`GgufFile::n_ff_per_layer`].
+    /// Same as [`GgufFile::architecture`]; also if layers differ. Then use [`GgufFile::n_ff_per_layer`].
     pub fn n_ff(&self) -> Result<u32> {
         self.same_in_all_layers("feed_forward_length", &self.n_ff_per_layer()?)
     }
@@ -227,15 +228,15 @@ impl GgufFile {
     /// Neurons in the FFN of each layer, shape `[n_layer]`.
     ///
     /// # Errors
-    /// As [`GgufFile::architecture`].
+    /// Same as [`GgufFile::architecture`].
     pub fn n_ff_per_layer(&self) -> Result<Vec<u32>> {
         self.per_layer("feed_forward_length")
     }
 
-    /// Attention heads, `{arch}.attention.head_count`, where all layers have the same number.
+    /// Attention heads, `{arch}.attention.head_count`, if the number is the same in all layers.
     ///
     /// # Errors
-    /// As [`GgufFile::n_ff`].
+    /// Same as [`GgufFile::n_ff`].
     pub fn n_head(&self) -> Result<u32> {
         self.same_in_all_layers("attention.head_count", &self.n_head_per_layer()?)
     }
@@ -243,25 +244,25 @@ impl GgufFile {
     /// Attention heads of each layer, shape `[n_layer]`.
     ///
     /// # Errors
-    /// As [`GgufFile::architecture`].
+    /// Same as [`GgufFile::architecture`].
     pub fn n_head_per_layer(&self) -> Result<Vec<u32>> {
         self.per_layer("attention.head_count")
     }
 
-    /// Key and value heads, `{arch}.attention.head_count_kv`, where all layers have the same number;
-    /// as many as [`GgufFile::n_head`] where the key is absent.
+    /// Key and value heads, `{arch}.attention.head_count_kv`, if the number is the same in all layers.
+    /// Defaults to [`GgufFile::n_head`] if the key is absent.
     ///
     /// # Errors
-    /// As [`GgufFile::n_ff`].
+    /// Same as [`GgufFile::n_ff`].
     pub fn n_head_kv(&self) -> Result<u32> {
         self.same_in_all_layers("attention.head_count_kv", &self.n_head_kv_per_layer()?)
     }
 
-    /// Key and value heads of each layer, shape `[n_layer]`; those of [`GgufFile::n_head_per_layer`] where the
-    /// key is absent.
+    /// Key and value heads of each layer, shape `[n_layer]`.
+    /// Defaults to [`GgufFile::n_head_per_layer`] if the key is absent.
     ///
     /// # Errors
-    /// As [`GgufFile::architecture`].
+    /// Same as [`GgufFile::architecture`].
     pub fn n_head_kv_per_layer(&self) -> Result<Vec<u32>> {
         let name = "attention.head_count_kv";
         if self.metadata.get(&self.arch_key(name)?).is_none() {
@@ -270,7 +271,7 @@ impl GgufFile {
         self.per_layer(name)
     }
 
-    /// One number for all layers, or an array with one for each: llama.cpp's `get_key_or_arr`.
+    /// Reads one number for all layers, or an array with one per layer, like llama.cpp's `get_key_or_arr`.
     fn per_layer(&self, name: &str) -> Result<Vec<u32>> {
         let n_layer = self.n_layer()? as usize;
         let key = self.arch_key(name)?;
@@ -281,7 +282,7 @@ impl GgufFile {
             )
         };
         match self.metadata.get(&key) {
-            // The cap keeps a damaged block_count from asking for 16 GiB.
+            // Without the cap a damaged block_count could allocate 16 GiB.
             Some(&Value::U32(n)) => Ok(vec![n; n_layer.min(MAX_LAYERS as usize)]),
             Some(Value::Array(array)) if array.len() == n_layer => array
                 .to_i64s()
@@ -308,10 +309,10 @@ impl GgufFile {
         }
     }
 
-    /// The vocabulary, `tokenizer.ggml.tokens`, as the tokenizer spells it (not as plain text), shape `[n_vocab]`.
+    /// The vocabulary, `tokenizer.ggml.tokens`, in the tokenizer's spelling (not plain text), shape `[n_vocab]`.
     ///
     /// # Errors
-    /// As [`GgufFile::u32`].
+    /// Same as [`GgufFile::u32`].
     pub fn tokens(&self) -> Result<&Strings> {
         self.strings("tokenizer.ggml.tokens")
     }
@@ -319,7 +320,7 @@ impl GgufFile {
     /// The number of tokens in the vocabulary.
     ///
     /// # Errors
-    /// As [`GgufFile::tokens`].
+    /// Same as [`GgufFile::tokens`].
     pub fn n_vocab(&self) -> Result<u32> {
         let n = self.tokens()?.len();
         u32::try_from(n).map_err(|_| {
@@ -330,18 +331,19 @@ impl GgufFile {
     /// The kind of tokenizer, `tokenizer.ggml.model`: "llama" (SentencePiece), "gpt2" (byte-level BPE), …
     ///
     /// # Errors
-    /// As [`GgufFile::u32`].
+    /// Same as [`GgufFile::u32`].
     pub fn tokenizer_model(&self) -> Result<&str> {
         self.str("tokenizer.ggml.model")
     }
 
-    /// Parameters: the elements of all tensors, as llama.cpp counts them.
+    /// Number of parameters: the elements of all tensors, like llama.cpp counts them.
     pub fn n_params(&self) -> u64 {
         self.tensors.iter().map(|tensor| tensor.n_elements()).fold(0, u64::saturating_add)
     }
 
     /// The quantisation as `llama-quantize` spells it (`Q4_K_M`), from `general.file_type`.
-    /// Where that is absent, "(guessed) " and the type of most tensors, as llama.cpp does.
+    ///
+    /// If that is absent, "(guessed) " and the most common tensor type, like llama.cpp.
     pub fn quant(&self) -> String {
         if let Some(&Value::U32(id)) = self.metadata.get("general.file_type") {
             return file_type_name(id).map_or_else(|| format!("unknown file type {id}"), str::to_owned);
@@ -350,7 +352,7 @@ impl GgufFile {
         for tensor in &self.tensors {
             *counts.entry(tensor.tensor_type()).or_insert(0usize) += 1;
         }
-        // On a tie the lower type number wins, so that the answer does not depend on hashing.
+        // On a tie the lower type number wins, so that the result does not depend on the hash order.
         match counts.into_iter().max_by_key(|(t, n)| (*n, std::cmp::Reverse(t.id()))) {
             Some((most_common, _)) => format!("(guessed) {}", guessed_name(most_common)),
             None => "no tensors".into(),

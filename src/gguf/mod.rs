@@ -1,30 +1,32 @@
-//! Reads, validates and writes GGUF files, with no help from llama.cpp but for the numbers in blocks.
+//! Reads, validates and writes GGUF files. Only [`quantize()`] and [`dequantize()`] use llama.cpp.
 //!
-//! llama.cpp ends the process on a failed assertion, so a file is read here first:
+//! llama.cpp aborts the process on a bad file, so files are validated here first:
 //!
 //! ```text
-//! path ─► foreign (what else is it?) ─► cursor (bounded reads) ─► read::validate ─► GgufFile
-//!                                                                     │                │
-//!                                        write (checks itself by it) ─┘                ├─► hparams (n_layer, n_embd, …)
-//!                                                                                      └─► check_decoder (can it generate?)
+//! path ─► validate ─► split (all parts) ─► GgufFile ─► hparams (n_layer, n_embd, …)
+//!            │                                 └─────► check_decoder (can it generate?)
+//!            ├─ cursor: bounded reads of the header
+//!            └─ foreign: names other formats
+//!
+//! write: checks its own output with validate
 //! ```
 //!
-//! [`GgufFile::open`] accepts what llama.cpp's own loader accepts, and refuses a little more: strings
-//! that are not UTF-8, booleans other than 0 and 1, tensors without dimensions or elements. It reads the
-//! metadata and the tensor list, never the tensor data.
-//! [`check_decoder`] then asks whether the file is a language model that can generate, and looks for
-//! what llama.cpp would only find by an assertion.
+//! [`GgufFile::open`] reads the metadata and the tensor list, never the tensor data. It accepts the files that
+//! llama.cpp's own loader accepts, with a few exceptions: it refuses strings that are not UTF-8, booleans other than
+//! 0 and 1, and tensors without dimensions or elements.
+//! [`check_decoder`] then checks that the file is a language model that can generate, and looks for everything that
+//! llama.cpp would only catch by a failed assertion.
 //!
-//! No file is mapped into memory: data is read at positions ([`GgufFile::read_tensor_at`]), so a file that
-//! another program truncates meanwhile is an error, not a signal. Between [`GgufFile::open`] and
-//! llama.cpp's own loading the file may still change; [`GgufFile::check_unchanged`] narrows that gap to
-//! the call itself, it does not close it.
+//! Files are not memory-mapped. Data is read at positions ([`GgufFile::read_tensor_at`]), so if another program
+//! truncates the file meanwhile, that is an error and not a signal. The file may still change between
+//! [`GgufFile::open`] and llama.cpp's own loading; calling [`GgufFile::check_unchanged`] just before loading narrows
+//! that gap but does not close it.
 //!
 //! Shapes are in ggml's order, fastest axis first: a matrix that maps `n_in` to `n_out` has shape
 //! `[n_in, n_out]`.
 //!
-//! The format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>; where that text and
-//! `ggml/src/gguf.cpp` differ, the code decides, since it is what loads the file.
+//! The format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>. If it and `ggml/src/gguf.cpp` differ, this
+//! module follows the code, because the code loads the file.
 
 pub(crate) mod blocks;
 mod cursor;
@@ -53,8 +55,8 @@ pub use tensor::{TensorInfo, TensorType};
 pub use value::{Array, Metadata, Strings, Value, ValueType};
 pub use write::{GgufWriter, TensorSpec};
 
-/// The format version that is written, and the newest that is read (`GGUF_VERSION` in `gguf.h`).
+/// The version written, and the newest one read (`GGUF_VERSION` in `gguf.h`).
 pub const VERSION: u32 = 3;
 
-/// Alignment of tensor data, in bytes, where `general.alignment` is absent (`GGUF_DEFAULT_ALIGNMENT` in `gguf.h`).
+/// Alignment of tensor data in bytes if `general.alignment` is absent (`GGUF_DEFAULT_ALIGNMENT` in `gguf.h`).
 pub const DEFAULT_ALIGNMENT: u32 = 32;

@@ -1,23 +1,23 @@
-//! Tensors: their types, and where in a file each one lies.
+//! Tensor types, and the position of each tensor in its file.
 
 use std::fmt;
 
-/// The most dimensions a tensor has (`GGML_MAX_DIMS` in `ggml.h`).
+/// The most dimensions of a tensor (`GGML_MAX_DIMS` in `ggml.h`).
 pub(super) const MAX_DIMS: usize = 4;
 
-/// A tensor's name has fewer bytes than this (`GGML_MAX_NAME` in `ggml.h`, which counts a final NUL).
+/// The longest tensor name in bytes, plus one for the final NUL (`GGML_MAX_NAME` in `ggml.h`).
 pub(super) const MAX_NAME: usize = 64;
 
 macro_rules! tensor_types {
     ($($variant:ident = $id:literal, $name:literal, $block_len:literal, $block_bytes:literal;)*) => {
-        /// How a tensor's elements are stored, as numbered by `enum ggml_type` in `ggml.h`.
+        /// The storage type of a tensor's elements, numbered like `enum ggml_type` in `ggml.h`.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[allow(missing_docs, non_camel_case_types, reason = "ggml's own spelling")]
         #[repr(u32)]
         pub enum TensorType { $($variant = $id),* }
 
         impl TensorType {
-            /// Every type, by number.
+            /// All types, in order of their numbers.
             pub const ALL: &'static [TensorType] = &[$(TensorType::$variant),*];
 
             /// ggml's name for it (`ggml_type_name`).
@@ -25,12 +25,12 @@ macro_rules! tensor_types {
                 match self { $(TensorType::$variant => $name),* }
             }
 
-            /// Elements in one block; a row holds a whole number of blocks.
+            /// Elements per block. A row is a whole number of blocks.
             pub const fn block_len(self) -> u64 {
                 match self { $(TensorType::$variant => $block_len),* }
             }
 
-            /// Bytes of one block.
+            /// Bytes per block.
             pub const fn block_bytes(self) -> u64 {
                 match self { $(TensorType::$variant => $block_bytes),* }
             }
@@ -38,7 +38,7 @@ macro_rules! tensor_types {
     };
 }
 
-// From `type_traits` in ggml.c, with the block structs of ggml-common.h added up.
+// From `type_traits` in ggml.c, with the sizes of the block structs in ggml-common.h.
 tensor_types! {
     F32 = 0, "f32", 1, 4;
     F16 = 1, "f16", 1, 2;
@@ -78,7 +78,7 @@ tensor_types! {
 }
 
 impl TensorType {
-    /// The type with this number, or why there is none.
+    /// The type with this number. The error is the reason to refuse it.
     pub(super) fn from_id(id: u32) -> Result<TensorType, String> {
         if let Some(found) = TensorType::ALL.iter().find(|t| t.id() == id) {
             return Ok(*found);
@@ -94,12 +94,12 @@ impl TensorType {
         })
     }
 
-    /// The number in the file.
+    /// The number that stands for this type in a file.
     pub const fn id(self) -> u32 {
         self as u32
     }
 
-    /// Bytes of one row of `n_elements`; `None` if that is not a whole number of blocks, or overflows.
+    /// Bytes of a row of `n_elements`. `None` if it is not a whole number of blocks, or overflows.
     pub fn row_bytes(self, n_elements: u64) -> Option<u64> {
         if !n_elements.is_multiple_of(self.block_len()) {
             return None;
@@ -107,8 +107,9 @@ impl TensorType {
         (n_elements / self.block_len()).checked_mul(self.block_bytes())
     }
 
-    /// Whether llama.cpp multiplies by a matrix of this type: the integers, f64 and the two types of
-    /// intermediate results (q8_1, q8_K) have no such product.
+    /// Whether llama.cpp can multiply by a matrix of this type.
+    ///
+    /// It cannot for integers, f64 and the two types of intermediate results (q8_1, q8_K).
     pub fn is_weight(self) -> bool {
         use TensorType::*;
         !matches!(self, I8 | I16 | I32 | I64 | F64 | Q8_1 | Q8_K)
@@ -121,7 +122,7 @@ impl fmt::Display for TensorType {
     }
 }
 
-/// Bytes of a tensor of `shape` (ggml order), or which rule of ggml's the shape breaks.
+/// Bytes of a tensor of `shape` (ggml order). The error names the rule of ggml that the shape breaks.
 pub(super) fn tensor_bytes(shape: &[u64], tensor_type: TensorType) -> Result<u64, String> {
     if shape.is_empty() || shape.len() > MAX_DIMS {
         return Err(format!("expected 1 to {MAX_DIMS} dimensions, found {}", shape.len()));
@@ -145,20 +146,20 @@ pub(super) fn tensor_bytes(shape: &[u64], tensor_type: TensorType) -> Result<u64
     n_bytes.filter(|&n| i64::try_from(n).is_ok()).ok_or_else(too_large)
 }
 
-/// Why a tensor cannot have this name, if it cannot.
+/// Why this is not a valid tensor name; `None` if it is.
 pub(super) fn name_fault(name: &str) -> Option<String> {
     if name.is_empty() {
         Some("the name is empty".into())
     } else if name.len() >= MAX_NAME {
-        Some(format!("the name has {} bytes, and llama.cpp keeps at most {}", name.len(), MAX_NAME - 1))
+        Some(format!("the name has {} bytes, but llama.cpp allows at most {}", name.len(), MAX_NAME - 1))
     } else if name.contains('\0') {
-        Some("the name contains a NUL byte, where llama.cpp would end it".into())
+        Some("the name contains a NUL byte, and llama.cpp would truncate it there".into())
     } else {
         None
     }
 }
 
-/// One tensor of a validated file: its data lies inside the file, aligned, apart from every other's.
+/// A tensor of a validated file. Its data is aligned, inside the file, and does not overlap another tensor's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     pub(super) name: String,
@@ -175,33 +176,34 @@ impl TensorInfo {
         &self.name
     }
 
-    /// Elements in each dimension, 1 to 4 of them, in ggml's order (fastest first):
-    /// `ffn_down.weight` is `[n_ff, n_embd]`.
+    /// Elements in each of its 1 to 4 dimensions, in ggml's order (fastest axis first).
+    ///
+    /// `ffn_down.weight` has shape `[n_ff, n_embd]`.
     pub fn shape(&self) -> &[u64] {
         &self.shape
     }
 
-    /// How the elements are stored.
+    /// The storage type of the elements.
     pub fn tensor_type(&self) -> TensorType {
         self.tensor_type
     }
 
-    /// Which file of a split model holds it, from 0; 0 in a model of one file.
+    /// The part of a split model that holds it, from 0. Always 0 if the model is not split.
     pub fn part(&self) -> usize {
         self.part
     }
 
-    /// Where its data begins, in bytes from the start of that file.
+    /// The start of its data, in bytes from the start of that part's file.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Bytes of its data, without padding.
+    /// Size of its data in bytes, without padding.
     pub fn n_bytes(&self) -> u64 {
         self.n_bytes
     }
 
-    /// The product of its dimensions.
+    /// Number of elements: the product of the shape.
     pub fn n_elements(&self) -> u64 {
         self.shape.iter().product()
     }

@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::fmt;
 
-/// The type of a metadata value, as numbered by `enum gguf_type` in `gguf.h`.
+/// The type of a metadata value, numbered like `enum gguf_type` in `gguf.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
-#[allow(missing_docs, reason = "the names say all")]
+#[allow(missing_docs, reason = "the names are self-explanatory")]
 pub enum ValueType {
     U8 = 0,
     I8 = 1,
@@ -24,13 +24,13 @@ pub enum ValueType {
 }
 
 impl ValueType {
-    /// The type with this number, or `None` for a number no version of the format uses.
+    /// The type with this number. `None` if no version of the format uses the number.
     pub fn from_id(id: u32) -> Option<ValueType> {
         use ValueType::*;
         [U8, I8, U16, I16, U32, I32, F32, Bool, Str, Array, U64, I64, F64].get(id as usize).copied()
     }
 
-    /// The number in the file.
+    /// The number that stands for this type in a file.
     pub fn id(self) -> u32 {
         self as u32
     }
@@ -41,7 +41,7 @@ impl ValueType {
             [self as usize]
     }
 
-    /// Bytes of one value in the file; `None` for strings and arrays, which have no fixed size.
+    /// Bytes per value. `None` for strings and arrays, which have no fixed size.
     pub fn size_bytes(self) -> Option<usize> {
         use ValueType::*;
         match self {
@@ -60,9 +60,9 @@ impl fmt::Display for ValueType {
     }
 }
 
-/// One metadata value.
+/// A metadata value.
 #[derive(Debug, Clone, PartialEq)]
-#[allow(missing_docs, reason = "the names say all")]
+#[allow(missing_docs, reason = "the names are self-explanatory")]
 pub enum Value {
     U8(u8),
     I8(i8),
@@ -80,7 +80,7 @@ pub enum Value {
 }
 
 impl Value {
-    /// The type as the file names it.
+    /// The type of this value.
     pub fn value_type(&self) -> ValueType {
         match self {
             Value::U8(_) => ValueType::U8,
@@ -114,7 +114,7 @@ impl Value {
         }
     }
 
-    /// The type in words, with the element type and length of an array: "arr of 5 str".
+    /// Describes the type for messages, with the length and element type of an array: "arr of 5 str".
     pub fn describe(&self) -> String {
         match self {
             Value::Array(array) => format!("arr of {} {}", array.len(), array.element_type()),
@@ -123,13 +123,13 @@ impl Value {
     }
 }
 
-/// An array of scalars or of strings; arrays of arrays do not load in llama.cpp and are refused.
+/// An array of scalars or strings. Arrays of arrays are refused, because llama.cpp does not load them.
 #[derive(Clone, PartialEq)]
 pub struct Array(Repr);
 
 #[derive(Clone, PartialEq)]
 enum Repr {
-    /// Little-endian, as in the file: one copy, whatever the element type.
+    /// Little-endian bytes as in the file, for every element type.
     Scalars {
         element: ValueType,
         bytes: Vec<u8>,
@@ -138,7 +138,7 @@ enum Repr {
 }
 
 impl Array {
-    /// An array of scalars from its little-endian bytes; `None` where the length or a boolean does not fit the type.
+    /// An array of scalars from little-endian bytes. `None` if the length or a boolean is invalid for the type.
     pub(super) fn from_le_bytes(element: ValueType, bytes: Vec<u8>) -> Option<Array> {
         let size = element.size_bytes()?;
         let valid =
@@ -175,7 +175,7 @@ impl Array {
         }
     }
 
-    /// The elements in little-endian bytes, if this is an array of scalars.
+    /// The elements as little-endian bytes, if this is an array of scalars.
     pub fn le_bytes(&self) -> Option<&[u8]> {
         match &self.0 {
             Repr::Scalars { bytes, .. } => Some(bytes),
@@ -197,7 +197,8 @@ impl Array {
         self.scalars(ValueType::F32, f32::from_le_bytes)
     }
 
-    /// The elements, if this is an array of integers (or booleans, as 0 and 1); `None` too where a u64 exceeds `i64::MAX`.
+    /// The elements, if this is an array of integers, or of booleans as 0 and 1.
+    /// Also `None` if a u64 exceeds `i64::MAX`.
     pub fn to_i64s(&self) -> Option<Vec<i64>> {
         fn widen<T: Into<i64>>(values: Option<Vec<T>>) -> Option<Vec<i64>> {
             Some(values?.into_iter().map(Into::into).collect())
@@ -220,7 +221,7 @@ impl Array {
     }
 }
 
-/// The most elements that `Debug` prints: a vocabulary in a panic message helps nobody.
+/// The most elements that `Debug` prints, to keep a vocabulary out of panic messages.
 const MAX_DEBUG: usize = 8;
 
 impl fmt::Debug for Array {
@@ -257,13 +258,14 @@ macro_rules! array_from_slice {
         }
     )*};
 }
-array_from_slice!(u8 => U8, i8 => I8, u16 => U16, i16 => I16, u32 => U32, i32 => I32, f32 => F32, u64 => U64, i64 => I64, f64 => F64);
+array_from_slice!(u8 => U8, u16 => U16, u32 => U32, u64 => U64);
+array_from_slice!(i8 => I8, i16 => I16, i32 => I32, i64 => I64, f32 => F32, f64 => F64);
 
-/// Many strings in one allocation: a vocabulary of 260,000 tokens is two vectors, not 260,000.
+/// Many strings in two allocations: a vocabulary of 260,000 tokens does not need 260,000.
 #[derive(Clone, Default, PartialEq)]
 pub struct Strings {
     text: String,
-    /// The end of each string in `text`, in bytes.
+    /// End of each string in `text`, in bytes.
     ends: Vec<usize>,
 }
 
@@ -274,7 +276,7 @@ impl fmt::Debug for Strings {
 }
 
 impl Strings {
-    /// None yet, with room for the ends of `n` strings.
+    /// An empty list with room for `n` strings.
     pub(super) fn with_capacity(n: usize) -> Strings {
         Strings { text: String::new(), ends: Vec::with_capacity(n) }
     }
@@ -316,7 +318,7 @@ impl<S: AsRef<str>> FromIterator<S> for Strings {
     }
 }
 
-/// Keys and values in file order; each key once.
+/// Keys and values in file order. Each key occurs once.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Metadata {
     entries: Vec<(String, Value)>,
@@ -324,7 +326,7 @@ pub struct Metadata {
 }
 
 impl Metadata {
-    /// Nothing in it yet.
+    /// Empty metadata.
     pub fn new() -> Metadata {
         Metadata::default()
     }
@@ -339,12 +341,12 @@ impl Metadata {
         self.entries.is_empty()
     }
 
-    /// The value of `key`, if it is there.
+    /// The value of `key`, if present.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.index.get(key).map(|&i| &self.entries[i].1)
     }
 
-    /// Sets `key`, in its old place if it is already there, else at the end; gives back the old value.
+    /// Sets `key` and returns the old value. An existing key keeps its place; a new one goes to the end.
     pub fn set(&mut self, key: impl Into<String>, value: Value) -> Option<Value> {
         let key = key.into();
         if let Some(&i) = self.index.get(&key) {

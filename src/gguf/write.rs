@@ -1,4 +1,4 @@
-//! Writes GGUF files: the header at once, then tensor data in any chunks, so that a model never has to fit in memory.
+//! Writes GGUF files: first the header, then tensor data in chunks, so a model need not fit in memory.
 
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -10,19 +10,20 @@ use super::validate::{self, refuse};
 use super::{Array, Metadata, VERSION, Value, ValueType};
 use crate::error::{Error, Result};
 
-/// A tensor to be written.
+/// Name, shape and type of a tensor to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {
     /// The name, at most 63 bytes.
     pub name: String,
-    /// Elements in each dimension, 1 to 4 of them, in ggml's order (fastest first).
+    /// Elements in each of its 1 to 4 dimensions, in ggml's order (fastest axis first).
     pub shape: Vec<u64>,
-    /// How the elements are stored.
+    /// The storage type of the elements.
     pub tensor_type: TensorType,
 }
 
-/// Writes one file beside its destination and renames it into place in [`GgufWriter::finish`].
-/// Dropped before that, it leaves nothing behind.
+/// Writes a GGUF file atomically: to a temporary file, renamed into place by [`GgufWriter::finish`].
+///
+/// Dropping it earlier removes the temporary file.
 ///
 /// ```no_run
 /// # use detox_gguf::gguf::*;
@@ -41,15 +42,16 @@ pub struct GgufWriter {
     alignment: u64,
     /// Tensors with their sizes in bytes.
     tensors: Vec<(TensorSpec, u64)>,
-    /// The tensor that the next byte belongs to.
+    /// Index of the tensor that the next byte belongs to.
     current: usize,
-    /// Bytes of it that were written.
+    /// Bytes of that tensor written so far.
     written: u64,
 }
 
 impl GgufWriter {
-    /// Begins the file that will be `path`: writes the header, so that the data of `tensors` can follow in order.
-    /// `general.alignment` in `metadata` is obeyed.
+    /// Starts a file that will appear at `path`, and writes its header. The data of `tensors` follows in order.
+    ///
+    /// Tensors are aligned to `general.alignment` in `metadata`, or to the default.
     ///
     /// # Errors
     /// [`Error::Gguf`] if metadata or tensors break a rule of the format. [`Error::Io`] if the file cannot be written.
@@ -75,12 +77,12 @@ impl GgufWriter {
             sized.push((spec, n_bytes));
         }
         let header = header_bytes(metadata, &sized, alignment)
-            .ok_or_else(|| refuse(path, "its tensors have more than 2^64 bytes together"))?;
+            .ok_or_else(|| refuse(path, "its tensors have more than 2^64 bytes in total"))?;
 
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut builder = tempfile::Builder::new();
         builder.prefix(".gguf-").suffix(".part");
-        // Without this the result would be readable by its owner alone; the umask still applies.
+        // Temporary files are private by default; the final file should follow the user's umask.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
         let file = builder.tempfile_in(folder).map_err(Error::io("create", path))?;
@@ -89,24 +91,25 @@ impl GgufWriter {
         Ok(GgufWriter { path: path.to_path_buf(), file, alignment, tensors: sized, current: 0, written: 0 })
     }
 
-    /// Appends tensor data, as stored: blocks for a quantised type, little-endian numbers else.
-    /// Chunks may end anywhere within a tensor, but not reach into the next.
+    /// Appends tensor data in its stored form: blocks for a quantised type, otherwise little-endian numbers.
+    ///
+    /// A chunk may end anywhere in a tensor but must not extend into the next.
     ///
     /// # Errors
-    /// [`Error::Gguf`] for more bytes than the current tensor still lacks. [`Error::Io`] if the disk refuses.
+    /// [`Error::Gguf`] if `bytes` is longer than the rest of the current tensor. [`Error::Io`] if the write fails.
     pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let Some((spec, n_bytes)) = self.tensors.get(self.current) else {
             return Err(refuse(&self.path, format!("{} bytes follow after the last tensor", bytes.len())));
         };
-        let (lacks, n_given) = (n_bytes - self.written, bytes.len() as u64);
-        if n_given > lacks {
-            let reason = format!("tensor {:?}: expected {lacks} more bytes, found {n_given}", spec.name);
+        let (n_missing, n_given) = (n_bytes - self.written, bytes.len() as u64);
+        if n_given > n_missing {
+            let reason = format!("tensor {:?}: expected {n_missing} more bytes, found {n_given}", spec.name);
             return Err(refuse(&self.path, reason));
         }
         self.file.write_all(bytes).map_err(Error::io("write", &self.path))?;
         self.written += n_given;
         if self.written == *n_bytes {
-            // The last tensor is padded too: llama.cpp reads adapters and control vectors up to the padded size.
+            // The last tensor is padded too, because llama.cpp reads adapters and control vectors up to the padded size.
             let padding = n_bytes.next_multiple_of(self.alignment) - n_bytes;
             std::io::copy(&mut std::io::Read::take(std::io::repeat(0), padding), &mut self.file)
                 .map_err(Error::io("write", &self.path))?;
@@ -119,7 +122,7 @@ impl GgufWriter {
     /// Appends f32 numbers to a tensor of type [`TensorType::F32`].
     ///
     /// # Errors
-    /// As [`GgufWriter::write`]; also where the current tensor has another type.
+    /// Same as [`GgufWriter::write`]; also if the current tensor has another type.
     pub fn write_f32s(&mut self, values: &[f32]) -> Result<()> {
         if let Some((spec, _)) = self.tensors.get(self.current)
             && spec.tensor_type != TensorType::F32
@@ -134,10 +137,10 @@ impl GgufWriter {
         Ok(())
     }
 
-    /// Checks the file with the reader, flushes it to the disk, and renames it into place.
+    /// Flushes the file to disk, validates it, and renames it into place.
     ///
     /// # Errors
-    /// [`Error::Gguf`] if tensor data is missing, or the reader refuses the file. [`Error::Io`] if the disk refuses.
+    /// [`Error::Gguf`] if tensor data is missing, or validation refuses the file. [`Error::Io`] if the write fails.
     pub fn finish(self) -> Result<()> {
         if let Some((spec, n_bytes)) = self.tensors.get(self.current) {
             let reason = format!("tensor {:?}: expected {n_bytes} bytes, found {}", spec.name, self.written);
@@ -155,7 +158,7 @@ impl GgufWriter {
     }
 }
 
-/// Everything before the tensor data, padded; `None` if the offsets overflow.
+/// Everything before the tensor data, with padding. `None` if the offsets overflow.
 fn header_bytes(metadata: &Metadata, tensors: &[(TensorSpec, u64)], alignment: u64) -> Option<Vec<u8>> {
     let mut header = Vec::new();
     header.extend(b"GGUF");

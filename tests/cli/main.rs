@@ -1,4 +1,4 @@
-//! The program as a user runs it: files, messages, exit codes.
+//! Runs the program like a user: files, messages, exit codes.
 
 mod bad_input;
 mod compare;
@@ -40,7 +40,7 @@ fn small_eval(output: &Path) -> Command {
     command
 }
 
-/// Names and contents of a folder.
+/// File names and contents of a folder.
 fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(folder).unwrap();
     entries
@@ -51,20 +51,20 @@ fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
-/// Names of files that differ between two folders.
+/// Names of the files that differ between two folders.
 fn differing(a: &Path, b: &Path) -> Vec<String> {
     let (a, b) = (contents(a), contents(b));
     let names: std::collections::BTreeSet<&String> = a.keys().chain(b.keys()).collect();
     names.into_iter().filter(|name| a.get(*name) != b.get(*name)).cloned().collect()
 }
 
-/// Lines of a JSON-lines file.
+/// Rows of a JSON-lines file.
 fn rows(path: &Path) -> Vec<serde_json::Value> {
     std::fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// Runs a command that must fail; gives its exit code and what it said.
+/// Runs a command that must fail. Returns its exit code and standard error.
 fn failure(command: &mut Command) -> (i32, String) {
     let output = command.assert().failure().get_output().clone();
-    (output.status.code().expect("it ended by itself"), String::from_utf8(output.stderr).unwrap())
+    (output.status.code().expect("it was not killed by a signal"), String::from_utf8(output.stderr).unwrap())
 }

@@ -1,4 +1,4 @@
-//! GGUF bytes by hand, with no help from the crate's writer, so that a mistake in it cannot hide.
+//! Builds GGUF bytes by hand. Independent of the crate's writer, so that its bugs cannot cancel out the reader's.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ pub const BOOL: u32 = 7;
 pub const STR: u32 = 8;
 pub const ARRAY: u32 = 9;
 
-/// A length and the letters.
+/// A string: its length and its bytes.
 pub fn string(s: impl AsRef<[u8]>) -> Vec<u8> {
     let s = s.as_ref();
     [&(s.len() as u64).to_le_bytes()[..], s].concat()
@@ -52,7 +52,7 @@ pub fn tensor(name: &str, shape: &[u64], type_id: u32, offset: u64) -> Vec<u8> {
     entry
 }
 
-/// A header of version 3 with these counts.
+/// A header of format version 3 with these counts.
 pub fn header(n_tensors: u64, n_keys: u64) -> Vec<u8> {
     [&b"GGUF"[..], &3u32.to_le_bytes(), &n_tensors.to_le_bytes(), &n_keys.to_le_bytes()].concat()
 }
@@ -67,7 +67,7 @@ pub fn gguf(pairs: &[Vec<u8>], tensors: &[Vec<u8>], n_data: usize) -> Vec<u8> {
     bytes
 }
 
-/// Writes `bytes` to `name` in a folder of their own.
+/// Writes `bytes` to a file `name` in a new folder.
 pub fn on_disk(name: &str, bytes: &[u8]) -> (TempDir, PathBuf) {
     let folder = TempDir::new().expect("a temporary folder can be made");
     let path = folder.path().join(name);
@@ -81,7 +81,7 @@ pub fn open(bytes: &[u8]) -> Result<(TempDir, GgufFile), Error> {
     GgufFile::open(path).map(|file| (folder, file))
 }
 
-/// Asserts that `bytes` are refused as a damaged or foreign file, with all of `words` in the message.
+/// Asserts that opening `bytes` fails with `Error::Gguf`, with all of `words` in the message.
 #[track_caller]
 pub fn assert_rejected(bytes: &[u8], words: &[&str]) {
     match open(bytes) {

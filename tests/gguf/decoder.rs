@@ -1,4 +1,4 @@
-//! Which files can be used to generate text.
+//! `check_decoder`: which files can generate text.
 
 use detox_gguf::Error;
 use detox_gguf::gguf::{Array, GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value, check_decoder};
@@ -6,7 +6,7 @@ use tempfile::TempDir;
 
 use crate::bytes::assert_words;
 
-/// A model small enough to be made in each test: metadata as a converter writes it, and three tensors.
+/// A tiny model: metadata like a converter's, and three tensors.
 struct Model {
     metadata: Metadata,
     tensors: Vec<(&'static str, Vec<u64>, TensorType)>,
@@ -88,7 +88,7 @@ impl Model {
 }
 
 #[test]
-fn accepts_a_language_model_and_tells_its_sizes() {
+fn accepts_a_language_model_and_reads_its_sizes() {
     let (_folder, file) = Model::new().open();
     check_decoder(&file).unwrap();
     assert_eq!(file.architecture().unwrap(), "llama");
@@ -109,7 +109,7 @@ fn accepts_a_model_without_a_type() {
 }
 
 #[test]
-fn guesses_the_quantisation_when_the_file_does_not_tell() {
+fn guesses_the_quantisation_without_a_file_type() {
     let mut model = Model::new().without("general.file_type");
     model.tensors.push(("blk.1.ffn_down.weight", vec![64, 32], TensorType::Q4_0));
     assert_eq!(model.open().1.quant(), "(guessed) Q4_0");
@@ -120,7 +120,7 @@ fn guesses_the_quantisation_when_the_file_does_not_tell() {
 }
 
 #[test]
-fn getters_name_the_key_the_expectation_and_the_finding() {
+fn errors_of_getters_name_the_key_and_both_types() {
     let (_folder, file) = Model::new().set("a", Value::U64(1)).open();
     assert_words(&file.u32("a").unwrap_err().to_string(), &["key \"a\": expected u32, found u64"]);
     assert_words(&file.u32("b").unwrap_err().to_string(), &["key \"b\": expected u32", "no such key"]);
@@ -174,7 +174,7 @@ fn rejects_a_missing_architecture() {
 }
 
 #[test]
-fn rejects_an_architecture_that_is_no_string() {
+fn rejects_an_architecture_that_is_not_a_string() {
     let model = Model::new().set("general.architecture", Value::U32(1));
     model.assert_refused(&["\"general.architecture\": expected str, found u32"]);
 }
@@ -190,7 +190,7 @@ fn rejects_encoders() {
 }
 
 #[test]
-fn rejects_a_decoder_that_was_made_an_encoder() {
+fn rejects_a_decoder_without_causal_attention() {
     Model::new()
         .set("llama.attention.causal", Value::Bool(false))
         .assert_refused(&["llama.attention.causal", "encoder"]);
@@ -238,11 +238,11 @@ fn rejects_missing_tokens() {
 }
 
 #[test]
-fn rejects_a_token_twice() {
+fn rejects_a_duplicate_token() {
     let with =
         |tokens: &[&str]| Model::new().set("tokenizer.ggml.tokens", Value::Array(tokens.iter().collect()));
     with(&["a", "b", "a"]).assert_refused(&["token 2, \"a\", occurs twice"]);
-    // As C strings these two are one.
+    // Equal as C strings.
     with(&["a", "b\0x", "b\0y"]).assert_refused(&["token 2, \"b\", occurs twice"]);
     with(&["a", "", "[EMPTY_1]"]).assert_refused(&["[EMPTY_1]"]);
     with(&["a", "", ""]).assert_accepted();
@@ -261,7 +261,7 @@ fn rejects_a_sentencepiece_vocabulary_without_byte_tokens() {
             .set("tokenizer.ggml.tokens", tokens(missing))
     };
     model(0x80).assert_refused(&["\"<0x80>\""]);
-    // No UTF-8 text contains it.
+    // This byte never occurs in UTF-8.
     model(0xFF).assert_accepted();
 }
 
@@ -295,7 +295,7 @@ fn rejects_a_number_of_layers_that_llama_cpp_asserts_against() {
 }
 
 #[test]
-fn rejects_heads_that_cannot_be_shared_out() {
+fn rejects_heads_that_do_not_divide_evenly() {
     let key = "llama.attention.head_count_kv";
     Model::new().set(key, Value::U32(3)).assert_refused(&[key, "a divisor of 4 heads, found 3"]);
     Model::new().set(key, Value::U32(2)).assert_accepted();
@@ -353,7 +353,7 @@ fn rejects_an_unknown_rope_scaling() {
 }
 
 #[test]
-fn rejects_an_alignment_that_cannot_be_mapped() {
+fn rejects_an_alignment_below_that_of_cpu_buffers() {
     Model::new()
         .set("general.alignment", Value::U32(8))
         .assert_refused(&["general.alignment", "multiple of 32, found 8"]);
@@ -368,8 +368,8 @@ fn rejects_a_norm_that_is_not_f32() {
 }
 
 #[test]
-fn rejects_a_matrix_of_a_type_without_products() {
+fn rejects_a_matrix_that_llama_cpp_cannot_multiply_by() {
     let mut model = Model::new();
     model.tensors[2].2 = TensorType::I32;
-    model.assert_refused(&["blk.0.ffn_down.weight", "type i32 holds no weights"]);
+    model.assert_refused(&["blk.0.ffn_down.weight", "cannot multiply by type i32"]);
 }

@@ -1,4 +1,4 @@
-//! Blocks as numbers, against the gguf package's own dequantisation (`scripts/make_dequantize_golden.py`).
+//! Dequantisation, compared with Python's gguf package (`scripts/make_dequantize_golden.py`).
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use detox_gguf::gguf::TensorType;
 use detox_gguf::gguf::dequantize;
 use serde::Deserialize;
 
-/// One type's blocks, and the numbers they stand for as little-endian F32, both in hex.
+/// Blocks of one type and their dequantised values (little-endian f32), both in hex.
 #[derive(Deserialize)]
 struct GoldenBlocks {
     bytes: String,
@@ -37,7 +37,7 @@ fn type_named(name: &str) -> TensorType {
 }
 
 #[test]
-fn random_blocks_of_every_golden_type_give_the_numbers_of_the_gguf_package() {
+fn dequantises_random_blocks_like_the_gguf_package() {
     let golden = golden();
     for required in ["Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q5_1", "IQ4_NL"] {
         assert!(golden.contains_key(required), "{required} is missing from the golden file");
@@ -46,8 +46,8 @@ fn random_blocks_of_every_golden_type_give_the_numbers_of_the_gguf_package() {
         let expected = floats_of(&blocks.values);
         let mut found = vec![f32::NAN; expected.len()];
         dequantize(type_named(&name), &bytes_of(&blocks.bytes), &mut found).unwrap();
-        // Both compute in F32, but a product of three may be rounded in another order, and a compiler may
-        // fuse a product and a sum: a few units in the last place of the largest term.
+        // Both compute in f32, but may round a product of three in another order, and the compiler may fuse a
+        // multiplication and an addition. That changes a few units in the last place of the largest term.
         let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
         for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
             let difference = (found - expected).abs();
@@ -60,7 +60,7 @@ fn random_blocks_of_every_golden_type_give_the_numbers_of_the_gguf_package() {
 }
 
 #[test]
-fn blocks_one_by_one_give_what_they_give_together() {
+fn dequantises_blocks_separately_or_together_to_the_same_values() {
     for (name, blocks) in golden() {
         let tensor_type = type_named(&name);
         let bytes = bytes_of(&blocks.bytes);
@@ -76,7 +76,7 @@ fn blocks_one_by_one_give_what_they_give_together() {
 }
 
 #[test]
-fn rejects_by_name_every_type_that_ggml_cannot_turn_into_numbers() {
+fn rejects_types_that_ggml_cannot_dequantise_and_names_them() {
     let is_refused = |t: TensorType| {
         let mut values = vec![0f32; t.block_len() as usize];
         match dequantize(t, &vec![0; t.block_bytes() as usize], &mut values) {

@@ -1,4 +1,4 @@
-//! Reading, refusing and writing GGUF files, through the crate's public door.
+//! Reading, refusing and writing GGUF files through the public API.
 
 mod bytes;
 mod decoder;

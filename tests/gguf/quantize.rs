@@ -1,12 +1,13 @@
-//! Numbers as blocks: which types give back what was read from them, and which round it again.
+//! Quantisation: which types reproduce dequantised values exactly, and the error of each.
 
 use detox_gguf::gguf::TensorType;
 use detox_gguf::gguf::{dequantize, quantize};
 
-/// Types whose numbers fix their blocks: the largest of a block, or both ends, lie on the grid, so that
-/// quantising what was read from them writes the same numbers. The others (q2_K to q6_K, iq, nvfp4) search
-/// for the scales that fit best, and find others the second time.
-const KEEP_THEIR_NUMBERS: [TensorType; 13] = [
+/// Types for which quantising dequantised values again changes nothing.
+///
+/// The largest value of a block, or both extremes, lie on their grid. The other types (q2_K to q6_K, iq, nvfp4)
+/// search for the best scales and find different ones the second time.
+const IDEMPOTENT: [TensorType; 13] = [
     TensorType::F32,
     TensorType::F16,
     TensorType::Q4_0,
@@ -22,7 +23,7 @@ const KEEP_THEIR_NUMBERS: [TensorType; 13] = [
     TensorType::Q2_0,
 ];
 
-/// Numbers with the spread of weights: sums of four, scaled by blocks.
+/// Values distributed like weights: sums of four uniform values, with a scale per block of 32.
 fn weights(n: usize) -> Vec<f32> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut uniform = move || {
@@ -32,7 +33,7 @@ fn weights(n: usize) -> Vec<f32> {
     (0..n).map(|i| (0..4).map(|_| uniform()).sum::<f32>() * 0.02 * (1.0 + (i / 32 % 5) as f32)).collect()
 }
 
-/// `values` as they are read from blocks of this type.
+/// Quantises `values` to this type and dequantises them again.
 fn rounded(tensor_type: TensorType, values: &[f32]) -> Vec<f32> {
     let mut read = vec![0.0; values.len()];
     dequantize(tensor_type, &quantize(tensor_type, values, 1024).unwrap(), &mut read).unwrap();
@@ -46,7 +47,7 @@ fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
 }
 
 #[test]
-fn what_was_read_from_blocks_of_a_fixed_grid_is_written_as_it_was() {
+fn quantising_dequantised_values_again_changes_nothing_for_types_with_a_fixed_grid() {
     let values = weights(64 * 1024);
     let mut kept = Vec::new();
     for &tensor_type in TensorType::ALL {
@@ -55,16 +56,16 @@ fn what_was_read_from_blocks_of_a_fixed_grid_is_written_as_it_was() {
         }
         let once = rounded(tensor_type, &values);
         let error = relative_error(&rounded(tensor_type, &once), &once);
-        // A scale computed from the numbers may be another F16 in a block or two; a search moves thousands.
+        // A recomputed f16 scale may differ in a block or two. A search for scales changes thousands.
         if error < 1e-5 {
             kept.push(tensor_type);
         }
     }
-    assert_eq!(kept, KEEP_THEIR_NUMBERS);
+    assert_eq!(kept, IDEMPOTENT);
 }
 
 #[test]
-fn more_bits_give_less_error() {
+fn more_bits_mean_a_smaller_error() {
     use TensorType::*;
     let values = weights(16 * 1024);
     let error = |t| relative_error(&rounded(t, &values), &values);

@@ -1,11 +1,11 @@
-//! One test for each thing that makes a file untrustworthy.
+//! One test per reason to refuse a file.
 
 use detox_gguf::Error;
 use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, TensorType, Value};
 
 use crate::bytes::*;
 
-// Foreign files.
+// Other formats.
 
 #[test]
 fn rejects_a_missing_file() {
@@ -89,7 +89,7 @@ fn rejects_compressed_files() {
 }
 
 #[test]
-fn rejects_the_formats_before_gguf() {
+fn rejects_the_predecessors_of_gguf() {
     for (on_disk, name) in [(b"tjgg", "ggjt"), (b"lmgg", "ggml"), (b"algg", "ggla"), (b"fmgg", "ggmf")] {
         assert_rejected(&[&on_disk[..], &[3, 0, 0, 0]].concat(), &[&format!("old {name} format")]);
     }
@@ -195,7 +195,7 @@ fn rejects_a_key_that_is_not_utf8() {
 }
 
 #[test]
-fn rejects_a_key_twice() {
+fn rejects_a_duplicate_key() {
     assert_rejected(&gguf(&[u32_pair("a", 1), u32_pair("a", 2)], &[], 0), &["key \"a\" occurs twice"]);
 }
 
@@ -258,7 +258,7 @@ fn rejects_an_array_of_arrays() {
 }
 
 #[test]
-fn rejects_an_alignment_that_is_no_power_of_two() {
+fn rejects_an_alignment_that_is_not_a_power_of_two() {
     for bad in [0, 12, 33] {
         let bytes = gguf(&[u32_pair("general.alignment", bad)], &[], 64);
         assert_rejected(&bytes, &["key \"general.alignment\"", "power of two", &format!("found {bad}")]);
@@ -291,7 +291,7 @@ fn rejects_a_tensor_name_with_a_nul() {
 }
 
 #[test]
-fn rejects_a_tensor_twice() {
+fn rejects_a_duplicate_tensor() {
     let twice = [tensor("a", &[8], 0, 0), tensor("a", &[8], 0, 32)];
     assert_rejected(&gguf(&[], &twice, 64), &["tensor \"a\" occurs twice"]);
 }
@@ -366,7 +366,7 @@ fn rejects_tensors_out_of_order() {
 
 #[test]
 fn rejects_tensors_that_end_beyond_64_bits() {
-    // Each has 2^62 bytes: the first four reach 2^64.
+    // Each has 2^62 bytes, so the first four reach 2^64.
     let n = 1u64 << 60;
     let tensors: Vec<_> =
         (0..5u64).map(|i| tensor(&format!("t{i}"), &[n], 0, (n * 4).wrapping_mul(i))).collect();
@@ -374,8 +374,8 @@ fn rejects_tensors_that_end_beyond_64_bits() {
 }
 
 #[test]
-fn rejects_a_download_that_stopped() {
-    // The header takes 24 + (8 + 1 + 4 + 8 + 4 + 8) = 57 bytes, padded to 64; the data 4 * 234 = 936: 1000 in all.
+fn rejects_a_truncated_download() {
+    // The header takes 24 + (8 + 1 + 4 + 8 + 4 + 8) = 57 bytes, padded to 64. The data takes 4 * 234 = 936. Total: 1000.
     let whole = gguf(&[], &[tensor("a", &[234], 0, 0)], 936);
     assert_eq!(whole.len(), 1000);
     assert!(open(&whole).is_ok());
@@ -385,7 +385,7 @@ fn rejects_a_download_that_stopped() {
 }
 
 #[test]
-fn rejects_a_download_that_stopped_in_the_header() {
+fn rejects_a_download_truncated_in_the_header() {
     let whole = gguf(&[str_pair("general.name", "a long enough name")], &[tensor("a", &[8], 0, 0)], 32);
     for len in 4..64 {
         assert_rejected(&whole[..len], &[]);
@@ -400,7 +400,7 @@ fn spec(name: &str, shape: &[u64], tensor_type: TensorType) -> TensorSpec {
 }
 
 #[test]
-fn rejects_writing_what_the_reader_would_refuse() {
+fn rejects_writing_a_file_that_would_not_open() {
     let folder = tempfile::TempDir::new().unwrap();
     let path = folder.path().join("out.gguf");
     let metadata = Metadata::new();
@@ -426,7 +426,7 @@ fn rejects_writing_what_the_reader_would_refuse() {
 }
 
 #[test]
-fn rejects_tensor_data_of_another_length() {
+fn rejects_tensor_data_of_the_wrong_length() {
     let folder = tempfile::TempDir::new().unwrap();
     let path = folder.path().join("out.gguf");
     let create =
@@ -453,7 +453,7 @@ fn rejects_tensor_data_of_another_length() {
 }
 
 #[test]
-fn rejects_f32_numbers_for_a_tensor_of_another_type() {
+fn rejects_f32_data_for_a_tensor_of_another_type() {
     let folder = tempfile::TempDir::new().unwrap();
     let path = folder.path().join("out.gguf");
     let mut writer =

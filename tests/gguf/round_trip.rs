@@ -1,4 +1,4 @@
-//! What is written is what is read; and damage never ends the program.
+//! Files read back as they were written, and damaged files never cause a panic.
 
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ fn value() -> impl Strategy<Value = Value> {
     ]
 }
 
-/// Types of several block sizes, with shapes of whole blocks.
+/// A tensor of any type, with rows of whole blocks.
 fn spec() -> impl Strategy<Value = TensorSpec> {
     let types = prop::sample::select(TensorType::ALL);
     ("[a-z.0-9é]{1,20}", types, 1u64..3, prop::collection::vec(1u64..4, 0..4)).prop_map(
@@ -66,7 +66,7 @@ fn metadata() -> impl Strategy<Value = Metadata> {
     })
 }
 
-/// Bytes that tell their place.
+/// Bytes that depend on their position and tensor.
 fn data(n_bytes: u64, tensor_index: usize) -> Vec<u8> {
     (0..n_bytes).map(|i| (i as usize * 7 + tensor_index * 31) as u8).collect()
 }
@@ -75,7 +75,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
-    fn what_is_written_is_what_is_read(
+    fn files_read_back_as_written(
         metadata in metadata(),
         specs in prop::collection::btree_map("[a-z]{1,8}", spec(), 0..6),
         chunk_bytes in 1usize..1000,
@@ -109,13 +109,13 @@ proptest! {
     }
 
     #[test]
-    fn bytes_of_any_kind_are_answered_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), is_gguf: bool) {
+    fn arbitrary_bytes_do_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), is_gguf: bool) {
         let bytes = if is_gguf { [b"GGUF\x03\0\0\0", &bytes[..]].concat() } else { bytes };
         let _ = open(&bytes);
     }
 }
 
-/// A model with every kind of thing in its header.
+/// A valid model with strings, numbers, an array and tensors in its header.
 fn valid_model() -> Vec<u8> {
     let pairs = [
         str_pair("general.architecture", "llama"),
@@ -136,13 +136,13 @@ fn valid_model() -> Vec<u8> {
     gguf(&pairs, &tensors, 512 + 576 + 128)
 }
 
-/// Everything that reads a header's values.
+/// Opens the file and calls everything that reads its header.
 fn read_all(bytes: &[u8]) {
     let Ok((_folder, file)) = open(bytes) else { return };
     let _ = check_decoder(&file);
     let _ = (file.n_ff(), file.n_head(), file.n_head_kv(), file.n_vocab(), file.quant(), file.n_params());
     for tensor in file.tensors() {
-        // What was accepted lies inside the file.
+        // The data of an accepted tensor is inside the file.
         assert_eq!(file.read_tensor(tensor).unwrap().len() as u64, tensor.n_bytes());
     }
 }
@@ -151,7 +151,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn damage_is_answered_without_a_panic(
+    fn damaged_files_do_not_panic(
         flips in prop::collection::vec((any::<prop::sample::Index>(), 1u8..), 0..4),
         cut in prop::option::of(any::<prop::sample::Index>()),
     ) {
@@ -167,7 +167,7 @@ proptest! {
     }
 }
 
-/// The most address space that this process ever had, in bytes.
+/// Peak address space of this process, in bytes.
 #[cfg(target_os = "linux")]
 fn peak_address_space_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -177,11 +177,11 @@ fn peak_address_space_bytes() -> u64 {
 
 #[cfg(target_os = "linux")]
 #[test]
-fn lengths_that_lie_do_not_allocate() {
+fn false_lengths_do_not_allocate() {
     let valid = valid_model();
     read_all(&valid);
     let before = peak_address_space_bytes();
-    // Every eight bytes of the header in turn claim to be a huge length.
+    // Overwrites every eight bytes of the header in turn with a huge length.
     for at in 0..valid.len() - 1216 - 8 {
         for claim in [u64::MAX, 1 << 62, 1 << 40, 1 << 30, 1 << 28] {
             let mut bytes = valid.clone();
@@ -189,13 +189,13 @@ fn lengths_that_lie_do_not_allocate() {
             read_all(&bytes);
         }
     }
-    // Other tests of this process may run meanwhile; a length believed would show as gigabytes.
+    // Other tests may run in this process meanwhile. Trusting a false length would allocate gigabytes.
     let grown = peak_address_space_bytes() - before;
     assert!(grown < 256 << 20, "address space grew by {grown} bytes");
 }
 
 #[test]
-fn the_valid_model_of_these_tests_is_valid() {
+fn the_undamaged_model_is_valid() {
     let (_folder, file) = open(&valid_model()).unwrap();
     check_decoder(&file).unwrap();
     assert_eq!(file.n_vocab().unwrap(), 4);
@@ -203,14 +203,14 @@ fn the_valid_model_of_these_tests_is_valid() {
 }
 
 #[test]
-fn version_2_is_read() {
+fn reads_format_version_2() {
     let mut bytes = valid_model();
     bytes[4] = 2;
     assert_eq!(open(&bytes).unwrap().1.version(), 2);
 }
 
 #[test]
-fn padding_after_the_last_tensor_may_be_missing_and_more_may_follow() {
+fn accepts_missing_padding_and_extra_bytes_at_the_end() {
     // 4 bytes of data where the alignment rounds to 32.
     let short = gguf(&[], &[tensor("a", &[1], 0, 0)], 4);
     assert_eq!(open(&short).unwrap().1.tensor("a").unwrap().n_bytes(), 4);
@@ -219,7 +219,7 @@ fn padding_after_the_last_tensor_may_be_missing_and_more_may_follow() {
 }
 
 #[test]
-fn a_file_that_changed_since_it_was_opened_is_noticed() {
+fn notices_that_a_file_changed_after_it_was_opened() {
     let (_folder, path) = on_disk("model.gguf", &valid_model());
     let file = GgufFile::open(&path).unwrap();
     file.check_unchanged().unwrap();
@@ -228,7 +228,7 @@ fn a_file_that_changed_since_it_was_opened_is_noticed() {
     let handle = std::fs::File::options().write(true).open(&path).unwrap();
     handle.set_len(last.offset() + 1).unwrap();
     assert!(file.check_unchanged().unwrap_err().to_string().contains("changed after it was checked"));
-    assert!(file.read_tensor(last).is_err(), "a shortened file is an error, not a signal");
+    assert!(file.read_tensor(last).is_err(), "a truncated file is an error, not a signal");
 
     handle.set_len(valid_model().len() as u64).unwrap();
     handle.set_modified(std::time::SystemTime::now() + Duration::from_secs(60)).unwrap();
@@ -236,7 +236,7 @@ fn a_file_that_changed_since_it_was_opened_is_noticed() {
 }
 
 #[test]
-fn the_hash_is_that_of_sha256sum_and_progress_reaches_the_end() {
+fn hashes_like_sha256sum_and_reports_progress_to_the_end() {
     let (_folder, path) = on_disk("abc", b"abc");
     let mut seen = Vec::new();
     let hash = file_sha256(&path, |done, total| seen.push((done, total))).unwrap();
@@ -247,8 +247,8 @@ fn the_hash_is_that_of_sha256sum_and_progress_reaches_the_end() {
 }
 
 #[test]
-fn block_sizes_are_those_of_ggml() {
-    // Sizes of blocks of 32 or 256 weights, from their bits per weight in llama.cpp's own table (llama-quantize):
+fn block_sizes_match_ggml() {
+    // Bits per weight from llama.cpp's own table (llama-quantize):
     // q4_0 4.5, q4_K 4.5, q6_K 6.5625, iq2_xxs 2.0625, tq1_0 1.6875.
     for (tensor_type, bits_per_weight) in [
         (TensorType::Q4_0, 4.5),

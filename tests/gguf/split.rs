@@ -1,4 +1,4 @@
-//! Models of several files.
+//! Split models.
 
 use std::path::{Path, PathBuf};
 
@@ -33,7 +33,7 @@ fn assert_refused(path: &Path, words: &[&str]) {
 }
 
 #[test]
-fn a_split_model_is_read_from_all_its_parts() {
+fn reads_a_split_model_from_all_parts() {
     let (_folder, first) = folder_of(&[
         ("m-00001-of-00003.gguf", part(0, 3, "a", 3)),
         ("m-00002-of-00003.gguf", part(1, 3, "b", 3)),
@@ -51,7 +51,7 @@ fn a_split_model_is_read_from_all_its_parts() {
 }
 
 #[test]
-fn one_part_alone_is_a_model_of_one_file() {
+fn a_single_part_opens_like_an_unsplit_model() {
     assert!(open(&part(0, 1, "a", 1)).is_ok());
 }
 
@@ -65,7 +65,7 @@ fn rejects_a_later_part_and_names_the_first() {
 }
 
 #[test]
-fn rejects_a_split_model_with_a_part_missing() {
+fn rejects_a_split_model_with_a_missing_part() {
     let (_folder, first) = folder_of(&[("m-00001-of-00002.gguf", part(0, 2, "a", 2))]);
     assert_refused(&first, &["part 2 of 2 is missing", "m-00002-of-00002.gguf"]);
 }
@@ -105,7 +105,7 @@ fn rejects_a_tensor_in_two_parts() {
 }
 
 #[test]
-fn rejects_a_wrong_number_of_tensors_over_all_parts() {
+fn rejects_a_wrong_number_of_tensors_in_all_parts() {
     let (_folder, first) = folder_of(&[
         ("m-00001-of-00002.gguf", part(0, 2, "a", 5)),
         ("m-00002-of-00002.gguf", part(1, 2, "b", 5)),

@@ -1,4 +1,4 @@
-//! Golden files in tests/golden/formats: text that the program must keep producing.
+//! Golden files in tests/golden/formats: output that must not change.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ pub fn folder() -> PathBuf {
 
 /// Compares `found` with `tests/golden/formats/{name}`.
 ///
-/// With `DETOX_GGUF_BLESS=1` it writes the file instead; with `CI=true` it refuses to.
+/// With `DETOX_GGUF_BLESS=1` it writes the file instead, except in CI (`CI=true`).
 ///
 /// # Panics
 /// If they differ. The message quotes the first line that differs.

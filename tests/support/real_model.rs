@@ -1,9 +1,10 @@
-//! SmolLM2-135M-Instruct, for the tests that need a model that says something.
+//! SmolLM2-135M-Instruct, for tests that need a model that writes real text.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The model, fetched as the demo fetches it; `None`, said aloud, where it cannot be had outside CI.
+/// Downloads the model, or uses `DETOX_GGUF_TEST_MODEL`. If that fails, panics in CI, and elsewhere prints a note and
+/// returns `None`.
 pub fn real_model() -> Option<PathBuf> {
     if let Some(path) = std::env::var_os("DETOX_GGUF_TEST_MODEL") {
         return Some(path.into());
@@ -13,8 +14,8 @@ pub fn real_model() -> Option<PathBuf> {
     let path = output.ok().filter(|o| o.status.success()).and_then(|o| String::from_utf8(o.stdout).ok());
     if path.is_none() {
         let ci = std::env::var("CI").is_ok_and(|ci| ci == "true");
-        assert!(!ci, "the real model cannot be had");
-        eprintln!("not run: the real model cannot be had; scripts/fetch_model.py says why");
+        assert!(!ci, "cannot download the real model");
+        eprintln!("skipped: cannot download the real model; run scripts/fetch_model.py to see why");
     }
     path.map(|path| PathBuf::from(path.trim()))
 }

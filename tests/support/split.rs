@@ -1,10 +1,10 @@
-//! Models in two files, as `llama-gguf-split` makes them.
+//! Models split into two files like `llama-gguf-split` does.
 
 use std::path::{Path, PathBuf};
 
 use detox_gguf::gguf::{GgufFile, GgufWriter, Metadata, TensorSpec, Value};
 
-/// Writes `model` to `folder` in two parts, the first with four tensors; gives the first part's path.
+/// Writes `model` to `folder` in two parts, the first with four tensors. Returns the path of the first part.
 pub fn split_in_two(model: &GgufFile, folder: &Path) -> PathBuf {
     let tensors = model.tensors();
     let parts = [&tensors[..4], &tensors[4..]];
