@@ -6,19 +6,19 @@
 //! doors: cli (the program) · plugin (steering inside another program) · this crate
 //! ```
 //!
-//! A module uses only modules to its left, and the leaves `error`, `file`, `memory` and `progress`.
+//! A module uses modules to its left, and the leaves `error`, `file`, `memory` and `progress`.
 //!
-//! - [`text`] reads rows of users' files, detects and names languages, normalises text.
+//! - [`text`] knows the languages: their codes, and which of them a text is in.
 //! - [`gguf`] reads, validates and writes GGUF files, and converts their blocks to and from numbers.
 //! - [`graph`] describes llama.cpp's compute graphs, and edits or records their values during the forward pass.
 //! - [`engine`] runs models: samples continuations in parallel, computes log-probs, records activations.
 //! - [`steer`] reads, combines, applies and bakes interventions, control vectors and LoRA adapters.
-//! - [`score`] rates the toxicity of texts, with a word list, a model or another program.
+//! - [`score`] rates the toxicity of texts: the trait `Scorer`, its kinds, and the agreement of two scorers.
 //! - [`eval`] turns prompts into continuations, scores and metrics with confidence intervals.
 //! - [`interp`] finds what to steer: probes, directions, value vectors, neuron activations, retrieval.
 //! - [`train`] trains models on preference pairs (DPO), on the CPU or with CUDA.
-//! - [`check`] checks that llama.cpp computes what was trained, exported or steered.
-//! - [`study`] combines the modules above: sweeps, preference pairs, training from start to report.
+//! - [`check`] verifies that llama.cpp computes what was trained, exported or steered.
+//! - [`study`] combines the modules above: sweeps, preference pairs, retrieval before and after steering.
 //! - [`report`] formats results as JSON, CSV, Markdown, terminal tables and HTML.
 //! - [`cli`] is the command line: it parses, calls the library, prints.
 //! - [`plugin`] steers inside a program that runs llama.cpp itself, from Rust or C.

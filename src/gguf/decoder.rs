@@ -71,7 +71,7 @@ pub fn check_decoder(file: &GgufFile) -> Result<()> {
     check_kind(file)?;
     let arch = file.architecture()?;
     if file.tensors().is_empty() {
-        return Err(reject(file, "it has a vocabulary and no tensors", "pass the model itself"));
+        return Err(reject(file, "it has a vocabulary and no tensors").with_hint("pass the model itself"));
     }
     check_vocabulary(file)?;
     check_layers(file)?;
@@ -85,7 +85,7 @@ pub fn check_decoder(file: &GgufFile) -> Result<()> {
             "key \"{arch}.rope.scaling.type\": expected one of {}, found {found:?}",
             ROPE_SCALING_TYPES.join(", ")
         );
-        return Err(reject(file, &reason, ""));
+        return Err(reject(file, &reason));
     }
     if let Some(part) = file.parts.iter().find(|part| !part.alignment.is_multiple_of(MIN_ALIGNMENT)) {
         let reason = format!(
@@ -93,14 +93,14 @@ pub fn check_decoder(file: &GgufFile) -> Result<()> {
             part.path.display(),
             part.alignment
         );
-        return Err(reject(file, &reason, ""));
+        return Err(reject(file, &reason));
     }
     file.tensors().iter().try_for_each(|tensor| check_tensor_type(file, tensor))
 }
 
-fn reject(file: &GgufFile, reason: &str, hint: &str) -> Error {
-    let hint = (!hint.is_empty()).then(|| hint.to_owned());
-    Error::Model { path: file.path().to_path_buf(), reason: reason.to_owned(), hint }
+/// Shorthand for [`Error::model`].
+fn reject(file: &GgufFile, reason: &str) -> Error {
+    Error::model(file.path(), reason)
 }
 
 /// Checks that the file is a model, of a kind that generates text.
@@ -113,47 +113,36 @@ fn check_kind(file: &GgufFile) -> Result<()> {
     {
         let what =
             known(NOT_MODELS, kind).map_or_else(|| "not a model".to_owned(), |what| format!("it is {what}"));
-        return Err(reject(
-            file,
-            &format!("{what} (general.type is {kind:?})"),
-            "pass the model itself with -m",
-        ));
+        return Err(reject(file, &format!("{what} (general.type is {kind:?})"))
+            .with_hint("pass the model itself with -m"));
     }
     let Some(arch) = file.str_if_present("general.architecture")? else {
         return Err(reject(
             file,
             "key \"general.architecture\": expected a name such as \"llama\", found nothing",
-            "",
         ));
     };
     if let Some(what) = known(NOT_LANGUAGE_MODELS, arch) {
-        return Err(reject(
-            file,
-            &format!("it is {what} (architecture {arch})"),
-            "pass the model itself with -m",
-        ));
+        return Err(reject(file, &format!("it is {what} (architecture {arch})"))
+            .with_hint("pass the model itself with -m"));
     }
     if ENCODERS.contains(&arch) {
-        return Err(reject(
-            file,
-            &format!("architecture {arch} is an encoder: it does not generate text"),
-            "",
-        ));
+        return Err(reject(file, &format!("architecture {arch} is an encoder: it does not generate text")));
     }
     if ENCODER_DECODERS.contains(&arch) {
         let reason =
             format!("architecture {arch} is an encoder-decoder: only decoder-only models can be run");
-        return Err(reject(file, &reason, ""));
+        return Err(reject(file, &reason));
     }
     if file.bool_if_present(&file.arch_key("attention.causal")?)? == Some(false) {
         let reason =
             format!("key \"{arch}.attention.causal\" is false: an encoder, it does not generate text");
-        return Err(reject(file, &reason, ""));
+        return Err(reject(file, &reason));
     }
     if DIFFUSION.contains(&arch) {
         let reason =
             format!("architecture {arch} is a diffusion model: it does not generate from left to right");
-        return Err(reject(file, &reason, ""));
+        return Err(reject(file, &reason));
     }
     Ok(())
 }
@@ -164,15 +153,12 @@ fn check_vocabulary(file: &GgufFile) -> Result<()> {
     if model.is_none_or(|model| model == "none" || model == "no_vocab") {
         let found = model.map_or("nothing".to_owned(), |model| format!("{model:?}"));
         let reason = format!("key \"tokenizer.ggml.model\": expected the kind of tokenizer, found {found}");
-        return Err(reject(
-            file,
-            &reason,
-            "pass a model with a tokenizer: prompts cannot be read without one",
-        ));
+        return Err(reject(file, &reason)
+            .with_hint("pass a model with a tokenizer: prompts cannot be read without one"));
     }
     let key = "tokenizer.ggml.tokens";
     if file.metadata.get(key).is_none() || file.tokens()?.is_empty() {
-        return Err(reject(file, &format!("key {key:?}: expected the vocabulary, found no tokens"), ""));
+        return Err(reject(file, &format!("key {key:?}: expected the vocabulary, found no tokens")));
     }
     let tokens = file.tokens()?;
     let mut seen = HashSet::with_capacity(tokens.len());
@@ -183,14 +169,13 @@ fn check_vocabulary(file: &GgufFile) -> Result<()> {
         if token.is_empty() {
             placeholders.push(format!("[EMPTY_{id}]"));
         } else if !seen.insert(token) {
-            return Err(reject(file, &format!("key {key:?}: token {id}, {token:?}, occurs twice"), ""));
+            return Err(reject(file, &format!("key {key:?}: token {id}, {token:?}, occurs twice")));
         }
     }
     if let Some(name) = placeholders.iter().find(|name| seen.contains(name.as_str())) {
         return Err(reject(
             file,
             &format!("key {key:?}: token {name:?} has the name that llama.cpp gives to an empty token"),
-            "",
         ));
     }
     if model == Some("llama") {
@@ -205,7 +190,7 @@ fn check_vocabulary(file: &GgufFile) -> Result<()> {
                 "key {key:?}: expected a token for each byte, found no \"<0x{byte:02X}>\"; \
                  llama.cpp aborts on the first character that is not in the vocabulary"
             );
-            return Err(reject(file, &reason, ""));
+            return Err(reject(file, &reason));
         }
     }
     check_special_tokens(file, model.unwrap_or_default(), tokens.len())
@@ -231,7 +216,7 @@ fn check_special_tokens(file: &GgufFile, tokenizer: &str, n_vocab: usize) -> Res
             let reason = format!(
                 "key {key:?}: expected a token below {n_vocab} because it is added to every prompt, found {found}"
             );
-            return Err(reject(file, &reason, ""));
+            return Err(reject(file, &reason));
         }
     }
     Ok(())
@@ -244,19 +229,18 @@ fn check_layers(file: &GgufFile) -> Result<()> {
         return Err(reject(
             file,
             &format!("key {key:?}: expected 1 to {MAX_LAYERS} layers, found {n_layer}"),
-            "",
         ));
     }
     for (name, found) in [("embedding_length", file.n_embd()?), ("context_length", file.n_ctx_train()?)] {
         if found == 0 {
             let key = file.arch_key(name)?;
-            return Err(reject(file, &format!("key {key:?}: expected a positive number, found 0"), ""));
+            return Err(reject(file, &format!("key {key:?}: expected a positive number, found 0")));
         }
     }
     let key = file.arch_key("nextn_predict_layers")?;
     match file.u32_if_present(&key)? {
         Some(n) if n > n_layer => {
-            Err(reject(file, &format!("key {key:?}: expected at most {n_layer}, found {n}"), ""))
+            Err(reject(file, &format!("key {key:?}: expected at most {n_layer}, found {n}")))
         }
         _ => Ok(()),
     }
@@ -272,7 +256,7 @@ fn check_heads(file: &GgufFile) -> Result<()> {
         if n_head_kv > 0 && !n_head.is_multiple_of(n_head_kv) {
             let key = file.arch_key("attention.head_count_kv")?;
             let reason = format!("key {key:?}: expected a divisor of {n_head} heads, found {n_head_kv}");
-            return Err(reject(file, &reason, ""));
+            return Err(reject(file, &reason));
         }
     }
     Ok(())
@@ -286,7 +270,7 @@ fn check_norms(file: &GgufFile) -> Result<()> {
             && !(found.is_finite() && found >= 0.0)
         {
             let reason = format!("key {key:?}: expected a number of at least 0, found {found}");
-            return Err(reject(file, &reason, ""));
+            return Err(reject(file, &reason));
         }
     }
     Ok(())
@@ -309,7 +293,7 @@ fn check_experts(file: &GgufFile) -> Result<()> {
         if holds {
             Ok(())
         } else {
-            Err(reject(file, &format!("key {key:?}: expected {expected}, found {found}"), ""))
+            Err(reject(file, &format!("key {key:?}: expected {expected}, found {found}")))
         }
     };
     expect(&key, format!("at most {MAX_EXPERTS} experts"), n_expert, n_expert <= MAX_EXPERTS)?;
@@ -324,7 +308,7 @@ fn check_experts(file: &GgufFile) -> Result<()> {
             u32::try_from(most).unwrap_or(u32::MAX)
         }
         Some(other) => {
-            return Err(reject(file, &format!("key {key:?}: expected u32, found {}", other.describe()), ""));
+            return Err(reject(file, &format!("key {key:?}: expected u32, found {}", other.describe())));
         }
     };
     let range =
@@ -347,7 +331,7 @@ fn check_tensor_type(file: &GgufFile, tensor: &TensorInfo) -> Result<()> {
     let (name, found) = (tensor.name(), tensor.tensor_type());
     let is_vector = tensor.shape().len() == 1 && (name.ends_with("norm.weight") || name.ends_with(".bias"));
     if is_vector && found != F32 {
-        return Err(reject(file, &format!("tensor {name:?}: expected type f32, found {found}"), ""));
+        return Err(reject(file, &format!("tensor {name:?}: expected type f32, found {found}")));
     }
     let role = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).map_or(name, |(_, role)| role);
     let is_matrix = matches!(
@@ -365,7 +349,7 @@ fn check_tensor_type(file: &GgufFile, tensor: &TensorInfo) -> Result<()> {
     );
     if is_matrix && !found.is_weight() {
         let reason = format!("tensor {name:?}: llama.cpp cannot multiply by type {found}");
-        return Err(reject(file, &reason, ""));
+        return Err(reject(file, &reason));
     }
     Ok(())
 }
