@@ -346,7 +346,10 @@ mod tests {
 
     #[test]
     fn rejects_a_run_with_any_other_difference() {
-        let run = |version: &str, llama_cpp: &str, k: u32| json!({"llama_cpp": llama_cpp, "run": {"tool_version": version, "settings": {"k": k}}});
+        let run = |version: &str, llama_cpp: &str, k: u32| {
+            let run = json!({"tool_version": version, "settings": {"k": k}});
+            json!({"llama_cpp": llama_cpp, "run": run})
+        };
         let folder = run_folder(&run("0.1.0", "1", 4));
         let refusal = |record: &Value| start_record(folder.path(), record).unwrap_err().to_string();
         assert!(refusal(&run("0.2.0", "1", 5)).contains("k is 4 there, and 5 now"));

@@ -24,7 +24,7 @@
 //! - [`plugin`] steers inside a program that runs llama.cpp itself, from Rust or C.
 //!
 //! - [`error`] is the error type of every module.
-//! - [`file`] writes files atomically and resumes logs.
+//! - [`mod@file`] writes files atomically and resumes logs.
 //! - [`memory`] measures memory.
 //! - [`progress`] is how long work reports its progress.
 //!

@@ -1,6 +1,8 @@
 //! Memory of the machine and of this process.
 
-/// Total memory of the machine in bytes. Not the free memory, so that defaults derived from it do not vary between runs.
+/// Total memory of the machine in bytes.
+///
+/// Not the free memory: defaults derived from it must not vary between runs.
 pub fn total_bytes() -> u64 {
     match sysinfo::System::new() {
         Ok(mut system) => {

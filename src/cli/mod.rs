@@ -36,7 +36,7 @@ use crate::error::{Error, Result};
     name = "detox-gguf",
     version = crate::version(),
     about = "Measure and reduce the toxicity of GGUF models in 17 languages",
-    after_help = "Flags shared with llama.cpp have the same names and meanings, including the short ones (-ngl -np -ub -tb -fa …)."
+    after_help = "Flags shared with llama.cpp keep their names and meanings, also the short ones (-ngl -np -ub -tb -fa …)."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -85,7 +85,8 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse_from(with_long_flags(std::env::args_os()));
     start_log(cli.verbose);
     let grace = match cli.command {
-        // These finish a step and save, or remove temporary files, however long that takes. A second Ctrl-C exits at once.
+        // These finish a step and save, or remove temporary files, however long that takes.
+        // A second Ctrl-C exits at once.
         Command::Train(_) | Command::Export(_) => None,
         _ => Some(GRACE),
     };

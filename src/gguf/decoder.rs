@@ -214,7 +214,7 @@ fn check_special_tokens(file: &GgufFile, tokenizer: &str, n_vocab: usize) -> Res
         if file.bool_if_present(&flag)?.unwrap_or(added) && !exists {
             let found = given.map_or("nothing".to_owned(), |id| id.to_string());
             let reason = format!(
-                "key {key:?}: expected a token below {n_vocab} because it is added to every prompt, found {found}"
+                "key {key:?}: expected a token below {n_vocab} because every prompt gets it, found {found}"
             );
             return Err(reject(file, &reason));
         }
@@ -246,7 +246,9 @@ fn check_layers(file: &GgufFile) -> Result<()> {
     }
 }
 
-/// Checks that the heads divide evenly among the key and value heads. `ggml_mul_mat` asserts it when the graph is built.
+/// Checks that the heads divide evenly among the key and value heads.
+///
+/// `ggml_mul_mat` asserts it when the graph is built.
 fn check_heads(file: &GgufFile) -> Result<()> {
     // Recurrent models have no heads. Some layers of hybrid models have none for keys and values.
     if file.metadata.get(&file.arch_key("attention.head_count")?).is_none() {

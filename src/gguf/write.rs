@@ -109,7 +109,7 @@ impl GgufWriter {
         self.file.write_all(bytes).map_err(Error::io("write", &self.path))?;
         self.written += n_given;
         if self.written == *n_bytes {
-            // The last tensor is padded too, because llama.cpp reads adapters and control vectors up to the padded size.
+            // Pads the last tensor too: llama.cpp reads adapters and control vectors up to the padded size.
             let padding = n_bytes.next_multiple_of(self.alignment) - n_bytes;
             std::io::copy(&mut std::io::Read::take(std::io::repeat(0), padding), &mut self.file)
                 .map_err(Error::io("write", &self.path))?;

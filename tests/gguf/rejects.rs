@@ -375,7 +375,8 @@ fn rejects_tensors_that_end_beyond_64_bits() {
 
 #[test]
 fn rejects_a_truncated_download() {
-    // The header takes 24 + (8 + 1 + 4 + 8 + 4 + 8) = 57 bytes, padded to 64. The data takes 4 * 234 = 936. Total: 1000.
+    // The header takes 24 + (8 + 1 + 4 + 8 + 4 + 8) = 57 bytes, padded to 64.
+    // The data takes 4 * 234 = 936. Total: 1000.
     let whole = gguf(&[], &[tensor("a", &[234], 0, 0)], 936);
     assert_eq!(whole.len(), 1000);
     assert!(open(&whole).is_ok());
