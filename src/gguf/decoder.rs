@@ -147,12 +147,12 @@ fn check_kind(file: &GgufFile) -> Result<()> {
     Ok(())
 }
 
-/// A tokenizer with a vocabulary in which no two tokens are one to llama.cpp, which asserts that.
+/// Checks that there is a tokenizer, and that its tokens are distinct. llama.cpp asserts that they are.
 fn check_vocabulary(file: &GgufFile) -> Result<()> {
     let model = file.str_if_present("tokenizer.ggml.model")?;
     if model.is_none_or(|model| model == "none" || model == "no_vocab") {
         let found = model.map_or("nothing".to_owned(), |model| format!("{model:?}"));
-        let reason = format!("key \"tokenizer.ggml.model\": expected the kind of tokenizer, found {found}");
+        let reason = format!("key \"tokenizer.ggml.model\": expected a kind of tokenizer, found {found}");
         return Err(reject(file, &reason)
             .with_hint("pass a model with a tokenizer: prompts cannot be read without one"));
     }
