@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, Steering};
 use crate::error::Result;
-use crate::file::base_name;
-use crate::gguf::{GgufFile, file_sha256};
+use crate::gguf::GgufFile;
 use crate::steer::argument::parse_scaled;
 use crate::steer::compile::{self, CompileOptions, Compiled, Route};
+use crate::steer::record::record;
 use crate::steer::{ControlVectorFile, SteerArgument, SteerFile};
 
 use super::arguments::EngineArguments;
@@ -127,24 +127,7 @@ impl SteeringArguments {
         for choice in choices {
             eprintln!("steering: {choice}");
         }
-        Ok(Steered { steering, by: self.record(&sources, &loras)? })
-    }
-
-    /// For `run.json`: each file with its hash and coefficient.
-    ///
-    /// The hash prevents a run from resuming with another file of the same name.
-    pub fn record(&self, sources: &[(SteerFile, f32)], loras: &[LoraScaled]) -> Result<Vec<Value>> {
-        let mut by = Vec::new();
-        for (source, coefficient) in sources {
-            by.push(record("steer", source.path(), *coefficient)?);
-        }
-        for lora in loras {
-            by.push(record("lora", &lora.path, lora.scale)?);
-        }
-        if let [start, end] = self.control_vector_layer_range[..] {
-            by.push(json!({ "control_vector_layer_range": [start, end] }));
-        }
-        Ok(by)
+        Ok(Steered { steering, by: record(&sources, &loras, options.layer_range)? })
     }
 
     /// Loads the model at `path` and applies the steering.
@@ -153,9 +136,4 @@ impl SteeringArguments {
         let model = engine.open(path)?;
         if steered.steering.is_empty() { Ok(model) } else { model.with_steering(steered.steering) }
     }
-}
-
-fn record(kind: &str, path: &Path, coefficient: f32) -> Result<Value> {
-    let sha256 = file_sha256(path, |_, _| {})?;
-    Ok(json!({ "kind": kind, "file": base_name(path), "sha256": sha256, "coefficient": coefficient }))
 }

@@ -27,6 +27,7 @@
 //! - [`value_vector`] computes what a neuron writes to the residual stream: its column of `ffn_down`.
 //! - [`compile`] picks the cheapest exact way to make each edit, and reports the choice.
 //! - `combined` merges several files into one.
+//! - `record` describes steering in a `run.json`.
 //! - [`bake`] writes a copy of a model that contains the edit.
 //!
 //! Layers count from 0 everywhere. As in llama.cpp's runtime, `direction.N` of a control vector is added
@@ -44,6 +45,7 @@ pub mod intervention;
 mod json;
 pub mod lora;
 pub mod neuron;
+pub mod record;
 pub mod value_vector;
 
 pub use argument::{SteerArgument, SteerFile};
