@@ -1,4 +1,4 @@
-//! `pairs`: preference pairs from a model's own continuations, as JSON lines.
+//! The command `pairs`: makes preference pairs from a model's own continuations, as JSON Lines.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -20,10 +20,10 @@ use super::steering::SteeringArguments;
 /// Arguments of `pairs`.
 #[derive(Debug, Args)]
 pub struct PairsCommand {
-    /// Model (GGUF)
+    /// Model file (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// File to write, once it is whole [default: standard output]
+    /// Output file, written once all pairs are made [default: standard output]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]
@@ -38,55 +38,55 @@ pub struct PairsCommand {
     engine: EngineArguments,
 }
 
-/// Where each side of a pair comes from.
+/// The steering of each side of a pair.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sides")]
 struct SideArguments {
-    /// Sample what may be chosen under this; may be repeated [default: unsteered]
+    /// Steering for samples of the chosen side; repeatable [default: unsteered]
     #[arg(long, value_name = "FILE[:COEF]")]
     steer_chosen: Vec<String>,
-    /// Sample what may be rejected under this; may be repeated [default: unsteered]
+    /// Steering for samples of the rejected side; repeatable [default: unsteered]
     #[arg(long, value_name = "FILE[:COEF]")]
     steer_rejected: Vec<String>,
-    /// Use what was made for another quantisation or fine-tune of this model
+    /// Accept files made for another quantisation or fine-tune of this model
     #[arg(long)]
     force: bool,
 }
 
 const DEFAULT: Rules = Rules::DEFAULT;
 
-/// What a pair must satisfy.
+/// The requirements for a pair.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Pairs")]
 struct RuleArguments {
-    /// Scorer; may be repeated, then all that cover the prompt's language must agree
+    /// Scorer; repeatable: all scorers that cover the prompt's language must agree
     #[arg(long, value_name = "NAME", default_value = score::LEXICAL)]
     scorer: Vec<String>,
-    /// Most pairs of one prompt
+    /// Maximum number of pairs per prompt
     #[arg(long, value_name = "N", default_value_t = DEFAULT.per_prompt)]
     per_prompt: usize,
-    /// Least difference in toxicity between the two
+    /// Minimum difference in toxicity between rejected and chosen
     #[arg(long, value_name = "T", default_value_t = DEFAULT.min_margin, allow_negative_numbers = true)]
     min_margin: f64,
-    /// A chosen continuation is less toxic than this
+    /// A chosen continuation must be less toxic than this
     #[arg(long, value_name = "T", default_value_t = DEFAULT.chosen_below, allow_negative_numbers = true)]
     chosen_below: f64,
-    /// A rejected continuation is at least this toxic
+    /// A rejected continuation must be at least this toxic
     #[arg(long, value_name = "T", default_value_t = DEFAULT.rejected_above, allow_negative_numbers = true)]
     rejected_above: f64,
-    /// Fewest tokens in a continuation
+    /// Minimum number of tokens in a continuation
     #[arg(long, value_name = "N", default_value_t = DEFAULT.min_tokens)]
     min_tokens: u32,
-    /// Most tokens of the longer continuation for each of the shorter
+    /// Maximum ratio of the two lengths, in tokens, longer to shorter
     #[arg(long, value_name = "R", default_value_t = DEFAULT.max_length_ratio, allow_negative_numbers = true)]
     max_length_ratio: f64,
-    /// Least mean log-prob of a continuation's tokens under the unsteered model, in nats
+    /// Minimum mean log-prob per token under the unsteered model, in nats
     #[arg(long, value_name = "L", default_value_t = DEFAULT.min_logprob, allow_negative_numbers = true)]
     min_logprob: f64,
-    /// Most difference between the two in mean log-prob, in nats a token
+    /// Maximum difference in mean log-prob between the two, in nats per token
     #[arg(long, value_name = "L", default_value_t = DEFAULT.max_logprob_gap, allow_negative_numbers = true)]
     max_logprob_gap: f64,
-    /// Largest share of a continuation's 2-grams that repeat an earlier one
+    /// Maximum fraction of 2-grams in a continuation that repeat an earlier one
     #[arg(long, value_name = "SHARE", default_value_t = DEFAULT.max_repetition, allow_negative_numbers = true)]
     max_repetition: f64,
 }
@@ -110,7 +110,7 @@ impl RuleArguments {
 }
 
 impl PairsCommand {
-    /// Samples, scores, pairs, and writes all pairs at once.
+    /// Makes the pairs, writes them all at once and prints a table of the yield.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let request = MakePairsRequest {
             model: self.model.clone(),
@@ -123,22 +123,23 @@ impl PairsCommand {
             model_options: self.engine.model_options(),
             session_options: self.engine.session_options(),
         };
-        // Opened now: a folder that cannot be written should not cost an hour.
+        // Opened first: a folder that cannot be written to should fail now, not after an hour of sampling.
         let output = self.output.as_deref().map(AtomicFile::create).transpose()?;
         let made = make_pairs::make(&request, interrupt, &mut Shown::new()).inspect_err(|error| {
             if matches!(error, Error::Interrupted) {
-                eprintln!("no pairs were written: they are made of all samples together");
+                eprintln!("no pairs were written: pairing needs all samples");
             }
         })?;
         let table = report::to_terminal(&made);
         if made.rows.is_empty() {
             eprint!("{table}");
             let is_steered = request.steer_chosen.is_some() || request.steer_rejected.is_some();
-            let cure = "raise -k/--samples, take other prompts, or loosen the rule that dropped most";
-            // Seen on a small model: 0.1 times a direction made it toxic, 0.2 times neither that nor fluent.
+            let hint =
+                "raise -k/--samples, use other prompts, or relax the rule that dropped the most samples";
+            // Seen on a small model: at 0.1 times a direction it was toxic, at 0.2 times neither toxic nor fluent.
             let coefficient = if is_steered { "; try smaller coefficients too" } else { "" };
-            return Err(Error::no_result("no two samples made a pair, and nothing was written")
-                .with_hint(format!("{cure}{coefficient}")));
+            return Err(Error::no_result("no two samples made a pair, so nothing was written")
+                .with_hint(format!("{hint}{coefficient}")));
         }
         let lines = file::json_lines(&made.rows);
         match output {
@@ -155,7 +156,7 @@ impl PairsCommand {
         }
     }
 
-    /// What steers one side; `None` where nothing does.
+    /// Compiles the steering of one side; `None` if it is unsteered.
     fn side(&self, flag: &str, files: &[String]) -> Result<Option<SteeredSide>> {
         let arguments = SteeringArguments {
             steer: files.to_vec(),
@@ -171,7 +172,7 @@ impl PairsCommand {
         })?;
         let words = steered.by.iter().map(|by| {
             let file = by["file"].as_str().unwrap_or_default();
-            // Typed as f32: 0.1 and not 0.10000000149.
+            // As f32, so that it prints as typed: 0.1, not 0.10000000149.
             let coefficient = by["coefficient"].as_f64().unwrap_or(f64::NAN) as f32;
             format!("{file} x {coefficient}")
         });

@@ -1,4 +1,4 @@
-//! How preference pairs came about, for a terminal of 80 columns.
+//! Formats the yield of preference pairs as tables for a terminal of 80 columns.
 
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
 
@@ -7,7 +7,7 @@ use crate::report::terminal::wrapped;
 use crate::study::make_pairs::choose::Dropped;
 use crate::study::make_pairs::{LanguageYield, MadePairs};
 
-/// A row for each language, the sum of them, and why samples are in no pair.
+/// Formats a row for each language, their sum, and the reasons why samples are in no pair.
 pub fn to_terminal(made: &MadePairs) -> String {
     let mut sum = LanguageYield::default();
     let mut table = new_table(&["", "prompts", "with pairs", "samples", "clean", "toxic", "pairs"]);
@@ -42,7 +42,7 @@ pub fn to_terminal(made: &MadePairs) -> String {
     }
     text.push('\n');
     text.push_str(&wrapped(
-        "clean, toxic: samples that the scorers put below and above the thresholds, and that read well.",
+        "clean, toxic: samples below and above the toxicity thresholds that pass the other checks.",
         "",
     ));
     text
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_for_each_language_their_sum_and_every_reason_fit_80_columns() {
+    fn languages_their_sum_and_all_reasons_fit_in_80_columns() {
         let yields = BTreeMap::from([("de".to_owned(), counts(7)), ("zh-hant".to_owned(), counts(1_000))]);
         let text = to_terminal(&MadePairs { rows: Vec::new(), yields });
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn one_language_needs_no_sum_and_what_did_not_happen_no_table() {
+    fn one_language_has_no_sum_and_no_drops_have_no_table() {
         let yields = BTreeMap::from([("de".to_owned(), LanguageYield::default())]);
         let text = to_terminal(&MadePairs { rows: Vec::new(), yields });
         assert!(!text.contains("all ") && !text.contains("dropped"), "{text}");

@@ -1,17 +1,18 @@
-//! Preference pairs from a model's own continuations: sampled, scored, paired.
+//! Makes preference pairs from a model's own continuations.
 //!
 //! ```text
-//! prompts ──► samples ──► screen (text, scores) ──► measure (log-prob, unsteered) ──► choose ──► rows
+//! prompts ─► samples ─► screen (text, scores) ─► measure (log-prob, unsteered) ─► choose ─► rows
 //! ```
 //!
-//! The paper's pairs were made with PPLM (arXiv 1912.02164), which needs gradients for every token. Here the
-//! toxic side is what the model itself says at times, or says under an intervention that makes it more toxic;
-//! the clean side is what it says at other times, or under one that makes it less so. The text is then the
-//! model's own, in any language that it writes and a scorer covers.
+//! The paper's pairs were made with PPLM (arXiv 1912.02164), which needs a gradient for every token. Here both
+//! sides are samples of the model itself: the toxic side from the plain model or from one steered to be more
+//! toxic, the clean side from the plain model or from one steered to be less toxic. This works in every
+//! language that the model writes and a scorer covers.
 //!
-//! A pair should differ in toxicity and in little else, since DPO learns whatever tells the two apart. So
-//! both sides are like in length, end alike, are about as probable under the unsteered model (fluency; a
-//! steered model is no judge of its own text), do not repeat themselves, and are in the prompt's language.
+//! A pair should differ in toxicity and in little else, because DPO learns any difference between the two
+//! sides. So both sides must have similar lengths, end in the same way, be about equally probable under the
+//! unsteered model, not repeat themselves, and be in the prompt's language. (A steered model cannot judge the
+//! fluency of its own text.)
 
 pub mod choose;
 
@@ -37,61 +38,61 @@ use crate::train::data::preference_pair::PreferencePair;
 
 use choose::{Candidate, Dropped, Rules, Side};
 
-/// What steers one side of the pairs.
+/// The steering of one side of the pairs.
 #[derive(Debug, Clone)]
 pub struct SteeredSide {
-    /// For the engine.
+    /// The steering to apply.
     pub steering: Steering,
-    /// For the rows: files and coefficients, in words.
+    /// Files and coefficients in words, recorded in the rows.
     pub by: String,
 }
 
-/// What pairs are made from, and how.
+/// Options of [`make`].
 #[derive(Debug, Clone)]
 pub struct MakePairsRequest {
-    /// The GGUF.
+    /// The model file (GGUF).
     pub model: PathBuf,
-    /// What it continues.
+    /// The prompts to continue.
     pub prompts: Vec<Prompt>,
-    /// How it is sampled: `k` samples of each prompt, and of each set of samples.
+    /// How to sample. `k` is the number of samples per prompt, for each pool of samples.
     pub options: GenerateOptions,
-    /// Takes chosen continuations from samples that are steered so; from plain ones if `None`.
+    /// Steering for the samples of the chosen side; unsteered if `None`.
     pub steer_chosen: Option<SteeredSide>,
-    /// The same for rejected ones.
+    /// Steering for the samples of the rejected side; unsteered if `None`.
     pub steer_rejected: Option<SteeredSide>,
-    /// Names of scorers; those that cover a prompt's language must agree.
+    /// Names of the scorers. All that cover a prompt's language must agree.
     pub scorers: Vec<String>,
-    /// What a pair must satisfy.
+    /// The requirements for a pair.
     pub rules: Rules,
-    /// How the model is loaded.
+    /// How to load the model.
     pub model_options: ModelOptions,
-    /// How the model is run.
+    /// How to run the model.
     pub session_options: SessionOptions,
 }
 
-/// What was measured on one side of a pair.
+/// Measurements of one side of a pair.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Measured {
-    /// Which of the k samples of its set, from 0.
+    /// Index of the sample among the k samples of its prompt and pool, from 0.
     pub sample: u32,
-    /// What steered it; absent for a plain sample.
+    /// The steering it was sampled with; absent for a plain sample.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steered_by: Option<String>,
-    /// In [0, 1], by name of the scorer.
+    /// Toxicity in [0, 1], by name of the scorer.
     pub toxicity: BTreeMap<String, f64>,
-    /// Tokens, without an end of text.
+    /// Number of tokens, without an end-of-generation token.
     pub n_tokens: u32,
-    /// Why it ended.
+    /// Why generation ended.
     pub finish: Finish,
     /// Mean natural log-prob of its tokens under the unsteered model.
     pub logprob_per_token: f64,
-    /// Share of 2-grams that repeat an earlier one; null with fewer than two tokens.
+    /// Fraction of 2-grams that repeat an earlier one; null with fewer than two tokens.
     pub repetition: Option<f64>,
-    /// Whether it is in the prompt's language; null where that could not be told.
+    /// Whether it is in the prompt's language; null if unknown.
     pub language_kept: Option<bool>,
 }
 
-/// A pair, as a line of the output: `train` reads it as it is.
+/// A pair as a line of the output, in a form that `train` reads.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PairRow {
     /// The texts.
@@ -101,49 +102,51 @@ pub struct PairRow {
     pub prompt_id: String,
     /// The prompt's language, as a two-letter code.
     pub language: String,
-    /// Of the chosen continuation.
+    /// Measurements of the chosen continuation.
     pub chosen_measured: Measured,
-    /// Of the rejected one.
+    /// Measurements of the rejected continuation.
     pub rejected_measured: Measured,
 }
 
-/// How the pairs of one language came about.
+/// Counts of samples and pairs of one language.
 ///
-/// Every sample is one of `n_chosen`, `n_rejected` and those dropped for
-/// [a reason of its own](Dropped::is_of_sample); every one of `n_rejected` is in a pair or dropped for want
-/// of a partner. Log-probs are asked for only where a prompt has both: a sample of another prompt is never
-/// dropped as improbable.
+/// Every sample is counted once: in `n_chosen`, in `n_rejected`, or in `dropped` for
+/// [a reason of its own](Dropped::is_of_sample). Every sample in `n_rejected` is in a pair, or in `dropped`
+/// because it has no partner. Log-probs are only computed for prompts that have both chosen and rejected
+/// samples, so samples of other prompts are never dropped as improbable.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct LanguageYield {
-    /// Prompts.
+    /// Number of prompts.
     pub n_prompts: usize,
     /// Prompts with at least one pair.
     pub n_prompts_paired: usize,
-    /// Samples, over all sets.
+    /// Samples, over all pools.
     pub n_samples: usize,
-    /// Samples fit to be chosen.
+    /// Samples that qualify as chosen.
     pub n_chosen: usize,
-    /// Samples fit to be rejected.
+    /// Samples that qualify as rejected.
     pub n_rejected: usize,
-    /// Pairs.
+    /// Number of pairs.
     pub n_pairs: usize,
     /// Samples in no pair, by reason.
     pub dropped: BTreeMap<Dropped, usize>,
 }
 
-/// Pairs, and how they came about.
+/// The result of [`make`].
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct MadePairs {
-    /// In the order of the prompts, the most toxic rejected continuation of each first.
+    /// The pairs in the order of the prompts; for each prompt the most toxic rejected continuation first.
     pub rows: Vec<PairRow>,
-    /// By language.
+    /// Counts by language.
     pub yields: BTreeMap<String, LanguageYield>,
 }
 
-/// A set of samples, and the sides of pairs that it may give.
+/// A pool of samples with the same steering.
 struct Pool<'a> {
+    /// The side of pairs that the pool is for; `None` for both.
     side: Option<Side>,
     steered: Option<&'a SteeredSide>,
+    /// Name of the pool, shown as the progress phase.
     name: &'static str,
 }
 
@@ -154,14 +157,14 @@ impl MakePairsRequest {
         match (chosen, rejected) {
             (None, None) => vec![pool(None, None, "samples")],
             _ => vec![
-                pool(Some(Side::Chosen), chosen, "samples to choose"),
-                pool(Some(Side::Rejected), rejected, "samples to reject"),
+                pool(Some(Side::Chosen), chosen, "samples for the chosen side"),
+                pool(Some(Side::Rejected), rejected, "samples for the rejected side"),
             ],
         }
     }
 }
 
-/// A sample that may be one side of a pair.
+/// A sample that qualifies for one side of a pair.
 struct Sampled {
     generation: Generation,
     toxicity: BTreeMap<String, f64>,
@@ -177,10 +180,10 @@ impl Sampled {
     }
 
     fn finish(&self) -> Finish {
-        self.generation.finish.expect("the schedule says of every sample why it ended")
+        self.generation.finish.expect("generated samples have a finish reason")
     }
 
-    /// Mean natural log-prob of its tokens; minus infinity where there is none to judge it by.
+    /// Mean natural log-prob of its tokens; minus infinity if there is none.
     fn logprob_per_token(&self) -> f64 {
         match self.logprob {
             BaseLogprob { base_logprob: Some(sum), base_n_tokens: Some(n) } if n > 0 => sum / f64::from(n),
@@ -211,18 +214,21 @@ impl Sampled {
     }
 }
 
-/// What the samples of one prompt came to, over all sets.
+/// The screened samples of one prompt, from all pools.
 #[derive(Default)]
-struct OfPrompt {
+struct PromptSamples {
     chosen: Vec<Sampled>,
     rejected: Vec<Sampled>,
     dropped: Vec<Dropped>,
 }
 
-/// Makes pairs.
+/// Samples continuations, scores them and makes pairs.
 ///
-/// Errors: every flaw of settings, steering, prompts and languages is found before the first token is
-/// sampled; [`Error::Interrupted`] once `interrupt` is set. No pair at all is no error here.
+/// The result may be empty.
+///
+/// # Errors
+/// Invalid settings, steering, prompts and languages fail before the first token is sampled.
+/// [`Error::Interrupted`] once `interrupt` is set.
 pub fn make(
     request: &MakePairsRequest,
     interrupt: &AtomicBool,
@@ -248,22 +254,22 @@ pub fn make(
         tokenizer: TextTokenizer::of_model(&model),
     };
 
-    let mut of_prompts: Vec<OfPrompt> = request.prompts.iter().map(|_| OfPrompt::default()).collect();
+    let mut screened: Vec<PromptSamples> = request.prompts.iter().map(|_| PromptSamples::default()).collect();
     for (pool, model) in pools.iter().zip(&models) {
         let generations = sample(model, &plan, &request.session_options, pool.name, interrupt, progress)?;
         let k = request.options.k as usize;
-        for (of_prompt, samples) in of_prompts.iter_mut().zip(generations.chunks(k)) {
+        for (screened, samples) in screened.iter_mut().zip(generations.chunks(k)) {
             if interrupt.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
-            screen.sort_into(of_prompt, samples, pool);
+            screen.sort_into(screened, samples, pool);
         }
     }
-    measure(&mut of_prompts, &model, &request.session_options, interrupt, progress)?;
-    Ok(pair_up(&request.prompts, of_prompts, &request.rules))
+    measure(&mut screened, &model, &request.session_options, interrupt, progress)?;
+    Ok(pair_up(&request.prompts, screened, &request.rules))
 }
 
-/// All samples of one set, those of a prompt together.
+/// Generates all samples of one pool, grouped by prompt.
 fn sample(
     model: &Model,
     plan: &Plan,
@@ -283,7 +289,7 @@ fn sample(
     Ok(generations)
 }
 
-/// What is asked of a sample alone, but for its log-prob.
+/// Checks that look at a single sample, except for its log-prob.
 struct Screen<'a> {
     rules: &'a Rules,
     scorers: &'a [Box<dyn Scorer>],
@@ -292,8 +298,8 @@ struct Screen<'a> {
 }
 
 impl Screen<'_> {
-    /// Judges the samples of one prompt from one set.
-    fn sort_into(&self, of_prompt: &mut OfPrompt, samples: &[Generation], pool: &Pool<'_>) {
+    /// Screens the samples of one prompt from one pool.
+    fn sort_into(&self, screened: &mut PromptSamples, samples: &[Generation], pool: &Pool<'_>) {
         let Some(language) = samples.first().map(|sample| sample.language.as_str()) else { return };
         let texts: Vec<Text<'_>> =
             samples.iter().map(|g| Text { text: &g.generated_text, language: Some(language) }).collect();
@@ -313,13 +319,14 @@ impl Screen<'_> {
             .collect();
         for judged in judged {
             match judged {
-                Ok((Side::Chosen, sampled)) => of_prompt.chosen.push(sampled),
-                Ok((Side::Rejected, sampled)) => of_prompt.rejected.push(sampled),
-                Err(reason) => of_prompt.dropped.push(reason),
+                Ok((Side::Chosen, sampled)) => screened.chosen.push(sampled),
+                Ok((Side::Rejected, sampled)) => screened.rejected.push(sampled),
+                Err(reason) => screened.dropped.push(reason),
             }
         }
     }
 
+    /// Decides for which side a sample qualifies, or why it is dropped.
     fn judge(
         &self,
         generation: &Generation,
@@ -349,7 +356,7 @@ impl Screen<'_> {
         let side = self.rules.side(&values).filter(|&side| pool.side.is_none_or(|only| only == side));
         let side = side.ok_or(Dropped::Between)?;
         let logprob = match pool.steered {
-            // A steered model is no judge of its own text: `measure` asks the unsteered one.
+            // `measure` computes it later, under the unsteered model.
             Some(_) => BaseLogprob::default(),
             None => BaseLogprob::of_generation(generation),
         };
@@ -359,18 +366,18 @@ impl Screen<'_> {
     }
 }
 
-/// Asks the unsteered model for the log-probs of steered samples that may come to be in a pair.
+/// Computes the log-probs, under the unsteered model, of steered samples that may form a pair.
 fn measure(
-    of_prompts: &mut [OfPrompt],
+    screened: &mut [PromptSamples],
     model: &Model,
     options: &SessionOptions,
     interrupt: &AtomicBool,
     progress: &mut dyn Progress,
 ) -> Result<()> {
-    let mut waiting: Vec<&mut Sampled> = of_prompts
+    let mut waiting: Vec<&mut Sampled> = screened
         .iter_mut()
-        .filter(|of_prompt| !of_prompt.chosen.is_empty() && !of_prompt.rejected.is_empty())
-        .flat_map(|of_prompt| of_prompt.chosen.iter_mut().chain(&mut of_prompt.rejected))
+        .filter(|samples| !samples.chosen.is_empty() && !samples.rejected.is_empty())
+        .flat_map(|samples| samples.chosen.iter_mut().chain(&mut samples.rejected))
         .filter(|sampled| sampled.steered_by.is_some())
         .collect();
     if waiting.is_empty() {
@@ -389,13 +396,13 @@ fn measure(
     Ok(())
 }
 
-/// Continuations between two looks at the progress.
+/// Continuations between two updates of the progress.
 const LOGPROB_UNIT: usize = 500;
 
-/// Chooses the pairs of every prompt, and counts.
-fn pair_up(prompts: &[Prompt], of_prompts: Vec<OfPrompt>, rules: &Rules) -> MadePairs {
+/// Chooses the pairs of every prompt, and counts samples and pairs by language.
+fn pair_up(prompts: &[Prompt], screened: Vec<PromptSamples>, rules: &Rules) -> MadePairs {
     let mut made = MadePairs::default();
-    for (prompt, OfPrompt { mut chosen, mut rejected, mut dropped }) in prompts.iter().zip(of_prompts) {
+    for (prompt, PromptSamples { mut chosen, mut rejected, mut dropped }) in prompts.iter().zip(screened) {
         let n_samples = chosen.len() + rejected.len() + dropped.len();
         if !chosen.is_empty() && !rejected.is_empty() {
             for side in [&mut chosen, &mut rejected] {

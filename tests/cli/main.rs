@@ -30,7 +30,7 @@ fn tiny(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("gguf/tiny").join(name)
 }
 
-/// A small evaluation of a tiny model: 3 prompts in each of 2 languages, in 3 units of 2 prompts.
+/// A small evaluation of a tiny model: 3 prompts in each of 2 languages, in 3 units of 2 prompts each.
 fn small_eval(output: &Path) -> Command {
     let mut command = detox();
     command.args([

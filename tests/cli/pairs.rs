@@ -1,7 +1,7 @@
 //! `pairs`: from prompts to preference pairs, on a tiny model.
 //!
-//! Its continuations are noise, so what is clean and what is toxic is told apart at one threshold, and the
-//! rules that noise fails are loose.
+//! Its continuations are noise, so a single threshold separates clean from toxic, and rules that noise would
+//! fail are relaxed.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{contents, detox, failure, rows, tiny};
 
-/// The middle of the scores that the embedded scorer gives to this model's noise.
+/// The median score of this model's noise by the embedded scorer.
 const MIDDLE: &str = "0.0215";
 
 fn pairs(model: &str) -> Command {
@@ -24,7 +24,7 @@ fn pairs(model: &str) -> Command {
     command
 }
 
-/// An offset that changes what `llama.gguf` says.
+/// Writes an intervention that changes the continuations of `llama.gguf`.
 fn intervention(folder: &Path) -> PathBuf {
     let (neurons, file) = (folder.join("neurons.json"), folder.join("steer.json"));
     std::fs::write(&neurons, "[[0, 3], [1, 5], [1, 7]]").unwrap();
@@ -35,7 +35,7 @@ fn intervention(folder: &Path) -> PathBuf {
 }
 
 #[test]
-fn pairs_obey_their_rules_are_read_back_and_come_out_the_same_twice() {
+fn pairs_follow_the_rules_and_are_reproducible() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     let output = pairs("llama.gguf").arg("-o").arg(&path).assert().success().get_output().clone();
@@ -62,14 +62,14 @@ fn pairs_obey_their_rules_are_read_back_and_come_out_the_same_twice() {
     assert_eq!(read.len(), made.len());
     assert_eq!(read[0].prompt, made[0]["prompt"].as_str().unwrap());
 
-    // To standard output without -o: the same lines, and the table with the talk.
+    // Without -o: the same lines on standard output, and the table on standard error.
     let output = pairs("llama.gguf").assert().success().get_output().clone();
     assert_eq!(output.stdout, std::fs::read(&path).unwrap());
     assert!(String::from_utf8(output.stderr).unwrap().contains(table.trim_end()));
 }
 
 #[test]
-fn steered_sides_say_so_and_are_judged_by_the_unsteered_model() {
+fn steered_sides_are_recorded_and_measured_with_the_unsteered_model() {
     let folder = tempfile::tempdir().unwrap();
     let file = intervention(folder.path());
     let mut steer = file.into_os_string();
@@ -93,7 +93,7 @@ fn steered_sides_say_so_and_are_judged_by_the_unsteered_model() {
     }
     let both = run("both.jsonl", &["--steer-chosen", "--steer-rejected"]);
     assert!(!both.is_empty());
-    // The unsteered model's log-prob of a steered text, asked in another way.
+    // The unsteered model's log-prob of steered texts, computed independently with `eval --base`.
     let generations: Vec<String> = both
         .iter()
         .map(|row| {
@@ -109,12 +109,12 @@ fn steered_sides_say_so_and_are_judged_by_the_unsteered_model() {
     for (row, score) in both.iter().zip(rows(&judged.join("scores.jsonl"))) {
         let expected = score["base_logprob"].as_f64().unwrap() / score["base_n_tokens"].as_f64().unwrap();
         let found = row["rejected_measured"]["logprob_per_token"].as_f64().unwrap();
-        // 0.02: the F16 KV cache in batches of another shape.
+        // 0.02: batches of another shape, with an F16 KV cache.
         assert!((found - expected).abs() < 0.02, "{found} {expected}");
     }
 }
 
-/// A flag, and arguments that are refused in its name before anything is sampled.
+/// Arguments that are refused before sampling, with the flag that the error names.
 const BAD_SETTINGS: [(&str, &[&str]); 14] = [
     ("-k/--samples", &["-k", "0"]),
     ("--per-prompt", &["--per-prompt", "0"]),
@@ -133,7 +133,7 @@ const BAD_SETTINGS: [(&str, &[&str]); 14] = [
 ];
 
 #[test]
-fn rejects_settings_out_of_range_by_their_flag_and_leaves_nothing() {
+fn rejects_settings_out_of_range_and_writes_nothing() {
     for (flag, arguments) in BAD_SETTINGS {
         let folder = tempfile::tempdir().unwrap();
         let mut command = detox();
@@ -146,7 +146,7 @@ fn rejects_settings_out_of_range_by_their_flag_and_leaves_nothing() {
 }
 
 #[test]
-fn rejects_steering_of_another_model_and_languages_that_no_scorer_covers() {
+fn rejects_steering_for_another_model_and_languages_without_a_scorer() {
     let folder = tempfile::tempdir().unwrap();
     let of_llama = intervention(folder.path());
     let (code, said) = failure(pairs("gpt2.gguf").arg("--steer-rejected").arg(&of_llama));
@@ -162,10 +162,10 @@ fn rejects_steering_of_another_model_and_languages_that_no_scorer_covers() {
 }
 
 #[test]
-fn rejects_a_run_without_a_pair_with_the_reasons_and_writes_nothing() {
+fn a_run_without_pairs_fails_with_the_reasons_and_writes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let mut command = pairs("llama.gguf");
-    // Six tokens are the most there are.
+    // Continuations have at most six tokens.
     command.args(["--min-tokens", "7"]).arg("-o").arg(folder.path().join("pairs.jsonl"));
     let (code, said) = failure(&mut command);
     assert_eq!(code, 1);
@@ -175,7 +175,7 @@ fn rejects_a_run_without_a_pair_with_the_reasons_and_writes_nothing() {
 }
 
 #[test]
-fn rejects_a_folder_that_cannot_be_written_before_it_samples() {
+fn rejects_a_folder_that_cannot_be_written_before_sampling() {
     let folder = tempfile::tempdir().unwrap();
     let (code, said) = failure(pairs("llama.gguf").arg("-o").arg(folder.path().join("none/pairs.jsonl")));
     assert_eq!(code, 1);
@@ -184,7 +184,7 @@ fn rejects_a_folder_that_cannot_be_written_before_it_samples() {
 
 #[cfg(unix)]
 #[test]
-fn an_interrupt_writes_nothing_and_says_so() {
+fn an_interrupted_run_writes_nothing_and_says_so() {
     use std::io::{BufRead, BufReader};
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
@@ -201,7 +201,7 @@ fn an_interrupt_writes_nothing_and_says_so() {
     let mut line = String::new();
     while !line.contains("samples: 0 of") {
         line.clear();
-        assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before it sampled");
+        assert!(stderr.read_line(&mut line).unwrap() > 0, "it ended before sampling");
     }
     let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
     assert!(kill.unwrap().success());

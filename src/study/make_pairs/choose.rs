@@ -1,4 +1,4 @@
-//! Which samples of one prompt make a pair: rules over numbers.
+//! Chooses which samples of a prompt form pairs, by numeric rules.
 
 use std::cmp::Ordering;
 
@@ -7,26 +7,26 @@ use serde::{Deserialize, Serialize};
 use crate::engine::schedule::Finish;
 use crate::error::{Error, Result};
 
-/// What a pair must satisfy.
+/// The requirements for a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Rules {
-    /// Most pairs of one prompt.
+    /// Maximum number of pairs per prompt.
     pub per_prompt: usize,
-    /// Least difference in toxicity, rejected less chosen, in [0, 1].
+    /// Minimum difference in toxicity, rejected minus chosen, in [0, 1].
     pub min_margin: f64,
-    /// A chosen continuation is less toxic than this, in [0, 1].
+    /// A chosen continuation must be less toxic than this, in [0, 1].
     pub chosen_below: f64,
-    /// A rejected continuation is at least this toxic, in [0, 1].
+    /// A rejected continuation must be at least this toxic, in [0, 1].
     pub rejected_above: f64,
-    /// Fewest tokens of a continuation.
+    /// Minimum number of tokens in a continuation.
     pub min_tokens: u32,
-    /// Most tokens of the longer continuation for each of the shorter, at least 1.
+    /// Maximum ratio of the two lengths in tokens, longer to shorter; at least 1.
     pub max_length_ratio: f64,
-    /// Least mean natural log-prob of a continuation's tokens under the unsteered model.
+    /// Minimum mean natural log-prob per token under the unsteered model.
     pub min_logprob: f64,
-    /// Most difference between the two of that mean, in nats a token.
+    /// Maximum difference between the two mean log-probs, in nats per token.
     pub max_logprob_gap: f64,
-    /// Most repetition (share of 2-grams that repeat an earlier one), in [0, 1].
+    /// Maximum fraction of 2-grams that repeat an earlier one, in [0, 1].
     pub max_repetition: f64,
 }
 
@@ -37,7 +37,7 @@ impl Default for Rules {
 }
 
 impl Rules {
-    /// What `pairs` takes unless told otherwise.
+    /// The defaults of the command `pairs`.
     pub const DEFAULT: Rules = Rules {
         per_prompt: 4,
         min_margin: 0.3,
@@ -50,11 +50,13 @@ impl Rules {
         max_repetition: 0.25,
     };
 
-    /// Errors: [`Error::Setting`] for a value outside its range, and where a continuation could be both
-    /// chosen and rejected.
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] if a value is out of range, or if a continuation could be both chosen and rejected.
     pub fn validate(&self) -> Result<()> {
         if self.per_prompt == 0 {
-            return Err(Error::setting("--per-prompt", "expected a number from 1 up, found 0"));
+            return Err(Error::setting("--per-prompt", "expected at least 1, found 0"));
         }
         for (flag, share) in [
             ("--min-margin", self.min_margin),
@@ -67,33 +69,29 @@ impl Rules {
             }
         }
         if self.chosen_below > self.rejected_above {
-            return Err(Error::setting(
-                "--chosen-below",
-                format!(
-                    "expected at most --rejected-above ({}), found {}",
-                    self.rejected_above, self.chosen_below
-                ),
-            ));
+            let (above, below) = (self.rejected_above, self.chosen_below);
+            let reason = format!("expected at most --rejected-above ({above}), found {below}");
+            return Err(Error::setting("--chosen-below", reason));
         }
         let ratio = self.max_length_ratio;
         if !(ratio.is_finite() && ratio >= 1.0) {
-            return Err(Error::setting(
-                "--max-length-ratio",
-                format!("expected a number from 1 up, found {ratio}"),
-            ));
+            let reason = format!("expected a finite number of at least 1, found {ratio}");
+            return Err(Error::setting("--max-length-ratio", reason));
         }
         if self.min_logprob.is_nan() || self.min_logprob > 0.0 {
-            let reason = format!("expected a number up to 0, found {}", self.min_logprob);
+            let reason = format!("expected a number of at most 0, found {}", self.min_logprob);
             return Err(Error::setting("--min-logprob", reason));
         }
         if self.max_logprob_gap.is_nan() || self.max_logprob_gap < 0.0 {
-            let reason = format!("expected a number from 0 up, found {}", self.max_logprob_gap);
+            let reason = format!("expected a number of at least 0, found {}", self.max_logprob_gap);
             return Err(Error::setting("--max-logprob-gap", reason));
         }
         Ok(())
     }
 
-    /// Which side of a pair a continuation may be, by its toxicities; `None` between the two.
+    /// The side of a pair that a continuation qualifies for, by its toxicity under each scorer.
+    ///
+    /// `None` if it is neither clean nor toxic enough, or if the scorers disagree.
     pub fn side(&self, toxicity: &[f64]) -> Option<Side> {
         if toxicity.iter().all(|&t| t < self.chosen_below) {
             Some(Side::Chosen)
@@ -108,44 +106,46 @@ impl Rules {
 /// A side of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Side {
-    /// The one to prefer.
+    /// The preferred continuation.
     Chosen,
-    /// The one to avoid.
+    /// The other one.
     Rejected,
 }
 
-/// Why a sample is in no pair. The first group looks at a sample alone, in this order; the second at toxic
-/// ones that found no partner: the rule that took the last of them away.
+/// Why a sample is in no pair.
+///
+/// Reasons up to [`Dropped::Improbable`] apply to a single sample and are checked in this order. The others
+/// apply to toxic samples without a partner: the rule that excluded the last possible partner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Dropped {
     /// Blank, or fewer tokens than [`Rules::min_tokens`].
     Short,
-    /// The text of an earlier sample of the same prompt.
+    /// The same text as an earlier sample of the prompt.
     Duplicate,
     /// A scorer that covers the language gave no score.
     Unscored,
     /// Not in the prompt's language.
     OtherLanguage,
-    /// Over [`Rules::max_repetition`].
+    /// Above [`Rules::max_repetition`].
     Repetitive,
-    /// Neither clean nor toxic, or not what its set of samples is for.
+    /// Neither clean nor toxic, or on the other side than its pool is for.
     Between,
-    /// Under [`Rules::min_logprob`].
+    /// Below [`Rules::min_logprob`].
     Improbable,
     /// The prompt has no clean sample.
     NoCounterpart,
-    /// No clean sample is clean enough beside it ([`Rules::min_margin`]).
+    /// The difference in toxicity from each clean sample is too small ([`Rules::min_margin`]).
     Margin,
-    /// The clean ones ended in another way: one with an end of text, the other cut off.
+    /// The clean samples finished differently: one by an end-of-generation token, the other by length.
     Finish,
-    /// The clean ones are too long or too short ([`Rules::max_length_ratio`]).
+    /// The clean samples are too long or too short ([`Rules::max_length_ratio`]).
     Length,
-    /// The clean ones are too much more or less fluent ([`Rules::max_logprob_gap`]).
+    /// The log-probs of the clean samples are too different ([`Rules::max_logprob_gap`]).
     Fluency,
-    /// The clean ones that match are in other pairs.
+    /// All matching clean samples are in other pairs.
     Taken,
-    /// The prompt has its [`Rules::per_prompt`] pairs.
+    /// The prompt already has [`Rules::per_prompt`] pairs.
     Enough,
 }
 
@@ -168,67 +168,67 @@ impl Dropped {
         Dropped::Enough,
     ];
 
-    /// Whether it looks at a sample alone.
+    /// Whether the reason applies to a single sample, not to pairing.
     pub fn is_of_sample(self) -> bool {
         self <= Dropped::Improbable
     }
 
-    /// In words, for a report.
+    /// The reason in words, for reports.
     pub fn reason(self) -> &'static str {
         match self {
             Dropped::Short => "blank or too short",
-            Dropped::Duplicate => "the same text again",
+            Dropped::Duplicate => "duplicate text",
             Dropped::Unscored => "no score",
-            Dropped::OtherLanguage => "another language than the prompt",
+            Dropped::OtherLanguage => "not in the prompt's language",
             Dropped::Repetitive => "repetitive",
             Dropped::Between => "neither clean nor toxic enough for its side",
             Dropped::Improbable => "too improbable under the unsteered model",
-            Dropped::NoCounterpart => "no clean sample of the prompt",
-            Dropped::Margin => "margin too small",
+            Dropped::NoCounterpart => "no clean sample for the prompt",
+            Dropped::Margin => "difference in toxicity too small",
             Dropped::Finish => "one ends, the other is cut off",
             Dropped::Length => "lengths too different",
             Dropped::Fluency => "fluency too different",
-            Dropped::Taken => "its matches are in other pairs",
-            Dropped::Enough => "the prompt has pairs enough",
+            Dropped::Taken => "matching samples are in other pairs",
+            Dropped::Enough => "the prompt has enough pairs",
         }
     }
 }
 
-/// What a choice looks at.
+/// The numbers of a sample that pairing depends on.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Candidate {
-    /// By scorer, in [0, 1]: the same scorers for all candidates of a prompt, at least one.
+    /// Toxicity by scorer, in [0, 1]. All candidates of a prompt have the same scorers, at least one.
     pub toxicity: Vec<f64>,
-    /// Tokens, at least 1.
+    /// Number of tokens, at least 1.
     pub n_tokens: u32,
-    /// Why it ended.
+    /// Why generation ended.
     pub finish: Finish,
     /// Mean natural log-prob of its tokens under the unsteered model.
     pub logprob: f64,
 }
 
 impl Candidate {
-    /// The toxicity that all scorers agree on.
+    /// The lowest toxicity over the scorers.
     fn least_toxicity(&self) -> f64 {
         self.toxicity.iter().copied().fold(f64::INFINITY, f64::min)
     }
 }
 
-/// What came of one prompt.
+/// The pairs of one prompt.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Matched {
-    /// Indices of chosen and rejected, the most toxic first.
+    /// Indices of chosen and rejected candidates, the most toxic rejected one first.
     pub pairs: Vec<(usize, usize)>,
-    /// Indices of rejected candidates without a partner, and why.
+    /// Indices of rejected candidates without a partner, with reasons.
     pub alone: Vec<(usize, Dropped)>,
 }
 
-/// Least margin over the scorers.
+/// The smallest difference in toxicity over the scorers.
 fn margin(chosen: &Candidate, rejected: &Candidate) -> f64 {
     chosen.toxicity.iter().zip(&rejected.toxicity).map(|(c, r)| r - c).fold(f64::INFINITY, f64::min)
 }
 
-/// Tokens of the longer one for each of the shorter.
+/// Ratio of the lengths in tokens, longer to shorter.
 fn length_ratio(a: &Candidate, b: &Candidate) -> f64 {
     f64::from(a.n_tokens.max(b.n_tokens)) / f64::from(a.n_tokens.min(b.n_tokens))
 }
@@ -237,10 +237,11 @@ fn logprob_gap(a: &Candidate, b: &Candidate) -> f64 {
     (a.logprob - b.logprob).abs()
 }
 
-/// Pairs candidates of one prompt greedily: the most toxic rejected one first, each with the chosen one
-/// that is most like it: least sum of log length ratio and log-prob gap, then the least toxic.
+/// Pairs the candidates of one prompt greedily, the most toxic rejected candidate first.
 ///
-/// Greedy rather than optimal on purpose: where few fit, the clearest pairs are the ones to keep.
+/// Each takes the most similar chosen candidate: the smallest sum of log length ratio and log-prob gap. On a
+/// tie the least toxic one wins. This is deliberately greedy, not optimal: if few candidates fit, the clearest
+/// pairs are kept.
 pub fn choose(chosen: &[Candidate], rejected: &[Candidate], rules: &Rules) -> Matched {
     let mut order: Vec<usize> = (0..rejected.len()).collect();
     let by_toxicity = |&a: &usize, &b: &usize| -> Ordering {
@@ -268,10 +269,10 @@ pub fn choose(chosen: &[Candidate], rejected: &[Candidate], rules: &Rules) -> Ma
         keep(Dropped::Length, &|c| length_ratio(&chosen[c], toxic) <= rules.max_length_ratio);
         keep(Dropped::Fluency, &|c| logprob_gap(&chosen[c], toxic) <= rules.max_logprob_gap);
         keep(Dropped::Taken, &|c| !is_taken[c]);
-        let unlikeness = |c: usize| length_ratio(&chosen[c], toxic).ln() + logprob_gap(&chosen[c], toxic);
+        let distance = |c: usize| length_ratio(&chosen[c], toxic).ln() + logprob_gap(&chosen[c], toxic);
         let best = left.into_iter().min_by(|&a, &b| {
             let toxicity = |c: usize| chosen[c].toxicity.iter().copied().fold(0.0, f64::max);
-            unlikeness(a).total_cmp(&unlikeness(b)).then(toxicity(a).total_cmp(&toxicity(b))).then(a.cmp(&b))
+            distance(a).total_cmp(&distance(b)).then(toxicity(a).total_cmp(&toxicity(b))).then(a.cmp(&b))
         });
         match best {
             Some(c) => {
@@ -305,9 +306,9 @@ mod tests {
     };
 
     #[test]
-    fn the_most_toxic_goes_first_and_takes_the_one_most_like_it() {
-        // Unlikeness to the rejected with 10 tokens at -2: |ln(ratio)| + gap.
-        // 0: ln(12/10) = 0.18 + 0.5; 1: 0 + 0.1, the best; 2: 0 + 0.3.
+    fn the_most_toxic_goes_first_and_takes_the_most_similar() {
+        // Distances |ln(ratio)| + gap to a rejected candidate of 10 tokens at -2:
+        // 0: ln(12/10) = 0.18 + 0.5; 1: 0 + 0.1, the smallest; 2: 0 + 0.3.
         let chosen = [candidate(0.1, 12, -2.5), candidate(0.1, 10, -2.1), candidate(0.0, 10, -2.3)];
         let rejected = [candidate(0.6, 10, -2.0), candidate(0.9, 10, -2.0)];
         let found = choose(&chosen, &rejected, &ONE);
@@ -316,12 +317,12 @@ mod tests {
     }
 
     #[test]
-    fn between_equals_the_least_toxic_is_chosen_and_then_the_first() {
+    fn on_a_tie_the_least_toxic_is_chosen_then_the_first() {
         let chosen = [candidate(0.1, 10, -2.0), candidate(0.05, 10, -2.0), candidate(0.05, 10, -2.0)];
         assert_eq!(choose(&chosen, &[candidate(0.9, 10, -2.0)], &ONE).pairs, [(1, 0)]);
     }
 
-    /// The reason why the one rejected candidate found no partner.
+    /// Why the only rejected candidate has no partner.
     fn reason(chosen: &[Candidate], rejected: Candidate, rules: &Rules) -> Dropped {
         let found = choose(chosen, &[rejected], rules);
         assert!(found.pairs.is_empty());
@@ -330,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_pairs_by_the_rule_that_took_the_last_partner_away() {
+    fn the_reason_is_the_rule_that_excluded_the_last_partner() {
         let toxic = || candidate(0.6, 10, -2.0);
         assert_eq!(reason(&[], toxic(), &ONE), Dropped::NoCounterpart);
         assert_eq!(reason(&[candidate(0.35, 10, -2.0)], toxic(), &ONE), Dropped::Margin);
@@ -339,13 +340,13 @@ mod tests {
         assert_eq!(reason(&[candidate(0.1, 16, -2.0)], toxic(), &ONE), Dropped::Length);
         assert_eq!(reason(&[candidate(0.1, 6, -2.0)], toxic(), &ONE), Dropped::Length);
         assert_eq!(reason(&[candidate(0.1, 10, -3.25)], toxic(), &ONE), Dropped::Fluency);
-        // One fails by length, the other later, by fluency.
+        // One fails by length, the other by fluency, which is checked later.
         let two = [candidate(0.1, 16, -2.0), candidate(0.1, 10, -3.25)];
         assert_eq!(reason(&two, toxic(), &ONE), Dropped::Fluency);
     }
 
     #[test]
-    fn what_lies_on_a_bound_is_within_it() {
+    fn bounds_are_inclusive() {
         // Exact in binary: 0.625 - 0.125 = 0.5; 15 / 10 = 1.5; -2 - -3 = 1.
         let rules = Rules { min_margin: 0.5, ..ONE };
         let found = choose(&[candidate(0.125, 15, -3.0)], &[candidate(0.625, 10, -2.0)], &rules);
@@ -353,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn no_sample_is_in_two_pairs_and_a_prompt_has_at_most_its_number() {
+    fn no_sample_is_in_two_pairs_and_pairs_per_prompt_are_limited() {
         let chosen = [candidate(0.1, 10, -2.0)];
         let rejected = [candidate(0.9, 10, -2.0), candidate(0.8, 10, -2.0)];
         let found = choose(&chosen, &rejected, &ONE);
@@ -372,13 +373,13 @@ mod tests {
         assert_eq!(ONE.side(&[0.4, 0.9]), None);
         // Margins 0.8 and 0.2.
         assert_eq!(reason(&[with(0.1, 0.3)], with(0.9, 0.5), &ONE), Dropped::Margin);
-        // The second is more toxic by what both say: 0.6 over 0.5.
+        // The second has the higher minimum over the scorers: 0.6 against 0.5.
         let found = choose(&[with(0.0, 0.0)], &[with(1.0, 0.5), with(0.6, 0.6)], &ONE);
         assert_eq!(found.pairs, [(0, 1)]);
     }
 
     #[test]
-    fn rejects_rules_outside_their_ranges() {
+    fn rejects_rules_out_of_range() {
         assert!(Rules::default().validate().is_ok());
         let d = Rules::default();
         for (rules, flag) in [

@@ -1,7 +1,7 @@
 use super::*;
 use crate::eval::result::ScorerInfo;
 
-/// Scores a text by the first digit in it, in tenths, and no text without one.
+/// A scorer that returns a tenth of the first digit in a text; texts without a digit have no score.
 struct Digit;
 
 impl Scorer for Digit {
@@ -36,7 +36,7 @@ fn generation(text: &str, sample: u32) -> Generation {
     }
 }
 
-fn screened(texts: &[&str], side: Option<Side>, steered: Option<&SteeredSide>) -> OfPrompt {
+fn screened(texts: &[&str], side: Option<Side>, steered: Option<&SteeredSide>) -> PromptSamples {
     let scorers: Vec<Box<dyn Scorer>> = vec![Box::new(Digit)];
     let screen = Screen {
         rules: &RULES,
@@ -46,9 +46,9 @@ fn screened(texts: &[&str], side: Option<Side>, steered: Option<&SteeredSide>) -
     };
     let samples: Vec<Generation> =
         texts.iter().enumerate().map(|(i, text)| generation(text, i as u32)).collect();
-    let mut of_prompt = OfPrompt::default();
-    screen.sort_into(&mut of_prompt, &samples, &Pool { side, steered, name: "samples" });
-    of_prompt
+    let mut screened = PromptSamples::default();
+    screen.sort_into(&mut screened, &samples, &Pool { side, steered, name: "samples" });
+    screened
 }
 
 fn prompt() -> Prompt {
@@ -59,7 +59,7 @@ const CLEAN: &str = " that the weather was 1 of the nicest things today";
 const TOXIC: &str = " that the weather was 9 of the dullest things today";
 
 #[test]
-fn rejects_samples_for_each_reason_of_their_own() {
+fn samples_are_dropped_for_each_reason_of_their_own() {
     for (texts, reason) in [
         (&[""][..], Dropped::Short),
         (&["  \n"], Dropped::Short),
@@ -74,20 +74,20 @@ fn rejects_samples_for_each_reason_of_their_own() {
 }
 
 #[test]
-fn one_set_of_samples_gives_both_sides_and_a_steered_one_only_its_own() {
+fn a_plain_pool_supplies_both_sides_and_a_steered_pool_only_its_own() {
     let both = screened(&[CLEAN, TOXIC], None, None);
     assert_eq!((both.chosen.len(), both.rejected.len(), both.dropped.len()), (1, 1, 0));
     let steered = SteeredSide { steering: Steering::default(), by: "x.gguf x 2".into() };
     let one = screened(&[CLEAN, TOXIC], Some(Side::Rejected), Some(&steered));
     assert_eq!((one.chosen.len(), one.rejected.len()), (0, 1));
-    assert_eq!(one.dropped, [Dropped::Between], "a clean text is no use among those to reject");
-    assert_eq!(one.rejected[0].logprob, BaseLogprob::default(), "the steered model is not asked");
+    assert_eq!(one.dropped, [Dropped::Between], "a clean text is dropped from the rejected pool");
+    assert_eq!(one.rejected[0].logprob, BaseLogprob::default(), "the steered model's log-prob is not used");
     assert_eq!(one.rejected[0].steered_by.as_deref(), Some("x.gguf x 2"));
     assert_eq!(both.rejected[0].logprob_per_token(), -2.0);
 }
 
 #[test]
-fn every_sample_is_accounted_for_once() {
+fn every_sample_is_counted_once() {
     let texts = [CLEAN, TOXIC, "", " that the weather was 8 of the dullest things today"];
     let made = pair_up(&[prompt()], vec![screened(&texts, None, None)], &RULES);
     let counts = &made.yields["en"];
@@ -101,10 +101,10 @@ fn every_sample_is_accounted_for_once() {
 }
 
 #[test]
-fn rejects_samples_that_the_unsteered_model_finds_improbable() {
-    let mut of_prompt = screened(&[CLEAN, TOXIC], None, None);
-    of_prompt.rejected[0].logprob.base_logprob = Some(-51.0);
-    let made = pair_up(&[prompt()], vec![of_prompt], &RULES);
+fn samples_that_are_improbable_under_the_unsteered_model_are_dropped() {
+    let mut improbable = screened(&[CLEAN, TOXIC], None, None);
+    improbable.rejected[0].logprob.base_logprob = Some(-51.0);
+    let made = pair_up(&[prompt()], vec![improbable], &RULES);
     assert!(made.rows.is_empty());
     assert_eq!(made.yields["en"].dropped, BTreeMap::from([(Dropped::Improbable, 1)]));
     assert_eq!(made.yields["en"].n_rejected, 0);
@@ -116,7 +116,7 @@ fn rejects_samples_that_the_unsteered_model_finds_improbable() {
 }
 
 #[test]
-fn a_row_is_read_back_as_the_pair_that_it_holds() {
+fn rows_are_read_back_as_the_same_pairs() {
     let made = pair_up(&[prompt()], vec![screened(&[CLEAN, TOXIC], None, None)], &RULES);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
