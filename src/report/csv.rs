@@ -1,14 +1,15 @@
-//! Long-form CSV: one metric of one language a row, for a spreadsheet or a data frame.
+//! Long-form CSV with a row per language and metric, for a spreadsheet or a data frame.
 
 use csv::Writer;
 
 use crate::eval::result::{Comparison, Difference, EvalResult, Metric};
 
-/// Name of the rows that hold the unweighted mean over languages.
+/// In the column `language`: the unweighted mean over languages.
 pub const MEAN: &str = "mean";
 
-/// Columns: language, scorer, metric, value, low, high, n, missing, k. Full precision; an empty field where
-/// there is no number.
+/// Formats one run: language, scorer, metric, value, low, high, n, missing, k.
+///
+/// Numbers have full precision. A missing number is an empty field.
 pub fn to_csv(result: &EvalResult) -> String {
     let mut rows = Table::new(&["language", "scorer", "metric", "value", "low", "high", "n", "missing", "k"]);
     let mut add = |language: &str, found: &Metric| {
@@ -33,14 +34,14 @@ pub fn to_csv(result: &EvalResult) -> String {
     rows.finish()
 }
 
-/// Any rows under any header.
+/// Formats rows under a header.
 pub fn table_to_csv(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new(header);
     rows.into_iter().for_each(|row| table.add(&row));
     table.finish()
 }
 
-/// Columns: language, scorer, metric, a, b, difference, low, high, p_value, test, n.
+/// Formats a comparison: language, scorer, metric, a, b, difference, low, high, p_value, test, n.
 pub fn comparison_to_csv(comparison: &Comparison) -> String {
     let header =
         ["language", "scorer", "metric", "a", "b", "difference", "low", "high", "p_value", "test", "n"];
@@ -77,17 +78,19 @@ struct Table(Writer<Vec<u8>>);
 impl Table {
     fn new(header: &[&str]) -> Table {
         let mut writer = Writer::from_writer(Vec::new());
-        writer.write_record(header).expect("memory takes every write");
+        writer.write_record(header).expect("writing to memory does not fail");
         Table(writer)
     }
 
     fn add(&mut self, row: &[String]) {
-        self.0.write_record(row).expect("every row is as long as the header, and memory takes every write");
+        self.0
+            .write_record(row)
+            .expect("rows are as long as the header, and writing to memory does not fail");
     }
 
     fn finish(self) -> String {
-        let bytes = self.0.into_inner().expect("memory takes every flush");
-        String::from_utf8(bytes).expect("every field is UTF-8")
+        let bytes = self.0.into_inner().expect("flushing to memory does not fail");
+        String::from_utf8(bytes).expect("all fields are UTF-8")
     }
 }
 
@@ -97,7 +100,7 @@ mod tests {
     use crate::report::synthetic;
 
     #[test]
-    fn every_metric_of_every_language_and_the_mean_has_a_row() {
+    fn every_metric_has_a_row_for_each_language_and_the_mean() {
         let (result, comparison) = synthetic::compared(&["de", "fr"]);
         let text = to_csv(&result);
         assert_eq!(text.lines().count(), 1 + 3 * result.mean.len());

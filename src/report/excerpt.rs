@@ -1,13 +1,13 @@
-//! Continuations chosen for reading.
+//! Continuations to show in a report.
 
 use std::collections::BTreeMap;
 
 use crate::eval::continuation::Sample;
 
-/// One continuation, shown so that a reader can judge the scorer and the model.
+/// A continuation, shown so that readers can judge the scorer and the model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Excerpt {
-    /// Language of the prompt.
+    /// The prompt's language.
     pub language: String,
     /// The prompt's id.
     pub prompt_id: String,
@@ -15,20 +15,21 @@ pub struct Excerpt {
     pub prompt: String,
     /// The continuation.
     pub text: String,
-    /// Who scored it.
+    /// The scorer's name.
     pub scorer: String,
-    /// Its toxicity in [0, 1].
+    /// The toxicity in [0, 1].
     pub toxicity: f64,
 }
 
-/// The `n_per_language` most toxic continuations of each language by `scorer`, at most one a prompt, by
-/// language and falling toxicity. Continuations without a score are never among them.
+/// Selects the `n_per_language` most toxic continuations of each language, at most one per prompt.
+///
+/// They are sorted by language, then by decreasing toxicity. Continuations without a score are left out.
 pub fn most_toxic(samples: &[Sample], scorer: &str, n_per_language: usize) -> Vec<Excerpt> {
     let mut of_prompt: BTreeMap<(&str, &str), (&Sample, f64)> = BTreeMap::new();
     for sample in samples {
         let Some(toxicity) = sample.toxicity_by(scorer) else { continue };
         let best = of_prompt.entry((&sample.language, &sample.prompt_id)).or_insert((sample, toxicity));
-        // The sample's number settles ties, so that the order of the samples does not matter.
+        // The sample number breaks ties, so that the order of the samples does not matter.
         if toxicity > best.1 || (toxicity == best.1 && sample.sample < best.0.sample) {
             *best = (sample, toxicity);
         }
@@ -57,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_most_toxic_come_first_one_a_prompt_and_never_without_a_score() {
+    fn the_most_toxic_come_first_one_per_prompt_and_only_with_a_score() {
         let sample = |prompt: &str, number, toxicity| Sample {
             prompt_id: prompt.into(),
             language: "de".into(),

@@ -1,12 +1,12 @@
-//! Numbers and names as a person reads them.
+//! Formats numbers, settings and language names for readers.
 
 use crate::eval::metric::{Descriptor, Unit};
 use crate::eval::result::{Estimate, RunInfo};
 
-/// What is printed where there is no number.
+/// Printed if there is no value.
 pub const NONE: &str = "-";
 
-/// A value in its metric's unit: `0.512`, `43.2%`.
+/// Formats a value in its metric's unit: `0.512`, `43.2%`.
 pub fn value(metric: &Descriptor, value: f64) -> String {
     match metric.unit {
         Unit::Fraction => format!("{:.1}%", 100.0 * value),
@@ -14,7 +14,7 @@ pub fn value(metric: &Descriptor, value: f64) -> String {
     }
 }
 
-/// A value and its interval: `0.512 [0.498, 0.526]`, `43.2% [41.0, 45.4]`.
+/// Formats a value with its interval: `0.512 [0.498, 0.526]`, `43.2% [41.0, 45.4]`.
 pub fn estimate(metric: &Descriptor, estimate: &Estimate) -> String {
     match interval(metric, estimate) {
         Some((low, high)) => format!("{} [{low}, {high}]", value(metric, estimate.value)),
@@ -22,7 +22,7 @@ pub fn estimate(metric: &Descriptor, estimate: &Estimate) -> String {
     }
 }
 
-/// Both ends of an interval, without the unit.
+/// Formats both ends of an interval, without the unit.
 pub fn interval(metric: &Descriptor, estimate: &Estimate) -> Option<(String, String)> {
     let end = |end: f64| match metric.unit {
         Unit::Fraction => format!("{:.1}", 100.0 * end),
@@ -31,8 +31,9 @@ pub fn interval(metric: &Descriptor, estimate: &Estimate) -> Option<(String, Str
     Some((end(estimate.low?), end(estimate.high?)))
 }
 
-/// A difference and its interval: `-0.211 [-0.250, -0.170]`, `-31.1 pp [-33.2, -29.0]`, where pp are
-/// percentage points.
+/// Formats a difference with its interval: `-0.211 [-0.250, -0.170]`, `-31.1 pp [-33.2, -29.0]`.
+///
+/// pp stands for percentage points.
 pub fn difference(metric: &Descriptor, estimate: &Estimate) -> String {
     let (decimals, factor, unit) = match metric.unit {
         Unit::Fraction => (1, 100.0, " pp"),
@@ -40,7 +41,7 @@ pub fn difference(metric: &Descriptor, estimate: &Estimate) -> String {
     };
     let signed = |value: f64| {
         let text = format!("{:+.decimals$}", factor * value);
-        // A difference that rounds to nothing has no sign: neither +0.000 nor -0.000.
+        // A difference that rounds to zero has no sign: neither +0.000 nor -0.000.
         if text.chars().any(|c| ('1'..='9').contains(&c)) { text } else { text[1..].to_owned() }
     };
     match (estimate.low, estimate.high) {
@@ -51,7 +52,7 @@ pub fn difference(metric: &Descriptor, estimate: &Estimate) -> String {
     }
 }
 
-/// A p-value: three decimals, and never 0.
+/// Formats a p-value with three decimals, and never as 0.
 pub fn p_value(p: Option<f64>) -> String {
     match p {
         None => NONE.into(),
@@ -60,13 +61,13 @@ pub fn p_value(p: Option<f64>) -> String {
     }
 }
 
-/// The bootstrap's level: `95%`.
+/// Formats the level of an interval: `95%`.
 pub fn level(level: f64) -> String {
     let percent = 100.0 * level;
     if (percent - percent.round()).abs() < 1e-9 { format!("{percent:.0}%") } else { format!("{percent:.1}%") }
 }
 
-/// A count with thousands apart: `18,328`.
+/// Formats a count with thousands separators: `18,328`.
 pub fn count(n: usize) -> String {
     let digits = n.to_string();
     let mut text = String::with_capacity(digits.len() + digits.len() / 3);
@@ -79,7 +80,7 @@ pub fn count(n: usize) -> String {
     text
 }
 
-/// Every setting of a run with its value, the most telling first.
+/// Lists all settings of a run with their values, the most important first.
 pub fn settings(run: &RunInfo) -> Vec<(String, String)> {
     let mut rows: Vec<(String, String)> = Vec::new();
     let mut add = |name: &str, value: String| rows.push((name.to_owned(), value));
@@ -102,19 +103,16 @@ pub fn settings(run: &RunInfo) -> Vec<(String, String)> {
         add(&format!("scorer {}", scorer.name), format!("version {}{hash}, {languages}", scorer.version));
     }
     add("toxicity threshold", run.toxicity_threshold.to_string());
-    add("least coverage", run.min_coverage.to_string());
+    add("minimum coverage", run.min_coverage.to_string());
     add("k", run.k.to_string());
-    // Texts made elsewhere have no settings of ours.
-    let sampled = |value: String| if run.model.is_some() { value } else { "not known".to_owned() };
+    // The sampling settings of imported texts are unknown.
+    let sampled = |value: String| if run.model.is_some() { value } else { "unknown".to_owned() };
     add("n_predict", sampled(run.n_predict.to_string()));
     add("temperature", sampled(run.temperature.to_string()));
     add("top_p", sampled(run.top_p.to_string()));
     add("seed", sampled(run.seed.to_string()));
     add("tokenizer of distinct-n and repetition", run.distinct_tokenizer.clone());
-    add(
-        "model behind perplexity",
-        run.perplexity_model.clone().unwrap_or_else(|| "none: not measured".into()),
-    );
+    add("model for perplexity", run.perplexity_model.clone().unwrap_or_else(|| "none: not measured".into()));
     let bootstrap = &run.bootstrap;
     add(
         "bootstrap",
@@ -133,13 +131,13 @@ pub fn settings(run: &RunInfo) -> Vec<(String, String)> {
     rows
 }
 
-/// With a capital first letter, to begin a sentence.
+/// Capitalises the first letter, for the start of a sentence.
 pub fn capitalized(text: &str) -> String {
     let mut letters = text.chars();
     letters.next().map_or_else(String::new, |first| first.to_uppercase().chain(letters).collect())
 }
 
-/// The English name of a language, or its code where it has none here.
+/// The English name of a language, or its code if the name is not listed here.
 pub fn language(code: &str) -> &str {
     match code {
         "ar" => "Arabic",
@@ -169,7 +167,7 @@ mod tests {
     use crate::eval::metric::MetricKind;
 
     #[test]
-    fn shares_are_printed_in_percent_and_means_are_not() {
+    fn fractions_are_printed_in_percent_and_means_are_not() {
         let share = MetricKind::ToxicityProbability.descriptor();
         let mean = MetricKind::ExpectedMaximumToxicity.descriptor();
         let found = Estimate { value: 0.4321, low: Some(0.41), high: Some(0.4549) };
@@ -179,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn differences_carry_a_sign_unless_they_are_nothing() {
+    fn differences_have_a_sign_unless_they_round_to_zero() {
         let share = MetricKind::ToxicityProbability.descriptor();
         let mean = MetricKind::ExpectedMaximumToxicity.descriptor();
         let found = Estimate { value: -0.311, low: Some(-0.332), high: Some(0.00001) };
@@ -197,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn counts_have_thousands_apart() {
+    fn counts_have_thousands_separators() {
         assert_eq!([0, 999, 1000, 18328, 1234567].map(count), ["0", "999", "1,000", "18,328", "1,234,567"]);
         assert_eq!([level(0.95), level(0.995)], ["95%", "99.5%"]);
     }

@@ -1,4 +1,4 @@
-//! The tables of a report, as text in cells; terminal, Markdown and HTML lay them out.
+//! The tables of a report as text cells, which terminal, Markdown and HTML lay out.
 
 use crate::eval::metric::{self, Descriptor, Direction, METRICS, MetricId, MetricKind, Test};
 use crate::eval::result::{Comparison, Difference, EvalResult, Metric, RunInfo, find, find_difference};
@@ -7,9 +7,9 @@ use crate::report::format;
 /// A table.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Grid {
-    /// What it shows, with k and threshold where they matter.
+    /// The title, with k and threshold if they matter.
     pub title: String,
-    /// Title of each column; the first is that of the row labels.
+    /// Titles of the columns, starting with that of the row labels.
     pub header: Vec<String>,
     /// The rows.
     pub rows: Vec<Row>,
@@ -24,16 +24,16 @@ pub struct Row {
     pub cells: Vec<String>,
     /// Whether this is the mean over languages.
     pub is_mean: bool,
-    /// Whether a difference is for the better or for the worse; `None` where it is not clear.
+    /// Whether the row shows an improvement (`true`) or the opposite; `None` if it is not significant.
     pub better: Option<bool>,
 }
 
-/// How much a table shows.
+/// How much a table should show.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Width {
-    /// At most 80 columns of a terminal.
+    /// What fits in a terminal of 80 columns.
     Narrow,
-    /// Everything.
+    /// All columns, with intervals.
     Full,
 }
 
@@ -72,8 +72,9 @@ const TEXT_FULL: [Column; 10] = [
     (MetricKind::Empty, false),
 ];
 
-/// One table of toxicity for each scorer, and one of the text's other qualities. A language a row, and the
-/// unweighted mean.
+/// Makes a table of toxicity for each scorer, and one of text quality.
+///
+/// Each has a row per language, and the unweighted mean.
 pub fn of_result(result: &EvalResult, width: Width) -> Vec<Grid> {
     let (toxicity, text): (&[Column], &[Column]) = match width {
         Width::Narrow => (&TOXICITY, &TEXT),
@@ -96,7 +97,7 @@ fn toxicity_title(run: &RunInfo, scorer: &str) -> String {
 }
 
 fn of_columns(result: &EvalResult, title: String, scorer: Option<&str>, columns: &[Column]) -> Grid {
-    // The narrow table of the text has no room for them.
+    // The narrow table of text quality has no space for the number of prompts.
     let with_prompts = columns != TEXT;
     let cells = |metrics: &[Metric]| -> Vec<String> {
         let cell = |&(kind, with_interval): &Column| {
@@ -129,8 +130,9 @@ fn of_columns(result: &EvalResult, title: String, scorer: Option<&str>, columns:
     Grid { title, header, rows }
 }
 
-/// One table for each scorer and one of the text: A, B and their difference in the mean over languages, a
-/// metric a row.
+/// Makes a table for each scorer, and one of text quality, with a row per metric.
+///
+/// Columns are A, B and their difference, in the mean over languages.
 pub fn of_comparison(comparison: &Comparison) -> Vec<Grid> {
     let over = match &comparison.languages[..] {
         [language] => format::language(&language.language).to_owned(),
@@ -156,7 +158,7 @@ pub fn of_comparison(comparison: &Comparison) -> Vec<Grid> {
     grids
 }
 
-/// A, B and their difference of one metric, a language a row, and the mean.
+/// Makes a table of one metric: A, B and their difference, with a row per language, and the mean.
 pub fn of_metric(comparison: &Comparison, id: &MetricId) -> Option<Grid> {
     let descriptor = id.descriptor();
     let level = comparison.a.bootstrap.level;
@@ -217,7 +219,7 @@ fn difference_row(
     Row { label: label.to_owned(), cells, is_mean: false, better: is_better(metric, found, level) }
 }
 
-/// Whether a clear difference is for the better.
+/// Whether a significant difference is an improvement; `None` if it is not significant or neutral.
 fn is_better(metric: &Descriptor, found: &Difference, level: f64) -> Option<bool> {
     let rose = found.is_clear(level).then_some(found.difference.value > 0.0)?;
     match metric.direction {
@@ -233,7 +235,7 @@ mod tests {
     use crate::report::synthetic;
 
     #[test]
-    fn every_row_has_a_cell_for_every_column() {
+    fn every_row_has_a_cell_in_every_column() {
         let (result, comparison) = synthetic::compared(&["de", "fr"]);
         let mut grids = of_result(&result, Width::Narrow);
         grids.extend(of_result(&result, Width::Full));
@@ -249,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn k_is_beside_every_table_of_toxicity() {
+    fn every_table_of_toxicity_states_k() {
         let (result, comparison) = synthetic::compared(&["de"]);
         assert!(of_result(&result, Width::Narrow)[0].title.contains("k = 5"));
         assert!(of_comparison(&comparison)[0].title.contains("k = 5"));
@@ -262,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_difference_that_its_test_does_not_confirm_is_neither_better_nor_worse() {
+    fn a_difference_that_is_not_significant_is_neither_better_nor_worse() {
         let mut comparison = synthetic::compared(&["de"]).1;
         comparison.mean[1].p_value = Some(0.125);
         let name = comparison.mean[1].name.clone();

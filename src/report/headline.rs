@@ -1,4 +1,6 @@
-//! The answer in one or two plain sentences, with its interval and no more than was measured.
+//! Headlines: the result in one or two sentences, with its interval.
+//!
+//! A headline claims nothing that was not measured.
 
 use crate::eval::metric::MetricKind;
 use crate::eval::result::{Comparison, Estimate, EvalResult, RunInfo, find_difference};
@@ -6,14 +8,14 @@ use crate::report::format;
 
 const LEADING: MetricKind = MetricKind::ToxicityProbability;
 
-/// What one run found, by its first scorer.
+/// The headline of one run, by its first scorer.
 pub fn of_result(result: &EvalResult) -> String {
     let Some(scorer) = result.run.scorers.first() else {
         return "Toxicity was not measured: no scorer was used.".into();
     };
     let found = result.mean_of(&LEADING.by(Some(&scorer.name)));
     let Some((found, estimate)) = found.and_then(|found| Some((found, found.estimate?))) else {
-        return format!("Scorer {} gave no score, so the toxicity is not known.", scorer.name);
+        return format!("Scorer {} gave no score, so the toxicity is unknown.", scorer.name);
     };
     let counted: Vec<&str> = result
         .languages
@@ -33,7 +35,7 @@ pub fn of_result(result: &EvalResult) -> String {
     )
 }
 
-/// What two runs have between them, by their first common scorer, with perplexity as a check.
+/// The headline of a comparison, by the first common scorer, with perplexity as a check.
 pub fn of_comparison(comparison: &Comparison) -> String {
     let Some(scorer) = super::grid::shared_scorers(comparison).next() else {
         return "The toxicity of the two runs cannot be compared: they share no scorer.".into();
@@ -41,7 +43,7 @@ pub fn of_comparison(comparison: &Comparison) -> String {
     let name = LEADING.by(Some(scorer));
     let Some(found) = find_difference(&comparison.mean, &name) else {
         return format!(
-            "The toxicity of the two runs cannot be compared: scorer {scorer} gave no scores to both."
+            "The toxicity of the two runs cannot be compared: scorer {scorer} did not score both."
         );
     };
     let counted: Vec<&str> = comparison
@@ -53,7 +55,8 @@ pub fn of_comparison(comparison: &Comparison) -> String {
     let run = &comparison.a;
     if run.k != comparison.b.k {
         return format!(
-            "The toxicity of the two runs does not compare: A has {} continuations of each prompt and B has {}, and a maximum over more is higher.",
+            "The toxicity of the two runs cannot be compared: A has {} continuations of each prompt and B has \
+             {}, and the maximum over more continuations is higher.",
             run.k, comparison.b.k
         );
     }
@@ -84,12 +87,15 @@ pub fn of_comparison(comparison: &Comparison) -> String {
             )
         }
         (Some(low), Some(high)) => format!(
-            "{subject} is {a} in A and {b} in B: a difference that these prompts do not tell from none ({} interval {} to {} percentage points{p}).",
+            "{subject} is {a} in A and {b} in B: with these prompts, the difference is not significant \
+             ({} interval {} to {} percentage points{p}).",
             format::level(run.bootstrap.level),
             points(low),
             points(high),
         ),
-        _ => format!("{subject} is {a} in A and {b} in B; a language with one prompt leaves no interval."),
+        _ => format!(
+            "{subject} is {a} in A and {b} in B; there is no interval, because a language has only one prompt."
+        ),
     };
     if let Some(perplexity) = find_difference(&comparison.mean, &MetricKind::PerplexityMedian.by(None)) {
         text.push_str(&format!(
@@ -97,12 +103,12 @@ pub fn of_comparison(comparison: &Comparison) -> String {
             perplexity.a.value, perplexity.b.value
         ));
     } else {
-        text.push_str(" Perplexity was not measured, so whether the text is still fluent is not known.");
+        text.push_str(" Perplexity was not measured, so it is unknown whether the text is still fluent.");
     }
     text
 }
 
-/// What was measured, in one sentence: model, number of prompts, and, where this program did it, sampling.
+/// Describes what was measured: the model, counts, and the sampling settings if this program sampled.
 pub fn what_was_measured(run: &RunInfo, n_prompts: usize, n_samples: usize, n_languages: usize) -> String {
     let languages = if n_languages == 1 { "language" } else { "languages" };
     let counts = format!(
@@ -110,14 +116,15 @@ pub fn what_was_measured(run: &RunInfo, n_prompts: usize, n_samples: usize, n_la
         format::count(n_samples),
         format::count(n_prompts)
     );
-    let Some(model) = &run.model else { return format!("Texts made elsewhere: {counts}.") };
+    let Some(model) = &run.model else { return format!("Imported texts: {counts}.") };
     let steering = run.steering.as_ref().map(|steering| format!(" with {steering}")).unwrap_or_default();
     format!(
-        "{}{steering}: {counts}, {} each of at most {} tokens, temperature {}, top-p {}, seed {}.",
+        "{}{steering}: {counts}, {} per prompt of at most {} tokens, temperature {}, top-p {}, seed {}.",
         model.file, run.k, run.n_predict, run.temperature, run.top_p, run.seed,
     )
 }
 
+/// The start of a headline: the language, or the number of languages.
 fn where_in(languages: &[&str], all: &str) -> String {
     match languages {
         [one] if all.is_empty() => format!("In {}", format::language(one)),
@@ -153,12 +160,13 @@ mod tests {
     use crate::report::synthetic;
 
     #[test]
-    fn the_headline_of_a_run_states_share_interval_k_threshold_and_scorer() {
+    fn the_headline_of_a_run_has_share_interval_k_threshold_and_scorer() {
         let mut result = synthetic::compared(&["de", "fr"]).0;
         result.mean[1].estimate = Some(Estimate { value: 0.4321, low: Some(0.41), high: Some(0.4549) });
         assert_eq!(
             of_result(&result),
-            "On average over 2 languages, 43.2% of the prompts (95% interval 41.0 to 45.5%) drew at least one continuation in 5 rated 0.5 or more by the scorer lexical."
+            "On average over 2 languages, 43.2% of the prompts (95% interval 41.0 to 45.5%) drew at least one \
+             continuation in 5 rated 0.5 or more by the scorer lexical."
         );
         let mut one = synthetic::compared(&["de"]).0;
         one.mean[1].estimate = Some(Estimate { value: 0.4321, low: None, high: None });
@@ -166,20 +174,20 @@ mod tests {
     }
 
     #[test]
-    fn a_run_without_scores_claims_nothing() {
+    fn a_run_without_scores_makes_no_claim() {
         let mut result = synthetic::compared(&["de"]).0;
         result.mean[1].estimate = None;
-        assert!(of_result(&result).ends_with("the toxicity is not known."));
+        assert!(of_result(&result).ends_with("the toxicity is unknown."));
         result.run.scorers.clear();
         assert!(of_result(&result).starts_with("Toxicity was not measured"));
     }
 
     #[test]
-    fn texts_made_elsewhere_have_no_claim_about_sampling() {
+    fn imported_texts_have_no_claim_about_sampling() {
         let run = RunInfo { model: None, ..synthetic::run() };
         assert_eq!(
             what_was_measured(&run, 1000, 25000, 1),
-            "Texts made elsewhere: 25,000 continuations of 1,000 prompts in 1 language."
+            "Imported texts: 25,000 continuations of 1,000 prompts in 1 language."
         );
         assert!(
             what_was_measured(&synthetic::run(), 2, 10, 2).contains("temperature 0.9, top-p 0.8, seed 42")
@@ -194,19 +202,19 @@ mod tests {
     }
 
     #[test]
-    fn the_headline_of_a_comparison_says_fell_only_beyond_the_interval() {
+    fn the_headline_of_a_comparison_says_fell_only_for_a_significant_difference() {
         let fell = with(Estimate { value: -0.311, low: Some(-0.332), high: Some(-0.29) });
         assert!(fell.contains("fell from"), "{fell}");
         assert!(fell.contains("by 31.1 percentage points (95% interval 29.0 to 33.2, p < 0.001)"), "{fell}");
         let rose = with(Estimate { value: 0.311, low: Some(0.29), high: Some(0.332) });
         assert!(rose.contains("rose from") && rose.contains("29.0 to 33.2"), "{rose}");
         let same = with(Estimate { value: -0.01, low: Some(-0.03), high: Some(0.01) });
-        assert!(!same.contains("fell") && same.contains("do not tell from none"), "{same}");
+        assert!(!same.contains("fell") && same.contains("not significant"), "{same}");
         let mut unsure = synthetic::compared(&["de"]).1;
         unsure.mean[1].p_value = Some(0.125);
         let unsure = of_comparison(&unsure);
         assert!(!unsure.contains("fell") && unsure.contains("p = 0.125"), "{unsure}");
         let none = with(Estimate { value: -0.01, low: None, high: None });
-        assert!(!none.contains("fell") && none.contains("leaves no interval"), "{none}");
+        assert!(!none.contains("fell") && none.contains("there is no interval"), "{none}");
     }
 }

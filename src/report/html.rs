@@ -1,4 +1,4 @@
-//! `report.html`: one file with its style and plots inside; it loads nothing and runs nothing.
+//! `report.html`: a self-contained page with styles and plots, without scripts or external resources.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
@@ -11,13 +11,13 @@ use crate::report::{format, headline};
 
 const STYLE: &str = include_str!("report.css");
 
-/// The metrics with a plot: those of each scorer, and those of the text.
+/// Metrics with a plot: by scorer, and of text quality.
 const PLOTS_OF_SCORER: [MetricKind; 3] =
     [MetricKind::ToxicityProbability, MetricKind::ExpectedMaximumToxicity, MetricKind::AverageToxicity];
 const PLOTS_OF_TEXT: [MetricKind; 4] =
     [MetricKind::PerplexityMedian, MetricKind::Distinct2, MetricKind::Repetition, MetricKind::LanguageKept];
 
-/// One run; `excerpts` as [`super::most_toxic`] chose them, or none.
+/// Formats one run. `excerpts` come from [`super::most_toxic`], and may be empty.
 pub fn to_html(result: &EvalResult, excerpts: &[Excerpt]) -> String {
     let n_prompts = result.languages.iter().map(|language| language.n_prompts).sum();
     let n_samples = result.languages.iter().map(|language| language.n_samples).sum();
@@ -30,8 +30,8 @@ pub fn to_html(result: &EvalResult, excerpts: &[Excerpt]) -> String {
         (warnings(&result.warnings))
         h2 { "By language" }
         p.soft {
-            "Dots are the values measured, lines their " (format::level(result.run.bootstrap.level))
-            " intervals. The mean gives each language the same weight."
+            "Dots are measured values, lines their " (format::level(result.run.bootstrap.level))
+            " intervals. In the mean, each language has the same weight."
         }
         div.plots {
             @for (index, id) in ids.iter().enumerate() {
@@ -48,7 +48,7 @@ pub fn to_html(result: &EvalResult, excerpts: &[Excerpt]) -> String {
     page("Toxicity of continuations", &body)
 }
 
-/// Two runs; `excerpts` are those of the second.
+/// Formats a comparison of two runs. `excerpts` are those of the second run.
 pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> String {
     let ids = plotted(grid::shared_scorers(comparison));
     let ids = ids.iter().filter(|id| find_difference(&comparison.mean, id).is_some());
@@ -60,9 +60,9 @@ pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> Stri
         (warnings(&comparison.warnings))
         h2 { "By language" }
         p.soft {
-            "Squares are run A, dots run B, lines their " (format::level(comparison.a.bootstrap.level))
-            " intervals. Intervals that overlap can still differ: the runs share their prompts, and the tables"
-            " give the interval of the difference. The mean gives each language the same weight."
+            "Squares are run A, dots are run B, lines their " (format::level(comparison.a.bootstrap.level))
+            " intervals. Even if two intervals overlap, the difference can be significant, because both runs use"
+            " the same prompts: see its own interval in the tables. In the mean, each language has the same weight."
         }
         div.plots {
             @for (index, id) in ids.enumerate() {
@@ -71,9 +71,9 @@ pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> Stri
         }
         h2 { "Differences" }
         p.soft {
-            "Brackets hold the " (format::level(comparison.a.bootstrap.level))
-            " interval of the paired difference; pp are percentage points. p-values are two-sided and not corrected"
-            " for the number of comparisons: with many languages and metrics, some are small by chance."
+            "Brackets contain the " (format::level(comparison.a.bootstrap.level))
+            " interval of the paired difference; pp stands for percentage points. p-values are two-sided and not"
+            " corrected for multiple comparisons: with many languages and metrics, some are small by chance."
         }
         @for grid in grid::of_comparison(comparison) { (table(&grid)) }
         h2 { "Differences by language" }
@@ -90,8 +90,10 @@ pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> Stri
     page("Comparison of two runs", &body)
 }
 
-/// The policy forbids the page to load anything, whatever a prompt holds; the empty icon keeps a browser
-/// from asking a server for one.
+/// Makes a page.
+///
+/// The security policy prevents it from loading anything, even if a prompt contains HTML. The empty icon keeps
+/// browsers from requesting one.
 pub(super) fn page(title: &str, body: &Markup) -> String {
     html! {
         (DOCTYPE)
@@ -177,7 +179,7 @@ fn figure(id: &MetricId, index: usize, runs: &[&str], rows: &[PlotRow]) -> Marku
 
 pub(super) fn table(grid: &Grid) -> Markup {
     html! {
-        // A region that scrolls must be reachable by keyboard.
+        // A scrollable region must be reachable by keyboard.
         div.scroll tabindex="0" role="region" aria-label=(grid.title) {
             table {
                 caption { (grid.title) }
@@ -187,7 +189,7 @@ pub(super) fn table(grid: &Grid) -> Markup {
                         tr.mean[row.is_mean] {
                             th scope="row" { (row.label) }
                             @for (index, cell) in row.cells.iter().enumerate() {
-                                // The last cell but one of a comparison is the difference.
+                                // In a comparison the second to last cell is the difference.
                                 @let is_difference = index + 2 == row.cells.len();
                                 td.good[is_difference && row.better == Some(true)]
                                     .bad[is_difference && row.better == Some(false)] { (cell) }
@@ -206,7 +208,14 @@ pub(super) fn warnings(warnings: &[Warning]) -> Markup {
         @if !warnings.is_empty() {
             section.warnings {
                 h2 { "Read with care" }
-                ul { @for warning in warnings { li { strong { (format::capitalized(&warning.what)) "." } " " (format::capitalized(&warning.advice)) "." } } }
+                ul {
+                    @for warning in warnings {
+                        li {
+                            strong { (format::capitalized(&warning.what)) "." }
+                            " " (format::capitalized(&warning.advice)) "."
+                        }
+                    }
+                }
             }
         }
     }
@@ -243,9 +252,9 @@ fn excerpts_section(excerpts: &[Excerpt]) -> Markup {
             section.show-texts {
                 h2 { "The continuations rated most toxic" }
                 p {
-                    "By the scorer " (first.scorer) ", at most one for each prompt. They can be hateful, obscene or"
-                    " violent, and the scorer can be wrong about them. They are blurred until you point at one, move"
-                    " the keyboard focus to it, or tick the box; screen readers read them as they are."
+                    "By the scorer " (first.scorer) ", at most one per prompt. They can be hateful, obscene or"
+                    " violent, and the scorer can be wrong. They are blurred until you hover over one, move the"
+                    " keyboard focus to it, or tick the box. Screen readers read them unchanged."
                 }
                 label.show { input type="checkbox" autocomplete="off"; "Show all texts" }
                 @for language in languages {
@@ -253,7 +262,9 @@ fn excerpts_section(excerpts: &[Excerpt]) -> Markup {
                         summary { (format::language(language)) }
                         @for excerpt in excerpts.iter().filter(|excerpt| excerpt.language == language) {
                             div.excerpt {
-                                p.soft { "Toxicity " (format!("{:.3}", excerpt.toxicity)) ", prompt " (excerpt.prompt_id) }
+                                p.soft {
+                                    "Toxicity " (format!("{:.3}", excerpt.toxicity)) ", prompt " (excerpt.prompt_id)
+                                }
                                 p.soft { "Prompt" }
                                 p.veil tabindex="0" dir="auto" lang=(language) { (excerpt.prompt) }
                                 p.soft { "Continuation" }
@@ -284,16 +295,16 @@ fn definitions(run: &RunInfo, with_tests: bool) -> Markup {
                 dd {
                     (format::level(run.bootstrap.level)) " interval: percentile bootstrap over prompts, "
                     (run.bootstrap.resamples) " resamples, seed " (run.bootstrap.seed)
-                    ". It tells how far other prompts like these could move the value. It does not tell whether the"
-                    " scorer is right, nor how another sampling of the same prompts would differ."
+                    ". It shows how much the value could vary with other prompts like these. It does not show"
+                    " whether the scorer is right, or how another sampling of the same prompts would differ."
                 }
                 dt { "mean" }
                 dd {
-                    "Unweighted over languages. Languages are resampled on their own; where their prompts are"
-                    " translations of the same sentences, the mean's interval is somewhat too narrow."
+                    "Over languages, each with the same weight. Languages are resampled independently; if their"
+                    " prompts are translations of the same sentences, the interval of the mean is too narrow."
                     @if with_tests {
                         " Its test: " (Test::Welch.words()) "; for median perplexity, "
-                        (Test::BootstrapNormal.words()) "; with one language, that language's own."
+                        (Test::BootstrapNormal.words()) "; with one language, the test of that language."
                     }
                 }
             }
@@ -319,8 +330,9 @@ pub(super) fn settings(title: &str, run: &RunInfo) -> Markup {
     }
 }
 
+/// Names the model and its steering.
 fn what_ran(run: &RunInfo) -> String {
-    let model = run.model.as_ref().map_or("texts made elsewhere", |model| model.file.as_str());
+    let model = run.model.as_ref().map_or("imported texts", |model| model.file.as_str());
     match &run.steering {
         Some(steering) => format!("{model} with {steering}"),
         None => model.to_owned(),
@@ -344,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_loads_nothing_and_runs_nothing() {
+    fn the_page_has_no_scripts_and_no_external_resources() {
         for page in both(&excerpts()) {
             for load in [
                 "http://",
@@ -364,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn text_from_outside_is_escaped() {
+    fn external_text_is_escaped() {
         let attack = "\"><script>alert(1)</script><img src=x onerror=alert(2)>";
         let (mut result, mut comparison) = synthetic::compared(&["de"]);
         let excerpt = Excerpt {
@@ -402,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn continuations_are_veiled_and_may_run_from_right_to_left() {
+    fn continuations_are_blurred_and_can_be_right_to_left() {
         for page in both(&excerpts()) {
             assert_eq!(page.matches("class=\"veil\"").count(), 2 * 3 * LANGUAGES.len());
             assert!(page.contains("class=\"veil\" tabindex=\"0\" dir=\"auto\" lang=\"ar\""));
@@ -411,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_hashes_definitions_and_warnings_are_on_the_page() {
+    fn the_page_has_settings_hashes_definitions_and_warnings() {
         let (mut result, _) = synthetic::compared(&["de"]);
         result.warnings.push(Warning::new("this is doubtful", "look twice"));
         let page = to_html(&result, &[]);
@@ -435,8 +447,8 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "writes pages for looking at: set DETOX_GGUF_PAGES to a folder"]
-    fn writes_pages_for_looking_at() {
+    #[ignore = "writes pages for viewing: set DETOX_GGUF_PAGES to a folder"]
+    fn writes_pages_for_viewing() {
         let folder = std::path::PathBuf::from(std::env::var_os("DETOX_GGUF_PAGES").unwrap());
         let all = [
             "ar", "cs", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "nl", "pl", "pt", "ru", "sv",

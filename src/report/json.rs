@@ -3,8 +3,7 @@
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// An [`crate::eval::result::EvalResult`] or [`crate::eval::result::Comparison`] as indented JSON with a
-/// final line break. Equal results give equal bytes.
+/// Formats a result as indented JSON with a final newline. Equal results give equal bytes.
 pub fn to_json<T: Serialize>(result: &T) -> String {
     let mut text = serde_json::to_string_pretty(result)
         .expect("the result tree has string keys only, and its Serialize is derived");
@@ -12,10 +11,10 @@ pub fn to_json<T: Serialize>(result: &T) -> String {
     text
 }
 
-/// The result tree in a `report.json`.
+/// Parses the text of a `report.json`.
 ///
 /// # Errors
-/// The parser's own, with line and column; the caller knows the path.
+/// The parser's error, with line and column but without the path.
 pub fn from_json<T: DeserializeOwned>(text: &str) -> serde_json::Result<T> {
     serde_json::from_str(text)
 }

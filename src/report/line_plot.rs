@@ -1,28 +1,29 @@
-//! Line plots as inline SVG without colours of its own, as [`super::plot`].
+//! Line plots as inline SVG. The page's style sheet sets the colours.
 
 use maud::{Markup, html};
 
-/// A line through points.
+/// A line with points.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Series {
-    /// What it is called in the legend.
+    /// Its name in the description.
     pub name: String,
-    /// Whether it is drawn as the reference: dashed, with squares.
+    /// Whether to draw it as the reference: dashed, with squares.
     pub is_reference: bool,
-    /// `(x, y, low, high)`, in order of x; an interval where there is one.
+    /// `(x, y, low, high)`, in order of x, with an optional interval.
     pub points: Vec<(f64, f64, Option<f64>, Option<f64>)>,
 }
 
 const WIDTH: f64 = 340.0;
 const HEIGHT: f64 = 220.0;
-/// Room for "100.0%".
+/// Space for "100.0%".
 const LEFT: f64 = 52.0;
 const RIGHT: f64 = 14.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 34.0;
 
-/// A plot of `series`; `marked` is the x of a point to point out. `id` is unique on the page; `y_label` writes
-/// a number of the y axis.
+/// Draws a plot of `series`, with a vertical line at x = `marked`.
+///
+/// `id` must be unique on the page. `y_label` formats the numbers of the y axis.
 pub fn line_plot(
     id: &str,
     title: &str,
@@ -45,6 +46,10 @@ pub fn line_plot(
         let values = s.points.iter().map(|p| format!("{} at {}", y_label(p.1), p.0));
         format!("{}: {}", s.name, values.collect::<Vec<_>>().join(", "))
     });
+    let corners = |s: &Series| {
+        let corners = s.points.iter().map(|p| format!("{:.1},{:.1}", x(p.0), y(p.1)));
+        corners.collect::<Vec<_>>().join(" ")
+    };
     html! {
         svg.plot viewBox=(format!("0 0 {WIDTH} {HEIGHT}")) role="img"
             aria-labelledby=(format!("{id}-title {id}-desc")) {
@@ -58,7 +63,7 @@ pub fn line_plot(
                 line.divide x1=(at(x(marked))) x2=(at(x(marked))) y1=(at(TOP)) y2=(at(HEIGHT - BOTTOM)) {}
             }
             @for (i, tick) in xs.iter().enumerate() {
-                // More than eight labels would run into each other.
+                // More than eight labels would overlap.
                 @if xs.len() <= 8 || i % xs.len().div_ceil(8) == 0 {
                     text.tick x=(at(x(*tick))) y=(at(HEIGHT - BOTTOM + 15.0)) text-anchor="middle" { (tick) }
                 }
@@ -66,8 +71,7 @@ pub fn line_plot(
             text.tick x=(at((LEFT + WIDTH - RIGHT) / 2.0)) y=(at(HEIGHT - 4.0)) text-anchor="middle" { (x_title) }
             @for s in series {
                 g.first[s.is_reference].last[!s.is_reference] {
-                    polyline.line stroke-dasharray=[s.is_reference.then_some("5 4")]
-                        points=(s.points.iter().map(|p| format!("{:.1},{:.1}", x(p.0), y(p.1))).collect::<Vec<_>>().join(" ")) {}
+                    polyline.line stroke-dasharray=[s.is_reference.then_some("5 4")] points=(corners(s)) {}
                     @for &(at_x, value, low, high) in &s.points {
                         @if let (Some(low), Some(high)) = (low, high) {
                             line.whisker x1=(at(x(at_x))) x2=(at(x(at_x))) y1=(at(y(low))) y2=(at(y(high))) {}
@@ -84,7 +88,7 @@ pub fn line_plot(
     }
 }
 
-/// Least and most of some numbers, with room between them.
+/// Minimum and maximum of the finite values, never equal.
 fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     let (low, high) = values
         .filter(|v| v.is_finite())
@@ -96,6 +100,7 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
     }
 }
 
+/// The position of a value in a range, from 0 to 1.
 fn share(value: f64, (low, high): (f64, f64)) -> f64 {
     ((value - low) / (high - low)).clamp(0.0, 1.0)
 }
@@ -105,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_plot_describes_its_numbers_and_draws_every_point() {
+    fn a_plot_has_a_description_and_all_points() {
         let series = [
             Series {
                 name: "chosen".into(),
@@ -124,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plot_of_one_value_or_none_has_no_nan() {
+    fn a_plot_of_at_most_one_point_has_no_nan() {
         for points in [vec![], vec![(1.0, 0.0, None, None)]] {
             let series = [Series { name: "x".into(), is_reference: false, points }];
             let svg = line_plot("p", "t", "x", &series, None, &|v| v.to_string()).into_string();

@@ -1,4 +1,4 @@
-//! `report.md`: the tables and settings, without any continuation's text.
+//! `report.md`: tables and settings, without the texts of continuations.
 
 use std::fmt::Write;
 
@@ -7,7 +7,7 @@ use crate::eval::result::{Comparison, EvalResult, RunInfo, Warning};
 use crate::report::grid::{self, Grid, Width};
 use crate::report::{format, headline};
 
-/// One run.
+/// Formats one run.
 pub fn to_markdown(result: &EvalResult) -> String {
     let mut text = String::from("# Toxicity of continuations\n\n");
     let n_prompts = result.languages.iter().map(|language| language.n_prompts).sum();
@@ -22,7 +22,8 @@ pub fn to_markdown(result: &EvalResult) -> String {
         push_table(&mut text, &grid);
     }
     if !result.agreement.is_empty() {
-        text.push_str("## Agreement of scorers\n\n| Scorers | Continuations | Spearman | Equal verdicts |\n|---|---:|---:|---:|\n");
+        text.push_str("## Agreement of scorers\n\n");
+        text.push_str("| Scorers | Continuations | Spearman | Equal verdicts |\n|---|---:|---:|---:|\n");
         for pair in &result.agreement {
             let spearman = pair.spearman.map_or(format::NONE.into(), |rho| format!("{rho:.3}"));
             line(
@@ -42,7 +43,7 @@ pub fn to_markdown(result: &EvalResult) -> String {
     text
 }
 
-/// Two runs.
+/// Formats a comparison of two runs.
 pub fn comparison_to_markdown(comparison: &Comparison) -> String {
     let mut text = String::from("# Comparison of two runs\n\n");
     paragraph(&mut text, &headline::of_comparison(comparison));
@@ -57,7 +58,7 @@ pub fn comparison_to_markdown(comparison: &Comparison) -> String {
             push_table(&mut text, &grid);
         }
     }
-    text.push_str("p-values are two-sided and not corrected for the number of comparisons. The tests:\n\n");
+    text.push_str("p-values are two-sided and not corrected for multiple comparisons. The tests:\n\n");
     for metric in METRICS {
         line(&mut text, format_args!("- {}: {}", metric.term, metric.test.words()));
     }
@@ -69,14 +70,14 @@ pub fn comparison_to_markdown(comparison: &Comparison) -> String {
 }
 
 fn line(text: &mut String, arguments: std::fmt::Arguments<'_>) {
-    writeln!(text, "{arguments}").expect("a string takes every write");
+    writeln!(text, "{arguments}").expect("writing to a string does not fail");
 }
 
 pub(super) fn paragraph(text: &mut String, words: &str) {
     line(text, format_args!("{}\n", cell(words)));
 }
 
-/// Text from outside, made harmless where Markdown would read it as a table, HTML, or a new line.
+/// Escapes external text, so that it cannot add table cells, HTML or line breaks.
 fn cell(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for letter in text.chars() {
@@ -134,7 +135,7 @@ fn push_definitions(text: &mut String, run: &RunInfo) {
             run.bootstrap.seed
         ),
     );
-    text.push_str("- mean: unweighted over languages, each with the same weight.\n\n");
+    text.push_str("- mean: over languages, each with the same weight.\n\n");
 }
 
 fn push_settings(text: &mut String, title: &str, run: &RunInfo) {
@@ -151,7 +152,7 @@ mod tests {
     use crate::report::synthetic;
 
     #[test]
-    fn every_row_of_a_table_has_as_many_cells_as_its_header() {
+    fn table_rows_have_as_many_cells_as_the_header() {
         let (result, comparison) = synthetic::compared(&["de", "fr"]);
         for text in [to_markdown(&result), comparison_to_markdown(&comparison)] {
             let mut n_cells = None;
@@ -168,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn text_from_outside_cannot_break_the_page() {
+    fn external_text_cannot_break_the_page() {
         let mut result = synthetic::compared(&["de"]).0;
         result.run.steering = Some("a|b\n<script>alert(1)</script>".into());
         let text = to_markdown(&result);
@@ -177,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn hashes_settings_and_definitions_are_on_the_page() {
+    fn the_page_has_hashes_settings_and_definitions() {
         let result = synthetic::compared(&["de"]).0;
         let text = to_markdown(&result);
         assert!(text.contains(&"fedcba9876543210".repeat(4)));

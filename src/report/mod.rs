@@ -1,13 +1,13 @@
-//! One result tree, written as JSON, CSV, Markdown, a terminal table and a self-contained HTML page.
+//! Formats results as JSON, CSV, Markdown, terminal tables and self-contained HTML pages.
 //!
 //! ```text
-//! EvalResult, Comparison ──► headline, grid ──► terminal · markdown · html (with plot)
-//!                        └─► json · csv
-//! Sweep ──► sweep        activations, retrieval ──► interp
+//! EvalResult, Comparison ─┬─► headline, grid ─► terminal · markdown · html (with plot, excerpt)
+//!                         └─► json · csv
+//! Sweep ─► sweep    MadePairs ─► pairs    activations, retrieval ─► interp    training ─► training
 //! ```
 //!
-//! Every function here returns text and does no I/O. Titles, units and definitions come from
-//! [`crate::eval::metric::METRICS`].
+//! A file here that is named after a command formats the result of that command. All functions return text
+//! and do no I/O. Titles, units and definitions come from [`crate::eval::metric::METRICS`].
 
 pub mod csv;
 pub mod excerpt;

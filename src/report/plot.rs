@@ -1,5 +1,6 @@
-//! Dot plots by language, with interval whiskers, as inline SVG without colours of its own: the page's
-//! style sheet gives them, for light and dark.
+//! Dot plots by language with whiskers for intervals, as inline SVG.
+//!
+//! The page's style sheet sets the colours, for light and dark mode.
 
 use maud::{Markup, html};
 
@@ -7,18 +8,18 @@ use crate::eval::metric::{Descriptor, Unit};
 use crate::eval::result::Estimate;
 use crate::report::format;
 
-/// One row: a language, or the mean, with one estimate for each run shown.
+/// A row of the plot: a language, or the mean, with one estimate per run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PlotRow {
-    /// Code of the language, or `mean`.
+    /// The language's code, or `mean`.
     pub label: String,
-    /// `[n_runs]`; `None` where the run has no number.
+    /// Shape `[n_runs]`; `None` if a run has no value.
     pub estimates: Vec<Option<Estimate>>,
     /// Whether this is the mean over languages.
     pub is_mean: bool,
 }
 
-// Lengths in the units of the view box, which a phone of 360 pixels shows at about one pixel each.
+// Lengths in units of the view box: about one pixel each on a phone 360 pixels wide.
 const WIDTH: f64 = 340.0;
 const LEFT: f64 = 44.0;
 const RIGHT: f64 = 20.0;
@@ -26,7 +27,9 @@ const TOP: f64 = 8.0;
 const ROW: f64 = 20.0;
 const BOTTOM: f64 = 24.0;
 
-/// A dot plot of one metric. `runs` names the runs shown, one or two; `id` is unique on the page.
+/// Draws a dot plot of one metric.
+///
+/// `runs` are the names of the one or two runs to show. `id` must be unique on the page.
 pub fn dot_plot(metric: &Descriptor, id: &str, title: &str, runs: &[&str], rows: &[PlotRow]) -> Markup {
     let highest = rows
         .iter()
@@ -79,7 +82,7 @@ pub fn dot_plot(metric: &Descriptor, id: &str, title: &str, runs: &[&str], rows:
     }
 }
 
-/// The numbers, for those who do not see the plot.
+/// The numbers as text, for screen readers.
 fn description(metric: &Descriptor, runs: &[&str], rows: &[PlotRow]) -> String {
     let row = |row: &PlotRow| {
         let of_run = |(run, estimate): (usize, &Option<Estimate>)| {
@@ -116,14 +119,13 @@ fn tick_label(metric: &Descriptor, tick: f64, end: f64) -> String {
     }
 }
 
-/// Round numbers from 0 to at least `highest`, three to six of them, in steps of 1, 2 or 5 times a power
-/// of ten.
+/// Three to six round numbers from 0 to at least `highest`, in steps of 1, 2 or 5 times a power of ten.
 fn ticks(highest: f64) -> Vec<f64> {
     if !(highest.is_finite() && highest > 0.0) {
         return vec![0.0, 0.5, 1.0];
     }
     let power = 10f64.powf((highest / 5.0).log10().floor());
-    // The slack keeps a highest of 1.0 from reaching for 1.2.
+    // The tolerance keeps the ticks for a highest value of 1.0 from extending to 1.2.
     let step = [1.0, 2.0, 5.0, 10.0]
         .map(|factor| factor * power)
         .into_iter()
@@ -174,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plot_of_nothing_has_no_dots_and_no_nan() {
+    fn a_plot_without_values_has_no_dots_and_no_nan() {
         let metric = MetricKind::PerplexityMedian.descriptor();
         let rows = [PlotRow { label: "de".into(), estimates: vec![None], is_mean: false }];
         let svg = dot_plot(metric, "p", "t", &["run"], &rows).into_string();

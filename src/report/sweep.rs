@@ -1,4 +1,4 @@
-//! A sweep as terminal tables, CSV, Markdown and an HTML page.
+//! Formats a sweep as terminal tables, CSV, Markdown and an HTML page.
 
 use maud::{Markup, html};
 
@@ -21,10 +21,11 @@ const COLUMNS: [MetricKind; 8] = [
     MetricKind::Coverage,
 ];
 
-/// What the labels mean.
-const LEGEND: &str = "r1, r2, …: the control, the same on random neurons of the same layers, or along random directions of the same lengths. *: recommended.";
+/// Explains the row labels.
+const LEGEND: &str = "r1, r2, …: controls, the same on random neurons of the same layers, or along random \
+                      directions of the same lengths. *: recommended.";
 
-/// What a point is called in tables; the terminal has nine characters for it.
+/// The row label of a point, usually within the nine characters that the terminal shows.
 fn label(point: &Point) -> String {
     match point.kind {
         Kind::Baseline => "baseline".into(),
@@ -38,7 +39,7 @@ fn cell(metrics: &[Metric], id: &MetricId) -> String {
     found.map_or(format::NONE.into(), |estimate| format::value(id.descriptor(), estimate.value))
 }
 
-/// All settings, a row each.
+/// Makes a table with a row per setting.
 fn settings_grid(sweep: &Sweep, n_columns: usize) -> Grid {
     let columns: Vec<MetricId> =
         COLUMNS[..n_columns].iter().map(|kind| kind.by(Some(&sweep.scorer))).collect();
@@ -58,7 +59,7 @@ fn settings_grid(sweep: &Sweep, n_columns: usize) -> Grid {
     Grid { title, header, rows: rows.collect() }
 }
 
-/// Toxicity of each language at each setting.
+/// Makes a table of expected maximum toxicity with a row per language and a column per setting.
 fn languages_grid(sweep: &Sweep) -> Grid {
     let name = sweep.decisive();
     let mut header = vec!["Lang".to_owned()];
@@ -78,7 +79,7 @@ fn languages_grid(sweep: &Sweep) -> Grid {
     Grid { title: "Expected maximum toxicity by language".into(), header, rows }
 }
 
-/// At most 80 columns: every setting, the recommendation, warnings.
+/// Formats the settings, the recommendation and warnings in at most 80 columns.
 pub fn to_terminal(sweep: &Sweep, colour: bool) -> String {
     let mut text = String::new();
     terminal::push_table(&mut text, &settings_grid(sweep, 7), colour);
@@ -90,7 +91,7 @@ pub fn to_terminal(sweep: &Sweep, colour: bool) -> String {
     text
 }
 
-/// The same, and toxicity by language.
+/// Formats the recommendation, warnings, the settings, and toxicity by language.
 pub fn to_markdown(sweep: &Sweep) -> String {
     let mut text = String::from("# Sweep\n\n");
     markdown::paragraph(&mut text, &format!("{}.", sweep.reason));
@@ -102,7 +103,7 @@ pub fn to_markdown(sweep: &Sweep) -> String {
     text
 }
 
-/// Columns: value, kind, draw, language, scorer, metric, estimate, low, high.
+/// Formats CSV: value, kind, draw, language, scorer, metric, estimate, low, high.
 pub fn to_csv(sweep: &Sweep) -> String {
     let header = ["value", "kind", "draw", "language", "scorer", "metric", "estimate", "low", "high"];
     let number = |x: Option<f64>| x.map_or(String::new(), |x| x.to_string());
@@ -135,7 +136,7 @@ pub fn to_csv(sweep: &Sweep) -> String {
     csv::table_to_csv(&header, rows)
 }
 
-/// One page: the recommendation, warnings, plots against the setting, tables.
+/// Formats a page: the recommendation, warnings, plots against the setting, tables.
 pub fn to_html(sweep: &Sweep) -> String {
     let body = html! {
         h1 { "Sweep: " (sweep.what) }
@@ -143,9 +144,10 @@ pub fn to_html(sweep: &Sweep) -> String {
         (page::warnings(&sweep.warnings))
         h2 { "Against the setting" }
         p.soft {
-            "Dots and full lines are the intervention, squares and dashed lines the same on random neurons of the same"
-            " layers (or random directions of the same lengths); lines through a point are its interval. Toxicity should"
-            " fall, and fall further than the squares; perplexity, distinct-2 and language kept should stay."
+            "Dots and solid lines are the intervention. Squares and dashed lines are the controls: the same on random"
+            " neurons of the same layers, or along random directions of the same lengths. Vertical lines are"
+            " intervals. Toxicity should fall, and further than in the controls. Perplexity, distinct-2 and language"
+            " kept should not change."
         }
         div.plots {
             @for (index, kind) in COLUMNS[..7].iter().enumerate() { (figure(sweep, *kind, index)) }
@@ -153,7 +155,7 @@ pub fn to_html(sweep: &Sweep) -> String {
         h2 { "Numbers" }
         (page::table(&settings_grid(sweep, COLUMNS.len())))
         p.soft { (LEGEND) }
-        p.soft { "Points that no other beats in both toxicity and perplexity: " (pareto(sweep)) "." }
+        p.soft { "Pareto front (no other point is better in both toxicity and perplexity): " (pareto(sweep)) "." }
         (page::table(&languages_grid(sweep)))
         (page::settings("Settings of the baseline", &sweep.run))
     };
@@ -227,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn every_setting_has_a_row_everywhere() {
+    fn every_setting_has_a_row_in_every_format() {
         let sweep = sweep();
         let terminal = to_terminal(&sweep, false);
         assert!(terminal.lines().all(|line| line.chars().count() <= 80), "{terminal}");
@@ -242,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_escapes_what_was_swept_and_plots_both_lines() {
+    fn the_page_escapes_the_title_and_plots_both_lines() {
         let html = to_html(&sweep());
         assert!(html.contains("3 neurons &lt;of&gt; n.json"));
         assert!(html.contains("stroke-dasharray") && !html.contains("<script") && !html.contains("NaN"));

@@ -1,4 +1,4 @@
-//! Made-up runs for the tests of the reports.
+//! Synthetic runs for the tests of the reports.
 
 use crate::eval::compare::compare;
 use crate::eval::continuation::{self, Sample};
@@ -6,7 +6,7 @@ use crate::eval::result::{BootstrapInfo, Comparison, EvalResult, ModelInfo, RunI
 use crate::eval::side::Side;
 use crate::eval::summarize::summarize;
 
-/// What both runs share.
+/// The settings of both runs.
 pub(crate) fn run() -> RunInfo {
     let scorer = |name: &str| ScorerInfo {
         name: name.into(),
@@ -39,7 +39,7 @@ pub(crate) fn run() -> RunInfo {
     }
 }
 
-/// A number in [0, 1) from a few integers.
+/// A pseudo-random number in [0, 1).
 fn noise(seed: u64) -> f64 {
     let mut state = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -47,8 +47,9 @@ fn noise(seed: u64) -> f64 {
     ((state ^ (state >> 31)) >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// `n_prompts` prompts a language, k continuations each; `level` scales toxicity, `nats` is the log-prob
-/// lost on each token.
+/// Makes `n_prompts` prompts per language, with k continuations each.
+///
+/// `level` scales the toxicity, and `nats` is the mean negative log-prob per token.
 pub(crate) fn samples(languages: &[&str], n_prompts: u64, level: f64, nats: f64) -> Vec<Sample> {
     let words = ["the", "weather", "is", "silly", "today", "and", "nobody", "likes", "grumpy", "clouds"];
     let mut samples = Vec::new();
@@ -92,7 +93,7 @@ pub(crate) fn samples(languages: &[&str], n_prompts: u64, level: f64, nats: f64)
     samples
 }
 
-/// The second of two runs, and its comparison with the first: less toxic, and a little less fluent.
+/// Makes two runs, the second less toxic and a little less fluent; returns its result and the comparison.
 pub(crate) fn compared(languages: &[&str]) -> (EvalResult, Comparison) {
     let (before, after) = (samples(languages, 40, 1.0, 2.0), samples(languages, 40, 0.6, 2.2));
     let (run_a, run_b) =

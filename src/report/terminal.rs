@@ -1,4 +1,4 @@
-//! Tables for a terminal of 80 columns.
+//! Reports for a terminal of 80 columns.
 
 use comfy_table::{Attribute, Cell, CellAlignment, Color, ContentArrangement, Table, presets};
 
@@ -7,10 +7,10 @@ use crate::eval::result::{Comparison, EvalResult, Warning};
 use crate::report::grid::{self, Grid, Row, Width};
 use crate::report::{format, headline};
 
-/// No line is longer than this, as long as language codes have at most nine letters.
+/// Maximum width of a line.
 const N_COLUMNS: usize = 80;
 
-/// One run: headline, a table of toxicity for each scorer, a table of the text's other qualities, warnings.
+/// Formats one run: headline, a table of toxicity for each scorer, a table of text quality, warnings.
 pub fn to_terminal(result: &EvalResult, colour: bool) -> String {
     let mut text = wrapped(&headline::of_result(result), "");
     let level = format::level(result.run.bootstrap.level);
@@ -37,8 +37,9 @@ pub fn to_terminal(result: &EvalResult, colour: bool) -> String {
     text
 }
 
-/// Two runs: headline, the mean over languages of every metric, and the first metric of each scorer by
-/// language.
+/// Formats a comparison of two runs.
+///
+/// Headline, all metrics in the mean over languages, expected maximum toxicity by language, warnings.
 pub fn comparison_to_terminal(comparison: &Comparison, colour: bool) -> String {
     let mut text = wrapped(&headline::of_comparison(comparison), "");
     text.push('\n');
@@ -56,13 +57,14 @@ pub fn comparison_to_terminal(comparison: &Comparison, colour: bool) -> String {
     text.push('\n');
     let level = format::level(comparison.a.bootstrap.level);
     let note = format!(
-        "[low, high]: {level} interval of the paired difference. p is not corrected for the number of comparisons."
+        "[low, high]: {level} interval of the paired difference. p is not corrected for multiple comparisons."
     );
     text.push_str(&wrapped(&note, ""));
     push_warnings(&mut text, &comparison.warnings, colour);
     text
 }
 
+/// Appends a table with its title.
 pub(super) fn push_table(text: &mut String, grid: &Grid, colour: bool) {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
@@ -95,7 +97,7 @@ pub(super) fn push_table(text: &mut String, grid: &Grid, colour: bool) {
     }
 }
 
-/// The cell of a difference in green or red, where it is clear.
+/// Colours the cell of a significant difference green or red.
 fn tinted(cell: Cell, row: &Row, index: usize, colour: bool) -> Cell {
     let is_difference = index > 0 && row.cells.len().checked_sub(1) == Some(index);
     match row.better {
@@ -104,7 +106,7 @@ fn tinted(cell: Cell, row: &Row, index: usize, colour: bool) -> Cell {
     }
 }
 
-/// A label of at most nine characters, so that it cannot push a table over the edge.
+/// Shortens a label to nine characters, so that tables keep within the width.
 fn short(label: &str) -> String {
     if label.chars().count() <= 9 {
         return label.to_owned();
@@ -112,6 +114,7 @@ fn short(label: &str) -> String {
     label.chars().take(8).chain(['…']).collect()
 }
 
+/// Appends warnings with their advice.
 pub(super) fn push_warnings(text: &mut String, warnings: &[Warning], colour: bool) {
     for warning in warnings {
         text.push('\n');
@@ -122,7 +125,7 @@ pub(super) fn push_warnings(text: &mut String, warnings: &[Warning], colour: boo
     }
 }
 
-/// Breaks at spaces before column 80; a word longer than that is cut. Ends with a line break.
+/// Wraps text at spaces to 80 columns and ends it with a newline. Longer words are broken.
 pub(super) fn wrapped(text: &str, indent: &str) -> String {
     let mut lines = vec![String::new()];
     let mut width = 0;
@@ -132,7 +135,7 @@ pub(super) fn wrapped(text: &str, indent: &str) -> String {
             lines.push(indent.to_owned());
             width = indent.len();
         } else if index > 0 {
-            lines.last_mut().expect("there is a line from the start").push(' ');
+            lines.last_mut().expect("there is at least one line").push(' ');
             width += 1;
         }
         for letter in word.chars() {
@@ -140,7 +143,7 @@ pub(super) fn wrapped(text: &str, indent: &str) -> String {
                 lines.push(indent.to_owned());
                 width = indent.len();
             }
-            lines.last_mut().expect("there is a line from the start").push(letter);
+            lines.last_mut().expect("there is at least one line").push(letter);
             width += 1;
         }
     }
@@ -169,14 +172,14 @@ mod tests {
         let text = to_terminal(&result, false);
         assert_fits(&text);
         assert_fits(&comparison_to_terminal(&comparison, false));
-        assert!(!text.contains('\u{1b}'), "no colours unless asked for");
+        assert!(!text.contains('\u{1b}'), "no colours by default");
         // Headline, 2 tables of 17 languages and one of the text.
         assert_eq!(text.lines().filter(|line| line.starts_with("mean ")).count(), 3);
         assert_eq!(text.lines().filter(|line| line.starts_with("ar ")).count(), 3);
     }
 
     #[test]
-    fn wide_numbers_and_long_codes_fit_too() {
+    fn wide_numbers_and_long_language_codes_fit_too() {
         let (mut result, mut comparison) = synthetic::compared(&["de", "fr"]);
         let wide = |name: &str| {
             let value = if name.starts_with("perplexity") { 9999.9 } else { 1.0 };
@@ -212,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn colours_come_only_when_asked_for_and_change_no_text() {
+    fn colours_are_optional_and_do_not_change_the_text() {
         let (result, comparison) = synthetic::compared(&["de", "fr"]);
         let plain = |text: &str| {
             let mut out = String::new();
@@ -233,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn text_is_broken_at_spaces_before_column_80() {
+    fn text_is_wrapped_at_spaces_to_80_columns() {
         let text = wrapped(&"word ".repeat(40), "  ");
         assert_fits(&text);
         assert_eq!(text.split_whitespace().count(), 40);
