@@ -63,7 +63,7 @@ enum Command {
     Locate(Box<locate::LocateCommand>),
     /// Create, combine and bake interventions
     Steer(Box<steer::SteerCommand>),
-    /// Evaluate an intervention at several strengths, with random neurons or directions as controls
+    /// Evaluate several offsets or coefficients of an intervention, against random controls
     Sweep(Box<sweep::SweepCommand>),
     /// Merge LoRA adapters into a copy of the model
     Export(Box<export::ExportCommand>),
