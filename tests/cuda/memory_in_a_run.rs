@@ -170,7 +170,7 @@ fn activations_are_kept_if_the_user_asked_for_it() {
     let error = kept.records.unwrap_err();
     assert!(matches!(error, Error::DeviceMemory { .. }), "{error:?}");
     let hint = error.hint().unwrap();
-    assert!(hint.contains("go on with --frozen quantised and --checkpointing on;"), "{hint}");
+    assert!(hint.contains("or resume with --frozen quantised and --checkpointing on;"), "{hint}");
     assert_eq!(kept.messages, ["saved after step 2; run the same command again to resume"]);
     let again = train(&folder("kept"), &pairs, &settings, PLENTY, Trainer::keep_activations);
     assert!(again.values == whole.values, "the resumed run");
