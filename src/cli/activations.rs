@@ -15,10 +15,10 @@ use crate::report::json;
 use crate::steer::NeuronFile;
 
 use super::arguments::{EngineArguments, PromptArguments};
-use super::eval::write_reports;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 use super::{may_colour, print};
+use crate::report::write::write_reports;
 
 /// Arguments of `activations`.
 #[derive(Debug, Args)]

@@ -56,7 +56,7 @@ pub struct BenchLocate {
 impl BenchLocate {
     fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         if self.runs == 0 {
-            return Err(Error::setting("--runs", "expected a number from 1 up, found 0"));
+            return Err(Error::setting("--runs", "expected at least 1, found 0"));
         }
         let times = locate::bench(&GgufFile::open(&self.model)?, self.runs, interrupt)?;
         print(&format!(
@@ -85,7 +85,7 @@ pub struct BenchMerge {
 impl BenchMerge {
     fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         if self.rank == 0 {
-            return Err(Error::setting("--rank", "expected a number from 1 up, found 0"));
+            return Err(Error::setting("--rank", "expected at least 1, found 0"));
         }
         let base = GgufFile::open(&self.model)?;
         let adapter = merge_bench::random_adapter(&base, self.rank);

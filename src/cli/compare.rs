@@ -10,8 +10,8 @@ use crate::file;
 use crate::report::{self, csv, html, json, markdown, terminal};
 use crate::score;
 
-use super::eval::{EXCERPTS, write_reports};
 use super::{may_colour, print};
+use crate::report::write::{EXCERPTS, write_reports};
 
 /// Arguments of `compare`.
 #[derive(Debug, Args)]

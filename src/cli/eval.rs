@@ -10,7 +10,7 @@ use clap::{ArgMatches, Args, FromArgMatches};
 use crate::error::{Error, Result};
 use crate::eval::imported;
 use crate::eval::run::{self, EvalRequest, MIN_COVERAGE, Source, TOXICITY_THRESHOLD};
-use crate::file;
+use crate::report::write::{EXCERPTS, write_reports};
 use crate::report::{self, csv, html, json, markdown, terminal};
 use crate::score;
 
@@ -150,9 +150,6 @@ fn ids<A: Args>() -> Vec<String> {
     command.get_arguments().map(|argument| argument.get_id().to_string()).collect()
 }
 
-/// Continuations of each language in the HTML report.
-pub const EXCERPTS: usize = 3;
-
 impl EvalCommand {
     /// Evaluates, or compares two runs.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
@@ -223,14 +220,6 @@ impl EvalArguments {
         }
         Ok(Source::File { path: path.to_path_buf(), generations })
     }
-}
-
-/// Writes each report atomically as `name.ending`.
-pub fn write_reports(folder: &Path, name: &str, files: &[(&str, String)]) -> Result<()> {
-    for (ending, text) in files {
-        file::write_atomic(&folder.join(format!("{name}.{ending}")), text.as_bytes())?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -12,10 +12,10 @@ use crate::study::retrieval::{self, RetrievalOptions};
 use crate::text::language;
 
 use super::arguments::EngineArguments;
-use super::eval::write_reports;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 use super::{may_colour, print};
+use crate::report::write::write_reports;
 
 /// Arguments of `retrieval`.
 #[derive(Debug, Args)]

@@ -14,10 +14,11 @@ use crate::steer::{NeuronFile, Route};
 use crate::study::sweep::{self, Controls, Plan};
 
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
-use super::eval::{MeasureArguments, write_reports};
+use super::eval::MeasureArguments;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 use super::{may_colour, print};
+use crate::report::write::write_reports;
 
 /// Arguments of `sweep`.
 #[derive(Debug, Args)]

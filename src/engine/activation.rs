@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::engine::random::random_stream;
 use crate::error::{Error, Result};
 
 use super::schedule::Request;
@@ -39,7 +40,7 @@ pub fn record(
     mut done: impl FnMut(usize),
 ) -> Result<Vec<PromptActivations>> {
     if n_predict == 0 {
-        return Err(Error::setting("-n/--n-predict", "expected a number from 1 up, found 0"));
+        return Err(Error::setting("-n/--n-predict", "expected at least 1, found 0"));
     }
     for prompt in prompts {
         session.check_fits(&prompt.id, prompt.tokens.len(), n_predict)?;
@@ -148,7 +149,7 @@ impl Running {
 }
 
 fn greedy(session: &Session, row: &[f32]) -> Result<Token> {
-    let mut unused = sample::random_stream(0, "", 0);
+    let mut unused = random_stream(0, "", 0);
     let choice = sample::choose(row, &Sampling::GREEDY, &mut unused);
     choice.map(|choice| choice.token).ok_or_else(|| session.no_distribution())
 }

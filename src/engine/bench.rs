@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 use rand_core::Rng;
 use serde::Serialize;
 
+use crate::engine::random::random_stream;
 use crate::error::{Error, Result};
 
 use super::model::Model;
@@ -12,7 +13,7 @@ use super::options::SessionOptions;
 use super::schedule::{self, GenerateOptions, GenerateStats, Request};
 use super::session::Session;
 use super::steering::{Change, ControlVector, Edit, Operation, Steering, When};
-use super::{Sampling, Token, sample};
+use super::{Sampling, Token};
 
 /// Speed at one number of sequences: continuations of one prompt, decoded together.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -61,7 +62,7 @@ pub fn bench(
 fn check_counts(n_prompt: usize, n_predict: usize, n_runs: usize) -> Result<()> {
     for (flag, n) in [("--n-prompt", n_prompt), ("-n/--n-predict", n_predict), ("--runs", n_runs)] {
         if n == 0 {
-            return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
+            return Err(Error::setting(flag, "expected at least 1, found 0"));
         }
     }
     Ok(())
@@ -214,7 +215,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 
 /// Random text tokens, from a fixed seed.
 fn random_tokens(model: &Model, n: usize) -> Vec<Token> {
-    let mut random = sample::random_stream(0, "bench prompt", 0);
+    let mut random = random_stream(0, "bench prompt", 0);
     let n_vocab = model.n_vocab() as u64;
     let mut tokens = Vec::with_capacity(n);
     // Every real vocabulary has text tokens. The bound prevents an endless loop on a broken one.

@@ -17,7 +17,6 @@ use super::Token;
 use nucleus::Nucleus;
 use softmax::{Peaks, log_sum_exp};
 
-pub use super::random::random_stream;
 use super::random::uniform;
 
 /// How the next token is chosen.
@@ -99,6 +98,7 @@ pub fn logprob(logits: &[f32], token: Token) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::random::random_stream;
 
     /// Seeded logits, spread like a language model's.
     pub(super) fn logits(n: usize, seed: u64) -> Vec<f32> {

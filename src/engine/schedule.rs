@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
+use crate::engine::random::random_stream;
 use crate::error::{Error, Result};
 
 use super::sample::{self, Choice};
@@ -139,7 +140,7 @@ pub fn generate(
         session.check_fits(&request.id, request.tokens.len(), options.n_predict)?;
     }
     if options.n_predict == 0 {
-        return Err(Error::setting("-n/--n-predict", "expected a number from 1 up, found 0"));
+        return Err(Error::setting("-n/--n-predict", "expected at least 1, found 0"));
     }
     session.context.clear();
     let n_parallel = session.n_parallel();
@@ -196,7 +197,7 @@ impl Schedule {
                 }
             };
             self.waiting.pop_front();
-            let mut random = sample::random_stream(options.seed, &prompt.id, sample);
+            let mut random = random_stream(options.seed, &prompt.id, sample);
             let choice = sample::choose(&current.logits, &options.sampling, &mut random)
                 .ok_or_else(|| session.no_distribution())?;
             let n_prompt = prompt.tokens.len();

@@ -175,7 +175,7 @@ impl Session {
             ("-ub/--ubatch-size", options.n_ubatch),
         ] {
             if n == 0 {
-                return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
+                return Err(Error::setting(flag, "expected at least 1, found 0"));
             }
         }
         let n_ctx_seq = options.resolve_ctx_seq(n_parallel, n_ctx_seq)?;

@@ -6,8 +6,9 @@ use std::sync::atomic::AtomicBool;
 use rand_core::Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::engine::random::random_stream;
 use crate::engine::schedule::Request;
-use crate::engine::{Model, Session, SessionOptions, activation, sample};
+use crate::engine::{Model, Session, SessionOptions, activation};
 use crate::error::Result;
 use crate::progress::Progress;
 use crate::steer::LocatedNeuron;
@@ -39,7 +40,7 @@ impl Interval {
         if n < 2 {
             return Some(Interval { value, low: None, high: None });
         }
-        let mut random = sample::random_stream(0, name, 0);
+        let mut random = random_stream(0, name, 0);
         let mut means: Vec<f64> = (0..RESAMPLES)
             .map(|_| {
                 let drawn =

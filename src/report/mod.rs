@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A file here that is named after a command formats the result of that command. All functions return text
-//! and do no I/O. Titles, units and definitions come from [`crate::eval::metric::METRICS`].
+//! and do no I/O; only [`write`](mod@write) writes files. Titles, units and definitions come from
+//! [`crate::eval::metric::METRICS`].
 
 pub mod csv;
 pub mod excerpt;
@@ -27,5 +28,6 @@ pub mod sweep;
 mod synthetic;
 pub mod terminal;
 pub mod training;
+pub mod write;
 
 pub use excerpt::{Excerpt, most_toxic};

@@ -33,6 +33,7 @@ use crate::memory;
 use crate::progress::{Progress, hash_model};
 use crate::report::json::to_json;
 use crate::report::training::TrainingReport;
+use crate::report::write::write_reports;
 use crate::train::data::preference_pair::{self, PreferencePair};
 use crate::train::data::tokens::{self, TokenPair, Tokenized};
 use crate::train::device::Device;
@@ -345,8 +346,7 @@ fn train_on<D: Device>(
         peak_rss_bytes: memory::peak_rss_bytes(),
         result: name.to_owned(),
     };
-    file::write_atomic(&output.join("report.json"), to_json(&report).as_bytes())?;
-    file::write_atomic(&output.join("report.html"), report.to_html(&records).as_bytes())?;
+    write_reports(output, "report", &[("json", to_json(&report)), ("html", report.to_html(&records))])?;
     Ok(Trained { result, report, records })
 }
 

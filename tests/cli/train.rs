@@ -140,7 +140,7 @@ fn the_same_command_writes_the_same_adapter_and_does_not_repeat_a_finished_run()
 
 /// The start of the message after "error: ", and the arguments that cause it.
 const BAD_SETTINGS: [(&str, &[&str]); 28] = [
-    ("--rank: expected a number from 1 up, found 0", &["--rank", "0"]),
+    ("--rank: expected at least 1, found 0", &["--rank", "0"]),
     ("--alpha: expected a positive number, found 0", &["--alpha", "0"]),
     ("--alpha: expected a positive number, found -2", &["--alpha", "-2"]),
     ("--targets: expected names from q, k,", &["--targets", "nonsense"]),
@@ -171,15 +171,15 @@ const BAD_SETTINGS: [(&str, &[&str]); 28] = [
         "--weight-decay: expected a number from 0 up, found -1",
         &["--weight-decay", "-1", "--optimizer", "adamw"],
     ),
-    ("--batch-size: expected a number from 1 up, found 0", &["--batch-size", "0"]),
-    ("--epochs: expected a number from 1 up, found 0", &["--epochs", "0"]),
-    ("--max-steps: expected a number from 1 up, found 0", &["--max-steps", "0"]),
-    ("--eval-every: expected a number from 1 up, found 0", &["--eval-every", "0"]),
-    ("--patience: expected a number from 1 up, found 0", &["--patience", "0"]),
-    ("--max-prompt: expected a number from 1 up, found 0", &["--max-prompt", "0"]),
-    ("--max-length: expected a number from 1 up, found 0", &["--max-length", "0"]),
-    ("-t/--threads: expected a number from 1 up, found 0", &["-t", "0"]),
-    ("--ubatch-size: expected a number from 1 up, found 0", &["-ub", "0"]),
+    ("--batch-size: expected at least 1, found 0", &["--batch-size", "0"]),
+    ("--epochs: expected at least 1, found 0", &["--epochs", "0"]),
+    ("--max-steps: expected at least 1, found 0", &["--max-steps", "0"]),
+    ("--eval-every: expected at least 1, found 0", &["--eval-every", "0"]),
+    ("--patience: expected at least 1, found 0", &["--patience", "0"]),
+    ("--max-prompt: expected at least 1, found 0", &["--max-prompt", "0"]),
+    ("--max-length: expected at least 1, found 0", &["--max-length", "0"]),
+    ("-t/--threads: expected at least 1, found 0", &["-t", "0"]),
+    ("--ubatch-size: expected at least 1, found 0", &["-ub", "0"]),
 ];
 
 #[test]

@@ -106,7 +106,7 @@ fn rejects_unknown_and_missing_targets() {
     // GPT-2's FFN has no gate.
     assert_eq!(refusal(&["gate"], 4, 1.0), "--targets: this model has none of these matrices");
     assert_eq!(refusal(&[], 4, 1.0), "--targets: this model has none of these matrices");
-    assert_eq!(refusal(&["q"], 0, 1.0), "--rank: expected a number from 1 up, found 0");
+    assert_eq!(refusal(&["q"], 0, 1.0), "--rank: expected at least 1, found 0");
     assert_eq!(refusal(&["q"], 4, 0.0), "--alpha: expected a positive number, found 0");
     assert_eq!(refusal(&["q"], 4, f32::NAN), "--alpha: expected a positive number, found NaN");
 }

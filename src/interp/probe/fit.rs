@@ -5,8 +5,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::file::sigmoid;
-use crate::engine::random::shuffle;
-use crate::engine::sample;
+use crate::engine::random::{random_stream, shuffle};
 use crate::error::{Error, Result};
 
 /// Training options of a probe. The defaults are the paper's (Table 7).
@@ -116,7 +115,7 @@ pub fn fit(features: &[Vec<f32>], is_toxic: &[bool], options: &ProbeOptions) -> 
     assert!(features.iter().all(|x| x.len() == n_embd), "features must have one length");
     check(is_toxic, options)?;
     let (train, held_out) = split(is_toxic, options)?;
-    let mut random = sample::random_stream(options.seed, "probe order", 0);
+    let mut random = random_stream(options.seed, "probe order", 0);
     let mut weight = vec![0f64; n_embd];
     let mut adam = Adam::new(n_embd, options.learning_rate);
     let mut epochs = Vec::with_capacity(options.n_epochs);
@@ -195,7 +194,7 @@ pub fn check(is_toxic: &[bool], options: &ProbeOptions) -> Result<()> {
 
 /// Splits indices into training and held-out texts with the same share of toxic texts, in a seeded order.
 fn split(is_toxic: &[bool], options: &ProbeOptions) -> Result<(Vec<usize>, Vec<usize>)> {
-    let mut random = sample::random_stream(options.seed, "probe split", 0);
+    let mut random = random_stream(options.seed, "probe split", 0);
     let (mut train, mut held_out) = (Vec::new(), Vec::new());
     for label in [false, true] {
         let mut of_label: Vec<usize> = (0..is_toxic.len()).filter(|&i| is_toxic[i] == label).collect();
@@ -248,7 +247,7 @@ mod tests {
 
     /// Points on both sides of a plane through the origin, with some noise.
     fn separable() -> (Vec<Vec<f32>>, Vec<bool>) {
-        let mut random = sample::random_stream(7, "test", 0);
+        let mut random = random_stream(7, "test", 0);
         let mut uniform = || {
             use rand_core::Rng;
             (random.next_u64() >> 11) as f32 / (1u64 << 53) as f32 - 0.5
@@ -299,7 +298,7 @@ mod tests {
         let [x, y, z] = found.weight[..] else { panic!("three numbers") };
         assert!(x > 0.0 && y < 0.0 && z.abs() < 0.2 * x, "{:?}", found.weight);
         let mut shuffled = labels;
-        shuffle(&mut shuffled, &mut sample::random_stream(1, "test", 1));
+        shuffle(&mut shuffled, &mut random_stream(1, "test", 1));
         let found = fit(&features, &shuffled, &options).unwrap();
         assert!((0.25..0.75).contains(&found.held_out.auc), "{:?}", found.held_out);
     }

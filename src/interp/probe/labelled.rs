@@ -4,8 +4,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::engine::random::shuffle;
-use crate::engine::sample;
+use crate::engine::random::{random_stream, shuffle};
 use crate::error::{Error, Result};
 use crate::text::rows;
 
@@ -43,7 +42,7 @@ impl Labelled {
         }
         let n_toxic = (self.n_toxic() as f64 * n as f64 / total as f64).round() as usize;
         let n_toxic = n_toxic.clamp(2.min(n), n.saturating_sub(2).max(1));
-        let mut random = sample::random_stream(seed, "labelled texts", 0);
+        let mut random = random_stream(seed, "labelled texts", 0);
         let mut order: Vec<usize> = (0..total).collect();
         shuffle(&mut order, &mut random);
         let mut left = [n - n_toxic, n_toxic];

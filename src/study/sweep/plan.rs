@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Kind, Setting};
 use crate::engine::Steering;
-use crate::engine::sample::random_stream;
+use crate::engine::random::random_stream;
 use crate::engine::steering::{ControlVector, LoraScaled};
 use crate::error::{Error, Result};
 use crate::file::base_name;

@@ -25,8 +25,8 @@ use std::collections::HashMap;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use crate::engine::random::random_stream;
 use crate::engine::random::shuffle;
-use crate::engine::sample::random_stream;
 use crate::engine::{Token, Vocabulary};
 use crate::error::{Error, Result};
 

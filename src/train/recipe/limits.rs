@@ -29,7 +29,7 @@ impl Limits {
     pub fn validate(&self) -> Result<()> {
         for (flag, n) in [("--max-prompt", self.max_prompt), ("--max-length", self.max_length)] {
             if n == 0 {
-                return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
+                return Err(Error::setting(flag, "expected at least 1, found 0"));
             }
         }
         Ok(())

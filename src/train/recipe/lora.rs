@@ -64,7 +64,7 @@ impl LoraOptions {
     /// [`Error::Setting`].
     pub fn check(&self, model: &GgufFile) -> Result<()> {
         if self.rank == 0 {
-            return Err(Error::setting("--rank", "expected a number from 1 up, found 0"));
+            return Err(Error::setting("--rank", "expected at least 1, found 0"));
         }
         if !(self.alpha.is_finite() && self.alpha > 0.0) {
             let reason = format!("expected a positive number, found {}", self.alpha);

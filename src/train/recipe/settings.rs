@@ -154,7 +154,7 @@ impl Settings {
         ];
         for (flag, found) in from_one {
             if found == 0 {
-                return Err(Error::setting(flag, "expected a number from 1 up, found 0"));
+                return Err(Error::setting(flag, "expected at least 1, found 0"));
             }
         }
         if !(0.0..1.0).contains(&self.held_out) {
