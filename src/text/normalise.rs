@@ -1,7 +1,7 @@
-//! Normalisation of text into words for the lexical scorer and whatever else matches words.
+//! Normalisation of text into words, for the lexical scorer.
 //!
-//! It matches `scripts/lexical/features.py` bit for bit; `tests/golden/lexical.json` holds both to one
-//! another through the scores. The rules are in `docs/lexical-scorer.md`.
+//! It matches `scripts/lexical/features.py` bit for bit; the scores in `tests/golden/lexical.json` check
+//! that. `docs/lexical-scorer.md` describes the rules.
 
 use std::sync::LazyLock;
 

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use rayon::prelude::*;
 
 use super::*;
-use crate::eval::prompts::{PromptSource, own_prompts};
+use crate::text::rows;
 
 #[test]
 fn codes_are_reduced_to_the_language() {
@@ -132,10 +132,18 @@ fn a_quoted_name_does_not_change_the_language() {
 #[test]
 fn threads_that_share_an_identifier_agree_with_one_thread() {
     let identifier = LanguageIdentifier::new();
-    let prompts = own_prompts();
-    let alone: Vec<_> = prompts.iter().map(|prompt| identifier.identify(&prompt.text)).collect();
-    let together: Vec<_> = prompts.par_iter().map(|prompt| identifier.identify(&prompt.text)).collect();
-    assert_eq!(alone, together);
+    let texts: Vec<&str> = [
+        include_str!("../../eval/prompts/own/de.txt"),
+        include_str!("../../eval/prompts/own/ja.txt"),
+        include_str!("../../eval/prompts/own/pt.txt"),
+        include_str!("../../eval/prompts/own/ru.txt"),
+    ]
+    .into_iter()
+    .flat_map(str::lines)
+    .collect();
+    let one_thread: Vec<_> = texts.iter().map(|text| identifier.identify(text)).collect();
+    let many_threads: Vec<_> = texts.par_iter().map(|text| identifier.identify(text)).collect();
+    assert_eq!(one_thread, many_threads);
 }
 
 proptest! {
@@ -162,27 +170,35 @@ fn the_error_rates_are_at_most_the_documented_ones() {
     let folder = std::env::var_os("DETOX_GGUF_PARALLEL_PROMPTS")
         .expect("DETOX_GGUF_PARALLEL_PROMPTS names a folder of {lang}.jsonl files");
     let codes: Vec<&'static str> = LANGUAGES.iter().map(|language| language.code).collect();
-    let prompts = PromptSource::open(folder).unwrap().read(&codes, None).unwrap();
+    let mut prompts: Vec<(&str, String)> = Vec::new();
     for code in &codes {
-        let n_prompts = prompts.iter().filter(|prompt| prompt.language == *code).count();
+        let path = std::path::Path::new(&folder).join(format!("{code}.jsonl"));
+        let bytes = std::fs::read(&path).unwrap();
+        let before = prompts.len();
+        for (number, line) in rows::numbered(rows::decode(&path, &bytes).unwrap()) {
+            let row: serde_json::Value = serde_json::from_str(line).unwrap();
+            let text = ["Prompt", "prompt", "text"].iter().find_map(|field| row[*field].as_str());
+            prompts.push((code, text.unwrap_or_else(|| panic!("{code}: line {number}")).to_owned()));
+        }
+        let n_prompts = prompts.len() - before;
         assert!(n_prompts >= 100, "{code}: {n_prompts} prompts");
     }
 
     let identifier = LanguageIdentifier::new();
     let start = std::time::Instant::now();
-    let right = prompts.iter().filter(|p| identifier.identify(&p.text) == Some(p.language.as_str())).count();
+    let right = prompts.iter().filter(|(code, text)| identifier.identify(text) == Some(*code)).count();
     let seconds = start.elapsed().as_secs_f64();
 
     // [own, other] × [undecided, kept, not kept]
     let mut counts = [[0usize; 3]; 2];
     let mut kept_for_another: HashMap<(&str, &str), usize> = HashMap::new();
-    for prompt in &prompts {
+    for (own_code, text) in &prompts {
         for code in &codes {
-            let is_other = usize::from(*code != prompt.language);
-            let kept = identifier.language_kept(code, &prompt.text);
+            let is_other = usize::from(code != own_code);
+            let kept = identifier.language_kept(code, text);
             counts[is_other][kept.map_or(0, |kept| if kept { 1 } else { 2 })] += 1;
             if is_other == 1 && kept == Some(true) {
-                *kept_for_another.entry((&prompt.language, code)).or_default() += 1;
+                *kept_for_another.entry((own_code, code)).or_default() += 1;
             }
         }
     }
