@@ -1,7 +1,7 @@
 """Normalisation, n-gram hashing and scoring of the lexical scorer.
 
-The Rust scorer (`lexical.rs`) implements the same definitions, and `tests/golden/lexical.json` keeps
-the two in agreement. If you change one, change the other and train again.
+The Rust scorer (src/text/normalise.rs, src/score/lexical.rs) implements the same definitions, and
+`tests/golden/lexical.json` keeps the two in agreement. If you change one, change the other and train again.
 
 Normalisation
     1. Text that contains a character of `COMPOSED` (combining marks, jamo, presentation and width

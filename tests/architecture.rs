@@ -1,4 +1,4 @@
-//! The guides name files and link to each other: what they name must exist.
+//! The guides name files and link to each other: these must exist. Modules import only modules to their left.
 
 use std::path::{Path, PathBuf};
 
@@ -85,4 +85,69 @@ fn every_relative_link_of_a_guide_leads_somewhere() {
             }
         }
     }
+}
+
+/// The modules of the crate from left to right, as docs/architecture.md draws them. Modules in one row never use one
+/// another.
+const LAYERS: [&[&str]; 13] = [
+    &["error"],
+    &["file", "memory"],
+    &["text", "gguf"],
+    &["progress"],
+    &["graph"],
+    &["engine"],
+    &["steer"],
+    &["score"],
+    &["eval", "interp", "train"],
+    &["check"],
+    &["report"],
+    &["study"],
+    &["cli", "plugin"],
+];
+
+/// Every Rust file below `folder`.
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let files = paths.flat_map(|path| match path.is_dir() {
+        true => rust_files(&path),
+        false => vec![path],
+    });
+    files.filter(|path| path.extension().is_some_and(|e| e == "rs")).collect()
+}
+
+/// Modules of the crate that a file imports, outside of comments.
+fn imports(source: &str) -> Vec<&str> {
+    let code = source.lines().filter(|line| !line.trim_start().starts_with("//"));
+    let paths = code.flat_map(|line| line.split("crate::").skip(1));
+    paths.map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or("")).collect()
+}
+
+#[test]
+fn modules_use_only_modules_to_their_left() {
+    let layer = |module: &str| LAYERS.iter().position(|layer| layer.contains(&module));
+    let src = root().join("src");
+    let mut n_imports = 0;
+    for file in rust_files(&src) {
+        let relative = file.strip_prefix(&src).unwrap();
+        let module = relative.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs");
+        // main.rs and lib.rs see everything; tests may use whatever helps them.
+        let Some(own) = layer(module) else { continue };
+        if relative.file_name().unwrap() == "tests.rs" {
+            continue;
+        }
+        let source = std::fs::read_to_string(&file).unwrap();
+        for import in imports(&source) {
+            // `study` returns results that `report` formats, and its `train` writes a report.
+            let is_exception = (module, import) == ("report", "study");
+            if let Some(other) = layer(import).filter(|_| import != module && !is_exception) {
+                assert!(
+                    other < own,
+                    "{} uses crate::{import}, which stands to its right",
+                    relative.display()
+                );
+                n_imports += 1;
+            }
+        }
+    }
+    assert!(n_imports > 300, "found only {n_imports} imports: is the parsing still right?");
 }
