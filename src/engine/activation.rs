@@ -22,9 +22,9 @@ pub struct PromptActivations {
 /// Mean activations of neurons while the model continues each prompt greedily.
 ///
 /// `neurons` are pairs of layer and index. Each prompt is continued for `n_predict` steps, even past an
-/// end-of-generation token, and the mean is over the steps of the activation at the last position: the last token
-/// of the prompt, and every generated token but the last. This is the paper's protocol (section 4.2), as its script
-/// does it.
+/// end-of-generation token, and the mean is over the steps. Each step gives the activation at the last position: that
+/// of the prompt's last token, then of every generated token but the last. This is the paper's protocol (section 4.2),
+/// as its script does it.
 ///
 /// The session must have been opened with [`Session::open_with_callback`]. `done` is called after every group of
 /// prompts, with the number of finished prompts.
@@ -55,7 +55,7 @@ pub fn record(
             ),
         ));
     }
-    // One recording per layer. `columns[n]` is the recording of neuron n, and its column there.
+    // One recording per layer. `columns[n]` is the index of neuron n's recording, and its column in it.
     let mut layers: Vec<usize> = neurons.iter().map(|&(il, _)| il).collect();
     layers.sort_unstable();
     layers.dedup();

@@ -24,9 +24,9 @@ pub struct BenchRow {
     pub n_prompt: usize,
     /// Tokens decoded in each sequence.
     pub n_predict: usize,
-    /// Runs. The figures below are their medians.
+    /// Number of timed runs. The figures below are medians over them.
     pub n_runs: usize,
-    /// Tokens per second, decoding and sampling; without prompts and the start of samples.
+    /// Tokens per second, decoding and sampling. Excludes decoding the prompt and starting the samples.
     pub generate_tokens_per_second: f64,
     /// Tokens per second, decoding only: S_TG in `llama-batched-bench`.
     pub decode_tokens_per_second: f64,
@@ -126,9 +126,9 @@ pub struct SteeringRow {
 
 /// Measures generation unsteered and with several kinds of steering.
 ///
-/// Every round runs all kinds in turn, so that all run under the same load. The steering has almost no effect
-/// (offsets of 1e-6), but costs as much as any of its kind: a control vector on all layers, and the callback on one
-/// layer, on a quarter of them, and on all, with 8 neurons per layer. Prompt and continuations are as in [`bench()`].
+/// Every round runs all kinds in turn, so that all run under the same load. The offsets of 1e-6 have
+/// almost no effect, but cost as much as larger ones. The kinds are a control vector on all layers, and the callback
+/// on one layer, on a quarter of the layers and on all layers, with 8 neurons per layer. Prompt and continuations are as in [`bench()`].
 /// One warm-up round is not counted.
 ///
 /// Errors: as [`bench()`]; [`Error::Model`] for an architecture that the callback does not support.
@@ -178,7 +178,7 @@ pub fn bench_steering(
     Ok(rows.collect())
 }
 
-/// The kinds of steering that [`bench_steering`] compares; the first is none.
+/// The kinds of steering that [`bench_steering`] compares. The first is no steering.
 fn steerings(model: &Model) -> [(&'static str, Steering); 5] {
     const OFFSET: f32 = 1e-6;
     let n_layer = model.n_layer();

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 
 use super::{Session, Token, sample};
 
-/// A prompt with the continuations to score after it.
+/// A prompt and the continuations to score after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
     /// Name of the prompt in errors.
@@ -27,7 +27,7 @@ struct Task {
     slot: usize,
     request: usize,
     continuation: usize,
-    /// Number of its tokens that were decoded.
+    /// Number of its tokens decoded so far.
     n_done: usize,
 }
 

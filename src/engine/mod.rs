@@ -12,7 +12,7 @@
 //! attends only to its own sequence. A prompt is decoded once, in slot 0, and its KV is copied to the slots that
 //! continue it.
 //!
-//! A [`Steering`] describes what changes a model while it runs. A [`Model`] passes its steering to every session
+//! A [`Steering`] describes how a model is changed while it runs. A [`Model`] passes its steering to every session
 //! opened over it; [`Session::steer`] replaces it between two decodes. Sessions that edit or record values inside
 //! the graph do so in llama.cpp's eval callback; the others run without it.
 //!
@@ -46,10 +46,10 @@
 //! ```
 //!
 //! # Modules
-//! - [`sample`] is the way from logits to a token: temperature, top-k, top-p, min-p.
-//! - [`random`] has the random streams.
+//! - [`sample`] chooses a token from logits: temperature, top-k, top-p, min-p.
+//! - [`random`] makes the random streams.
 //! - [`mod@bench`] measures generation speed.
-//! - `ffi` has all `unsafe` code of the engine.
+//! - `ffi` holds all `unsafe` code of the engine.
 
 pub mod activation;
 pub mod bench;

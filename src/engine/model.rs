@@ -36,7 +36,7 @@ pub struct LoadedSteering {
 }
 
 impl LoadedSteering {
-    /// Its description.
+    /// The steering as it was described.
     pub fn steering(&self) -> &Steering {
         &self.steering
     }
@@ -114,7 +114,7 @@ impl Model {
         Ok(LoadedSteering { steering, loras, model: self.handle.clone() })
     }
 
-    /// The same model, with a steering that every session opened over it uses.
+    /// The same model, with a steering for every session opened over it.
     ///
     /// Errors: as [`Model::load_steering`].
     pub fn with_steering(&self, steering: Steering) -> Result<Model> {

@@ -1,4 +1,4 @@
-//! Random streams, and what is drawn from them.
+//! Random streams, uniform numbers and shuffles.
 
 use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};

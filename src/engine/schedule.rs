@@ -47,7 +47,7 @@ pub struct GenerateOptions {
 pub enum Finish {
     /// It has `n_predict` tokens.
     Length,
-    /// The model chose an end-of-generation token. It is not part of the text.
+    /// The model chose an end-of-generation token, which is not part of the text.
     Stop,
 }
 
@@ -122,9 +122,9 @@ struct Loaded {
 
 /// Samples `options.k` continuations of each request, and passes each to `done` when it ends.
 ///
-/// The same call on the same build gives the same tokens. They depend on the requests in their order, the options,
-/// and the session's shape (slots, batch, threads): another shape can change the last bits of logits, and so
-/// sometimes a token.
+/// The same call on the same build gives the same tokens. They depend on the requests and their order, the options,
+/// and the session's shape (slots, batch, threads). Another shape can change the last bits of the logits, and
+/// occasionally a token.
 ///
 /// Errors: [`Error::PromptTooLong`] before anything runs; [`Error::Interrupted`] once `interrupt` is set;
 /// [`Error::Decode`] if llama.cpp fails; [`Error::Model`] if logits are NaN; and any error that `done` returns.
@@ -163,7 +163,7 @@ pub fn generate(
     }
 }
 
-/// The samples of one call of [`generate`]: those that wait, and those in slots.
+/// The samples of one call of [`generate`]: those waiting, and those in slots.
 struct Schedule {
     /// Request and number of each sample that has not started.
     waiting: VecDeque<(usize, u32)>,

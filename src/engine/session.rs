@@ -44,7 +44,7 @@ impl SessionOptions {
             let quarter = usize::try_from(memory::total_bytes() / 4).unwrap_or(usize::MAX);
             let of_memory =
                 quarter / (self.kv_bytes_per_cell(model) * n_ctx_seq.next_multiple_of(CELLS)).max(1);
-            // With -c the sequences share the context that was given.
+            // With -c the sequences share the given context.
             let of_context = self.n_ctx.map_or(MOST_PARALLEL, |n_ctx| n_ctx / n_ctx_seq.max(1));
             MOST_PARALLEL.min(of_memory).min(of_context).max(1)
         })
@@ -68,7 +68,7 @@ impl SessionOptions {
         }
     }
 
-    /// Checks the options and puts them in llama.cpp's terms.
+    /// Checks the options and converts them to llama.cpp's.
     fn context_params(&self, n_parallel: usize, n_ctx_seq: usize) -> Result<ContextParams> {
         if n_parallel > self.n_batch {
             return Err(Error::setting(
@@ -135,7 +135,7 @@ pub struct Session {
 }
 
 fn control_vector_is_for_all() -> Error {
-    Error::setting("steering", "llama.cpp adds a control vector to all sequences, but some are to be exempt")
+    Error::setting("steering", "llama.cpp adds a control vector to all sequences, but some must be exempt")
         .with_hint("compile the intervention for the callback (steer::compile, Route::Callback)")
 }
 
@@ -285,7 +285,7 @@ impl Session {
     /// Slot 0 holds the prompt, slots 1 to `n_parallel` its continuations.
     ///
     /// Errors: [`Error::Setting`] for a slot out of range; without the eval callback; and if a control vector is
-    /// set, because llama.cpp adds it to all sequences. Compile the intervention for the callback then.
+    /// set, because llama.cpp adds it to all sequences. In that case compile the intervention for the callback.
     pub fn set_exempt(&mut self, slot: usize, is_exempt: bool) -> Result<()> {
         if slot > self.n_parallel {
             let reason = format!("expected a slot from 0 to {}, found {slot}", self.n_parallel);

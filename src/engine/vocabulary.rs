@@ -11,7 +11,7 @@ use super::ffi::{LoadParams, ModelHandle};
 
 /// A model's tokenizer and tokens.
 ///
-/// It is part of a [`Model`](super::Model), or loaded by itself: that is quick, whatever the size of the model.
+/// It is part of a [`Model`](super::Model), or loaded by itself, which is quick for a model of any size.
 #[derive(Debug, Clone)]
 pub struct Vocabulary {
     handle: Arc<ModelHandle>,
@@ -63,15 +63,15 @@ impl Vocabulary {
 
     /// The token that ends a text, if the metadata names one (`tokenizer.ggml.eos_token_id`).
     ///
-    /// It does not matter whether the metadata asks for it after every text.
+    /// Returned even if the metadata does not ask for it after every text.
     pub fn eos(&self) -> Option<Token> {
         self.eos
     }
 
     /// Tokenizes a prompt, with BOS if the metadata asks for one.
     ///
-    /// Special tokens are not parsed: `<s>` is plain text. An EOS that the metadata asks for is left out, because a
-    /// text that has ended cannot be continued.
+    /// Special tokens are not parsed: `<s>` is plain text. No EOS is added, even if the metadata asks for one, because
+    /// a text that has ended cannot be continued.
     pub fn tokenize_prompt(&self, text: &str) -> Result<Vec<Token>> {
         let mut tokens = self.tokenize(text, true)?;
         if tokens.last().copied() == self.handle.added_end() {

@@ -2,7 +2,7 @@
 
 use super::steering::{Change, Edit, Operation, When};
 
-/// An [`Edit`] with everything computed that does not depend on the row.
+/// An [`Edit`] with everything precomputed that does not depend on the row.
 #[derive(Debug, Clone)]
 pub(super) struct PreparedEdit {
     pub(super) when: When,

@@ -1,4 +1,4 @@
-//! llama.cpp's graphs from inside: their nodes, and edits and recordings of the nodes' values.
+//! Edits and records the values of nodes in llama.cpp's graphs.
 //!
 //! ```text
 //! architecture (names of nodes) ─► watch ◄── steering (what to change)
@@ -8,8 +8,8 @@
 //!
 //! Nothing here runs a model or calls llama.cpp.
 //!
-//! - [`architecture`] has the names of the nodes, for the supported architectures. A new architecture goes here.
-//! - [`steering`] describes what changes a model while it runs.
+//! - [`architecture`] names the nodes of each supported architecture. Add a new architecture there.
+//! - [`steering`] describes the changes to a running model.
 //! - [`node`] is the interface to one node of a running graph.
 //! - `place` names the places that are edited or recorded.
 //! - `watch` follows the nodes of a graph as they are computed, and edits and reads their values.

@@ -84,7 +84,7 @@ pub trait Node {
 /// Most values that are copied from a node: 4 GiB of F32, more than any real node has.
 const MOST_VALUES: usize = 1 << 30;
 
-/// Allocates `n` zeros; an error if a nonsensical shape asks for too many.
+/// Allocates `n` zeros; fails if `n` is over [`MOST_VALUES`] or memory runs out.
 fn allocate(n: usize) -> Result<Vec<f32>, String> {
     let mut values = Vec::new();
     if n > MOST_VALUES || values.try_reserve_exact(n).is_err() {

@@ -6,7 +6,7 @@ use super::place::Place;
 #[derive(Debug, Clone)]
 pub(crate) struct Recording {
     pub(super) place: Place,
-    /// The columns that are recorded; all if `None`.
+    /// The recorded columns; all if `None`.
     columns: Option<Vec<usize>>,
     /// Number of values in a recorded row.
     width: usize,

@@ -1,9 +1,11 @@
 //! Finds the token of each row of a node.
 //!
 //! llama.cpp splits a batch into micro-batches, may reorder its tokens, and computes the last block only for tokens
-//! whose logits are needed. If each sequence has its own stream in the KV cache, tokens are reordered, and each one is
-//! found by the row of the cache that its key is written to: the tokens of one sequence keep their order. If all
-//! sequences share one stream, the batch is split in its own order.
+//! whose logits are needed.
+//!
+//! - If each sequence has its own stream in the KV cache, tokens are reordered, but those of one sequence keep their
+//!   order. The cache row that a token's key is written to gives its sequence, and the order gives the token.
+//! - If all sequences share one stream, the batch is split in its own order.
 
 use std::collections::VecDeque;
 
@@ -23,7 +25,7 @@ pub(crate) enum Streams {
 pub(crate) struct Announced {
     pub(crate) sequence: usize,
     pub(crate) is_output: bool,
-    /// `None` if the caller did not say.
+    /// `None` if unknown.
     pub(crate) phase: Option<Phase>,
 }
 
@@ -47,9 +49,9 @@ pub(crate) const MOST_TOKENS: usize = 1 << 20;
 pub(super) struct Rows {
     /// The batch, `[n_tokens]`; empty if none was announced.
     pub(super) batch: Vec<Announced>,
-    /// For each sequence, the batch indices of its tokens that were in no micro-batch yet.
+    /// For each sequence, the batch indices of its tokens that have not been in a micro-batch yet.
     queues: Vec<VecDeque<usize>>,
-    /// Number of tokens that were in a micro-batch.
+    /// Number of tokens that have been in a micro-batch.
     n_taken: usize,
     /// The current micro-batch, in the graph's order; empty until it is known.
     pub(super) rows: Vec<Row>,
@@ -65,17 +67,17 @@ impl Rows {
         *self = Rows { batch, queues, n_taken: 0, rows: Vec::new() };
     }
 
-    /// Whether some announced tokens were in no micro-batch yet.
+    /// Whether some announced tokens have not been in a micro-batch yet.
     pub(super) fn is_pending(&self) -> bool {
         self.n_left() > 0
     }
 
-    /// Number of announced tokens that were in no micro-batch yet.
+    /// Number of announced tokens that have not been in a micro-batch yet.
     pub(super) fn n_left(&self) -> usize {
         self.batch.len() - self.n_taken
     }
 
-    /// Stops expecting the announced tokens that were in no micro-batch yet.
+    /// Stops expecting the announced tokens that have not been in a micro-batch yet.
     pub(super) fn drop_rest(&mut self) {
         self.n_taken = self.batch.len();
     }
@@ -131,7 +133,7 @@ impl Rows {
         Ok(())
     }
 
-    /// The rows of a node: those of all tokens, or of outputs only if `is_reduced`.
+    /// The rows of a node: all tokens, or only the outputs if `is_reduced`.
     pub(super) fn of_node(&self, is_reduced: bool, n_rows: usize) -> Result<Vec<Row>, String> {
         let rows: Vec<Row> = match (is_reduced, self.rows.first()) {
             // Nobody said which tokens are outputs; only their count is known.

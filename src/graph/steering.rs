@@ -1,4 +1,4 @@
-//! Descriptions of what changes a running model: adapters, a control vector, and edits by callback.
+//! Describes changes to a running model: adapters, a control vector, and edits by callback.
 //!
 //! [`crate::steer::compile`] decides which of these an intervention needs.
 
@@ -11,7 +11,7 @@ pub struct Steering {
     pub loras: Vec<LoraScaled>,
     /// Added to the residual stream after blocks 1 and up, at almost no cost.
     pub control_vector: Option<ControlVector>,
-    /// Made by the eval callback. Several edits of one value are made in this order.
+    /// Edits made by the eval callback. Several edits of one value are made in this order.
     pub edits: Vec<Edit>,
 }
 

@@ -65,7 +65,7 @@ struct Progress {
     n_to_read: usize,
     /// Micro-batches that started.
     n_micro_batches: usize,
-    /// Nodes that llama.cpp asked about while there was something to do.
+    /// Nodes that llama.cpp asked about while there was anything to edit, record or read.
     n_asked: usize,
 }
 
@@ -134,7 +134,7 @@ impl Watch {
         std::mem::take(&mut self.readings)
     }
 
-    /// Exempts a sequence from edits, or not; returns whether that changed.
+    /// Sets whether a sequence is exempt from edits; returns whether that changed.
     pub(crate) fn set_exempt(&mut self, sequence: usize, is_exempt: bool) -> bool {
         std::mem::replace(&mut self.is_exempt[sequence], is_exempt) != is_exempt
     }
@@ -148,7 +148,7 @@ impl Watch {
         self.stops_early
     }
 
-    /// Starts a decode. `sequences` and `outputs` are those of its tokens, `[n_tokens]`.
+    /// Starts a decode. `sequences` and `outputs` describe its tokens, `[n_tokens]` each.
     pub(crate) fn begin(&mut self, sequences: &[i32], outputs: &[i8]) {
         let phase = Some(self.phase);
         let tokens = sequences.iter().zip(outputs);
@@ -168,8 +168,7 @@ impl Watch {
 
     /// Checks a decode that has ended.
     ///
-    /// If an edit was not made, or a recording saw nothing, the graph is not the one that the table of architectures
-    /// describes.
+    /// If an edit was not made or a recording saw nothing, the graph differs from the table of architectures.
     pub(crate) fn finish(&self) -> Result<(), String> {
         if self.is_idle() {
             return Ok(());
@@ -177,7 +176,7 @@ impl Watch {
         let progress = &self.progress;
         if progress.n_micro_batches == 0 || progress.rows.is_pending() {
             return Err(
-                "the graph does not write its KV cache in the way that was expected of llama.cpp".into()
+                "the graph does not write its KV cache as the supported versions of llama.cpp do".into()
             );
         }
         self.verify()?;
@@ -231,7 +230,7 @@ impl Watch {
         self.progress.n_micro_batches == 0 && self.progress.n_asked == 0
     }
 
-    /// Resets the counts, once they were verified.
+    /// Resets the counts after they were verified.
     pub(crate) fn forget_counts(&mut self) {
         let progress = &mut self.progress;
         (progress.n_edited, progress.n_to_edit, progress.n_read, progress.n_to_read) = (0, 0, 0, 0);
@@ -391,7 +390,7 @@ impl Watch {
         let shape = node.shape();
         let width = shape.width();
         if place == Place::Embedding && self.waits_for_keys() {
-            // The keys of the first block tell the rows, and they are written after the embedding.
+            // The rows are known only once the keys of the first block are written, which is after the embedding.
             self.progress.unplaced = Some((with_values(node, false, |values| values.to_vec())?, width));
             return Ok(true);
         }
@@ -468,7 +467,7 @@ fn applies_to(when: When, row: &Row) -> Result<bool, String> {
     match (when, row.phase) {
         (When::Both, _) => Ok(true),
         (_, None) => {
-            Err("an edit applies to the prompt only, or to generated tokens only, but nobody said which token is which"
+            Err("an edit applies only to the prompt or only to generated tokens, but the batch does not say which is which"
                 .into())
         }
         (When::Prompt, Some(phase)) => Ok(phase == Phase::Prompt),

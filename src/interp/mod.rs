@@ -1,4 +1,4 @@
-//! Finds the neurons and directions behind toxicity, and measures the effect of a change inside a model.
+//! Finds the neurons and directions behind toxicity, and measures how a change affects them.
 //!
 //! ```text
 //! labelled texts ─► residual streams ─► probe ─► locate ─► neurons ─► activations

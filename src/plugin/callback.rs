@@ -33,8 +33,8 @@ pub struct Token {
     pub sequence: usize,
     /// Whether its logits are requested.
     pub is_output: bool,
-    /// Whether it was generated, and is not part of the prompt. `None` if unknown; only interventions on prompts alone
-    /// or on generated tokens alone use it.
+    /// Whether it was generated rather than part of the prompt. `None` if unknown; used only by interventions on
+    /// prompts alone or on generated tokens alone.
     pub is_generated: Option<bool>,
 }
 
@@ -65,7 +65,7 @@ struct State {
     /// `None` if the callback does not support the architecture. There is nothing to do then.
     watch: Option<Watch>,
     gate: Option<Gate>,
-    /// Why the decodes since the last check cannot be trusted, if they cannot.
+    /// Fault found since the last check, if any: the decodes since then cannot be trusted.
     fault: Option<String>,
 }
 
@@ -105,7 +105,7 @@ impl Callback {
         if IS_EVALUATING.get() {
             return Err(Error::refused(
                 "callback",
-                "it was called from within a function that it uses to read or write a tensor",
+                "it was called from within one of its own functions for reading or writing tensors",
             )
             .with_hint("call it from elsewhere, or between two decodes"));
         }
@@ -151,7 +151,7 @@ impl Callback {
         Ok(())
     }
 
-    /// Switches the steering of a sequence on or off. All sequences start switched on.
+    /// Switches the steering of a sequence on or off. It starts switched on.
     ///
     /// # Errors
     /// [`Error::Setting`] for a sequence out of range; [`Error::Refused`] if part of the intervention is a control
@@ -167,7 +167,7 @@ impl Callback {
 
     /// Sets a gate: each sequence is steered only while a probe says that its text is turning toxic.
     ///
-    /// [`GateOptions`] says when exactly. From now on every batch must be announced, unless the context has only one
+    /// See [`GateOptions`] for the exact rule. From now on every batch must be announced, unless the context has only one
     /// sequence.
     ///
     /// # Errors
@@ -187,7 +187,7 @@ impl Callback {
         Ok(())
     }
 
-    /// Removes the gate: from now on sequences are steered whatever their text.
+    /// Removes the gate. From now on sequences are steered regardless of their text.
     ///
     /// # Errors
     /// [`Error::Refused`] if called from within a method of a [`Node`].
@@ -240,7 +240,7 @@ impl Callback {
     ///
     /// This is needed in two cases: if the context has several sequences and they are steered differently or by a gate,
     /// and for interventions on prompts alone or on generated tokens alone. Otherwise it is optional. Do not announce a
-    /// batch with tokens that belong to several sequences; such sequences must be steered alike.
+    /// batch in which a token belongs to several sequences; steer such sequences alike.
     ///
     /// # Errors
     /// [`Error::Setting`] for a sequence out of range; [`Error::Refused`] if llama.cpp may reorder the batch in a way
@@ -259,8 +259,8 @@ impl Callback {
         // Readings of the last decode must not be counted as readings of this one.
         state.settle_gate();
         let State { watch: Some(watch), fault, .. } = &mut *state else { return Ok(()) };
-        // If the last decode was not checked yet, check it now and keep the fault. An announced batch of which no node
-        // was seen is no fault: llama_decode refuses a batch that does not fit into its cache.
+        // If the last decode was not checked yet, check it now and keep the fault. It is no fault if no node of an
+        // announced batch was seen: llama_decode refuses a batch that does not fit into its cache.
         if !watch.is_untouched()
             && let Err(reason) = watch.verify_ended()
         {
@@ -332,7 +332,7 @@ impl Callback {
             Err(_) => "the eval callback panicked".into(),
         };
         state.fault = Some(fault);
-        // From here on nothing is wanted, and the graph runs to its end.
+        // From here on no node is observed, and the graph runs to its end.
         !ask
     }
 

@@ -99,7 +99,7 @@ impl Gate {
     }
 
     pub(super) fn take(&mut self, Reading { reader, sequence, product }: Reading) {
-        // One NaN or infinite product would stay in the mean for ever.
+        // One NaN or infinite product would stay in the mean forever.
         if reader != self.number || !product.is_finite() {
             return;
         }

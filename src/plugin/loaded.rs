@@ -1,4 +1,4 @@
-//! An intervention in memory, compiled for one model: what [`Steer`](super::Steer) and its callbacks share.
+//! An intervention compiled for one model, shared by a [`Steer`](super::Steer) and its callbacks.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

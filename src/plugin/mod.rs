@@ -6,13 +6,13 @@
 //! ```
 //!
 //! [`Steer`] reads an intervention file or a control vector, checks it against the model's file, and finds the
-//! cheapest exact way to apply it. Whatever a control vector can do costs almost nothing. The rest (layer 0, assigning,
+//! cheapest exact way to apply it. A control vector costs almost nothing. What it cannot do (layer 0, assigning,
 //! clamping, architectures with a norm after the FFN) is done by a [`Callback`]. The program calls it from llama.cpp's
 //! eval callback with every node of the graph, as a [`Node`]. A callback can leave out some sequences. It can also
 //! steer a sequence only while a probe on the residual stream says that its text is turning toxic ([`GateOptions`]).
 //!
-//! Nothing here calls llama.cpp, so any version, build and backend works whose graphs have the nodes that
-//! [`crate::graph::architecture`] names. This is verified while decoding; [`Callback::check`] reports it.
+//! Nothing here calls llama.cpp. Any version, build and backend works if its graphs have the nodes that
+//! [`crate::graph::architecture`] names. This is verified while decoding, and [`Callback::check`] reports faults.
 //!
 //! C programs do the same through `vendor/include/detox_gguf.h`; `docs/plugin.md` has the recipes. `c` holds the C
 //! functions, in a file for each file here: `c/callback.rs` is the C interface of `callback.rs`.
@@ -103,9 +103,9 @@
 //! # }
 //! ```
 //!
-//! A program that uses `llama-cpp-2` does the same if that crate accepts an eval callback. Version 0.1.160 does not, it
-//! cannot set a control vector, and it does not expose its pointers. Create contexts to be steered with
-//! `llama-cpp-sys-2` then, as here.
+//! A program that uses `llama-cpp-2` does the same if that crate accepts an eval callback. Version 0.1.160 does not; nor
+//! can it set a control vector or expose its pointers. In that case create the contexts with `llama-cpp-sys-2`, as
+//! here.
 
 #[cfg(feature = "capi")]
 mod c;

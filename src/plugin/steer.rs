@@ -19,7 +19,7 @@ use super::loaded::LoadedSteer;
 pub struct SteerOptions {
     /// Multiplies the file's own coefficients. [`Steer::set_coefficient`] changes it.
     pub coefficient: f32,
-    /// [`Route::Callback`] applies everything by callback. Gates need this, and so does leaving out sequences.
+    /// [`Route::Callback`] applies everything by callback, which is needed for gates and for unsteered sequences.
     pub route: Route,
     /// Allow a file made for another quantisation or fine-tune of the same model. Also allow a control vector that has
     /// no fingerprint and whose `controlvector.model_hint` is not the model's architecture.
@@ -52,7 +52,7 @@ impl Steer {
     pub fn load(model: &Path, steer: &Path, options: &SteerOptions) -> Result<Steer> {
         let model = GgufFile::open(model)?;
         let source = SteerFile::open(steer)?;
-        // An error and not a warning: nobody would read a warning inside another program.
+        // An error rather than a warning, which nobody would read inside another program.
         if let SteerFile::ControlVector(file) = &source
             && !options.force
             && let Some(reason) = file.doubt(&Fingerprint::of(&model)?)

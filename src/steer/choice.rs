@@ -1,4 +1,4 @@
-//! Describes in one sentence how each part of the steering is carried out.
+//! Describes in one sentence how each part of the steering is applied.
 
 use std::collections::BTreeSet;
 use std::fmt;

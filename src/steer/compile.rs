@@ -1,4 +1,4 @@
-//! Compiles interventions to llama.cpp's own means, by the cheapest exact way.
+//! Compiles interventions: picks the cheapest exact way to make each edit in llama.cpp.
 //!
 //! A block runs in this order. Each way of steering acts at one place in it:
 //!
@@ -9,7 +9,7 @@
 //!
 //! An offset `d` on neuron `i` at every token adds the constant `d * W_down[:, i]` to the residual stream.
 //! An offset along a direction adds a constant too. Such a constant moves to the control vector, which costs
-//! next to nothing. It stays with the callback in these cases, where moving it would change the result:
+//! next to nothing. It stays with the callback if moving it would change the result:
 //!
 //! - It is in layer 0, which has no control vector.
 //! - A norm, or a scale of quantised weights, follows `ffn_down`.
@@ -60,7 +60,7 @@ pub enum Route {
 pub struct Compiled {
     /// The adapters, control vector and edits for the engine.
     pub steering: Steering,
-    /// Sentences for the user: how each part is carried out.
+    /// Sentences for the user: how each part is applied.
     pub choices: Vec<String>,
 }
 

@@ -36,7 +36,7 @@ const LAYER_COUNT: &str = "controlvector.layer_count";
 const CONVENTION: (&str, &str) =
     ("detox_gguf.convention", "direction.N is added to the residual stream after block N, counted from 0");
 
-/// A control-vector file. It is valid by itself; a model is checked separately.
+/// A control-vector file, not yet checked against a model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ControlVectorFile {
     /// The path it was read from.

@@ -21,7 +21,7 @@ pub struct Fingerprint {
     pub n_layer: u32,
     /// Width of the residual stream.
     pub n_embd: u32,
-    /// Neurons of each layer, shape `[n_layer]`; empty if the model's metadata do not say.
+    /// Neurons of each layer, shape `[n_layer]`; empty if the model's metadata do not give them.
     pub n_ff: Vec<u32>,
     /// SHA-256 over `ffn_down` of each layer in order, in lower-case hex.
     ///

@@ -71,7 +71,7 @@ pub(super) fn kind(path: &Path, text: &str) -> Result<Option<String>> {
     Ok(head.detox_gguf)
 }
 
-/// Parses a file of the kind `expected`, and names the kind it found otherwise.
+/// Parses a file of the kind `expected`. If it is of another kind, the error names that kind.
 pub(super) fn parse_kind<T: DeserializeOwned>(
     path: &Path,
     text: &str,

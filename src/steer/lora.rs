@@ -24,10 +24,10 @@ pub const EMBEDDING: &str = "token_embd.weight";
 /// Metadata key of alpha.
 pub const ALPHA_KEY: &str = "adapter.lora.alpha";
 
-/// Name ending of the factor A.
+/// Suffix of the tensor name of a factor A.
 const A_SUFFIX: &str = ".lora_a";
 
-/// Name ending of the factor B.
+/// Suffix of the tensor name of a factor B.
 const B_SUFFIX: &str = ".lora_b";
 
 /// Tensor data is read in pieces of this size.
@@ -175,7 +175,7 @@ fn check_kind(file: &GgufFile, model: &GgufFile) -> Result<()> {
     Ok(())
 }
 
-/// The cure for an adapter that fits another model.
+/// Hint for an adapter that fits another model.
 const OTHER_BASE: &str = "use the model that the adapter was trained on";
 
 /// Checks the factors for the tensor `name` of the model: both present, in shapes and types that llama.cpp's
@@ -350,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn the_scale_is_alpha_over_rank_times_the_users_and_without_alpha_the_users_alone() {
+    fn the_scale_is_the_users_times_alpha_over_rank_or_the_users_alone_if_alpha_is_0() {
         assert_eq!((scale::<f32>(1.0, 16.0, 64), scale::<f64>(-0.5, 8.0, 2)), (0.25, -2.0));
         assert_eq!((scale::<f32>(0.5, 0.0, 64), scale::<f64>(0.5, 0.0, 64)), (0.5, 0.5));
     }

@@ -1,4 +1,4 @@
-//! Reads how to change a running model, and compiles it to what llama.cpp can do.
+//! Reads interventions and control vectors, and compiles them for llama.cpp.
 //!
 //! ```text
 //! --steer FILE[:COEF]                                              --lora FILE
@@ -15,7 +15,7 @@
 //!                        ▼
 //!                    combined ──┬─► one control vector
 //!                               ├─► one intervention file
-//!                               └─► a vector for each layer ─► bake ─► a model with the edit inside
+//!                               └─► a vector for each layer ─► bake ─► a model with the edit baked in
 //! ```
 //!
 //! - [`argument`] parses `--steer FILE[:COEF]` and opens the file.
@@ -28,7 +28,7 @@
 //! - [`compile`] picks the cheapest exact way to make each edit, and reports the choice.
 //! - `combined` merges several files into one.
 //! - `record` describes steering in a `run.json`.
-//! - [`bake`] writes a copy of a model that contains the edit.
+//! - [`bake`] writes a copy of a model with the edit baked in.
 //!
 //! Layers count from 0 everywhere. As in llama.cpp's runtime, `direction.N` of a control vector is added
 //! after block N. One tool numbers directions differently; see [`control_vector`].

@@ -1,7 +1,7 @@
 //! `pairs`: from prompts to preference pairs, on a tiny model.
 //!
-//! Its continuations are noise, so a single threshold separates clean from toxic, and rules that noise would
-//! fail are relaxed.
+//! The model's continuations are noise. So a single threshold separates clean from toxic, and rules that noise
+//! would fail are relaxed.
 
 use std::path::{Path, PathBuf};
 

@@ -76,7 +76,7 @@ fn a_run_on_a_full_disk_resumes_to_the_same_bytes() {
     let (whole, stopped) = (folder.path().join("whole"), folder.path().join("stopped"));
     assert!(long_eval(&whole).status().unwrap().success());
     let eval = long_eval(&stopped);
-    // With a limit of 16 KiB per file, a write fails in the middle of the run, as on a full disk.
+    // With a limit of 16 KiB per file, a write fails in mid-run, as on a full disk.
     let output = Command::new("bash")
         .args(["-c", "trap '' XFSZ; ulimit -f 16; exec \"$0\" \"$@\""])
         .arg(eval.get_program())

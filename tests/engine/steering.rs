@@ -33,7 +33,7 @@ fn by_callback(model: &Model) -> Steering {
     edits(&offsets.iter().map(|&(l, i, x)| neuron(l, i, Operation::Offset(x))).collect::<Vec<_>>())
 }
 
-/// The same as a control vector, with the columns of `ffn_down` read by this test and not by the crate.
+/// The same offsets as a control vector. This test reads the columns of `ffn_down` itself, without the crate.
 fn by_control_vector(model: &Model, name: &str) -> Steering {
     let file = GgufFile::open(tiny(name)).unwrap();
     let n_embd = model.n_embd();

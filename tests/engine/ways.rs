@@ -85,7 +85,7 @@ fn a_control_vector_written_and_read_back_gives_the_same_steering() {
         let read = vec![(SteerFile::open(&file).unwrap(), 1.0)];
         let again = compiled(&path, &read, &[], Route::Cheapest);
         assert_eq!(again, steering, "{name}");
-        // Half of it twice is the whole.
+        // Twice a half is the whole.
         let halves = [(read[0].0.clone(), 0.5), (read[0].0.clone(), 0.5)];
         assert_eq!(compiled(&path, &halves, &[], Route::Cheapest), steering);
         // With a coefficient of 0 nothing is left.

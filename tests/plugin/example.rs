@@ -154,7 +154,7 @@ fn edits_of_prompts_or_generated_tokens_follow_the_announced_batch() {
         let output = command("llama", Some(&file), &[]).output().unwrap();
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && stderr.contains("status 7"), "{stderr}");
-        assert!(stderr.contains("nobody said which token is which"), "{stderr}");
+        assert!(stderr.contains("the batch does not say which is which"), "{stderr}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! The header compiles as C and C++, and declares the same interface as the library has.
+//! The header compiles as C and C++, and declares the interface that the library exports.
 
 use std::collections::BTreeSet;
 use std::process::Command;

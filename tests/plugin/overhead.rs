@@ -1,4 +1,4 @@
-//! `examples/c/overhead.c` measures what it says. `docs/plugin.md` has its results.
+//! `examples/c/overhead.c` measures the cost of steering. `docs/plugin.md` has its results.
 
 use std::collections::BTreeMap;
 use std::path::Path;

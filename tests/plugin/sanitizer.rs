@@ -95,8 +95,8 @@ fn the_fuzzer_finds_nothing_in_ten_thousand_runs() {
     let output = command.output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}\n{stderr}", output.status);
-    // `fuzz.c` alone has about five hundred counters. Without the library's, the fuzzer could not see what code its
-    // inputs reach.
+    // `fuzz.c` alone has about five hundred counters. Without the library's, the fuzzer could not see which code
+    // its inputs reach.
     let before = stderr.split_once(" inline 8-bit counters").expect("counters").0;
     let n_counters: usize = before.rsplit('(').next().unwrap().trim().parse().unwrap();
     assert!(n_counters > 3000, "{n_counters} counters: was the library compiled for the fuzzer?");

@@ -155,7 +155,7 @@ fn the_recipe_for_llama_server_makes_one_file_for_each_offset_and_keeps_it() {
     let (neurons, files) = (folder.path().join("neurons.json"), folder.path().join("files"));
     std::fs::write(&neurons, "[[0, 9], [1, 3], [1, 40]]").unwrap();
     let model = tiny("llama");
-    // In place of the server, `echo` prints the arguments that it was called with.
+    // `echo`, in place of the server, prints its arguments.
     let line = |way: &str, offset: &str| {
         let mut command = recipe(Path::new("echo"), way, &model, &neurons, offset, &files);
         run(command.args(["--port", "1"])).trim_end().to_owned()
@@ -169,7 +169,7 @@ fn the_recipe_for_llama_server_makes_one_file_for_each_offset_and_keeps_it() {
     // A file made for one offset is not used for another.
     assert_ne!(line("vector", "2"), vector);
     assert_eq!(names(&files).len(), 3);
-    // It is kept for the next time: `false` in place of detox-gguf could not make it again.
+    // The file is reused: `false`, in place of detox-gguf, could not make it again.
     let mut again = recipe(Path::new("echo"), "vector", &model, &neurons, "-3.5", &files);
     assert_eq!(run(again.args(["--port", "1"]).env("DETOX_GGUF", "false")).trim_end(), vector);
     let mut anew = recipe(Path::new("echo"), "vector", &model, &neurons, "-1", &files);

@@ -76,7 +76,7 @@ impl Batch {
         self.tokens.len() - 1
     }
 
-    /// Checks for mistakes at which llama.cpp would abort, or fail without a reason.
+    /// Checks for mistakes that would make llama.cpp abort, or fail without a reason.
     fn check(&self, model: &ModelHandle, n_batch: usize, n_seq_max: usize) -> Result<(), String> {
         if self.tokens.is_empty() {
             return Err("the batch is empty".into());

@@ -13,7 +13,7 @@ use crate::graph::{Node, Shape};
 #[derive(Debug)]
 pub(super) struct CallbackState {
     pub(super) watch: Watch,
-    /// Why the current decode cannot be trusted, if it cannot.
+    /// Fault found in the current decode, if any: its result cannot be trusted.
     pub(super) fault: Option<String>,
 }
 
@@ -46,7 +46,7 @@ pub(super) extern "C" fn eval_callback(tensor: *mut sys::ggml_tensor, ask: bool,
         Ok(Ok(answer)) => answer,
         Ok(Err(fault)) => {
             state.fault = Some(fault);
-            // From here on nothing is wanted, and the graph runs to its end.
+            // From here on no node is observed, and the graph runs to its end.
             !ask
         }
         Err(_) => {

@@ -102,7 +102,8 @@ unsafe extern "C" fn detox_batch(
         let entry = handle::callback(callback)?;
         let HostCallback { callback, table, needs_sources, .. } = &entry.callback;
         if *needs_sources && !table.knows_sources() {
-            let reason = "to tell the sequences of this context apart, the host table needs the functions `op` and `source`, which it lacks";
+            let reason = "to tell the sequences of this context apart, the host table needs the functions `op` and \
+                          `source`, which it lacks";
             let hint = "add them to the table, or create the context with kv_unified = true";
             return Err(Error::refused("batch", reason).with_hint(hint).into());
         }

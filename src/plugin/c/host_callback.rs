@@ -1,4 +1,4 @@
-//! What a `detox_callback` handle stands for: a [`Callback`] over the host's tensors, and the host's own callback.
+//! The object behind a `detox_callback` handle: a [`Callback`] over the host's tensors, and the host's own callback.
 
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,7 +15,7 @@ pub(super) type EvalFn = unsafe extern "C" fn(*mut Tensor, bool, *mut c_void) ->
 pub(super) struct HostCallback {
     pub(super) callback: Callback,
     pub(super) table: HostTable,
-    /// Whether following rows takes the table's optional functions.
+    /// Whether the table's optional functions are needed to follow rows.
     pub(super) needs_sources: bool,
     next: Option<Next>,
     /// Whether our callback wanted the value of the node that llama.cpp asked about last.
@@ -58,7 +58,7 @@ impl HostCallback {
     pub(super) unsafe fn eval(&self, tensor: *mut Tensor, ask: bool) -> bool {
         // SAFETY: as this function's own contract.
         let own = catch_unwind(AssertUnwindSafe(|| unsafe { self.eval_own(tensor, ask) })).unwrap_or(!ask);
-        // Outside of `catch_unwind`: whatever the host's own function does is the host's business.
+        // Outside of `catch_unwind`: failures of the host's own function are not ours to catch.
         // SAFETY: as this function's own contract.
         let next = self.next.as_ref().map(|next| unsafe { next.eval(tensor, ask) });
         match ask {

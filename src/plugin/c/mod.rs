@@ -34,7 +34,7 @@ extern "C" fn detox_version() -> *const c_char {
     const VERSION: &CStr =
         match CStr::from_bytes_with_nul(concat!(env!("DETOX_GGUF_VERSION"), "\0").as_bytes()) {
             Ok(version) => version,
-            Err(_) => panic!("a version has no NUL in it"),
+            Err(_) => panic!("a version contains no NUL"),
         };
     VERSION.as_ptr()
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use super::golden::assert_golden;
 use super::{copy_inputs, read, run_in};
 
-/// Replaces what differs between builds and machines (versions and the CPU, found in `run.json`) by placeholders.
+/// Replaces values that differ between builds and machines (versions and the CPU, from `run.json`) with placeholders.
 fn without_build(text: &str, run_json: &str) -> String {
     let run: serde_json::Value = serde_json::from_str(run_json).unwrap();
     let values = [

@@ -34,7 +34,7 @@ fn help(command: &str) -> String {
 fn commands_of(help: &str) -> Vec<&str> {
     let after = help.split_once("\nCommands:\n").map_or("", |(_, after)| after);
     let names = after.lines().take_while(|line| !line.is_empty());
-    // A description that goes on in the next line is indented further.
+    // A description that continues on the next line is indented further.
     let names = names.filter_map(|line| line.strip_prefix("  ").filter(|rest| !rest.starts_with(' ')));
     names.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help").collect()
 }

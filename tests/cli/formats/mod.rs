@@ -20,8 +20,8 @@ use assert_cmd::Command;
 
 /// The program with the words of `line` as arguments, started in `folder`.
 ///
-/// Arguments can then be relative, so no output holds the path of a temporary folder. A word that is the name of a file
-/// in gguf/tiny becomes the path of that file.
+/// So arguments can be relative, and no output holds the path of a temporary folder. A word that names a file in
+/// gguf/tiny becomes the path of that file.
 fn detox_in(folder: &Path, line: &str) -> Command {
     let mut command = super::detox();
     command.current_dir(folder);
@@ -34,7 +34,7 @@ fn detox_in(folder: &Path, line: &str) -> Command {
     command
 }
 
-/// Runs the program in `folder`; gives its standard output.
+/// Runs the program in `folder`; returns its standard output.
 fn run_in(folder: &Path, line: &str) -> String {
     let output = detox_in(folder, line).assert().success().get_output().clone();
     String::from_utf8(output.stdout).unwrap()

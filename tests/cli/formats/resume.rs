@@ -26,7 +26,7 @@ fn quoted(text: &str, key: &str) -> String {
     found.unwrap_or_else(|| panic!("no {key:?} in {text}")).to_string()
 }
 
-/// Replaces llama.cpp's version and the CPU in an old `run.json` by today's. The program's version stays old.
+/// Replaces llama.cpp's version and the CPU in an old `run.json` with today's. The program's version stays old.
 ///
 /// A run resumes under a newer version of the program, but not on another CPU or with another llama.cpp.
 /// Nothing else may differ.
@@ -53,7 +53,7 @@ fn assert_keeps_old_version(run_json: &Path, stderr: &str) {
     assert!(read(run_json).contains(OLD_VERSION), "{}", run_json.display());
 }
 
-/// A folder with an interrupted run in `old`, and with an uninterrupted run of today by the same command in `today`.
+/// A folder with an interrupted run in `old`, and an uninterrupted run of the same command, made now, in `today`.
 fn old_and_today(name: &str, command: &str, flags: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     copy_inputs(folder.path());
@@ -62,7 +62,7 @@ fn old_and_today(name: &str, command: &str, flags: &str) -> tempfile::TempDir {
     folder
 }
 
-/// Resumes the run in `old`; gives what the program says.
+/// Resumes the run in `old`; returns the program's messages.
 fn resume(folder: &Path, command: &str, flags: &str) -> String {
     let line = format!("{command} -m llama.gguf -o old {flags}");
     let output = detox_in(folder, &line).assert().success().get_output().clone();
@@ -94,7 +94,7 @@ fn assert_completed(name: &str, old: &Path, today: &Path) {
     }
 }
 
-/// Reads a log whose last row was cut, possibly in the middle of a character.
+/// Reads a log whose last row was truncated, possibly in the middle of a character.
 fn read_lossy(path: &Path) -> String {
     String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned()
 }

@@ -61,7 +61,7 @@ fn add(form: &mut String, name: &str, of_file: &str) {
     form.push_str(&format!("== {name}\n{of_file}"));
 }
 
-/// Forms of the three files of a run of `eval`.
+/// The forms of the three files that `eval` writes.
 fn form_of_run(folder: &Path) -> String {
     let file = |name: &str| read(&folder.join(name));
     let mut form = String::new();
@@ -143,7 +143,7 @@ fn a_score_that_is_missing_has_this_form() {
 fn sweep_writes_this_form() {
     let folder = inputs_and_intervention();
     let neurons = "sweep -m llama.gguf --neurons neurons.json --offsets -0.5 -o neurons";
-    // An offset above layer 0 is a control vector, which has random directions as its control.
+    // Offsets above layer 0 become a control vector, so the control is random directions.
     std::fs::write(folder.path().join("upper.json"), "[[1, 5], [2, 7]]").unwrap();
     run_in(folder.path(), "steer -m llama.gguf --neurons upper.json --offset 0.5 -o upper.steer.json");
     let files = "sweep -m llama.gguf --steer upper.steer.json --coefficients 0.5 -o files";
