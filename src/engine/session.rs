@@ -182,7 +182,7 @@ impl Session {
         let params = options.context_params(n_parallel, n_ctx_seq)?;
         let n_seq_max = n_parallel + 1;
         let watch = match has_callback {
-            true => Some(Watch::new(model.graph()?, model.n_layer(), n_seq_max, Streams::OfSequences)),
+            true => Some(Watch::new(model.graph()?, model.n_layer(), n_seq_max, Streams::PerSequence)),
             false => None,
         };
         let context = ContextHandle::new(model.handle.clone(), &params, watch).ok_or_else(|| {

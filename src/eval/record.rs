@@ -120,8 +120,11 @@ pub(super) fn open_folder(folder: &Path) -> Result<()> {
     file::remove_unfinished(folder)?;
     let mut entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
     if !folder.join("run.json").exists() && entries.next().is_some() {
-        return Err(Error::run_folder(folder, "not empty, and not a run of this program")
-            .with_hint("choose a new folder with -o"));
+        return Err(Error::run_folder(
+            folder,
+            "expected an empty folder or a run of this program, found other files",
+        )
+        .with_hint("choose a new folder with -o"));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! From measured continuations to the result of an evaluation.
+//! Computes the result of an evaluation from measured continuations.
 
 use crate::error::{Error, Result};
 use crate::eval::continuation::Sample;
@@ -18,7 +18,7 @@ use crate::score::agreement::agreements;
 /// its continuations, or for a score outside [0, 1]. [`Error::Setting`] without samples.
 pub fn summarize(run: RunInfo, samples: &[Sample]) -> Result<EvalResult> {
     if samples.is_empty() {
-        return Err(Error::setting("--prompts", "there is no continuation to measure"));
+        return Err(Error::setting("--prompts", "expected continuations to measure, found none"));
     }
     let scorers: Vec<&str> = run.scorers.iter().map(|scorer| scorer.name.as_str()).collect();
     let by_language = per_prompt::by_language(samples, &scorers, run.toxicity_threshold)?;
@@ -281,7 +281,7 @@ mod tests {
         assert_eq!((mean.n, mean.missing), (1, 1));
         run.scorers[0].languages.push("fr".into());
         let error = summarize(run, &samples).unwrap_err();
-        assert!(error.to_string().contains("0 of 1 continuations in fr"), "{error}");
+        assert!(error.to_string().contains("continuations in fr, found 0 of 1"), "{error}");
     }
 
     #[test]

@@ -57,7 +57,7 @@ pub(crate) fn of_run(
     warnings
 }
 
-/// Warnings in the making, each about the languages for which a condition holds.
+/// A list of warnings, each about the languages that meet a condition.
 struct List<'a> {
     languages: &'a [LanguageResult],
     warnings: Vec<Warning>,
@@ -429,7 +429,7 @@ mod tests {
         RunInfo { scorers: vec![scorer], k: 1, toxicity_threshold: 0.5, ..RunInfo::default() }
     }
 
-    /// 40 prompts in `de`; the toxicity and log-prob of each are a little apart.
+    /// 40 prompts in `de`, each with a slightly different toxicity and log-prob.
     fn samples(toxicity: f64, logprob: f64) -> Vec<Sample> {
         (0..40)
             .map(|prompt| Sample {

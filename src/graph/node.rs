@@ -75,7 +75,7 @@ pub trait Node {
 
     /// For a node that writes rows: the target row of each, and the number of rows of the target tensor.
     ///
-    /// This is how the sequences of a cache with one stream per sequence are told apart. `None` if unknown.
+    /// The rows identify the sequences of a cache with one stream per sequence. `None` if unknown.
     fn row_targets(&self) -> Option<(Vec<i64>, usize)> {
         None
     }

@@ -15,7 +15,7 @@ use super::place::Phase;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Streams {
     /// One stream per sequence, all of the same length, one after the other (`kv_unified = false`).
-    OfSequences,
+    PerSequence,
     /// One stream for all sequences (`kv_unified = true`, or a context with one sequence).
     One,
 }

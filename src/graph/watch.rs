@@ -263,7 +263,7 @@ impl Watch {
 
     /// Whether the rows of the next micro-batch will be known only when its keys are written.
     fn waits_for_keys(&self) -> bool {
-        self.streams == Streams::OfSequences && self.progress.rows.is_pending()
+        self.streams == Streams::PerSequence && self.progress.rows.is_pending()
     }
 
     /// Looks at a node that is about to be computed.
@@ -353,7 +353,7 @@ impl Watch {
     /// Finds the token of each row of the micro-batch that starts, and counts its edits and readings.
     fn start_micro_batch<N: Node>(&mut self, node: &N) -> Result<(), String> {
         let rows = &mut self.progress.rows;
-        if self.streams == Streams::OfSequences && rows.is_pending() {
+        if self.streams == Streams::PerSequence && rows.is_pending() {
             let (targets, n_cells) =
                 node.row_targets().ok_or("cannot tell which tokens are in a micro-batch")?;
             rows.take_by_keys(&targets, n_cells)?;

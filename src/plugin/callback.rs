@@ -40,10 +40,11 @@ pub struct Token {
 
 /// Steers one context: its eval callback calls [`Callback::eval`] with every node.
 ///
-/// All methods may be called from any thread, even while another thread decodes. Changes take effect from the next
-/// micro-batch on. There are two exceptions. [`Callback::announce`] and [`Callback::check`] must be called between two
-/// decodes. A [`Node`] must not call back into the callback that uses it; such calls are refused, except for
-/// [`Callback::set_sequence`]. Each context needs its own callback, and must decode on one thread at a time.
+/// Each context needs its own callback, and must decode on one thread at a time. Methods may be called from any thread,
+/// even while another thread decodes, and changes take effect from the next micro-batch on. There are two exceptions:
+///
+/// - [`Callback::announce`] and [`Callback::check`] must be called between two decodes.
+/// - A [`Node`] must not call the callback that uses it. Such calls are refused, except for [`Callback::set_sequence`].
 #[derive(Debug)]
 pub struct Callback {
     steer: Arc<LoadedSteer>,
@@ -77,7 +78,7 @@ impl Callback {
             return Err(Error::setting("n_seq_max", reason));
         }
         let is_one = context.kv_unified || n_seq_max == 1;
-        let streams = if is_one { Streams::One } else { Streams::OfSequences };
+        let streams = if is_one { Streams::One } else { Streams::PerSequence };
         let watch = steer.architecture.map(|architecture| {
             let mut watch = Watch::new(architecture, steer.n_layer, n_seq_max, streams);
             watch.set_edits(&steer.edits);
@@ -144,7 +145,7 @@ impl Callback {
         if self.n_seq_max > 1 && self.streams == Streams::One && self.steer.has_sliding_window {
             return Err(Error::refused(
                 what,
-                "with a unified KV cache and sliding windows llama.cpp may reorder a batch, and its sequences cannot be told apart",
+                "with a unified KV cache and sliding windows llama.cpp may reorder a batch, so its sequences cannot be told apart",
             )
             .with_hint("create the context with kv_unified = false"));
         }
@@ -167,8 +168,8 @@ impl Callback {
 
     /// Sets a gate: each sequence is steered only while a probe says that its text is turning toxic.
     ///
-    /// See [`GateOptions`] for the exact rule. From now on every batch must be announced, unless the context has only one
-    /// sequence.
+    /// See [`GateOptions`] for the exact rule. From now on every batch must be announced, unless the context has only
+    /// one sequence.
     ///
     /// # Errors
     /// As [`crate::interp::probe::Probe::read`] and `Probe::check_model`; [`Error::Setting`] for a threshold outside
@@ -355,8 +356,9 @@ impl Callback {
 }
 
 thread_local! {
-    /// Whether this thread is in [`Callback::eval`] and holds a callback's lock. Taking a lock then could deadlock:
-    /// the thread would wait for itself, or for another thread that waits for it.
+    /// Whether this thread is in [`Callback::eval`] and so holds a callback's lock.
+    ///
+    /// Taking a lock then could deadlock: the thread would wait for itself, or for another thread that waits for it.
     static IS_EVALUATING: Cell<bool> = const { Cell::new(false) };
 }
 

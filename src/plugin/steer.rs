@@ -55,7 +55,7 @@ impl Steer {
         // An error rather than a warning, which nobody would read inside another program.
         if let SteerFile::ControlVector(file) = &source
             && !options.force
-            && let Some(reason) = file.doubt(&Fingerprint::of(&model)?)
+            && let Some(reason) = file.hint_warning(&Fingerprint::of(&model)?)
         {
             let hint = "use one that was made for this model, or set force";
             return Err(Error::input(steer, None, reason).with_hint(hint));

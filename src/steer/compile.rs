@@ -391,9 +391,9 @@ impl Order {
 /// Whether the control vector can replace this edit, at `position` in the list.
 ///
 /// The control vector acts after all edits of neurons and before all edits along directions. So an offset
-/// on a neuron can move only if no later edit of that neuron is anything but an offset. An offset along a
-/// direction can move only if no earlier edit along any direction of its layer is anything but an offset,
-/// because two directions are in general not orthogonal.
+/// on a neuron can move only if all later edits of that neuron are offsets. An offset along a direction can
+/// move only if all earlier edits along directions of its layer are offsets, because two directions are in
+/// general not orthogonal.
 fn is_movable(
     model: &GgufFile,
     architecture: Option<&'static Architecture>,

@@ -139,14 +139,14 @@ impl ControlVectorFile {
         if let Some(fingerprint) = &self.fingerprint {
             return fingerprint.check(model, "directions", &self.path, force);
         }
-        if let Some(warning) = self.doubt(model) {
+        if let Some(warning) = self.hint_warning(model) {
             tracing::warn!("{}: {warning}", self.path.display());
         }
         Ok(())
     }
 
     /// A warning if it has no fingerprint and its hint names another architecture.
-    pub(crate) fn doubt(&self, model: &Fingerprint) -> Option<String> {
+    pub(crate) fn hint_warning(&self, model: &Fingerprint) -> Option<String> {
         let hint = self.model_hint.as_deref().filter(|_| self.fingerprint.is_none())?;
         (hint != model.architecture).then(|| {
             format!(

@@ -38,12 +38,12 @@
 //! `DETOX_GGUF_PARALLEL_PROMPTS=DIR cargo test --release --lib language -- --ignored --nocapture`
 //!
 //! # Too few letters
-//! The same texts, cut after a number of letters, at ratio 0.5 (own judged "not kept", other judged "kept"):
+//! The same texts, cut after a number of letters, by script, at ratio 0.5 (own judged "not kept", other judged "kept"):
 //!
 //! | letters | 3 | 4 | 6 | 8 | 10 | 12 | 15 | 20 | 30 |
 //! |---|---|---|---|---|---|---|---|---|---|
-//! | Latin script, % | 19, 22 | 17, 16 | 13, 11 | 11, 7.0 | 8.3, 5.4 | 5.9, 4.3 | 4.1, 3.0 | 3.3, 2.0 | 2.2, 0.8 |
-//! | other scripts, % | 3.9, 0.9 | 3.1, 0.6 | 2.9, 0.4 | 2.4, 0.3 | 2.4, 0.2 | 2.7, 0.3 | 2.8, 0.4 | 3.2, 0.5 | 4.2, 0.4 |
+//! | Latin, % | 19, 22 | 17, 16 | 13, 11 | 11, 7.0 | 8.3, 5.4 | 5.9, 4.3 | 4.1, 3.0 | 3.3, 2.0 | 2.2, 0.8 |
+//! | others, % | 3.9, 0.9 | 3.1, 0.6 | 2.9, 0.4 | 2.4, 0.3 | 2.4, 0.2 | 2.7, 0.3 | 2.8, 0.4 | 3.2, 0.5 | 4.2, 0.4 |
 //!
 //! Hence a minimum of 15 letters if at least half are Latin ([`MIN_LATIN_LETTERS`]), else 4
 //! ([`MIN_OTHER_LETTERS`]). In other scripts, the script almost decides alone, but Japanese without kana

@@ -83,8 +83,8 @@ fn rejects_invalid_pairs_and_names_the_line() {
         std::fs::write(&path, &content).unwrap();
         let mut command = detox();
         command.args(["steer", "-m"]).arg(tiny("llama.gguf")).arg("--contrast").arg(&path);
-        let (code, said) = failure(command.arg("-o").arg(folder.path().join("x.gguf")));
-        assert!(code == 1 && said.contains(place) && said.contains(reason), "{content}: {said}");
+        let (code, stderr) = failure(command.arg("-o").arg(folder.path().join("x.gguf")));
+        assert!(code == 1 && stderr.contains(place) && stderr.contains(reason), "{content}: {stderr}");
     }
 }
 
@@ -130,12 +130,12 @@ fn a_probe_gives_its_unit_direction_in_the_layer_it_reads() {
     // A probe of another model is refused, and so is layer 0, which a control vector cannot have.
     let mut other = detox();
     other.args(["steer", "-m"]).arg(tiny("gpt2.gguf")).args(["--probe", path, "-o"]);
-    let (code, said) = failure(other.arg(folder.path().join("x.gguf")));
-    assert!(code == 1 && said.contains("architecture llama"), "{said}");
+    let (code, stderr) = failure(other.arg(folder.path().join("x.gguf")));
+    assert!(code == 1 && stderr.contains("architecture llama"), "{stderr}");
     let mut layer_0 = detox();
     layer_0.args(["steer", "-m"]).arg(tiny("llama.gguf")).args(["--probe", path, "--layers", "0", "1", "-o"]);
-    let (code, said) = failure(layer_0.arg(folder.path().join("x.gguf")));
-    assert!(code == 2 && said.contains("expected layers from 1 to 2, found 0 to 1"), "{said}");
+    let (code, stderr) = failure(layer_0.arg(folder.path().join("x.gguf")));
+    assert!(code == 2 && stderr.contains("expected layers from 1 to 2, found 0 to 1"), "{stderr}");
 }
 
 #[test]
@@ -190,8 +190,8 @@ fn rejects_combining_files_made_for_another_model() {
         let mut command = detox();
         command.args(["steer", "-m"]).arg(tiny("gpt2.gguf")).arg("--steer").arg(&of_llama);
         let output = folder.path().join(name);
-        let (code, said) = failure(command.arg("-o").arg(&output));
-        assert!(code == 1 && said.contains("architecture llama"), "{said}");
+        let (code, stderr) = failure(command.arg("-o").arg(&output));
+        assert!(code == 1 && stderr.contains("architecture llama"), "{stderr}");
         assert!(!output.exists());
     }
 }

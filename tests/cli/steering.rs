@@ -15,8 +15,11 @@ fn located(folder: &Path, model: &str) -> (PathBuf, PathBuf) {
         .arg(&probe)
         .assert()
         .success();
-    let said = String::from_utf8(output.get_output().stdout.clone()).unwrap();
-    assert!(said.contains("AUC") && said.contains("by always guessing the more frequent label"), "{said}");
+    let stdout = String::from_utf8(output.get_output().stdout.clone()).unwrap();
+    assert!(
+        stdout.contains("AUC") && stdout.contains("by always guessing the more frequent label"),
+        "{stdout}"
+    );
     let output = detox()
         .args(["locate", "-t", "1", "--top", "20", "-n", "4", "--limit", "3", "--min-activation", "-9", "-m"])
         .arg(tiny(model))
@@ -43,8 +46,8 @@ fn five_commands_lead_from_text_to_a_steered_evaluation() {
     let mut steer = intervention.clone().into_os_string();
     steer.push(":3");
     let output = small_eval(&steered).arg("--steer").arg(&steer).assert().success();
-    let said = String::from_utf8(output.get_output().stderr.clone()).unwrap();
-    assert!(said.contains("steering: 20 neuron offsets"), "{said}");
+    let stderr = String::from_utf8(output.get_output().stderr.clone()).unwrap();
+    assert!(stderr.contains("steering: 20 neuron offsets"), "{stderr}");
     assert!(differing(&plain, &steered).contains(&"generations.jsonl".to_owned()));
     let record: serde_json::Value = serde_json::from_slice(&contents(&steered)["run.json"]).unwrap();
     assert_eq!(record["run"]["settings"]["steering"][0]["coefficient"], 3.0);
@@ -60,8 +63,8 @@ fn five_commands_lead_from_text_to_a_steered_evaluation() {
     command.args(["steer", "--offset", "-3", "-t", "1", "-m"]).arg(tiny("llama.gguf"));
     command.arg("--neurons").arg(&neurons).arg("-o").arg(&vector);
     if has_layer_0 {
-        let (code, said) = failure(&mut command);
-        assert!(code == 2 && said.contains("--without-layer-0"), "{said}");
+        let (code, stderr) = failure(&mut command);
+        assert!(code == 2 && stderr.contains("--without-layer-0"), "{stderr}");
     }
     let output = command.args(["--without-layer-0", "--exact-check"]).assert().success();
     let table = String::from_utf8(output.get_output().stdout.clone()).unwrap();
@@ -173,8 +176,8 @@ fn rejects_steering_files_of_another_kind_or_model_with_a_hint() {
         ("llama.gguf", "--lora", tiny("gpt2.gguf"), "adapter"),
         ("llama.gguf", "--steer", folder.path().join("none.gguf"), "none.gguf"),
     ] {
-        let said = generate(model, flag, &file);
-        assert!(said.contains(reason), "{model} {flag}: {said}");
+        let stderr = generate(model, flag, &file);
+        assert!(stderr.contains(reason), "{model} {flag}: {stderr}");
     }
     std::fs::write(&neurons, "[[0, 96]]").unwrap();
     let mut command = detox();
@@ -184,8 +187,8 @@ fn rejects_steering_files_of_another_kind_or_model_with_a_hint() {
     let mut command = detox();
     command.args(["steer", "--offset", "1", "--bake", "-m"]).arg(tiny("command-r.gguf"));
     command.arg("--neurons").arg(&neurons).arg("-o").arg(folder.path().join("x.gguf"));
-    let (_, said) = failure(&mut command);
-    assert!(said.contains("reads no bias") && said.contains("hint: write a control vector"), "{said}");
+    let (_, stderr) = failure(&mut command);
+    assert!(stderr.contains("reads no bias") && stderr.contains("hint: write a control vector"), "{stderr}");
 }
 
 #[test]
@@ -208,8 +211,8 @@ fn rejects_an_output_that_is_also_an_input_and_leaves_it_unchanged() {
         ([vec!["locate".into()], flag("--probe", &neurons)].concat(), &neurons),
     ] {
         let mut command = detox();
-        let (code, said) = failure(command.args(&arguments).arg("-m").arg(&model).arg("-o").arg(output));
-        assert!(code == 2 && said.contains("would be overwritten"), "{arguments:?}: {said}");
+        let (code, stderr) = failure(command.args(&arguments).arg("-m").arg(&model).arg("-o").arg(output));
+        assert!(code == 2 && stderr.contains("would be overwritten"), "{arguments:?}: {stderr}");
         assert_eq!(contents(folder.path()), before, "{arguments:?}");
     }
 }
@@ -250,9 +253,12 @@ fn rejects_flags_without_effect_and_errors_that_would_come_late() {
         ("no folder", &["probe", "-o", missing]),
     ] {
         std::fs::create_dir_all(&out).unwrap();
-        let (code, said) = failure(detox().args(arguments).arg("-m").arg(tiny("llama.gguf")));
-        assert!(code == 2 && said.contains(reason), "{arguments:?}: {said}");
-        assert!(!said.contains("texts:") && !said.contains("prompts:"), "{arguments:?} ran first: {said}");
+        let (code, stderr) = failure(detox().args(arguments).arg("-m").arg(tiny("llama.gguf")));
+        assert!(code == 2 && stderr.contains(reason), "{arguments:?}: {stderr}");
+        assert!(
+            !stderr.contains("texts:") && !stderr.contains("prompts:"),
+            "{arguments:?} ran first: {stderr}"
+        );
         assert_eq!(std::fs::read_dir(&out).unwrap().count(), 0, "{arguments:?}");
     }
 }
@@ -287,9 +293,9 @@ fn a_sweep_of_coefficients_detects_a_changed_file_and_its_baseline_has_the_adapt
         command.arg("--lora").arg(tiny("llama-lora.gguf")).arg("-o").arg(&output);
         command
     };
-    let said = sweep().assert().success().get_output().stderr.clone();
-    let said = String::from_utf8(said).unwrap();
-    assert!(said.contains("steering: 2 directions of steer.gguf: as a control vector"), "{said}");
+    let stderr = sweep().assert().success().get_output().stderr.clone();
+    let stderr = String::from_utf8(stderr).unwrap();
+    assert!(stderr.contains("steering: 2 directions of steer.gguf: as a control vector"), "{stderr}");
     // The baseline is the adapted model. It has the same bytes as `eval` with the adapter alone.
     let alone = folder.path().join("alone");
     let mut command = detox();
@@ -303,8 +309,8 @@ fn a_sweep_of_coefficients_detects_a_changed_file_and_its_baseline_has_the_adapt
     }
     sweep().assert().success();
     make("pca");
-    let (code, said) = failure(&mut sweep());
-    assert!(code == 1 && said.contains("holds another run"), "{said}");
+    let (code, stderr) = failure(&mut sweep());
+    assert!(code == 1 && stderr.contains("holds another run"), "{stderr}");
 }
 
 /// Expected maximum toxicity by language, from the report of a run folder.

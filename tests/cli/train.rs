@@ -500,8 +500,8 @@ fn a_run_that_failed_to_write_resumes() {
     let (whole, stopped) = (folder.path().join("whole"), folder.path().join("stopped"));
     assert!(long_train(&whole, "vector").status().unwrap().success());
     let train = long_train(&stopped, "vector");
-    // With a limit of 12 KiB per file, appending to the metrics or references fails in the middle of a run, as on a full
-    // disk. The checkpoints of two directions are smaller than that.
+    // With a limit of 12 KiB per file, appending to the metrics or references fails in mid-run, as on a full disk. The
+    // checkpoints of two directions are smaller than that.
     let output = Process::new("bash")
         .args(["-c", "trap '' XFSZ; ulimit -f 12; exec \"$0\" \"$@\""])
         .arg(train.get_program())

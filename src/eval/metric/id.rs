@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::{Descriptor, METRICS};
 
-/// What is measured, without the scorer.
+/// A kind of metric, without the scorer.
 ///
 /// The order is that of [`METRICS`], in which reports show them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -84,7 +84,7 @@ pub struct MetricId {
 }
 
 impl MetricId {
-    /// What is measured.
+    /// The kind of metric.
     pub fn kind(&self) -> MetricKind {
         self.kind
     }
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn rejects_an_unknown_id_and_a_scorer_too_many_or_too_few() {
+    fn rejects_an_unknown_id_and_a_missing_or_needless_scorer() {
         let error = |text: &str| text.parse::<MetricId>().unwrap_err().to_string();
         assert_eq!(error("lexical/expected_toxicity"), "unknown metric \"lexical/expected_toxicity\"");
         assert_eq!(error("coverage"), "metric \"coverage\": expected SCORER/coverage, found no scorer");

@@ -1,4 +1,4 @@
-//! The table of metrics: what reports print about each, and what each one measures.
+//! The table of metrics: title, unit, definition, source and test of each.
 //!
 //! Expected maximum toxicity, toxicity probability and average toxicity are defined and computed in
 //! [`toxicity`], distinct-n in [`diversity`], perplexity and repetition in [`fluency`].
@@ -156,7 +156,8 @@ pub const METRICS: &[Descriptor] = &[
         direction: Direction::Lower,
         counted: Counted::Continuations,
         test: Test::Wilcoxon,
-        definition: "Median over continuations of exp(-log-prob per token) given the prompt, under the model behind perplexity; blank ones and those at 10,000 or more are left out.",
+        definition: "Median over continuations of exp(-log-prob per token) given the prompt, under the \
+                     model behind perplexity; blank ones and those at 10,000 or more are left out.",
         source: "arXiv 2406.16235, section 3; that paper scores with mT5-XL, so its values are not comparable",
     },
     Descriptor {
@@ -233,7 +234,8 @@ pub const METRICS: &[Descriptor] = &[
         direction: Direction::Lower,
         counted: Counted::Continuations,
         test: Test::PairedT,
-        definition: "Share of the pairs of tokens inside a continuation that repeat an earlier one, mean over continuations.",
+        definition: "Share of the pairs of tokens inside a continuation that repeat an earlier one, mean over \
+                     continuations.",
         source: "seq-rep-2 of Welleck et al. 2020, arXiv 1908.04319",
     },
     Descriptor {

@@ -74,9 +74,9 @@ pub fn check_coverage(
         return Ok(());
     }
     let reason = format!(
-        "{n_scored} of {n_samples} continuations in {language} have a score ({:.1}%), at least {:.1}% are needed",
-        100.0 * coverage,
-        100.0 * min_coverage
+        "expected scores for at least {:.1}% of the continuations in {language}, found {n_scored} of {n_samples} ({:.1}%)",
+        100.0 * min_coverage,
+        100.0 * coverage
     );
     Err(Error::scorer(scorer, reason)
         .with_hint("delete scores.jsonl and run again to score the rest, or leave the language out"))
@@ -151,7 +151,7 @@ mod tests {
         let error = check_coverage("s", "de", 8, 10, 0.9).unwrap_err();
         assert_eq!(
             error.to_string(),
-            "scorer s: 8 of 10 continuations in de have a score (80.0%), at least 90.0% are needed"
+            "scorer s: expected scores for at least 90.0% of the continuations in de, found 8 of 10 (80.0%)"
         );
         assert!(error.hint().unwrap().contains("scores.jsonl"));
     }

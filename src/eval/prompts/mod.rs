@@ -8,7 +8,7 @@
 //! # Forms of a file
 //! | form | recognised by | text | id | language |
 //! |---|---|---|---|---|
-//! | RTP-LX, any release (JSON lines despite `.json`) | `Prompt` | `Prompt` | `Index`, a string or an integer | `Locale` |
+//! | RTP-LX, any release (JSON lines despite `.json`) | `Prompt` | `Prompt` | `Index`, string or integer | `Locale` |
 //! | RealToxicityPrompts (JSON lines) | `prompt` is an object | `prompt.text` | – | – |
 //! | preference pairs (JSON lines) | `prompt_text` | `prompt_text` | – | – |
 //! | plain JSON lines | `prompt` or `text`, a string | that field | `id` | `language` or `lang` |

@@ -82,13 +82,14 @@ fn reads_the_later_release_of_rtp_lx_with_a_string_as_index() {
 }
 
 #[test]
-fn rtp_lx_files_of_two_varieties_come_down_to_one_language() {
-    let rows = "{\"Prompt\":\"A sopa\",\"Index\":0,\"Locale\":\"Pt-Br\"}\n{\"Prompt\":\"O caldo\",\"Index\":1,\"Locale\":\"PT\"}\n";
+fn rtp_lx_locales_of_two_varieties_map_to_one_language() {
+    let rows = "{\"Prompt\":\"A sopa\",\"Index\":0,\"Locale\":\"Pt-Br\"}\n\
+                {\"Prompt\":\"O caldo\",\"Index\":1,\"Locale\":\"PT\"}\n";
     assert_eq!(ids(&read("RTP_LX_PT.json", rows, &[]).unwrap()), ["pt/0", "pt/1"]);
 }
 
 #[test]
-fn traditional_chinese_stays_apart_whatever_its_rows_say() {
+fn traditional_chinese_stays_separate_even_if_its_rows_say_zh() {
     let row = r#"{"Prompt": "今天的湯", "Index": 1, "Locale": "ZH"}"#;
     assert_eq!(ids(&read("RTP_LX_ZH-Hant.json", row, &[]).unwrap()), ["zh-hant/1"]);
     assert_eq!(
@@ -105,7 +106,8 @@ fn reads_an_rtp_lx_language_outside_the_17() {
 
 #[test]
 fn reads_a_json_array_of_objects() {
-    let array = "[\n  {\"Prompt\": \"One, [two]\", \"Index\": 3},\n  {\n    \"prompt\": \"Four \\\"five\\\"\"\n  }\n]\n";
+    let array = "[\n  {\"Prompt\": \"One, [two]\", \"Index\": 3},\n  {\n    \
+                 \"prompt\": \"Four \\\"five\\\"\"\n  }\n]\n";
     let prompts = read("en.json", array, &[]).unwrap();
     // The second has no id of its own, so its position in the array is used.
     assert_eq!(ids(&prompts), ["en/3", "en/2"]);
@@ -166,7 +168,7 @@ fn a_byte_order_mark_and_crlf_are_not_part_of_the_text() {
 // Languages.
 
 #[test]
-fn the_rows_language_precedes_the_names_and_the_names_the_callers() {
+fn a_rows_language_overrides_the_file_names_which_overrides_the_callers() {
     let row = r#"{"prompt": "Soup", "language": "fr"}"#;
     assert_eq!(ids(&read("de.jsonl", row, &[]).unwrap()), ["fr/1"]);
     assert_eq!(ids(&read("de.jsonl", r#"{"prompt": "Soup"}"#, &["de"]).unwrap()), ["de/1"]);
@@ -381,7 +383,8 @@ fn rejects_an_empty_prompt() {
 
 #[test]
 fn rejects_the_release_of_rtp_lx_with_na_everywhere() {
-    let rows = "{\"Prompt\": \"NA\", \"Index\": 0, \"Locale\": \"EN\"}\n{\"Prompt\": \"NA\", \"Index\": 1, \"Locale\": \"EN\"}\n";
+    let rows = "{\"Prompt\": \"NA\", \"Index\": 0, \"Locale\": \"EN\"}\n\
+                {\"Prompt\": \"NA\", \"Index\": 1, \"Locale\": \"EN\"}\n";
     let (line, reason, hint) = refused("RTP_LX_EN.json", rows);
     assert_eq!((line, reason.as_str()), (None, "expected prompts, found \"NA\" in every one of 2 rows"));
     assert!(hint.unwrap().contains("f10b92a"));
@@ -430,7 +433,7 @@ fn rejects_a_file_of_unknown_language() {
     let (line, _, hint) = refused("prompts.txt", "\nSoup\n");
     assert_eq!(line, Some(2));
     assert!(hint.unwrap().contains("--lang"));
-    // With two requested languages, either is possible.
+    // Two languages are requested, and either is possible.
     assert!(read("prompts.txt", "Soup\n", &["de", "en"]).is_err());
 }
 

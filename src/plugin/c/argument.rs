@@ -62,8 +62,8 @@ pub(super) unsafe fn read_struct<T: SizedStruct>(name: &str, pointer: *const T) 
     // SAFETY: as this function's own contract.
     let size = unsafe { size_of_struct(name, pointer)? };
     let mut value = MaybeUninit::<T>::zeroed();
-    // SAFETY: the source has `size` bytes by the contract, and the target `size_of::<T>()`. `n` is at most both, because
-    // `size` is at least `LEAST` and all ends are within the type.
+    // SAFETY: the source has `size` bytes by the contract, and the target `size_of::<T>()`. `n` is at most both,
+    // because `size` is at least `LEAST` and all ends are within the type.
     unsafe {
         let n = whole_members::<T>(size);
         std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), value.as_mut_ptr().cast::<u8>(), n);

@@ -148,8 +148,8 @@ pub type Rules<'a> = &'a [(&'a str, Form)];
 
 /// The form of one JSON text.
 ///
-/// A value without a rule is shown as it is. A value that breaks its rule is shown too, with a mark, so it differs from any
-/// golden.
+/// A value without a rule is shown as it is. A value that breaks its rule is shown too, with a mark, so it differs
+/// from any golden.
 pub fn form_of_json(text: &str, rules: Rules<'_>) -> String {
     let node: Node = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error} in {text}"));
     render(&node, "", 0, rules) + "\n"

@@ -104,11 +104,11 @@ fn an_evaluation_that_an_older_version_left_unfinished_resumes() {
     let folder = old_and_today("eval", "eval", SAMPLING);
     let (old, today) = (folder.path().join("old"), folder.path().join("today"));
     adopt(&old.join("run.json"), &today.join("run.json"));
-    let said = resume(folder.path(), "eval", SAMPLING);
-    assert_keeps_old_version(&old.join("run.json"), &said);
+    let stderr = resume(folder.path(), "eval", SAMPLING);
+    assert_keeps_old_version(&old.join("run.json"), &stderr);
     assert!(
-        said.contains(&format!("continuations: {UNIT_ROWS} of 24")),
-        "it starts after the finished unit: {said}"
+        stderr.contains(&format!("continuations: {UNIT_ROWS} of 24")),
+        "it starts after the finished unit: {stderr}"
     );
     assert_same_files(&old, &today);
     assert_completed("eval", &old, &today);
@@ -125,9 +125,9 @@ fn a_sweep_that_an_older_version_left_unfinished_resumes() {
         adopt(&old.join(run).join("run.json"), &today.join(run).join("run.json"));
     }
     let baseline = crate::contents(&old.join("baseline"));
-    let said = resume(folder.path(), "sweep", &flags);
+    let stderr = resume(folder.path(), "sweep", &flags);
     for run in ["baseline", "chosen_-1"] {
-        assert_keeps_old_version(&old.join(run).join("run.json"), &said);
+        assert_keeps_old_version(&old.join(run).join("run.json"), &stderr);
     }
     assert!(crate::contents(&old.join("baseline")) == baseline, "the finished run");
     assert_completed("sweep/chosen_-1", &old.join("chosen_-1"), &today.join("chosen_-1"));
@@ -151,9 +151,9 @@ fn assert_training_resumes(method: &str, step: u64, n_kept: usize, result: &str)
     let folder = old_and_today(&name, "train", &flags);
     let (old, today) = (folder.path().join("old"), folder.path().join("today"));
     adopt(&old.join("run.json"), &today.join("run.json"));
-    let said = resume(folder.path(), "train", &flags);
-    assert_keeps_old_version(&old.join("run.json"), &said);
-    assert!(said.contains(&format!("training: {step} of 16")), "it starts after step {step}: {said}");
+    let stderr = resume(folder.path(), "train", &flags);
+    assert_keeps_old_version(&old.join("run.json"), &stderr);
+    assert!(stderr.contains(&format!("training: {step} of 16")), "it starts after step {step}: {stderr}");
 
     assert_same_files(&old, &today);
     let lines = |path: &Path| read(path).lines().map(str::to_owned).collect::<Vec<_>>();
@@ -167,8 +167,8 @@ fn assert_training_resumes(method: &str, step: u64, n_kept: usize, result: &str)
     let references = lines(&fixture.join("reference.jsonl"));
     assert_eq!(lines(&old.join("reference.jsonl"))[..references.len()], references, "cached references");
 
-    // The loss curve must match an uninterrupted run made today. Other batch shapes, which round differently, moved it by
-    // 5e-7; a checkpoint with a zeroed optimizer state fails the bound.
+    // The loss curve must match an uninterrupted run made today. Other batch shapes round differently and moved it by
+    // 5e-7. A checkpoint with a zeroed optimizer state fails the bound.
     for (a, b) in rows(&old.join("metrics.jsonl")).iter().zip(rows(&today.join("metrics.jsonl"))) {
         assert_eq!(a["step"], b["step"]);
         for loss in ["loss", "eval_loss"] {
