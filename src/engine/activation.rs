@@ -2,13 +2,13 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::engine::random::random_stream;
 use crate::error::{Error, Result};
-
-use super::schedule::Request;
-use super::{Sampling, Session, Token, sample};
 use crate::graph::place::{InBlock, Place};
 use crate::graph::recording::Recording;
+
+use super::random::random_stream;
+use super::schedule::Request;
+use super::{Sampling, Session, Token, sample};
 
 /// The recording of one prompt.
 #[derive(Debug, Clone, PartialEq)]

@@ -5,14 +5,14 @@ use std::sync::atomic::AtomicBool;
 use rand_core::Rng;
 use serde::Serialize;
 
-use crate::engine::random::random_stream;
 use crate::error::{Error, Result};
+use crate::graph::steering::{Change, ControlVector, Edit, Operation, Steering, When};
 
 use super::model::Model;
 use super::options::SessionOptions;
+use super::random::random_stream;
 use super::schedule::{self, GenerateOptions, GenerateStats, Request};
 use super::session::Session;
-use super::steering::{Change, ControlVector, Edit, Operation, Steering, When};
 use super::{Sampling, Token};
 
 /// Speed at one number of sequences: continuations of one prompt, decoded together.
@@ -126,10 +126,10 @@ pub struct SteeringRow {
 
 /// Measures generation unsteered and with several kinds of steering.
 ///
-/// Every round runs all kinds in turn, so that all run under the same load. The offsets of 1e-6 have
-/// almost no effect, but cost as much as larger ones. The kinds are a control vector on all layers, and the callback
-/// on one layer, on a quarter of the layers and on all layers, with 8 neurons per layer. Prompt and continuations are as in [`bench()`].
-/// One warm-up round is not counted.
+/// The kinds are a control vector on all layers, and the callback on one layer, on a quarter of the layers and on all
+/// layers, with 8 neurons per layer. The offsets of 1e-6 have almost no effect, but cost as much as larger ones. Every
+/// round runs all kinds in turn, so all run under the same load. One warm-up round is not counted. Prompt and
+/// continuations are as in [`bench()`].
 ///
 /// Errors: as [`bench()`]; [`Error::Model`] for an architecture that the callback does not support.
 pub fn bench_steering(

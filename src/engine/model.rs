@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile};
+use crate::graph::Architecture;
+use crate::graph::steering::{Change, Operation, Steering};
 
 use super::Token;
-use super::architecture::Architecture;
 use super::ffi::{self, LoadParams, LoraHandle, ModelHandle};
 use super::options::ModelOptions;
-use super::steering::{Change, Operation, Steering};
 use super::vocabulary::Vocabulary;
 
 /// A model in memory, for any number of sessions.

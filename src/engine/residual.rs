@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
+use crate::graph::place::{InBlock, Phase, Place};
+use crate::graph::recording::Recording;
 
 use super::logprob::MOST_LOGIT_BYTES;
 use super::{Session, Token};
-use crate::graph::place::{InBlock, Phase, Place};
-use crate::graph::recording::Recording;
 
 /// A place at which the residual stream is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

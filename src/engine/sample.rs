@@ -14,10 +14,9 @@ use rand_chacha::ChaCha8Rng;
 use crate::error::{Error, Result};
 
 use super::Token;
+use super::random::uniform;
 use nucleus::Nucleus;
 use softmax::{Peaks, log_sum_exp};
-
-use super::random::uniform;
 
 /// How the next token is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]

@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-use crate::engine::random::random_stream;
 use crate::error::{Error, Result};
 
+use super::random::random_stream;
 use super::sample::{self, Choice};
 use super::{Sampling, Session, Token};
 

@@ -5,17 +5,17 @@ use std::sync::Arc;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
-use crate::memory;
-
-use super::architecture::Architecture;
-use super::ffi::{self, Batch, ContextHandle, ContextParams, SequenceState};
-use super::model::{LoadedSteering, Model};
-use super::options::SessionOptions;
-use super::{Token, sample};
+use crate::graph::Architecture;
 use crate::graph::place::Phase;
 use crate::graph::recording::Recording;
 use crate::graph::rows::Streams;
 use crate::graph::watch::Watch;
+use crate::memory;
+
+use super::ffi::{self, Batch, ContextHandle, ContextParams, SequenceState};
+use super::model::{LoadedSteering, Model};
+use super::options::SessionOptions;
+use super::{Token, sample};
 
 /// More sequences than this decode no faster on a CPU, measured with `bench generate`.
 const MOST_PARALLEL: usize = 100;

@@ -32,7 +32,7 @@ struct Paired {
     a: Replicated,
     b: Replicated,
     replicated: Replicated,
-    /// Of the per-prompt differences; `None` for quartiles and with fewer than two prompts.
+    /// Mean of the per-prompt differences; `None` for quartiles and with fewer than two prompts.
     mean: Option<MeanDifference>,
 }
 

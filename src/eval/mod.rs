@@ -3,7 +3,7 @@
 //! ```text
 //! prompts ──► generate ──► score ──► summarize ──► result::EvalResult ──► report
 //!                │            │            └ metric/, stats/, warnings
-//!        generations.jsonl  scores.jsonl      (record: the run folder; run: fills and resumes it)
+//!        generations.jsonl  scores.jsonl      (record: the run folder; run: writes and resumes it)
 //! ```
 //!
 //! Two finished runs are compared prompt by prompt by [`compare::compare`]. To evaluate a model:

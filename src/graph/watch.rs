@@ -467,8 +467,9 @@ fn applies_to(when: When, row: &Row) -> Result<bool, String> {
     match (when, row.phase) {
         (When::Both, _) => Ok(true),
         (_, None) => {
-            Err("an edit applies only to the prompt or only to generated tokens, but the batch does not say which is which"
-                .into())
+            let reason = "an edit applies only to the prompt or only to generated tokens, but the batch does not say \
+                          which is which";
+            Err(reason.into())
         }
         (When::Prompt, Some(phase)) => Ok(phase == Phase::Prompt),
         (When::Generation, Some(phase)) => Ok(phase == Phase::Generation),

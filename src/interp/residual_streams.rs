@@ -27,15 +27,16 @@ pub fn mean_residual_streams(
     interrupt: &AtomicBool,
 ) -> Result<Vec<Vec<Vec<f32>>>> {
     check_max_tokens(max_tokens)?;
+    let mut n_truncated = 0;
     let tokens = texts.iter().map(|text| {
         let mut tokens = model.tokenize_prompt(text)?;
+        n_truncated += usize::from(tokens.len() > max_tokens);
         tokens.truncate(max_tokens);
         Ok(tokens)
     });
     let tokens: Vec<Vec<Token>> = tokens.collect::<Result<_>>()?;
-    let n_truncated = tokens.iter().filter(|tokens| tokens.len() == max_tokens).count();
     if n_truncated > 0 {
-        progress.say(&format!("truncated {n_truncated} texts of {max_tokens} tokens or more"));
+        progress.say(&format!("truncated {n_truncated} texts of more than {max_tokens} tokens"));
     }
     let longest = tokens.iter().map(Vec::len).max().unwrap_or(1);
     let n_parallel = options.n_parallel.or(Some(PARALLEL_TEXTS));

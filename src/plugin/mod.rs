@@ -103,9 +103,9 @@
 //! # }
 //! ```
 //!
-//! A program that uses `llama-cpp-2` does the same if that crate accepts an eval callback. Version 0.1.160 does not; nor
-//! can it set a control vector or expose its pointers. In that case create the contexts with `llama-cpp-sys-2`, as
-//! here.
+//! A program that uses `llama-cpp-2` does the same if that crate accepts an eval callback. Version 0.1.160 does not,
+//! it cannot set a control vector, and it hides its pointers. In that case create the contexts with
+//! `llama-cpp-sys-2`, as here.
 
 #[cfg(feature = "capi")]
 mod c;

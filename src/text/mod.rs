@@ -1,4 +1,4 @@
-//! Text from people: rows of their files, languages, normalisation.
+//! Prepares text: lines of files, languages, normalisation.
 
 #[cfg(feature = "engine")]
 pub mod language;

@@ -1,7 +1,7 @@
-//! Normalisation of text into words, for the lexical scorer.
+//! Normalises text into words, for the lexical scorer and other comparisons of words.
 //!
-//! It matches `scripts/lexical/features.py` bit for bit; the scores in `tests/golden/lexical.json` check
-//! that. `docs/lexical-scorer.md` describes the rules.
+//! It matches `scripts/lexical/features.py` bit for bit; `tests/golden/lexical.json` checks this
+//! through the scores. The rules are in `docs/lexical-scorer.md`.
 
 use std::sync::LazyLock;
 
@@ -144,7 +144,7 @@ pub fn normalise(text: &str) -> Vec<u16> {
     words.finish()
 }
 
-/// A normalised text in the making.
+/// A text being normalised.
 struct Words {
     table: &'static [u16],
     codes: Vec<u16>,

@@ -1,4 +1,4 @@
-//! Lines of people's text files: UTF-8, byte-order marks, line numbers for errors.
+//! Lines of text files: UTF-8, byte-order marks, line numbers for errors.
 
 use std::path::Path;
 

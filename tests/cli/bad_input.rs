@@ -130,7 +130,7 @@ fn rejects_a_folder_with_another_run_or_other_files() {
     std::fs::write(other.join("notes.txt"), "mine").unwrap();
     let (code, text) = failure(&mut small_eval(&other));
     assert_eq!(code, 1);
-    assert!(text.contains("not empty"), "{text}");
+    assert!(text.contains("expected an empty folder or a run"), "{text}");
 
     let file = folder.path().join("file");
     std::fs::write(&file, "mine").unwrap();

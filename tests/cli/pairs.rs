@@ -138,9 +138,9 @@ fn rejects_settings_out_of_range_and_writes_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let mut command = detox();
         command.args(["pairs", "-m"]).arg(tiny("llama.gguf")).args(arguments);
-        let (code, said) = failure(command.arg("-o").arg(folder.path().join("pairs.jsonl")));
-        assert_eq!(code, 2, "{said}");
-        assert!(said.starts_with(&format!("error: {flag}: ")), "{arguments:?}: {said}");
+        let (code, stderr) = failure(command.arg("-o").arg(folder.path().join("pairs.jsonl")));
+        assert_eq!(code, 2, "{stderr}");
+        assert!(stderr.starts_with(&format!("error: {flag}: ")), "{arguments:?}: {stderr}");
         assert!(contents(folder.path()).is_empty(), "{arguments:?}");
     }
 }
@@ -149,16 +149,16 @@ fn rejects_settings_out_of_range_and_writes_nothing() {
 fn rejects_steering_for_another_model_and_languages_without_a_scorer() {
     let folder = tempfile::tempdir().unwrap();
     let of_llama = intervention(folder.path());
-    let (code, said) = failure(pairs("gpt2.gguf").arg("--steer-rejected").arg(&of_llama));
+    let (code, stderr) = failure(pairs("gpt2.gguf").arg("--steer-rejected").arg(&of_llama));
     assert_eq!(code, 1);
-    assert!(said.contains("architecture llama"), "{said}");
+    assert!(stderr.contains("architecture llama"), "{stderr}");
     let prompts = folder.path().join("sw.txt");
     std::fs::write(&prompts, "Habari ya asubuhi\n").unwrap();
     let mut command = detox();
     command.args(["pairs", "-m"]).arg(tiny("llama.gguf")).arg("--prompts").arg(&prompts);
-    let (code, said) = failure(&mut command);
+    let (code, stderr) = failure(&mut command);
     assert_eq!(code, 1);
-    assert!(said.contains("no scorer covers language \"sw\"") && said.contains("hint: "), "{said}");
+    assert!(stderr.contains("no scorer covers language \"sw\"") && stderr.contains("hint: "), "{stderr}");
 }
 
 #[test]
@@ -167,19 +167,19 @@ fn a_run_without_pairs_fails_with_the_reasons_and_writes_nothing() {
     let mut command = pairs("llama.gguf");
     // Continuations have at most six tokens.
     command.args(["--min-tokens", "7"]).arg("-o").arg(folder.path().join("pairs.jsonl"));
-    let (code, said) = failure(&mut command);
+    let (code, stderr) = failure(&mut command);
     assert_eq!(code, 1);
-    assert!(said.contains("blank or too short") && said.contains("24"), "{said}");
-    assert!(said.contains("error: no two samples made a pair") && said.contains("hint: "), "{said}");
+    assert!(stderr.contains("blank or too short") && stderr.contains("24"), "{stderr}");
+    assert!(stderr.contains("error: no two samples made a pair") && stderr.contains("hint: "), "{stderr}");
     assert!(contents(folder.path()).is_empty());
 }
 
 #[test]
 fn rejects_a_folder_that_cannot_be_written_before_sampling() {
     let folder = tempfile::tempdir().unwrap();
-    let (code, said) = failure(pairs("llama.gguf").arg("-o").arg(folder.path().join("none/pairs.jsonl")));
+    let (code, stderr) = failure(pairs("llama.gguf").arg("-o").arg(folder.path().join("none/pairs.jsonl")));
     assert_eq!(code, 1);
-    assert!(said.contains("cannot write") && !said.contains("samples:"), "{said}");
+    assert!(stderr.contains("cannot write") && !stderr.contains("samples:"), "{stderr}");
 }
 
 #[cfg(unix)]
@@ -205,9 +205,9 @@ fn an_interrupted_run_writes_nothing_and_says_so() {
     }
     let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status();
     assert!(kill.unwrap().success());
-    let mut said = String::new();
-    std::io::Read::read_to_string(&mut stderr, &mut said).unwrap();
-    assert_eq!(child.wait().unwrap().code(), Some(130), "{said}");
-    assert!(said.contains("error: interrupted") && said.contains("no pairs were written"), "{said}");
+    let mut rest = String::new();
+    std::io::Read::read_to_string(&mut stderr, &mut rest).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130), "{rest}");
+    assert!(rest.contains("error: interrupted") && rest.contains("no pairs were written"), "{rest}");
     assert!(contents(folder.path()).is_empty());
 }

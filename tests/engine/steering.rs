@@ -120,7 +120,7 @@ fn a_thousand_changes_of_steering_between_decodes_leave_nothing_behind() {
             let logits = session.logits(&TOKENS[..3]).unwrap();
             assert_eq!(first[round % 14].get_or_insert(logits.clone()), &logits, "{name}, round {round}");
         }
-        // The coefficient is 0 in round 3, without a control vector, and in round 10, with one of zeros. The rest differ.
+        // The coefficient is 0 in round 3 (no control vector) and in round 10 (one of zeros). The rest differ.
         assert_eq!(first[3], first[10], "{name}");
         let different: std::collections::HashSet<String> = first.iter().map(|l| format!("{l:?}")).collect();
         assert_eq!(different.len(), 13, "{name}");

@@ -116,7 +116,8 @@ fn reads_a_json_array_of_objects() {
 
 #[test]
 fn reads_real_toxicity_prompts() {
-    let row = r#"{"filename": "a.txt", "begin": 0, "prompt": {"text": "The soup was", "toxicity": null}, "continuation": {"text": " cold"}}"#;
+    let row = "{\"filename\": \"a.txt\", \"begin\": 0, \"prompt\": {\"text\": \"The soup was\", \"toxicity\": null}, \
+               \"continuation\": {\"text\": \" cold\"}}";
     let prompts = read("prompts.jsonl", row, &["en"]).unwrap();
     assert_eq!((ids(&prompts), texts(&prompts)), (vec!["en/1"], vec!["The soup was"]));
 }
