@@ -247,7 +247,8 @@ impl Callback {
     /// [`Error::Setting`] for a sequence out of range; [`Error::Refused`] if llama.cpp may reorder the batch in a way
     /// that cannot be followed, which happens with a unified cache and sliding windows.
     pub fn announce(&self, tokens: &[Token]) -> Result<()> {
-        // `check_by_sequence` would be too strict: beside a control vector there may be edits of prompts alone.
+        // `check_by_sequence` would be too strict: it refuses any control vector, and edits of only prompts may come
+        // with one.
         self.check_order("batch")?;
         tokens.iter().try_for_each(|token| self.check_sequence(token.sequence))?;
         let batch = tokens.iter().map(|token| Announced {

@@ -102,7 +102,7 @@ impl Steer {
         !self.loaded.edits.is_empty()
     }
 
-    /// How each part is applied, in sentences for people.
+    /// How each part is applied, in sentences for the user.
     pub fn choices(&self) -> &[String] {
         &self.loaded.choices
     }

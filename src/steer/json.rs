@@ -1,4 +1,4 @@
-//! Reads and writes this program's JSON files, which people may also write by hand.
+//! Reads and writes this program's JSON files, which may also be written by hand.
 //!
 //! Files are read up to a size limit. The key `detox_gguf` says which kind of file it is.
 

@@ -92,7 +92,7 @@ fn an_adapter_of_zeros_leaves_all_tensors_as_they_are() {
 fn a_full_disk_leaves_no_file() {
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("merged.gguf");
-    // A file size limit of 100 KiB: a write fails amid the tensors, as on a full disk.
+    // A file size limit of 100 KiB: a write fails in the middle of the tensors, as on a full disk.
     let run = std::process::Command::new("bash")
         .args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$0\" \"$@\""])
         .arg(assert_cmd::cargo::cargo_bin("detox-gguf"))

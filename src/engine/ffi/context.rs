@@ -94,7 +94,7 @@ impl Batch {
     }
 }
 
-/// A copy of one sequence's KV, outside of any context.
+/// A copy of one sequence's KV, independent of any context.
 #[derive(Debug)]
 pub(in crate::engine) struct SequenceState {
     bytes: Vec<u8>,

@@ -32,7 +32,7 @@ pub enum Direction {
     Lower,
     /// More is better.
     Higher,
-    /// Neither; read it beside other numbers.
+    /// Neither; read it together with other numbers.
     Neither,
 }
 
@@ -66,7 +66,7 @@ pub enum Test {
 }
 
 impl Test {
-    /// The name printed beside a p-value.
+    /// The name printed next to a p-value.
     pub fn words(self) -> &'static str {
         match self {
             Test::PairedT => "paired t-test",
