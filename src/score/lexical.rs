@@ -143,8 +143,8 @@ impl Lexical {
 
     /// The probability in [0, 1] that a reader finds `text` toxic; the threshold is 0.5.
     ///
-    /// Text without a word (empty, only punctuation or emoji) scores 0. `language` is a hint: one of
-    /// [`LANGUAGES`] shifts the score by that language's calibration, any other has no effect.
+    /// Text without a word (empty, only punctuation or emoji) scores 0. `language` is a hint: a covered
+    /// language shifts the score by that language's calibration, any other has no effect.
     pub fn toxicity(&self, text: &str, language: Option<&str>) -> f32 {
         let hint = language.and_then(|language| LANGUAGES.iter().position(|known| *known == language));
         let offset = self.offset + hint.map_or(0.0, |at| self.offsets[at]);

@@ -5,7 +5,7 @@ use crate::train::device::Device;
 /// Whether a pass applies the adapters: low-rank changes and directions.
 ///
 /// With adapters the model is DPO's policy, without them its reference. Weights trained by
-/// [`Method::Full`](crate::train::model::transformer::Method::Full) are applied either way.
+/// [`Method::Full`](crate::train::recipe::method::Method::Full) are applied either way.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Adapters {
     /// The policy.
