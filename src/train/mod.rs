@@ -9,8 +9,8 @@
 //! recipe ──► run: training loop, evaluations, checkpoints, metrics ──► output: adapter, control vector, model
 //! ```
 //!
-//! - [`recipe`] holds the settings of a run and the preference losses; it uses none of the other modules but the names of
-//!   devices.
+//! - [`recipe`] holds the settings of a run and the preference losses; it uses none of the other modules but the names
+//!   of devices.
 //! - [`data`] reads preference pairs, tokenises them and packs them into batches.
 //! - [`model`] is the transformer: weights, trained parameters, forward and backward pass.
 //! - [`device`] computes its operations, on the CPU or on an NVIDIA GPU.

@@ -1,6 +1,7 @@
 //! Training on a GPU or the emulated GPU.
 //!
-//! The tests compare its steps with the CPU's, run the result in llama.cpp, and, on the emulated GPU, run out of memory.
+//! The tests compare its steps with the CPU's, run the result in llama.cpp, and, on the emulated GPU, run out of
+//! memory.
 #![cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 
 mod command;

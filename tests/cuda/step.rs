@@ -22,8 +22,8 @@ const LOGPS: f64 = 0.005;
 
 /// Tolerance of a gradient, relative to its length.
 ///
-/// bf16 keeps eight bits, so that each product on the gradient's path, about ten per block, is off by up to 1/256 of its
-/// operands. Their errors point in different directions.
+/// bf16 keeps eight bits, so that each product on the gradient's path, about ten per block, is off by up to 1/256 of
+/// its operands. Their errors point in different directions.
 const GRADIENTS: f64 = 0.04;
 
 const ALL: [&str; 8] = ["llama", "llama-q8_0", "command-r", "gpt2", "bloom", "gemma3", "qwen2", "qwen3"];

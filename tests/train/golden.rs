@@ -369,8 +369,8 @@ fn ten_steps_match_trl() {
             let expected = numbers(&tensors, &format!("trl_final/{}", parameter.name));
             let what = format!("{name}, {} after ten steps", parameter.name);
             assert_eq!(value.len(), expected.len());
-            // RMSprop divides by the root of a mean square. If a gradient is almost 0, rounding alone decides the step, so
-            // this bounds the mean distance and not the largest.
+            // RMSprop divides by the root of a mean square. If a gradient is almost 0, rounding alone decides the step,
+            // so this bounds the mean distance and not the largest.
             let distance = value.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs())).sum::<f64>();
             assert!(distance / expected.len() as f64 <= 1e-5, "{what}: {}", distance / expected.len() as f64);
         }

@@ -1,7 +1,7 @@
 //! Dequantises blocks without ggml, for builds that do not include it.
 //!
-//! The results have the same bits as ggml's; builds with the engine test that. The layouts are those of `ggml-common.h`.
-//! In the formulas, `d` and `m` are a block's scale and offset, and `q` is the stored number.
+//! The results have the same bits as ggml's; builds with the engine test that. The layouts are those of
+//! `ggml-common.h`. In the formulas, `d` and `m` are a block's scale and offset, and `q` is the stored number.
 
 use crate::gguf::TensorType;
 

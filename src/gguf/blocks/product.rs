@@ -1,7 +1,8 @@
 //! Products with quantised matrices by ggml, which first rounds the other operand to 8 bits in blocks.
 //!
 //! A product backward needs blocks along the other axis. For it a transposed copy is kept in Q8_0: 34 bytes for 32
-//! numbers. A matrix whose number of outputs is not a multiple of 32 has no such copy, and the caller multiplies exactly.
+//! numbers. A matrix whose number of outputs is not a multiple of 32 has no such copy, and the caller multiplies
+//! exactly.
 
 use std::ffi::c_void;
 use std::ptr::NonNull;

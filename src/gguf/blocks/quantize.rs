@@ -30,8 +30,8 @@ impl TensorType {
 
 /// Quantises whole rows of `n_per_row` numbers. May be called from several threads.
 ///
-/// Quantised types are rounded without an importance matrix. F32, F16 and BF16 are rounded to nearest; a number too large
-/// for F16 becomes an infinity, as in ggml.
+/// Quantised types are rounded without an importance matrix. F32, F16 and BF16 are rounded to nearest; a number too
+/// large for F16 becomes an infinity, as in ggml.
 ///
 /// # Errors
 /// A message: the reason of [`TensorType::quantize_fault`], values that are not whole rows, or, for quantised types,

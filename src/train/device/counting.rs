@@ -1,8 +1,8 @@
 //! A device that computes nothing and counts the bytes a GPU would allocate.
 //!
-//! A training step that runs on it once has the GPU's peak of memory: the step makes every buffer, and this device
-//! adds the temporary buffers of `vendor/cuda` at the operations that allocate them. Its buffers have a length and no
-//! numbers, so that weights need not be read either ([`Device::reads_values`]).
+//! One training step on this device finds the GPU's peak memory. The step allocates every buffer as on a GPU. At each
+//! operation, this device adds the temporary buffers that `vendor/cuda` allocates there. Its buffers have a length but
+//! no values, so weights are not read either ([`Device::reads_values`]).
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};

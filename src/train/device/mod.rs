@@ -199,8 +199,8 @@ pub struct Trained<'a, B> {
 ///
 /// Rules for every operation, unless its documentation says otherwise:
 ///
-/// - **Shapes.** Buffers are dense and exactly as long as their shape says. The caller guarantees it; a device may panic
-///   if they are not.
+/// - **Shapes.** Buffers are dense and exactly as long as their shape says. The caller guarantees it; a device may
+///   panic if they are not.
 /// - **Results.** Forward operations overwrite their result without reading it. Backward operations *add* to the
 ///   gradients (`dx += …`), since a value may be used more than once.
 /// - **NaN.** NaN in a row of the input gives NaN in the rows of the result that depend on it, and in no other row.

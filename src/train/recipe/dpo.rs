@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 pub enum LossKind {
     /// -log sigmoid(beta h): equation 7 of arXiv 2305.18290.
     Sigmoid,
-    /// (h - 1 / (2 beta))^2: equation 17 of arXiv 2310.12036. Log-probs are averaged over the answer's tokens, as in TRL.
+    /// (h - 1 / (2 beta))^2: equation 17 of arXiv 2310.12036. Log-probs are averaged over the answer's tokens, as in
+    /// TRL.
     Ipo,
     /// max(0, 1 - beta h): SLiC (arXiv 2309.06657).
     Hinge,

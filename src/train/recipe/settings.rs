@@ -14,8 +14,9 @@ use crate::train::recipe::products::Products;
 use crate::train::recipe::schedule::{Schedule, ScheduleKind};
 use crate::train::recipe::step::StepOptions;
 
-/// Settings that on a GPU affect only memory and speed: splitting a step into passes changes the order in which gradients
-/// are summed, weights round to the same bf16 values before a product as at load time, and CPU threads compute nothing.
+/// Settings that on a GPU affect only memory and speed: splitting a step into passes changes the order in which
+/// gradients are summed, weights round to the same bf16 values before a product as at load time, and CPU threads
+/// compute nothing.
 const PLACEMENT_SETTINGS: [&str; 3] = ["n_threads", "max_rows", "frozen"];
 
 /// All settings of a run. The same settings, model and pairs produce the same bytes.

@@ -70,7 +70,8 @@ pub fn save<D: Device>(path: &Path, trainer: &Trainer<D>, state: &State, with_op
 /// Reads a checkpoint into `trainer`, and returns the run's progress.
 ///
 /// # Errors
-/// [`Error::RunFolder`] if the checkpoint belongs to another run; [`Error::Gguf`] and [`Error::Io`] if it cannot be read.
+/// [`Error::RunFolder`] if the checkpoint belongs to another run; [`Error::Gguf`] and [`Error::Io`] if it cannot be
+/// read.
 pub fn load<D: Device>(path: &Path, trainer: &mut Trainer<D>, with_optimizer: bool) -> Result<State> {
     let file = GgufFile::open(path)?;
     let refuse = |reason: String| {

@@ -114,8 +114,8 @@ impl EvaluationRecord {
 
 /// The placement of a run from some step on: device, pass size, checkpointing, and storage of frozen weights.
 ///
-/// It decides memory use and speed. Changing it on a GPU changes results only by rounding. On the CPU only `checkpointing` can
-/// change, and results stay the same.
+/// It decides memory use and speed. Changing it on a GPU changes results only by rounding. On the CPU only
+/// `checkpointing` can change, and results stay the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PlacementRecord {
     /// Steps so far.

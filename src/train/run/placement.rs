@@ -14,8 +14,8 @@ use crate::train::run::training_loop::EVALUATION_PAIRS;
 
 /// Tokens per pass beyond which more tokens are not worth any other cost.
 ///
-/// A product with a bf16 matrix does one multiplication per token for each byte of the matrix, and a GPU does 150 to 300
-/// of them in the time it reads that byte.
+/// A product with a bf16 matrix does one multiplication per token for each byte of the matrix, and a GPU does 150 to
+/// 300 of them in the time it reads that byte.
 const ENOUGH_ROWS: usize = 512;
 
 /// Most tokens per pass without `--ubatch-size`.
@@ -66,8 +66,8 @@ impl<'a> Needs<'a> {
 
     /// Upper bound on the bytes that the run allocates, plus the reserve.
     ///
-    /// Runs an evaluation and a step of the real trainer on a [`Counting`] device, which reads no weights, each over the
-    /// largest pass that the run can have.
+    /// Runs one evaluation and one step of the real trainer on a [`Counting`] device, which reads no weights. Each uses
+    /// the largest pass that the run can have.
     ///
     /// # Errors
     /// As [`Trainer::load`].
@@ -90,14 +90,14 @@ impl<'a> Needs<'a> {
 
     /// Pairs that need at least the memory of any pass over at most `n_pairs` pairs and `max_rows` rows.
     ///
-    /// Memory grows with a pass's rows, pairs and outputs, and not with how rows are split among pairs. There are as many
-    /// of each as can be: prompts of one token leave all other rows to the answers.
+    /// Memory depends on a pass's number of rows, pairs and outputs, not on how the rows are split among the pairs.
+    /// Each number is as large as possible: with prompts of one token, all other rows belong to the answers.
     fn largest_pass(&self, max_rows: usize, n_pairs: usize) -> Vec<TokenPair> {
         let n_rows = max_rows.min(n_pairs.saturating_mul(self.longest)).max(1);
         let n_pairs = n_pairs.clamp(1, n_rows);
         let tokens = |n: usize| vec![0 as Token; n];
         let pair = |i: usize| {
-            // An answer's last token has no row, so that the answers have one token more than the pair has rows.
+            // An answer's last token has no row, so a pair's two answers have one token more than the pair has rows.
             let n_answers = n_rows / n_pairs + usize::from(i < n_rows % n_pairs) + 1;
             let n_chosen = n_answers / 2;
             TokenPair { prompt: tokens(1), chosen: tokens(n_chosen), rejected: tokens(n_answers - n_chosen) }

@@ -104,16 +104,16 @@ impl<D: Device> Trainer<D> {
         &self.options
     }
 
-    /// Whether an optimizer step failed half-way. Then only some of the trained values may be updated, or all of them with
-    /// their gradients not yet cleared.
+    /// Whether an optimizer step failed half-way. Then only some of the trained values may be updated, or all of them
+    /// with their gradients not yet cleared.
     pub fn is_torn(&self) -> bool {
         self.is_torn
     }
 
     /// Halves the pass size after memory ran out in passes over `n_rows` rows.
     ///
-    /// Passes keep at least `longest` rows, because the longest pair cannot be split. Returns false if they are that small
-    /// already.
+    /// Passes keep at least `longest` rows, because the longest pair cannot be split. Returns false if they are that
+    /// small already.
     pub fn halve_passes(&mut self, n_rows: usize, longest: usize) -> bool {
         let taken = self.options.max_rows.min(n_rows);
         let can_shrink = taken > longest;
@@ -123,8 +123,8 @@ impl<D: Device> Trainer<D> {
         can_shrink
     }
 
-    /// Turns gradient checkpointing on after memory ran out in a backward pass. Returns false if it is on already or not
-    /// allowed.
+    /// Turns gradient checkpointing on after memory ran out in a backward pass. Returns false if it is on already or
+    /// not allowed.
     pub fn start_checkpointing(&mut self) -> bool {
         let starts = self.may_checkpoint && !self.options.checkpointing;
         self.options.checkpointing |= starts;
@@ -150,8 +150,8 @@ impl<D: Device> Trainer<D> {
         &self.device
     }
 
-    /// Whether [`Side::Reference`] is available during training. If every weight is trained, the reference is the policy before
-    /// its first step.
+    /// Whether [`Side::Reference`] is available during training. If every weight is trained, the reference is the
+    /// policy before its first step.
     pub fn has_reference(&self) -> bool {
         self.has_reference
     }
@@ -223,8 +223,8 @@ impl<D: Device> Trainer<D> {
 
     /// Adds the gradient of the mean loss over `pairs` to the parameters' gradients.
     ///
-    /// Returns each pair's policy log-probs and loss, `[n_pairs]`. Pairs that exceed the pass size together are split, and
-    /// their gradients accumulate.
+    /// Returns each pair's policy log-probs and loss, `[n_pairs]`. Pairs that exceed the pass size together are split,
+    /// and their gradients accumulate.
     ///
     /// # Errors
     /// As [`Trainer::logps`].

@@ -30,8 +30,8 @@ pub(super) const EVALUATION_PAIRS: usize = 16;
 /// # Errors
 /// After any error the last checkpoint stays valid.
 /// - [`Error::Interrupted`] after writing a checkpoint.
-/// - [`Error::DeviceMemory`] if even the smallest passes do not fit, and [`Error::Device`]; both after trying to write a
-///   checkpoint.
+/// - [`Error::DeviceMemory`] if even the smallest passes do not fit, and [`Error::Device`]; both after trying to write
+///   a checkpoint.
 /// - [`Error::Training`] if a loss or gradient is not finite.
 /// - [`Error::Io`] if a file cannot be written.
 pub fn run<D: Device>(
@@ -142,7 +142,8 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
         Ok(TrainingLoop { trainer, pairs, longest, settings, files, log, records, state, references })
     }
 
-    /// Full training only: computes all reference log-probs before the first step, while the model still is the reference.
+    /// Full training only: computes all reference log-probs before the first step, while the model still is the
+    /// reference.
     fn references_of_start(&mut self, interrupt: &AtomicBool, progress: &mut dyn Progress) -> Result<()> {
         if self.trainer.has_reference() {
             return Ok(());
@@ -168,7 +169,8 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
             return Ok(());
         }
         let kept = checkpoint::load(&self.files.best, self.trainer, false)?;
-        // They differ if the process was killed between writing the two files, and the repeated steps gave another result.
+        // They differ if the process was killed between writing the two files, and the repeated steps gave another
+        // result.
         if kept.best != self.state.best {
             let step = kept.step;
             progress.say(&format!(
@@ -312,8 +314,8 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
         Ok(())
     }
 
-    /// Returns `result`. If the device failed before the optimizer step, first saves the progress, as far as the device still
-    /// returns the trained values.
+    /// Returns `result`. If the device failed before the optimizer step, first saves the progress, as far as the device
+    /// still returns the trained values.
     fn save_if_the_device_failed<T>(&mut self, result: Result<T>, progress: &mut dyn Progress) -> Result<T> {
         let failed = matches!(result, Err(Error::DeviceMemory { .. } | Error::Device { .. }));
         if failed && !self.trainer.is_torn() {

@@ -1,6 +1,6 @@
 //! Expected tokens are derived by hand from `gguf/tiny/tokenizer.json`. Byte `b` from `!` to `~` is token
-//! `b - 0x21 + 4`; a space that merges with nothing is 224; `<s>` is 1, `</s>` is 2. The merges used, by rank: ` t` 261, ` d` 263, `he` 266, `at` 267, ` c` 274, `or` 283, ` the` 286, `om` 311,
-//! ` dor` 352, `The` 371, `og` 383.
+//! `b - 0x21 + 4`; a space that merges with nothing is 224; `<s>` is 1, `</s>` is 2. The merges used, by rank: ` t`
+//! 261, ` d` 263, `he` 266, `at` 267, ` c` 274, `or` 283, ` the` 286, `om` 311, ` dor` 352, `The` 371, `og` 383.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

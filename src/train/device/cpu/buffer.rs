@@ -1,9 +1,9 @@
 //! Buffers of f32 in reused memory.
 //!
 //! A step allocates and drops about a thousand buffers of a few sizes. With the system's allocator, some of that memory
-//! would end up in gaps that fit no other buffer, and some would go back to the kernel, which clears every page before it
-//! hands it out again. So the memory of a dropped buffer is kept for the next buffer of about the same size. Kept and used
-//! memory together never exceed the peak of used memory; the rest is freed at once.
+//! would end up in gaps that fit no other buffer, and some would go back to the kernel, which clears every page before
+//! it hands it out again. So the memory of a dropped buffer is kept for the next buffer of about the same size. Kept
+//! and used memory together never exceed the peak of used memory; the rest is freed at once.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

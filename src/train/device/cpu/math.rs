@@ -6,8 +6,8 @@
 /// NaN gives NaN.
 ///
 /// Writes x = n ln 2 + r with |r| <= ln 2 / 2, and approximates e^r by a polynomial with the coefficients of Cephes'
-/// `expf` (<https://www.netlib.org/cephes/>). It has no branches or calls, unlike the C library's, so that loops over it
-/// become vector code.
+/// `expf` (<https://www.netlib.org/cephes/>). It has no branches or calls, unlike the C library's, so that loops over
+/// it become vector code.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LOWEST: f32 = -87.336_54;

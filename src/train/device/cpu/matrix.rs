@@ -1,7 +1,7 @@
 //! Products with frozen matrices, which stay in the file's blocks.
 //!
-//! An exact product dequantises a part of the matrix at a time, small enough to stay in a core's cache, multiplies by it
-//! and drops it. Fast products use rounded copies (`vnni`) or ggml's kernels.
+//! An exact product dequantises a part of the matrix at a time, small enough to stay in a core's cache, multiplies by
+//! it and drops it. Fast products use rounded copies (`vnni`) or ggml's kernels.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -229,8 +229,8 @@ impl Matrix {
 
     /// Columns per task of a product backward.
     ///
-    /// Tasks have separate columns, so that no sums over tasks are needed. There are at least two tasks per thread if the
-    /// block length allows, and whole panels of the widest kernel.
+    /// Tasks have separate columns, so that no sums over tasks are needed. There are at least two tasks per thread if
+    /// the block length allows, and whole panels of the widest kernel.
     fn task_cols(&self) -> usize {
         let step = (self.rows().tensor_type.block_len() as usize).max(32);
         self.n_in.div_ceil(2 * rayon::current_num_threads()).min(PART_COLS).next_multiple_of(step)

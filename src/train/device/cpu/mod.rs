@@ -1,7 +1,7 @@
 //! The trainer's operations on the CPU: the reference for every other device.
 //!
-//! Each file has one operation as plain functions over slices; [`Cpu`] runs them on its own threads. Sums are taken in an
-//! order that does not depend on which thread is faster, so that the same command gives the same bits.
+//! Each file has one operation as plain functions over slices; [`Cpu`] runs them on its own threads. Sums are taken in
+//! an order that does not depend on which thread is faster, so that the same command gives the same bits.
 
 mod attention;
 mod buffer;
@@ -33,7 +33,8 @@ pub use matrix::Matrix;
 pub use crate::train::recipe::products::Products;
 
 impl Products {
-    /// The default: fast if this program's kernels run and their copies of `n_weights` numbers fit into half the memory.
+    /// The default: fast if this program's kernels run and their copies of `n_weights` numbers fit into half the
+    /// memory.
     ///
     /// Their rounding moves losses less than another seed does (docs/training.md).
     pub fn auto(n_weights: u64) -> Products {

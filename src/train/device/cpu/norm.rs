@@ -36,8 +36,8 @@ pub fn norm(norm: Norm, x: &[f32], weight: &[f32], bias: Option<&[f32]>, n_cols:
 
 /// Gradients of [`norm()`].
 ///
-/// With r the inverse deviation, n = (x - mean) r and g = dy weight: dx = r (g - mean(g) - n mean(g n)). RMS norm, which
-/// subtracts no mean, has no middle term.
+/// With r the inverse deviation, n = (x - mean) r and g = dy weight: dx = r (g - mean(g) - n mean(g n)). RMS norm,
+/// which subtracts no mean, has no middle term.
 #[allow(clippy::too_many_arguments, reason = "one operation's operands and gradients")]
 pub fn norm_back(
     norm: Norm,

@@ -1,11 +1,12 @@
 //! Products with both operands rounded to 8 bits, on AVX-512 VNNI.
 //!
 //! Operands are rounded in blocks of 32, as in ggml. One kernel serves both directions: `C[m][n] = A[m][k] B[k][n]`.
-//! The 32 numbers of a block along k share a scale. A has the activations or their gradients, row by row. B is the matrix
-//! in panels of 32 columns, with four consecutive k side by side. It is kept twice: forward its columns are the matrix's
-//! outputs, backward its inputs.
+//! The 32 numbers of a block along k share a scale. A has the activations or their gradients, row by row. B is the
+//! matrix in panels of 32 columns, with four consecutive k side by side. It is kept twice: forward its columns are the
+//! matrix's outputs, backward its inputs.
 //!
-//! The instruction multiplies unsigned by signed bytes. So 128 is added to the bytes of B, and each block's sum starts at
+//! The instruction multiplies unsigned by signed bytes. So 128 is added to the bytes of B, and each block's sum starts
+//! at
 //! -128 times the sum of the block of A, which cancels it.
 
 use std::arch::x86_64::*;

@@ -101,8 +101,8 @@ pub fn count() -> Result<usize> {
 
 /// Whether this machine has a GPU that programs can use.
 ///
-/// If the runtime fails and NVIDIA's device node does not exist, the machine has no GPU. If the node exists, the driver is
-/// at fault, which is an error.
+/// If the runtime fails and NVIDIA's device node does not exist, the machine has no GPU. If the node exists, the driver
+/// is at fault, which is an error.
 ///
 /// # Errors
 /// As [`count`].

@@ -44,8 +44,8 @@ const STEP: f64 = 1.0 / 32.0;
 
 /// Tolerance for gradients, relative to the largest.
 ///
-/// A difference of order four is off by STEP^4 / 30 = 3e-8 of the fifth derivative, which reaches some hundreds for a norm
-/// of few numbers. Rounding the operation's results to f32 adds 6e-8 / STEP = 2e-6 of them.
+/// A difference of order four is off by STEP^4 / 30 = 3e-8 of the fifth derivative, which reaches some hundreds for a
+/// norm of few numbers. Rounding the operation's results to f32 adds 6e-8 / STEP = 2e-6 of them.
 const SLOPES: f64 = 1e-4;
 
 pub struct Random(ChaCha8Rng);
