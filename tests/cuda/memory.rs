@@ -389,7 +389,7 @@ fn runs_take_no_more_memory_than_was_estimated() {
         let settings = Settings { max_rows: rows, batch_size: pairs.len(), ..settings() };
         let base = GgufFile::open(tiny(name)).unwrap();
         let needs = Needs::new(&base, &settings, longest);
-        // Without what the emulation does not allocate: the reserve, and cuBLASLt's workspace.
+        // The emulation allocates neither the reserve nor cuBLASLt's workspace.
         let constants = Needs::RESERVE_BYTES + WORKSPACE_BYTES;
         let choice = Choice { frozen, checkpointing, max_rows: rows };
         let estimated = needs.bytes(choice).unwrap() - constants;

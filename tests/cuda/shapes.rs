@@ -46,8 +46,8 @@ fn passes_rarely_repeat_a_shape_unless_their_rows_are_rounded_up() {
     let rounded = |n: usize| n.div_ceil(64);
     let by_rounded = repeated(passes.iter().map(|p| (rounded(p.n_rows()), rounded(p.outputs.len()))));
     println!(
-        "{} passes; share with an earlier shape: all lengths {by_lengths:.3}, rows and outputs {by_rows:.3}, both in steps \
-         of 64 {by_rounded:.3}",
+        "{} passes; share with an earlier shape: all lengths {by_lengths:.3}, rows and outputs {by_rows:.3}, both in \
+         steps of 64 {by_rounded:.3}",
         passes.len()
     );
     assert!(

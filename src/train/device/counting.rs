@@ -40,7 +40,7 @@ struct Count {
     peak: u64,
 }
 
-/// Bytes that are counted until it is dropped.
+/// An allocation, counted until it is dropped.
 #[derive(Debug)]
 struct Memory {
     count: Arc<Mutex<Count>>,
@@ -53,7 +53,7 @@ impl Drop for Memory {
     }
 }
 
-/// A buffer's length, and its bytes while it lives.
+/// A buffer's length; its bytes are counted until it is dropped.
 #[derive(Debug)]
 pub struct Buffer {
     len: usize,
@@ -109,7 +109,7 @@ impl Counting {
         Buffer { len, _memory: self.allocate(len * F32) }
     }
 
-    /// What one product with cuBLASLt allocates and releases (`vendor/cuda/multiply.cu`).
+    /// Counts the workspace of one product with cuBLASLt, which is freed at once (`vendor/cuda/multiply.cu`).
     fn multiply(&self) {
         if self.workspace_bytes > 0 {
             drop(self.allocate(self.workspace_bytes));

@@ -1,4 +1,4 @@
-//! What the GPU's kernels can do, known to every build.
+//! Limits of the GPU's kernels, available in every build.
 //!
 //! The constants come from `vendor/cuda/limits.h`, which the kernels include too.
 
@@ -38,8 +38,8 @@ pub fn check_kernels(
         let (heads, dim) = (attention.n_head, attention.head_dim);
         if heads > MOST_HEADS || dim > MOST_HEAD_DIM {
             let reason = format!(
-                "block {il}: expected at most {MOST_HEADS} heads of at most {MOST_HEAD_DIM} numbers (the GPU's kernels), \
-                 found {heads} heads of {dim}"
+                "block {il}: expected at most {MOST_HEADS} heads of at most {MOST_HEAD_DIM} numbers (the GPU's \
+                 kernels), found {heads} heads of {dim}"
             );
             return Err(refuse(reason, "train with --device cpu"));
         }

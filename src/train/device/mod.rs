@@ -204,8 +204,8 @@ pub struct Trained<'a, B> {
 /// - **Results.** Forward operations overwrite their result without reading it. Backward operations *add* to the
 ///   gradients (`dx += …`), since a value may be used more than once.
 /// - **NaN.** NaN in a row of the input gives NaN in the rows of the result that depend on it, and in no other row.
-///   Products keep infinities too, although rounding to 8 bits would lose them: a row of x with a non-finite number gives
-///   a row of y without a finite one. So a run that diverges is noticed.
+///   A product turns a row of x with any non-finite number into a row of y without a finite one, although rounding to
+///   8 bits would lose infinities. So a run that diverges is noticed.
 /// - **Rounding.** Everything is f32, except products: see [`Device::product`] and [`Device::gemm`]. The same calls on
 ///   the same device give the same bits, whatever its threads do.
 /// - **Errors.** Out of memory ([`crate::Error::DeviceMemory`]) or a failed driver ([`crate::Error::Device`]). The

@@ -29,7 +29,7 @@ impl<D: Device> Batch<D> {
     }
 }
 
-/// Why a forward pass runs, which decides what it keeps.
+/// The purpose of a forward pass; decides which buffers it keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
     /// Log-probabilities only; nothing is kept.

@@ -6,7 +6,7 @@
 //!
 //! - [`training_loop`] is the loop; `out_of_memory` holds its retries.
 //! - [`trainer`] is one step, [`optimizer`] its update, [`reference`](mod@reference) the reference log-probs.
-//! - [`checkpoint`], [`files`] and [`metrics`] are what a run writes; [`outcome`] is how it ended.
+//! - [`checkpoint`], [`files`] and [`metrics`] hold the files of a run; [`outcome`] its end.
 //! - [`placement`] plans GPU memory before a run starts.
 
 pub mod checkpoint;

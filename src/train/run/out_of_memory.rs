@@ -1,4 +1,4 @@
-//! What a run does if memory runs out: it retries with less, logs the choice, and continues with it.
+//! Handles out-of-memory errors: retries with less memory, logs the choice, and keeps it for the rest of the run.
 
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -50,7 +50,7 @@ impl<D: Device> TrainingLoop<'_, D> {
         }
     }
 
-    /// Runs `work` over `pairs`. If memory runs out, retries with less of it until nothing smaller is left.
+    /// Runs `work` over `pairs`. If memory runs out, retries with less memory until nothing smaller is left.
     pub(super) fn within_memory<T>(
         &mut self,
         pairs: &[&TokenPair],

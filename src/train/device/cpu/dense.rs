@@ -48,7 +48,7 @@ impl Target {
     /// The `n` numbers from `at` on.
     ///
     /// # Safety
-    /// - The slice lives while the result is used, and nobody else reads or writes these numbers meanwhile.
+    /// - The slice lives while the result is used, and nothing else reads or writes these numbers meanwhile.
     pub unsafe fn row<'a>(self, at: usize, n: usize) -> &'a mut [f32] {
         assert!(at <= self.len && n <= self.len - at, "numbers beyond their slice");
         // SAFETY: within the slice, as asserted, and only the caller uses them.
@@ -75,7 +75,7 @@ pub enum Threads {
 /// `C = beta C + alpha A B` for `[m, n, k]`.
 ///
 /// # Safety
-/// - The slice of `c` lives, and nobody else reads or writes the numbers of C during the call.
+/// - The slice of `c` lives, and nothing else reads or writes the numbers of C during the call.
 pub unsafe fn gemm_into(
     [m, n, k]: [usize; 3],
     (alpha, a, a_layout): (f32, &[f32], Layout),

@@ -6,8 +6,7 @@
 //! matrix's outputs, backward its inputs.
 //!
 //! The instruction multiplies unsigned by signed bytes. So 128 is added to the bytes of B, and each block's sum starts
-//! at
-//! -128 times the sum of the block of A, which cancels it.
+//! at -128 times the sum of the block of A, which cancels it.
 
 use std::arch::x86_64::*;
 use std::ops::Range;

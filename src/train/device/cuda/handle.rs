@@ -136,12 +136,13 @@ fn check(ordinal: usize, status: ffi::detox_cuda_status) -> Result<()> {
             "nvidia-smi lists the GPUs, and CUDA_VISIBLE_DEVICES may hide some of them; or train with --device cpu",
         ),
         ffi::DETOX_CUDA_DRIVER => Some(
-            "install a newer NVIDIA driver (nvidia-smi prints the CUDA version it supports), or train with --device cpu",
+            "install a newer NVIDIA driver (nvidia-smi prints the CUDA version it supports), or train with --device \
+             cpu",
         ),
         ffi::DETOX_CUDA_UNSUPPORTED => Some("train with --device cpu"),
         ffi::DETOX_CUDA_BUILD => Some(
-            "build for this GPU with DETOX_CUDA_ARCH (the compute capability without the dot, such as 89), or train with \
-             --device cpu",
+            "build for this GPU with DETOX_CUDA_ARCH (the compute capability without the dot, such as 89), or train \
+             with --device cpu",
         ),
         _ => None,
     };

@@ -4,7 +4,7 @@
 //! Everything else is f32. Sums are taken in a fixed order, so that the same command gives the same bits.
 //!
 //! - `ffi` has the raw bindings.
-//! - `handle`, `memory`, `rows` and `matrix` own what the extension allocates.
+//! - `handle`, `memory`, `rows` and `matrix` own the extension's allocations.
 //! - `kinds` turns options into the extension's structs.
 //! - `operations` and `optimizer` check shapes and call the extension.
 

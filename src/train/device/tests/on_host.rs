@@ -1,6 +1,6 @@
 //! Wraps a device so that its buffers are on the host.
 //!
-//! Each operation uploads its operands, also those that it overwrites, and downloads what it changed.
+//! Each operation uploads its operands, including those that it overwrites, and downloads the changed ones.
 
 use std::ops::Range;
 
