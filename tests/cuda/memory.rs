@@ -28,7 +28,7 @@ const PLENTY: usize = 4 << 30;
 const WORKSPACE_BYTES: u64 = 32 << 20;
 
 #[test]
-fn rejects_unusable_gpus_with_cause_and_cure() {
+fn rejects_unusable_gpus_with_cause_and_hint() {
     let _turn = gpu();
     let cases = [
         (emulation::NO_DEVICE, "no CUDA-capable device", "--device cpu"),

@@ -124,7 +124,7 @@ fn steps_of_full_vector_and_embedding_training_agree_with_the_cpu() {
 }
 
 #[test]
-fn a_repeated_step_gives_the_same_bits_also_with_threads_in_reverse() {
+fn a_repeated_step_gives_the_same_bits_even_with_threads_in_reverse() {
     let Some(_turn) = gpu() else { return };
     let pairs = own_pairs("gemma3", 3);
     let pairs: Vec<&TokenPair> = pairs.iter().collect();

@@ -40,7 +40,7 @@ fn a_written_adapter_reads_back_equal_and_acts_in_llama_cpp() {
 }
 
 #[test]
-fn without_an_alpha_the_scale_is_the_users_alone() {
+fn without_an_alpha_only_the_users_scale_counts() {
     let (folder, base) = (tempfile::tempdir().unwrap(), tiny("llama"));
     let path = folder.path().join("lora.gguf");
     let adapter = Adapter { alpha: 0.0, ..adapter(&base) };

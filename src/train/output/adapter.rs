@@ -15,7 +15,7 @@ use crate::gguf::{GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, Tensor
 use crate::steer::{Fingerprint, lora};
 use crate::train::output::provenance::{add, set_version};
 
-/// The cure for an adapter that does not fit the model.
+/// The hint for an adapter that does not fit the model.
 const OTHER_BASE: &str = "use the model that the adapter was trained on";
 
 /// The low-rank change of one matrix. Shapes have their slowest axis first.

@@ -135,7 +135,7 @@ pub struct PlacementRecord {
 }
 
 impl PlacementRecord {
-    /// The placement alone, without when and why it was chosen.
+    /// The placement alone, without the step and the reason.
     pub fn choice(&self) -> (DeviceName, usize, bool, Option<Frozen>) {
         (self.device, self.max_rows, self.checkpointing, self.frozen)
     }

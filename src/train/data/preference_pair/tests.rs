@@ -22,7 +22,10 @@ fn every_form_gives_the_same_pair() {
     let forms = [
         r#"{"prompt": "Say", "chosen": " yes", "rejected": " no"}"#,
         r#"{"rejected": " no", "scores": [1, 2], "prompt": "Say", "chosen": " yes"}"#,
-        r#"{"prompt_text": "Say", "unpert_gen_text": " yes", "pert_gen_text": " no", "gold_text": "x", "pert_gen_toks": [[3]]}"#,
+        concat!(
+            r#"{"prompt_text": "Say", "unpert_gen_text": " yes", "pert_gen_text": " no", "#,
+            r#""gold_text": "x", "pert_gen_toks": [[3]]}"#
+        ),
         r#"{"chosen": "Say yes", "rejected": "Say no"}"#,
     ];
     for form in forms {
