@@ -28,7 +28,7 @@ fn a_run_resumes_with_other_memory_options_but_not_with_another_recipe() {
     assert!(first.status.success(), "{}", stderr(&first));
     let record = std::fs::read_to_string(run.join("run.json")).unwrap();
     assert!(!record.contains("max_rows") && record.contains("\"device\": \"cuda\""), "{record}");
-    // As many as two pairs have.
+    // By default, enough tokens for all pairs of a step.
     assert!(stderr(&first).contains(" tokens per pass (--ubatch-size)\n"), "{}", stderr(&first));
 
     let choices = ["-ub", "40", "--frozen", "quantised", "--checkpointing", "on", "-t", "1"];
