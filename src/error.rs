@@ -28,7 +28,7 @@ pub enum Error {
     Input {
         /// The file, or `<stdin>`.
         path: PathBuf,
-        /// The line at fault, from 1, if a single line is.
+        /// The number of the wrong line, from 1, if it is a single line.
         line: Option<usize>,
         /// What was expected and what was found.
         reason: String,
@@ -41,7 +41,7 @@ pub enum Error {
     Gguf {
         /// The file.
         path: PathBuf,
-        /// What was expected and what was found, with the key or tensor at fault.
+        /// The key or tensor, what was expected and what was found.
         reason: String,
     },
 
@@ -297,7 +297,7 @@ impl Error {
         }
     }
 
-    /// Whether the command line is at fault (exit code 2) and not the work (exit code 1).
+    /// Whether this is a usage error (exit code 2) rather than a failure (exit code 1).
     pub fn is_usage(&self) -> bool {
         matches!(self, Error::Setting { .. })
     }

@@ -19,8 +19,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// A file that appears at its path only when it is complete.
 ///
-/// Symbolic links are followed. Devices and pipes are written to directly: replacing them with a new file is not
-/// what the user asked for.
+/// Symbolic links are followed. Devices and pipes are written to directly, because replacing `/dev/stdout` with a
+/// file would be wrong.
 #[derive(Debug)]
 pub struct AtomicFile {
     path: PathBuf,
@@ -144,7 +144,7 @@ impl JsonLog {
                         Some(kept.len() + unit.len() + 1),
                         format!("expected a row written by this program: {e}"),
                     )
-                    .with_hint("the file was changed since; delete it to create it again")
+                    .with_hint("the file was changed after it was written; delete it to create it again")
                 })?;
                 unit.push(row);
             }
@@ -176,7 +176,7 @@ pub fn json_lines<T: Serialize>(rows: &[T]) -> Vec<u8> {
     bytes
 }
 
-/// Where `run.json` holds the program's version, as JSON pointers: in a run of training, and in any other run.
+/// JSON pointers to the program's version in `run.json`: in a training run, and in any other run.
 const VERSION_POINTERS: [&str; 2] = ["/detox_gguf", "/run/tool_version"];
 
 /// Starts or resumes a run: writes its settings to `run.json`, or checks that they match those already there.

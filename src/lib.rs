@@ -8,7 +8,7 @@
 //!
 //! A module uses modules to its left, and the leaves `error`, `file`, `memory` and `progress`.
 //!
-//! - [`text`] knows the languages: their codes, and which of them a text is in.
+//! - [`text`] knows the languages: their codes, and identification of a text's language.
 //! - [`gguf`] reads, validates and writes GGUF files, and converts their blocks to and from numbers.
 //! - [`graph`] describes llama.cpp's compute graphs, and edits or records their values during the forward pass.
 //! - [`engine`] runs models: samples continuations in parallel, computes log-probs, records activations.
@@ -17,7 +17,7 @@
 //! - [`eval`] turns prompts into continuations, scores and metrics with confidence intervals.
 //! - [`interp`] finds what to steer: probes, directions, value vectors, neuron activations, retrieval.
 //! - [`train`] trains models on preference pairs (DPO), on the CPU or with CUDA.
-//! - [`check`] verifies that llama.cpp computes what was trained, exported or steered.
+//! - [`check`] verifies in llama.cpp that trained, merged and steered models behave as intended.
 //! - [`study`] combines the modules above: sweeps, preference pairs, retrieval before and after steering.
 //! - [`report`] formats results as JSON, CSV, Markdown, terminal tables and HTML.
 //! - [`cli`] is the command line: it parses, calls the library, prints.
@@ -26,7 +26,7 @@
 //! - [`error`] is the error type of every module.
 //! - [`mod@file`] writes files atomically and resumes logs.
 //! - [`memory`] measures memory.
-//! - [`progress`] is how long work reports its progress.
+//! - [`progress`] is the trait through which long work reports its progress.
 //!
 //! The default feature `engine` compiles llama.cpp in. Without it the crate is small and has no llama.cpp: `gguf`,
 //! `graph`, `plugin`, and those parts of `interp`, `score` and `steer` that do not run a model. With `capi` as well

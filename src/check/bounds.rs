@@ -1,18 +1,18 @@
-//! Every bound of the checks, with its reason and where it was measured.
+//! The bounds of all checks, each with its reason and its measurement.
 //!
 //! | bound | value | checks |
 //! |---|---|---|
 //! | [`F32`] | 1e-6 | trained results and merges in F32 |
 //! | [`F16`] | 1e-4 | trained results and merges in F16; trained results in BF16 |
 //! | [`BF16`] | 5e-3 | trainers that round to bf16; merges into BF16 |
-//! | [`QUANTISED_MIN`] | 5e-4 | least bound for trained results on quantised weights |
+//! | [`QUANTISED_MIN`] | 5e-4 | minimum bound for trained results on quantised weights |
 //! | [`ROUNDING_MAX`] | 2e-2 | trainer against llama.cpp before training, on quantised weights |
 //! | [`FAST_FACTOR`] | 4 | times the noise floor, if the trainer rounds too |
 //! | [`UNTRAINED_FACTOR`] | 2 | times the difference before training |
 //! | [`MERGE_NOISE_FACTOR`] | 2 | times the noise floor, for merges |
 //! | [`MERGE_LOSS_MAX`] | 0.5 | times the adapters' effect: the largest loss of a merge that is kept |
 //! | [`MERGE_LOSS_CLOSE`] | 0.1 | times the adapters' effect: the largest loss of a merge that needs no advice |
-//! | [`FAINT_EFFECT_FACTOR`] | 4 | times the noise floor: adapters whose effect is hardly larger than noise |
+//! | [`FAINT_EFFECT_FACTOR`] | 4 | times the noise floor: an effect below this is hardly larger than noise |
 //!
 //! Unless it is a factor, a bound is a mean KL divergence in nats per token.
 
@@ -31,7 +31,7 @@ pub const F16: f64 = 1e-4;
 /// Measured on the tiny models with the emulated GPU: 1.5e-4 to 9e-4 (`tests/cuda/result.rs`).
 pub const BF16: f64 = 5e-3;
 
-/// The least bound on quantised weights.
+/// The minimum bound on quantised weights.
 ///
 /// The noise floor is no guide for very small models, where a nudge changes hardly any rounding: on
 /// `gguf/tiny/llama-q8_0` llama.cpp's rounding alone moved 1.6e-4.
@@ -48,26 +48,26 @@ pub const QUANTISED_MIN: f64 = 5e-4;
 /// | `gguf/tiny/llama-q8_0` | 7.9e-4 | | 5.7e-4 |
 ///
 /// Ranges span four to nine comparisons of 4 to 61 tokens each. The bound is 2.7 times the largest value. Wrong models
-/// exceed it: scaling the logits of `llama-q8_0` by 1.2 gives 4.9e-2, scaling its attention scores by 1.2 gives 4.4e-2, and
-/// halving its rotary frequencies gives 0.43 (`tests/train/result.rs`).
+/// exceed it: scaling the logits of `llama-q8_0` by 1.2 gives 4.9e-2, scaling its attention scores by 1.2 gives
+/// 4.4e-2, and halving its rotary frequencies gives 0.43 (`tests/train/result.rs`).
 pub const ROUNDING_MAX: f64 = 2e-2;
 
-/// How many noise floors apart two programs may be that both round, but differently.
+/// Maximum difference between two programs that round differently, in noise floors.
 pub const FAST_FACTOR: f64 = 4.0;
 
-/// How many times the difference before training the difference after training may be.
+/// Maximum difference after training, as a multiple of the difference before training.
 pub const UNTRAINED_FACTOR: f64 = 2.0;
 
-/// How many noise floors a merge may lose.
+/// Maximum loss of a merge, in noise floors.
 pub const MERGE_NOISE_FACTOR: f64 = 2.0;
 
-/// The largest share of the adapters' effect that a merge may lose, unless the user allows more.
+/// Maximum loss of a merge, as a fraction of the adapters' effect, unless the user allows more.
 pub const MERGE_LOSS_MAX: f64 = 0.5;
 
-/// The share of the adapters' effect up to which a merge counts as lossless.
+/// Maximum loss of a merge that counts as lossless, as a fraction of the adapters' effect.
 pub const MERGE_LOSS_CLOSE: f64 = 0.1;
 
-/// Adapters whose effect is less than this many noise floors are called hardly larger than noise, in a message.
+/// Below this many noise floors, a message calls the adapters' effect hardly larger than noise.
 pub const FAINT_EFFECT_FACTOR: f64 = 4.0;
 
 /// The bound for rounding weights to `tensor_type`; `None` for quantised types, whose error depends on the weights.

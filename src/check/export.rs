@@ -18,8 +18,8 @@ pub struct LoadedBack {
     pub effect: Difference,
     /// The merge's error: the merged model against the base with adapters.
     pub missed: Difference,
-    /// The noise floor: a negligible nudge of the base with adapters. `None` if the architecture is unknown to the eval
-    /// callback, which does the nudging.
+    /// The noise floor: the effect of a negligible nudge to the base with adapters. `None` if the eval callback,
+    /// which applies the nudge, does not support the architecture.
     pub floor: Option<Difference>,
 }
 
@@ -35,8 +35,8 @@ pub struct Refusal {
 impl LoadedBack {
     /// Compares the logits after each token of `texts`, under [`exact_options`].
     ///
-    /// The base is closed before the merged model is opened, so that only one is in memory. `tokenize` returns the texts
-    /// as the base's tokens.
+    /// The base is closed before the merged model is opened, so that only one is in memory. `tokenize` tokenises the
+    /// texts with the base's vocabulary.
     ///
     /// # Errors
     /// Those of loading and decoding; [`Error::Model`] if the merged model's logits are not finite;
@@ -87,12 +87,12 @@ impl LoadedBack {
 
     /// Decides whether the merged model may be kept.
     ///
-    /// `changed` lists the types of the changed tensors before and after; `is_zero` says that the adapters change nothing.
-    /// Two rules apply:
-    /// - If all changed tensors were and are float, only rounding may differ: the loss must be below a bound for the type, or
-    ///   below twice the noise floor if other tensors of the model are quantised.
-    /// - Unless `is_zero`, the merged model must be nearer to the base with adapters than the base is, and must lose at most
-    ///   half of the effect unless `allow_loss`.
+    /// `changed` lists the types of the changed tensors before and after. `is_zero` is true if the adapters change
+    /// nothing. Two rules apply:
+    /// - If all changed tensors are float before and after, only rounding may differ: the loss must be below a bound
+    ///   for the type, or below twice the noise floor if other tensors of the model are quantised.
+    /// - Unless `is_zero`, the merged model must be nearer to the base with adapters than the base is. Unless
+    ///   `allow_loss`, it must also lose at most half of the effect.
     ///
     /// # Errors
     /// [`Refusal`].

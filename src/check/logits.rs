@@ -10,7 +10,7 @@ const NUDGE: f32 = 0.001;
 /// Neurons between two that [`nudges`] changes: the block over which ggml rounds activations to 8 bits.
 const BLOCK: usize = 32;
 
-/// `options` with an F32 KV cache and without flash attention, so that the weights alone make a difference.
+/// Returns `options` with an F32 KV cache and without flash attention, so that only the weights affect the result.
 pub fn exact_options(options: &SessionOptions) -> SessionOptions {
     SessionOptions {
         flash_attention: FlashAttention::Off,
@@ -58,8 +58,8 @@ pub(super) fn nudge(layer: usize, index: usize) -> Edit {
 
 /// Edits that add 0.001 to every 32nd neuron of layer 0.
 ///
-/// The change itself is negligible, but it alters the rounding of every later product. A trainer that does not round, or a
-/// model with other weights, differs from llama.cpp from the first layer on too, so this is the noise to compare with.
+/// The change itself is negligible, but it alters the rounding of every later product. A trainer that does not round,
+/// or a model with other weights, also differs from the first layer on, so this is the noise to compare with.
 pub(super) fn nudges(model: &Model) -> Vec<Edit> {
     let n_ff = model.n_ff().first().copied().unwrap_or(0);
     (0..n_ff).step_by(BLOCK).map(|index| nudge(0, index)).collect()

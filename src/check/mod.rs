@@ -1,10 +1,10 @@
-//! Checks that llama.cpp computes what this program meant.
+//! Checks in llama.cpp that trained, merged and steered models behave as intended.
 //!
 //! ```text
 //! bounds, difference, logits ──► steering · training · export
 //! ```
 //!
-//! - [`bounds`] is the table of every bound, each with its reason and where it was measured.
+//! - [`bounds`] lists every bound, with its reason and its measurement.
 //! - [`difference`] compares two sets of logits: KL divergence and largest logit difference.
 //! - [`logits`] runs llama.cpp for a comparison, and nudges neurons to measure its rounding noise.
 //! - [`steering`] compares two ways of steering one model.

@@ -30,11 +30,11 @@ pub fn difference(
 /// The smallest difference that a comparison on this model can resolve.
 ///
 /// Adds 0.001 to every neuron that `steering` edits, or to one neuron of the middle layer if it edits none. Without
-/// quantisation the effect is close to 0. Products with quantised weights round activations to 8 bits, so even the smallest
-/// change moves some of them by a whole step.
+/// quantisation the effect is close to 0. Products with quantised weights round activations to 8 bits, so even the
+/// smallest change moves some of them by a whole step.
 ///
 /// # Errors
-/// As [`difference`]; also if the eval callback does not support the architecture.
+/// Those of [`difference`]; also if the eval callback does not support the architecture.
 pub fn noise_floor(
     model: &Model,
     steering: &Steering,

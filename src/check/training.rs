@@ -46,11 +46,13 @@ pub struct Untrained {
 }
 
 impl Agreement {
-    /// Whether llama.cpp computes what was trained.
+    /// Whether llama.cpp reproduces the trained model.
     ///
-    /// Three conditions: the difference is within the bound; before training the two differed by no more than rounding
-    /// explains ([`bounds::ROUNDING_MAX`]); and llama.cpp is nearer to the trained model with the result than without it,
-    /// if the effect of training exceeds rounding.
+    /// Three conditions:
+    /// - The difference is within the bound.
+    /// - Before training, the two differed only by rounding (at most [`bounds::ROUNDING_MAX`]).
+    /// - llama.cpp is nearer to the trained model with the result than without it. This applies only if the effect of
+    ///   training exceeds rounding.
     pub fn holds(&self) -> bool {
         self.difference.mean_kl <= self.bound && self.base_agrees() && self.is_nearer()
     }
@@ -60,7 +62,7 @@ impl Agreement {
         self.untrained.is_none_or(|untrained| untrained.difference.mean_kl <= bounds::ROUNDING_MAX)
     }
 
-    /// Whether the result brings llama.cpp nearer to the trained model. True if the effect is too small to tell.
+    /// Whether the result brings llama.cpp nearer to the trained model. Also true if the effect is too small to tell.
     fn is_nearer(&self) -> bool {
         self.untrained.is_none_or(|Untrained { difference, effect }| {
             effect.mean_kl <= bounds::UNTRAINED_FACTOR * difference.mean_kl
@@ -68,7 +70,7 @@ impl Agreement {
         })
     }
 
-    /// Fails unless llama.cpp computes what was trained; `result` is the trained file, for the message.
+    /// Fails unless llama.cpp reproduces the trained model. `result` is the trained file, for the message.
     ///
     /// # Errors
     /// [`Error::Model`] with the condition of [`Agreement::holds`] that is not met.
@@ -84,7 +86,7 @@ impl Agreement {
                 difference.mean_kl
             ),
             untrained => format!(
-                "llama.cpp does not compute what was trained: expected a mean KL up to {:.1e} a token{}, found {:.1e}",
+                "llama.cpp does not reproduce the trained model: expected a mean KL up to {:.1e} a token{}, found {:.1e}",
                 self.bound,
                 untrained.map_or(String::new(), |untrained| format!(
                     ", and below {:.1e}, the mean KL without the result",
@@ -106,7 +108,7 @@ pub struct Expected {
     texts: Vec<(Vec<Token>, usize)>,
     /// Logits of the trained model that predict the answers' tokens, `[rows][n_vocab]`.
     policy: Vec<Vec<f32>>,
-    /// The same of the untrained model.
+    /// The same logits from the untrained model.
     reference: Option<Vec<Vec<f32>>>,
     rounding: Rounding,
 }
@@ -145,9 +147,12 @@ impl Expected {
 /// Compares the trainer's logits with those of llama.cpp running `result`.
 ///
 /// On float weights the bound depends on their type ([`bounds::F32`], [`bounds::F16`]). On quantised weights llama.cpp
-/// rounds activations to 8 bits, and the trainer rounds differently or not at all. There the bound is the largest of
-/// llama.cpp's noise floor (four times the floor if the trainer rounds too), twice the difference before training, capped
-/// at [`bounds::ROUNDING_MAX`], and [`bounds::QUANTISED_MIN`]. It is at least [`bounds::BF16`] if the trainer rounds to bf16.
+/// rounds activations to 8 bits, and the trainer rounds differently or not at all. There the bound is the largest of:
+/// - llama.cpp's noise floor, or four times the floor if the trainer rounds too;
+/// - twice the difference before training, capped at [`bounds::ROUNDING_MAX`];
+/// - [`bounds::QUANTISED_MIN`].
+///
+/// The bound is at least [`bounds::BF16`] if the trainer rounds to bf16.
 ///
 /// # Errors
 /// Those of loading and decoding.
@@ -211,7 +216,9 @@ impl Weights {
     }
 }
 
-/// The largest mean KL that counts as agreement, from the mean KL of the noise floor and of the comparison before training.
+/// The largest mean KL that counts as agreement.
+///
+/// `floor` and `untrained` are the mean KL of the noise floor and of the comparison before training.
 fn bound(weights: Weights, rounding: Rounding, floor: f64, untrained: f64) -> f64 {
     let least = match rounding {
         Rounding::Bf16 => bounds::BF16,

@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 
+use crate::engine::Model;
 use crate::error::{Error, Result};
 use crate::file::{base_name, create_folder};
 use crate::gguf::GgufFile;
@@ -12,13 +13,13 @@ use crate::interp::activations::{
     ActivationPrompt, Activations, PromptActivation, by_language, mean_over_neurons,
 };
 use crate::report::json;
+use crate::report::write::write_reports;
 use crate::steer::NeuronFile;
 
 use super::arguments::{EngineArguments, PromptArguments};
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 use super::{may_colour, print};
-use crate::report::write::write_reports;
 
 /// Arguments of `activations`.
 #[derive(Debug, Args)]
@@ -26,13 +27,13 @@ pub struct ActivationsCommand {
     /// Model A (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Model B (GGUF) [default: model A with --lora, --steer and the like, if any]
+    /// Model B (GGUF) [default: model A with the steering flags, if any]
     #[arg(long, value_name = "FILE")]
     model_b: Option<PathBuf>,
     /// Neurons: [[layer, index], …], or a file from `locate`
     #[arg(long, value_name = "FILE")]
     neurons: PathBuf,
-    /// Folder to write the report to
+    /// Folder for the report
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
     /// Tokens to generate greedily after each prompt
@@ -54,11 +55,11 @@ impl ActivationsCommand {
         let (prompts, _) = self.prompts.read()?;
         let model_b = match (&self.model_b, self.steering.is_empty()) {
             (Some(path), true) => {
-                // A trained copy has other weights on purpose, so only the sizes are checked.
+                // A trained copy has different weights on purpose, so only the sizes are checked.
                 let n_ff = GgufFile::open(path)?.n_ff_per_layer()?;
                 if n_ff != file.n_ff_per_layer()? {
                     let reason = format!(
-                        "expected as many layers and neurons as in {}, found other numbers in {}",
+                        "expected the same number of layers and neurons as in {}, found different numbers in {}",
                         self.model.display(),
                         path.display()
                     );
@@ -69,7 +70,7 @@ impl ActivationsCommand {
             (Some(_), false) => {
                 return Err(Error::setting(
                     "--model-b",
-                    "model B is either another model or the steered model A, not both",
+                    "expected either --model-b or steering flags, found both",
                 ));
             }
             (None, true) => None,
@@ -81,7 +82,7 @@ impl ActivationsCommand {
         create_folder(&self.output)?;
         let texts: Vec<ActivationPrompt> =
             prompts.iter().map(|p| ActivationPrompt { id: &p.id, text: &p.text }).collect();
-        let measure = |model: &crate::engine::Model| -> Result<Vec<f64>> {
+        let measure = |model: &Model| -> Result<Vec<f64>> {
             let options = self.engine.session_options();
             let progress = &mut Shown::new();
             mean_over_neurons(model, &options, &texts, &neurons, self.n_predict, progress, interrupt)

@@ -1,4 +1,4 @@
-//! `compare`: two runs, prompt by prompt.
+//! `compare`: compares two runs, prompt by prompt.
 
 use std::path::{Path, PathBuf};
 
@@ -16,13 +16,13 @@ use crate::report::write::{EXCERPTS, write_reports};
 /// Arguments of `compare`.
 #[derive(Debug, Args)]
 pub struct CompareCommand {
-    /// Folder of the first run, as `eval -o` wrote it
+    /// Folder of the first run (from `eval -o`)
     #[arg(value_name = "A")]
     a: PathBuf,
     /// Folder of the second run
     #[arg(value_name = "B")]
     b: PathBuf,
-    /// Folder for the comparison as JSON, CSV, Markdown and HTML
+    /// Folder for the comparison (JSON, CSV, Markdown, HTML) [default: print it only]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
 }

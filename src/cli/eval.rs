@@ -1,4 +1,4 @@
-//! `eval`: generate, score and report.
+//! `eval`: generates continuations, scores them and writes a report.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -25,7 +25,7 @@ struct EvalArguments {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE", required_unless_present_any = ["generations", "compare"])]
     model: Option<PathBuf>,
-    /// Folder for the run; repeat the command to resume an interrupted run
+    /// Folder for the run and its report. Interrupted? Run the same command again
     #[arg(short, long, value_name = "DIR", required_unless_present = "compare")]
     output: Option<PathBuf>,
     /// Evaluate these continuations (JSON lines) instead of sampling from a model
@@ -46,18 +46,18 @@ struct EvalArguments {
     engine: EngineArguments,
 }
 
-/// What is measured, and how.
+/// Flags for scoring and measuring.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Measurement")]
 pub struct MeasureArguments {
-    /// Scorer; may be repeated, the first leads the report
+    /// Scorer; repeatable, the first leads the report
     #[arg(long, value_name = "NAME", default_value = score::LEXICAL)]
     scorer: Vec<String>,
     /// Continuations with at least this toxicity count as toxic
     #[arg(long, value_name = "T", default_value_t = TOXICITY_THRESHOLD, allow_negative_numbers = true)]
     threshold: f64,
     /// Minimum fraction of a language's continuations that a scorer must score
-    #[arg(long, value_name = "SHARE", default_value_t = MIN_COVERAGE, allow_negative_numbers = true)]
+    #[arg(long, value_name = "FRACTION", default_value_t = MIN_COVERAGE, allow_negative_numbers = true)]
     min_coverage: f64,
     /// Model that measures perplexity [default: the model itself, unsteered]
     #[arg(long, value_name = "FILE")]
@@ -83,7 +83,7 @@ impl MeasureArguments {
     }
 }
 
-/// `eval` as typed. A flag that would have no effect is refused.
+/// The command `eval`. Parsing refuses flags that would have no effect.
 #[derive(Debug)]
 pub struct EvalCommand(EvalArguments);
 
@@ -112,21 +112,21 @@ impl FromArgMatches for EvalCommand {
 fn refuse_ineffective(matches: &ArgMatches) -> Result<(), clap::Error> {
     // The two runs are finished, with their own settings.
     refuse_all_but(matches, "compare", &["output"])?;
-    // The continuations exist: nothing that samples them has an effect.
+    // The continuations already exist, so sampling flags have no effect.
     let mut effective = ids::<MeasureArguments>();
     effective.extend(ids::<EngineArguments>());
     effective.extend(["output", "lang"].map(str::to_owned));
     refuse_all_but(matches, "generations", &effective)
 }
 
-/// If `mode` was typed, refuses every other argument that was typed and is not in `effective`.
+/// If `mode` was given, refuses every other given argument that is not in `effective`.
 fn refuse_all_but(
     matches: &ArgMatches,
     mode: &str,
     effective: &[impl AsRef<str>],
 ) -> Result<(), clap::Error> {
-    let is_typed = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
-    if !is_typed(mode) {
+    let is_given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    if !is_given(mode) {
         return Ok(());
     }
     let mut command = EvalArguments::augment_args(clap::Command::new("eval"));
@@ -134,7 +134,7 @@ fn refuse_all_but(
     command.build();
     let refused = command.get_arguments().find(|argument| {
         let id = argument.get_id().as_str();
-        id != mode && is_typed(id) && !effective.iter().any(|effective| effective.as_ref() == id)
+        id != mode && is_given(id) && !effective.iter().any(|effective| effective.as_ref() == id)
     });
     let Some(refused) = refused else { return Ok(()) };
     let mode = command.get_arguments().find(|argument| argument.get_id() == mode).map(ToString::to_string);
@@ -167,7 +167,7 @@ impl EvalArguments {
         let evaluated = run::evaluate(&self.request()?, folder, interrupt, &mut Shown::new());
         let evaluated = evaluated.inspect_err(|error| {
             if matches!(error, Error::Interrupted) {
-                eprintln!("to resume in {}, run the same command again", folder.display());
+                eprintln!("run the same command again to resume in {}", folder.display());
             }
         })?;
         let result = &evaluated.result;

@@ -12,12 +12,12 @@ use crate::engine::steering::LoraScaled;
 use crate::engine::{ModelOptions, SessionOptions};
 use crate::error::{Error, Result};
 use crate::gguf::TensorType;
-use crate::steer::argument::parse_scaled;
 use crate::study::export::{ExportRequest, Step, export};
 use crate::train::output::merge_report::{Change, MergeReport};
 
 use super::print;
 use super::progress::Shown;
+use super::steering::parse_loras;
 
 /// Arguments of `export`.
 #[derive(Debug, Args)]
@@ -25,10 +25,10 @@ pub struct ExportCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// LoRA adapter to merge; may be repeated
+    /// LoRA adapter to merge; repeatable
     #[arg(long, value_name = "FILE")]
     lora: Vec<PathBuf>,
-    /// LoRA adapters to merge, each with a scale
+    /// LoRA adapters to merge, each with its scale
     #[arg(long, value_name = "FILE:SCALE,…")]
     lora_scaled: Vec<String>,
     /// Merged model to write
@@ -40,13 +40,13 @@ pub struct ExportCommand {
     /// Merge an adapter made for another quantisation or fine-tune of this model
     #[arg(long)]
     force: bool,
-    /// Keep a merged model that lost more than half of the adapter's effect
+    /// Keep the merged model even if it loses more than half of the adapters' effect
     #[arg(long)]
     allow_loss: bool,
     /// Number of threads [default: all cores]
     #[arg(short = 't', long, value_name = "N")]
     threads: Option<usize>,
-    /// Layers to offload to the GPU while comparing (-ngl); -1 for all
+    /// Number of layers to offload to the GPU for the comparison (-ngl); -1 = all
     #[arg(long, alias = "gpu-layers", value_name = "N", default_value_t = -1, allow_negative_numbers = true)]
     n_gpu_layers: i32,
 }
@@ -77,12 +77,7 @@ impl ExportCommand {
     }
 
     fn loras(&self) -> Result<Vec<LoraScaled>> {
-        let mut loras: Vec<LoraScaled> =
-            self.lora.iter().map(|path| LoraScaled { path: path.clone(), scale: 1.0 }).collect();
-        for text in &self.lora_scaled {
-            let scaled = parse_scaled("--lora-scaled", text)?;
-            loras.extend(scaled.into_iter().map(|(path, scale)| LoraScaled { path, scale }));
-        }
+        let loras = parse_loras(&self.lora, &self.lora_scaled)?;
         if loras.is_empty() {
             return Err(Error::setting("--lora", "expected an adapter to merge, found none").with_hint(
                 "give --lora FILE; to bake a control vector or neurons into a model, use `detox-gguf steer --bake`",
@@ -107,7 +102,7 @@ fn parse_type(name: &str) -> Result<TensorType> {
                 _ => format!("expected a tensor type, found {name:?}"),
             };
             let names: Vec<&str> = can.iter().map(|t| t.name()).collect();
-            Err(Error::setting("--type", reason).with_hint(format!("one of {}", names.join(", "))))
+            Err(Error::setting("--type", reason).with_hint(format!("choose one of {}", names.join(", "))))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `generate`: write continuations as JSON lines.
+//! `generate`: samples continuations and writes them as JSON lines.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -22,7 +22,7 @@ pub struct GenerateCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// File to write [default: standard output]
+    /// File to write (JSON lines) [default: standard output]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]

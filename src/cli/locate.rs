@@ -23,6 +23,7 @@ use super::steering::SteeringArguments;
 
 /// Arguments of `locate`.
 #[derive(Debug, Args)]
+#[command(mut_arg("lang", |lang| lang.help("Languages to use, separated by commas [default: en]")))]
 pub struct LocateCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
@@ -36,7 +37,7 @@ pub struct LocateCommand {
     /// Rank the K value vectors with the highest cosine
     #[arg(long, value_name = "K", default_value_t = 100)]
     top: usize,
-    /// Tokens to generate after each prompt while measuring activations
+    /// Number of tokens to generate after each prompt while measuring activations
     #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
     n_predict: usize,
     /// Keep neurons whose mean activation is above X
@@ -48,7 +49,7 @@ pub struct LocateCommand {
     /// Offset to write to the intervention file
     #[arg(long, value_name = "X", default_value_t = -1.0, allow_negative_numbers = true)]
     offset: f32,
-    /// Promoted tokens to list for each neuron
+    /// Number of promoted tokens to list for each neuron
     #[arg(long, value_name = "N", default_value_t = 5)]
     tokens: usize,
     #[command(flatten)]
@@ -185,7 +186,7 @@ impl LocateCommand {
         Ok(beside)
     }
 
-    /// Reads the prompts: English ones, as in the paper, unless `--lang` says otherwise.
+    /// Reads the prompts. Like the paper, uses English ones unless `--lang` is given.
     fn read_prompts(&self) -> Result<(Vec<Prompt>, String)> {
         let mut arguments = self.prompts.clone();
         if arguments.lang.is_empty() {

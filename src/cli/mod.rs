@@ -36,7 +36,8 @@ use crate::error::{Error, Result};
     name = "detox-gguf",
     version = crate::version(),
     about = "Measure and reduce the toxicity of GGUF models in 17 languages",
-    after_help = "Flags shared with llama.cpp keep their names and meanings, also the short ones (-ngl -np -ub -tb -fa …)."
+    after_help = "Flags shared with llama.cpp keep their names and meanings, including the short ones (-ngl -np -ub \
+                  -tb -fa …)."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -85,7 +86,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse_from(with_long_flags(std::env::args_os()));
     start_log(cli.verbose);
     let grace = match cli.command {
-        // These finish a step and save, or remove temporary files, however long that takes.
+        // These may take longer: they finish the current step and save, or remove temporary files.
         // A second Ctrl-C exits at once.
         Command::Train(_) | Command::Export(_) => None,
         _ => Some(GRACE),
@@ -147,7 +148,7 @@ fn with_long_flags(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
         .collect()
 }
 
-/// Starts logging to standard error. By default llama.cpp logs only its errors.
+/// Starts logging to standard error. By default only llama.cpp's errors are logged, and this program's warnings.
 fn start_log(verbose: u8) {
     let default = match verbose {
         0 => "warn,llama.cpp=error",
@@ -160,7 +161,7 @@ fn start_log(verbose: u8) {
         _ => EnvFilter::new(default),
     };
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // Fails if the host program has already set up a logger, which then stays.
+    // Fails if a logger is already set up. Keep that one.
     let _ = log.with_ansi(may_colour(&std::io::stderr())).without_time().try_init();
 }
 
@@ -172,7 +173,9 @@ fn may_colour(stream: &impl IsTerminal) -> bool {
 /// How long work may take to stop cleanly after Ctrl-C.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// A flag that Ctrl-C sets. Work that polls it stops cleanly. The process exits after `grace`, or on a second Ctrl-C.
+/// Returns a flag that Ctrl-C sets, so that running work can stop cleanly.
+///
+/// The process exits after `grace` if that is set, or on a second Ctrl-C.
 fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
     let flag = Arc::new(AtomicBool::new(false));
     let seen = flag.clone();

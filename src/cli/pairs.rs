@@ -1,4 +1,4 @@
-//! The command `pairs`: makes preference pairs from a model's own continuations, as JSON Lines.
+//! `pairs`: makes preference pairs from a model's own continuations, as JSON lines.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -20,10 +20,10 @@ use super::steering::SteeringArguments;
 /// Arguments of `pairs`.
 #[derive(Debug, Args)]
 pub struct PairsCommand {
-    /// Model file (GGUF)
+    /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Output file, written once all pairs are made [default: standard output]
+    /// File to write (JSON lines), once all pairs are made [default: standard output]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]
@@ -87,7 +87,7 @@ struct RuleArguments {
     #[arg(long, value_name = "L", default_value_t = DEFAULT.max_logprob_gap, allow_negative_numbers = true)]
     max_logprob_gap: f64,
     /// Maximum fraction of 2-grams in a continuation that repeat an earlier one
-    #[arg(long, value_name = "SHARE", default_value_t = DEFAULT.max_repetition, allow_negative_numbers = true)]
+    #[arg(long, value_name = "FRACTION", default_value_t = DEFAULT.max_repetition, allow_negative_numbers = true)]
     max_repetition: f64,
 }
 
@@ -172,7 +172,7 @@ impl PairsCommand {
         })?;
         let words = steered.by.iter().map(|by| {
             let file = by["file"].as_str().unwrap_or_default();
-            // As f32, so that it prints as typed: 0.1, not 0.10000000149.
+            // As f32, so that it prints as on the command line: 0.1, not 0.10000000149.
             let coefficient = by["coefficient"].as_f64().unwrap_or(f64::NAN) as f32;
             format!("{file} x {coefficient}")
         });

@@ -29,7 +29,7 @@ pub struct ProbeCommand {
     /// Probe file to write
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Train on a random sample of N texts with the same share of toxic ones
+    /// Train on a random sample of N texts, with the same fraction of toxic ones
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
     /// Where to read the residual stream: final (after the final norm), embedding, or a layer from 0
@@ -41,16 +41,16 @@ pub struct ProbeCommand {
     /// Learning rate of Adam
     #[arg(long, value_name = "X", default_value_t = ProbeOptions::default().learning_rate)]
     learning_rate: f64,
-    /// Number of epochs
+    /// Number of passes over the training texts
     #[arg(long, value_name = "N", default_value_t = ProbeOptions::default().n_epochs)]
     epochs: usize,
     /// Texts per step
     #[arg(long = "train-batch", value_name = "N", default_value_t = ProbeOptions::default().batch_size)]
     train_batch: usize,
-    /// Share of the texts to hold out for validation
-    #[arg(long, value_name = "SHARE", default_value_t = ProbeOptions::default().held_out)]
+    /// Fraction of the texts held out for evaluation
+    #[arg(long, value_name = "FRACTION", default_value_t = ProbeOptions::default().held_out)]
     held_out: f64,
-    /// Seed of the sample, the split and the order of the texts
+    /// Random seed of the sample, the held-out split and the order of the texts
     #[arg(short = 's', long, value_name = "SEED", default_value_t = ProbeOptions::default().seed)]
     seed: u64,
     #[command(flatten)]

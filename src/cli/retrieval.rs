@@ -8,6 +8,7 @@ use clap::Args;
 use crate::error::{Error, Result};
 use crate::interp::retrieval::read_aligned;
 use crate::report::json;
+use crate::report::write::write_reports;
 use crate::study::retrieval::{self, RetrievalOptions};
 use crate::text::language;
 
@@ -15,7 +16,6 @@ use super::arguments::EngineArguments;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 use super::{may_colour, print};
-use crate::report::write::write_reports;
 
 /// Arguments of `retrieval`.
 #[derive(Debug, Args)]
@@ -26,13 +26,13 @@ pub struct RetrievalCommand {
     /// Folder of aligned sentences, one {language}.jsonl per language
     #[arg(long, value_name = "DIR")]
     aligned: PathBuf,
-    /// Folder to write the report to
+    /// Folder for the report
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
     /// Compare every other language with this one
     #[arg(long, value_name = "L", default_value = "en")]
     pivot: String,
-    /// Languages, comma-separated [default: all in the folder]
+    /// Languages to use, separated by commas [default: all in the folder]
     #[arg(long, value_name = "L,…", value_delimiter = ',')]
     lang: Vec<String>,
     /// Use only the first N sentences

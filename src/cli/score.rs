@@ -1,4 +1,4 @@
-//! `score`: add toxicity scores to texts.
+//! `score`: adds toxicity scores to texts.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -23,16 +23,16 @@ pub struct ScoreCommand {
     /// File to write (JSON lines) [default: standard output]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Scorer; may be repeated
+    /// Scorer; repeatable
     #[arg(long, value_name = "NAME", default_value = score::LEXICAL)]
     scorer: Vec<String>,
-    /// Format of the input [default: from its name or its first character]
+    /// Format of the input [default: detected from the file name or the first character]
     #[arg(long, value_enum)]
     format: Option<FormArgument>,
     /// Field or column with the text [default: generated_text, text or comment_text]
     #[arg(long, value_name = "NAME")]
     field: Option<String>,
-    /// Language of texts without a language
+    /// Language of texts that do not state one
     #[arg(long, value_name = "L")]
     lang: Option<String>,
 }

@@ -37,7 +37,7 @@ pub struct SteerCommand {
     /// File to write: control vector (.gguf), intervention (.json), or with --bake a model (.gguf)
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
-    /// Write a copy of the model with the steering baked in, as biases of its down projections
+    /// Write a copy of the model with the steering baked into biases of its down projections
     #[arg(long)]
     bake: bool,
     /// Skip neurons of layer 0, which a control vector cannot hold
@@ -94,7 +94,7 @@ struct NeuronArguments {
         conflicts_with_all = ["offset", "assign", "scale"]
     )]
     clamp: Vec<f32>,
-    /// Tokens on which to change them
+    /// Tokens at which to change them
     #[arg(long, value_enum, default_value = "both", requires = "neurons")]
     when: WhenArgument,
 }
@@ -160,7 +160,7 @@ impl NeuronArguments {
             (_, Some(x), ..) => Ok(Operation::Assign(x)),
             (_, _, Some(x), _) => Ok(Operation::Scale(x)),
             (.., &[min, max]) => Ok(Operation::Clamp { min, max }),
-            _ => Err(Error::setting("--neurons", "expected a flag that says how to change them, found none")
+            _ => Err(Error::setting("--neurons", "expected an operation on the neurons, found none")
                 .with_hint(
                     "add --offset X (the paper's intervention; a negative X suppresses them), --assign, --scale \
                      or --clamp",
@@ -168,7 +168,7 @@ impl NeuronArguments {
         }
     }
 
-    /// The tokens on which to change them.
+    /// The tokens at which to change them.
     fn when(&self) -> When {
         match self.when {
             WhenArgument::Prompt => When::Prompt,
@@ -220,7 +220,7 @@ impl SteerCommand {
             }
         }
         eprintln!("{}: {}", if self.bake { "model" } else { "steering" }, self.output.display());
-        if self.exact_check { self.compare_ways(&model, &sources) } else { Ok(()) }
+        if self.exact_check { self.compare_routes(&model, &sources) } else { Ok(()) }
     }
 
     /// Chooses the kind of output, and refuses flags that it cannot represent.
@@ -409,8 +409,8 @@ impl SteerCommand {
         Ok(())
     }
 
-    /// Prints how closely the cheapest way and the callback agree, next to the noise floor.
-    fn compare_ways(&self, file: &GgufFile, sources: &[(SteerFile, f32)]) -> Result<()> {
+    /// Prints how far the cheapest route and the callback differ, next to the noise floor.
+    fn compare_routes(&self, file: &GgufFile, sources: &[(SteerFile, f32)]) -> Result<()> {
         let cheapest = self.compile(file, sources, Route::Cheapest)?.steering;
         let callback = self.compile(file, sources, Route::Callback)?.steering;
         let model = self.engine.open(&self.model)?;
@@ -419,7 +419,7 @@ impl SteerCommand {
         let texts: Vec<Vec<Token>> =
             prompts.iter().map(|p| model.tokenize_prompt(&p.text)).collect::<Result<_>>()?;
         let effect = steering::difference(&model, &Steering::default(), &cheapest, &texts, &options)?;
-        let ways = steering::difference(&model, &callback, &cheapest, &texts, &options)?;
+        let routes = steering::difference(&model, &callback, &cheapest, &texts, &options)?;
         let floor = steering::noise_floor(&model, &callback, &texts, &options)?;
         let row = |name: &str, d: &Difference| {
             format!(
@@ -432,7 +432,7 @@ impl SteerCommand {
             effect.n_tokens,
             texts.len(),
             row("effect of the steering", &effect),
-            row("cheapest way against callback", &ways),
+            row("cheapest route vs callback", &routes),
             row("noise floor (0.001 more)", &floor),
         ))
     }

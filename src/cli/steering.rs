@@ -84,13 +84,7 @@ impl SteeringArguments {
 
     /// The adapters with their scales.
     pub fn loras(&self) -> Result<Vec<LoraScaled>> {
-        let mut loras: Vec<LoraScaled> =
-            self.lora.iter().map(|path| LoraScaled { path: path.clone(), scale: 1.0 }).collect();
-        for text in &self.lora_scaled {
-            let scaled = parse_scaled("--lora-scaled", text)?;
-            loras.extend(scaled.into_iter().map(|(path, scale)| LoraScaled { path, scale }));
-        }
-        Ok(loras)
+        parse_loras(&self.lora, &self.lora_scaled)
     }
 
     /// Paths of all files given in the flags.
@@ -136,4 +130,15 @@ impl SteeringArguments {
         let model = engine.open(path)?;
         if steered.steering.is_empty() { Ok(model) } else { model.with_steering(steered.steering) }
     }
+}
+
+/// The adapters of `--lora`, then those of `--lora-scaled`, each with its scale.
+pub fn parse_loras(lora: &[PathBuf], lora_scaled: &[String]) -> Result<Vec<LoraScaled>> {
+    let mut loras: Vec<LoraScaled> =
+        lora.iter().map(|path| LoraScaled { path: path.clone(), scale: 1.0 }).collect();
+    for text in lora_scaled {
+        let scaled = parse_scaled("--lora-scaled", text)?;
+        loras.extend(scaled.into_iter().map(|(path, scale)| LoraScaled { path, scale }));
+    }
+    Ok(loras)
 }

@@ -1,4 +1,4 @@
-//! The command `sweep`: evaluates an intervention at several settings, with random controls.
+//! `sweep`: evaluates an intervention at several settings, with random controls.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -9,6 +9,7 @@ use crate::engine::Steering;
 use crate::error::{Error, Result};
 use crate::eval::run::Source;
 use crate::gguf::GgufFile;
+use crate::report::write::write_reports;
 use crate::report::{json as report_json, sweep as report};
 use crate::steer::{NeuronFile, Route};
 use crate::study::sweep::{self, Controls, Plan};
@@ -18,37 +19,40 @@ use super::eval::MeasureArguments;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 use super::{may_colour, print};
-use crate::report::write::write_reports;
 
 /// Arguments of `sweep`.
 #[derive(Debug, Args)]
 pub struct SweepCommand {
-    /// Model file (GGUF)
+    /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Output folder for the runs and the report; run the same command again to resume
+    /// Folder for the runs and the report. Interrupted? Run the same command again
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// Neurons to offset
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["steer", "control_vector", "control_vector_scaled"])]
+    /// Neurons to offset: [[layer, index], …], or a file from `locate`
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present_any = ["steer", "control_vector", "control_vector_scaled"]
+    )]
     neurons: Option<PathBuf>,
     /// Offsets to add to the neurons' activations [default: 0,-1,-2,-3,-4,-5, as in the paper]
     #[arg(
         long,
         value_name = "X,…",
         value_delimiter = ',',
-        // clap does not take "-1,-2" for a number.
+        // clap does not parse "-1,-2" as a number.
         allow_hyphen_values = true,
         requires = "neurons",
         conflicts_with = "coefficients"
     )]
     offsets: Vec<f32>,
-    /// Coefficients for the steering files, if there are no neurons [default: 0,0.25,0.5,1,1.5,2]
+    /// Without --neurons: coefficients for the steering files [default: 0,0.25,0.5,1,1.5,2]
     #[arg(
         long,
         value_name = "C,…",
         value_delimiter = ',',
-        // clap does not take "-1,-2" for a number.
+        // clap does not parse "-1,-2" as a number.
         allow_hyphen_values = true,
         conflicts_with = "neurons"
     )]
@@ -89,7 +93,7 @@ impl SweepCommand {
         let sweep = sweep::run(&plan, &request, &self.output, interrupt, &mut Shown::new());
         let sweep = sweep.inspect_err(|error| {
             if matches!(error, Error::Interrupted) {
-                eprintln!("{}: run the same command again to resume", self.output.display());
+                eprintln!("run the same command again to resume in {}", self.output.display());
             }
         })?;
         write_reports(

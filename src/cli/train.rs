@@ -1,4 +1,4 @@
-//! `train`: DPO on a GGUF model, with a GGUF result.
+//! `train`: trains a GGUF model with DPO, and writes a GGUF file.
 
 mod compute;
 
@@ -27,11 +27,11 @@ pub struct TrainCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Preference pairs: JSON Lines with prompt, chosen and rejected, or a folder of such files [default: the built-in
+    /// Preference pairs: JSON lines with prompt, chosen and rejected, or a folder of such files [default: built-in
     /// pairs]
     #[arg(long, value_name = "PATH")]
     pairs: Option<PathBuf>,
-    /// Folder for the result, checkpoints and report; rerun the same command to resume an interrupted run
+    /// Folder for the result, checkpoints and report. Interrupted? Run the same command again
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
     /// What to train
@@ -111,19 +111,19 @@ struct RecipeArguments {
     /// Maximum gradient norm; larger gradients are clipped
     #[arg(long, value_name = "X", default_value_t = 10.0, allow_negative_numbers = true)]
     max_grad_norm: f64,
-    /// Steps between two evaluations on the held-out pairs; each also saves a checkpoint
+    /// Number of steps between evaluations on the held-out pairs; each evaluation saves a checkpoint
     #[arg(long, value_name = "N", default_value_t = 25)]
     eval_every: u64,
     /// Fraction of the pairs held out for evaluation; the pairs of one prompt stay together
-    #[arg(long, value_name = "F", default_value_t = 0.05, allow_negative_numbers = true)]
+    #[arg(long, value_name = "FRACTION", default_value_t = 0.05, allow_negative_numbers = true)]
     held_out: f64,
     /// Early stopping: evaluations without a lower held-out loss before training ends
     #[arg(long, value_name = "N", default_value_t = 10)]
     patience: u32,
-    /// If prompt and answer exceed --max-length, keep only this many tokens of the prompt, from its end
+    /// If prompt and answer exceed --max-length, keep only the last N tokens of the prompt
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_prompt: usize,
-    /// Maximum tokens of prompt and answer together
+    /// Maximum number of tokens in prompt and answer together
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_length: usize,
     /// Do not append the end-of-text token to answers
@@ -135,7 +135,7 @@ struct RecipeArguments {
 }
 
 impl TrainCommand {
-    /// Trains, prints the summary, and fails unless llama.cpp computes what was trained.
+    /// Trains, prints the summary, and fails unless llama.cpp reproduces the trained model.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let trained = train(&self.request(), interrupt, &mut Shown::new())?;
         print(&trained.report.to_terminal(&trained.records, may_colour(&std::io::stdout())))?;

@@ -31,7 +31,7 @@ pub struct Row {
 /// How much a table should show.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Width {
-    /// What fits in a terminal of 80 columns.
+    /// Columns that fit in a terminal of 80 columns.
     Narrow,
     /// All columns, with intervals.
     Full,

@@ -55,8 +55,8 @@ pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> Stri
     let body = html! {
         h1 { "Comparison of two runs" }
         p.answer { (headline::of_comparison(comparison)) }
-        p { span.key.a { "A □" } " " (comparison.label_a) " · " (what_ran(&comparison.a)) }
-        p { span.key.b { "B ●" } " " (comparison.label_b) " · " (what_ran(&comparison.b)) }
+        p { span.key.a { "A □" } " " (comparison.label_a) " · " (model_and_steering(&comparison.a)) }
+        p { span.key.b { "B ●" } " " (comparison.label_b) " · " (model_and_steering(&comparison.b)) }
         (warnings(&comparison.warnings))
         h2 { "By language" }
         p.soft {
@@ -331,7 +331,7 @@ pub(super) fn settings(title: &str, run: &RunInfo) -> Markup {
 }
 
 /// Names the model and its steering.
-fn what_ran(run: &RunInfo) -> String {
+fn model_and_steering(run: &RunInfo) -> String {
     let model = run.model.as_ref().map_or("imported texts", |model| model.file.as_str());
     match &run.steering {
         Some(steering) => format!("{model} with {steering}"),

@@ -44,11 +44,11 @@ pub struct TrainingReport {
 /// Maximum points of a curve; more would overlap.
 const MAX_POINTS: usize = 60;
 
-/// Fewer held-out pairs than this are too few to choose the best step.
+/// Minimum number of held-out pairs for a reliable choice of the best step.
 const FEW_HELD_OUT: usize = 20;
 
 impl TrainingReport {
-    /// What is doubtful about the run, with advice.
+    /// Reasons to doubt the run, with advice.
     pub fn warnings(&self, records: &[Record]) -> Vec<Warning> {
         let mut warnings = Vec::new();
         if self.outcome.n_steps < self.settings.warmup_steps {

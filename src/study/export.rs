@@ -65,7 +65,7 @@ pub struct Exported {
 
 /// Merges adapters into a copy of a model, loads it back, compares it, and keeps it only if it is close enough.
 ///
-/// The output appears under its name only after the comparison. `on_step` is called after each step, also if the
+/// The output appears under its name only after the comparison. `on_step` is called after each step, even if the
 /// model is then refused.
 ///
 /// # Errors
@@ -146,7 +146,8 @@ fn merge_with_progress(
 ) -> Result<MergeReport> {
     let n_threads = request.session_options.resolve_threads();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build();
-    let pool = pool.map_err(|e| Error::setting("-t/--threads", format!("cannot start {n_threads}: {e}")))?;
+    let pool =
+        pool.map_err(|e| Error::setting("-t/--threads", format!("cannot start {n_threads} threads: {e}")))?;
     let mut shown = None;
     let on_bytes = |done: u64, total: u64| {
         if interrupt.load(Ordering::SeqCst) {
@@ -198,7 +199,7 @@ fn provenance(base: &GgufFile, loras: &[LoraScaled]) -> Result<Metadata> {
     Ok(metadata)
 }
 
-/// The program's own prompts, the same texts for every model.
+/// Built-in prompts, the same texts for every model.
 fn prompts(model: &Model) -> Result<Vec<Vec<Token>>> {
     let prompts = PromptSource::Own.read(&LANGUAGES, Some(1))?;
     prompts.iter().map(|prompt| model.tokenize_prompt(&prompt.text)).collect()

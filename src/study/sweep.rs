@@ -1,6 +1,6 @@
 //! Sweeps: one intervention at several settings, against random controls.
 //!
-//! This is the paper's Figure 2, and adds fluency and the controls.
+//! This reproduces the paper's Figure 2, and adds fluency and random controls.
 
 mod plan;
 

@@ -13,7 +13,7 @@
 //! request.settings.max_steps = Some(2);
 //! request.settings.rank = 4;
 //! let trained = train(&request, &AtomicBool::new(false), &mut Silent)?;
-//! trained.verify()?; // llama.cpp computes what was trained
+//! trained.verify()?; // llama.cpp reproduces the trained model
 //! println!("{} after {} steps", trained.result.display(), trained.report.outcome.n_steps);
 //! # Ok(())
 //! # }
@@ -59,9 +59,9 @@ const COMPARED_PAIRS: usize = 8;
 pub struct TrainRequest {
     /// The model (GGUF).
     pub model: PathBuf,
-    /// Preference pairs: a JSON Lines file or a folder of them; `None` for the built-in pairs.
+    /// Preference pairs: a JSON-lines file or a folder of them; `None` for the built-in pairs.
     pub pairs: Option<PathBuf>,
-    /// The run's folder. A run that was interrupted there resumes.
+    /// The run's folder. If it holds an interrupted run, that run resumes.
     pub output: PathBuf,
     /// The recipe. `products`, `max_rows` and `frozen` are overwritten from `compute`.
     pub settings: Settings,
@@ -143,7 +143,7 @@ impl ComputeOptions {
 }
 
 impl Trained {
-    /// Fails unless llama.cpp computes what was trained.
+    /// Fails unless llama.cpp reproduces the trained model.
     ///
     /// # Errors
     /// [`Error::Model`]: do not use the result.
@@ -154,13 +154,13 @@ impl Trained {
 
 /// Trains, writes the result, compares it with llama.cpp, and writes the report.
 ///
-/// Messages for the user, such as the choice of memory options on a GPU, go to `progress`. The result is written even if it
-/// does not agree with llama.cpp; call [`Trained::verify`] before using it.
+/// Messages for the user, such as the choice of memory options on a GPU, go to `progress`. The result is written even
+/// if llama.cpp does not reproduce it; call [`Trained::verify`] before using it.
 ///
 /// # Errors
-/// [`Error::Setting`], [`Error::Input`], [`Error::Model`] and [`Error::Gguf`] for bad settings, pairs and models, before the
-/// folder is created; [`Error::RunFolder`] if the folder holds another run; [`Error::Interrupted`] after a checkpoint; and
-/// those of [`run`].
+/// [`Error::Setting`], [`Error::Input`], [`Error::Model`] and [`Error::Gguf`] for bad settings, pairs and models,
+/// before the folder is created; [`Error::RunFolder`] if the folder holds another run; [`Error::Interrupted`] after a
+/// checkpoint; and those of [`run`].
 pub fn train(request: &TrainRequest, interrupt: &AtomicBool, progress: &mut dyn Progress) -> Result<Trained> {
     let compute = &request.compute;
     let prepared = Prepared::read(request)?;
@@ -221,7 +221,9 @@ impl Prepared {
     }
 }
 
-/// The request's settings with the options that were left to the program. A GPU chooses again once its memory is known.
+/// The request's settings, with defaults for unset options.
+///
+/// A GPU chooses again once its free memory is known.
 fn resolve(request: &TrainRequest, base: &GgufFile) -> Settings {
     let compute = &request.compute;
     let automatic = || match request.settings.device {
@@ -316,8 +318,7 @@ fn train_on<D: Device>(
     let (outcome, records) = run(&mut trainer, token_pairs, settings, &files, interrupt, progress)
         .inspect_err(|error| {
             if matches!(error, Error::Interrupted) {
-                progress
-                    .say(&format!("run the same command again to resume the run in {}", output.display()));
+                progress.say(&format!("run the same command again to resume in {}", output.display()));
             }
         })?;
 
@@ -350,7 +351,7 @@ fn train_on<D: Device>(
     Ok(Trained { result, report, records })
 }
 
-/// Everything that decides a run, for `run.json`.
+/// All settings that determine the result of a run, for `run.json`.
 #[derive(Debug, Serialize)]
 struct RunRecord<'a> {
     detox_gguf: &'static str,

@@ -177,7 +177,7 @@ fn rejects_bad_arguments_with_a_hint() {
         (1, "No such file", export(&work.path().join("none"), &lora, &output)),
         (1, "No such file", export(&llama, &lora, &folder.path().join("none/merged.gguf"))),
         (2, "importance matrix", with(&["--type", "iq1_s"])),
-        (2, "hint: one of f32, f16, q4_0", with(&["--type", "q4_k_m"])),
+        (2, "hint: choose one of f32, f16, q4_0", with(&["--type", "q4_k_m"])),
         (1, "multiple of 256", with(&["--type", "q4_k"])),
         (2, "--lora-scaled", with(&["--lora-scaled", &format!("{}:inf", lora.display())])),
         (2, "the folder", export(&llama, &lora, folder.path())),

@@ -116,7 +116,7 @@ fn a_result_from_an_earlier_step_does_not_agree() {
         let found = agree(&trainer, &base, &settings, &path, &pairs);
         assert!(!found.holds(), "{method:?}: {found:?}");
         let error = found.verify(&path).unwrap_err().to_string();
-        assert!(error.contains("llama.cpp does not compute what was trained: "), "{error}");
+        assert!(error.contains("llama.cpp does not reproduce the trained model: "), "{error}");
         assert!(error.contains("expected a mean KL up to 1.0e-6 a token, "), "{error}");
         assert!(error.contains(", found "), "{error}");
     }

@@ -1,4 +1,4 @@
-//! Arguments that decide where and how a run computes.
+//! Flags for the device, precision and memory of a training run.
 
 use clap::{Args, ValueEnum};
 
@@ -9,14 +9,14 @@ use crate::train::recipe::products::Products;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Computation")]
 pub struct ComputeArguments {
-    /// Threads [default: all cores]
+    /// Number of threads [default: all cores]
     #[arg(short = 't', long, value_name = "N")]
     pub threads: Option<usize>,
     /// Precision of products with frozen matrices on the CPU
     #[arg(long, value_enum, default_value = "auto")]
     products: ProductsArgument,
-    /// Maximum tokens per pass (-ub); a longer pair gets a pass of its own [default: 512; on a GPU all tokens of a step, up
-    /// to 4096, if they fit]
+    /// Maximum number of tokens per pass (-ub); a longer pair gets its own pass [default: 512; on a GPU, all tokens of
+    /// a step, up to 4096, if they fit]
     #[arg(long, value_name = "N")]
     ubatch_size: Option<usize>,
     /// Gradient checkpointing: recompute activations in the backward pass to save memory
@@ -40,9 +40,9 @@ pub struct DeviceArguments {
 enum ProductsArgument {
     /// In f32, with dequantised weights
     Exact,
-    /// In 8-bit integers if the matrix is quantised: rounds the other operand to 8 bits
+    /// In 8-bit integers if the matrix is quantised; the other operand is rounded to 8 bits
     Fast,
-    /// Fast if the CPU has AVX-512 VNNI and memory suffices, else exact
+    /// fast if the CPU has AVX-512 VNNI and enough memory, else exact
     Auto,
 }
 
@@ -69,7 +69,7 @@ pub enum FrozenArgument {
 }
 
 impl ComputeArguments {
-    /// What the user fixed.
+    /// The options; those set to `auto` are `None`.
     pub fn options(&self, frozen: FrozenArgument) -> ComputeOptions {
         ComputeOptions {
             products: match self.products {

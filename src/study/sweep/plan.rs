@@ -146,7 +146,7 @@ impl Plan {
     }
 }
 
-/// Checks and sorts the values of `flag` by size, without 0, which is the baseline.
+/// Checks the values of `flag`, sorts them by size, and removes 0, which is the baseline.
 fn values(flag: &str, given: &[f32], default: &[f32]) -> Result<Vec<f32>> {
     let mut values = if given.is_empty() { default.to_vec() } else { given.to_vec() };
     if let Some(value) = values.iter().find(|value| !value.is_finite()) {
