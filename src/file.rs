@@ -83,11 +83,12 @@ pub fn base_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
-/// Removes temporary files that killed runs left in a folder.
+/// Removes temporary files that killed runs left in a folder. Keeps temporary folders, which `export` creates.
 pub fn remove_unfinished(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
         let entry = entry.map_err(Error::io("read", folder))?;
-        if entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
+        let is_file = entry.file_type().map_err(Error::io("read", entry.path()))?.is_file();
+        if is_file && entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
             fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
         }
     }
@@ -104,7 +105,7 @@ pub struct JsonLog {
 impl JsonLog {
     /// Opens or creates the log, returns the rows of its complete units, and truncates the file after them.
     ///
-    /// `unit_rows` gives the number of rows in each unit, for every unit that a finished log has.
+    /// `unit_rows` is the number of rows in each unit of a complete log.
     ///
     /// # Errors
     /// [`Error::Input`] with the line number if a complete line is not a valid row. [`Error::Io`].
@@ -144,7 +145,7 @@ impl JsonLog {
                         Some(kept.len() + unit.len() + 1),
                         format!("expected a row written by this program: {e}"),
                     )
-                    .with_hint("the file was changed after it was written; delete it to create it again")
+                    .with_hint("the file was changed after the run wrote it; delete it to create it again")
                 })?;
                 unit.push(row);
             }
@@ -314,9 +315,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(".detox-gguf-x.tmp"), "half").unwrap();
         fs::write(folder.path().join("mine.tmp"), "mine").unwrap();
+        fs::create_dir(folder.path().join(".detox-gguf-folder.tmp")).unwrap();
         remove_unfinished(folder.path()).unwrap();
-        let names: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(names, ["mine.tmp"]);
+        let mut names: Vec<_> =
+            fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, [".detox-gguf-folder.tmp", "mine.tmp"]);
     }
 
     /// A run folder whose `run.json` is `record`.

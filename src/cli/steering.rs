@@ -61,7 +61,7 @@ impl SteeringArguments {
             && self.lora.is_empty()
     }
 
-    /// Opens the files, with their coefficients, in the order in which they act: control vectors, then `--steer`.
+    /// Opens the files, with their coefficients, in the order they are applied: control vectors, then `--steer`.
     pub fn sources(&self) -> Result<Vec<(SteerFile, f32)>> {
         let mut sources = Vec::new();
         let mut control_vector = |path: &Path, scale: f32| -> Result<()> {
@@ -109,7 +109,7 @@ impl SteeringArguments {
         CompileOptions { layer_range, route, force: self.force }
     }
 
-    /// Compiles the flags for the model at `path`, and prints how each part is carried out.
+    /// Compiles the flags for the model at `path`, and prints how each part is applied.
     pub fn compile(&self, path: &Path) -> Result<Steered> {
         if self.is_empty() {
             return Ok(Steered::default());

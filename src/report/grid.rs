@@ -28,7 +28,7 @@ pub struct Row {
     pub better: Option<bool>,
 }
 
-/// How much a table should show.
+/// How much a table shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Width {
     /// Columns that fit in a terminal of 80 columns.

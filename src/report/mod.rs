@@ -6,7 +6,7 @@
 //! Sweep ─► sweep    MadePairs ─► pairs    activations, retrieval ─► interp    training ─► training
 //! ```
 //!
-//! A file here that is named after a command formats the result of that command. All functions return text
+//! A file named after a command formats the result of that command. All functions return text
 //! and do no I/O; only [`write`](mod@write) writes files. Titles, units and definitions come from
 //! [`crate::eval::metric::METRICS`].
 

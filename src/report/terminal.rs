@@ -106,7 +106,7 @@ fn tinted(cell: Cell, row: &Row, index: usize, colour: bool) -> Cell {
     }
 }
 
-/// Shortens a label to nine characters, so that tables keep within the width.
+/// Shortens a label to nine characters, so that tables fit the width.
 fn short(label: &str) -> String {
     if label.chars().count() <= 9 {
         return label.to_owned();

@@ -27,7 +27,7 @@ pub struct TrainingReport {
     pub n_trained: usize,
     /// How the run ended.
     pub outcome: Outcome,
-    /// Reasons for skipped pairs, with their numbers.
+    /// Reasons for skipping pairs, each with the number of pairs.
     pub skipped: Vec<(String, usize)>,
     /// Pairs that were truncated.
     pub n_cut: usize,
@@ -67,7 +67,7 @@ impl TrainingReport {
         warnings.extend(out_of_memory.map(|placement| self.out_of_memory(placement)));
         if self.outcome.n_held_out == 0 {
             warnings.push(Warning::new(
-                "no pair was held out: the values of the last step were kept, whether or not they are the best",
+                "no pair was held out: the values of the last step were kept, even if they are not the best",
                 "raise --held-out, or use more pairs",
             ));
         } else if self.outcome.n_held_out < FEW_HELD_OUT {

@@ -43,7 +43,7 @@ use choose::{Candidate, Dropped, Rules, Side};
 pub struct SteeredSide {
     /// The steering to apply.
     pub steering: Steering,
-    /// Files and coefficients in words, recorded in the rows.
+    /// Description of the files and coefficients, recorded in the rows.
     pub by: String,
 }
 
@@ -111,7 +111,7 @@ pub struct PairRow {
 /// Counts of samples and pairs of one language.
 ///
 /// Every sample is counted once: in `n_chosen`, in `n_rejected`, or in `dropped` for
-/// [a reason of its own](Dropped::is_of_sample). Every sample in `n_rejected` is in a pair, or in `dropped`
+/// [a reason that concerns it alone](Dropped::is_of_sample). Every sample in `n_rejected` is in a pair, or in `dropped`
 /// because it has no partner. Log-probs are only computed for prompts that have both chosen and rejected
 /// samples, so samples of other prompts are never dropped as improbable.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -326,7 +326,7 @@ impl Screen<'_> {
         }
     }
 
-    /// Decides for which side a sample qualifies, or why it is dropped.
+    /// Decides which side a sample qualifies for, or why it is dropped.
     fn judge(
         &self,
         generation: &Generation,

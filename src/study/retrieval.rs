@@ -24,9 +24,9 @@ use crate::progress::Progress;
 pub struct RetrievalOptions {
     /// The language to compare all others with.
     pub pivot: String,
-    /// Use only this many sentences, from the first; all if `None`.
+    /// Use only the first `n` sentences; all if `None`.
     pub limit: Option<usize>,
-    /// Tokens to read of each sentence at most.
+    /// Maximum number of tokens to read of each sentence.
     pub max_tokens: usize,
 }
 

@@ -129,7 +129,7 @@ pub enum Dropped {
     OtherLanguage,
     /// Above [`Rules::max_repetition`].
     Repetitive,
-    /// Neither clean nor toxic, or on the other side than its pool is for.
+    /// Neither clean nor toxic enough, or not on the side that its pool is for.
     Between,
     /// Below [`Rules::min_logprob`].
     Improbable,

@@ -23,7 +23,7 @@ pub const OFFSETS: [f32; 5] = [-1.0, -2.0, -3.0, -4.0, -5.0];
 /// Default coefficients. The baseline is coefficient 0.
 pub const COEFFICIENTS: [f32; 5] = [0.25, 0.5, 1.0, 1.5, 2.0];
 
-/// Random controls to run beside each setting.
+/// Random controls for each setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Controls {
     /// Number of draws; 0 for no control.
@@ -37,9 +37,9 @@ pub struct Controls {
 pub struct Plan {
     /// What varies, in words, for the report.
     pub what: String,
-    /// The baseline, then each value by size, followed by its controls.
+    /// The baseline, then the values sorted by size, each followed by its controls.
     pub settings: Vec<Setting>,
-    /// How the first value is carried out, in words. The other values are carried out in the same way.
+    /// How the steering is applied, in words. It is the same for all values.
     pub choices: Vec<String>,
 }
 
@@ -85,10 +85,10 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Plans a sweep of a coefficient that multiplies those of `sources`; `loras` stay as they are.
+    /// Plans a sweep of a coefficient that scales `sources`. `loras` are the same in every run.
     ///
     /// Controls are random directions of the same lengths. There are none if the steering needs edits by
-    /// callback: they have no random counterpart. An empty `coefficients` means [`COEFFICIENTS`].
+    /// callback, because such edits have no random counterpart. An empty `coefficients` means [`COEFFICIENTS`].
     ///
     /// # Errors
     /// [`Error::Setting`] if a coefficient is not finite, or if all are 0. Also those of [`compile`].
