@@ -148,7 +148,7 @@ fn with_long_flags(arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
         .collect()
 }
 
-/// Starts logging to standard error. By default only llama.cpp's errors are logged, and this program's warnings.
+/// Starts logging to standard error. By default only warnings and llama.cpp's errors are logged.
 fn start_log(verbose: u8) {
     let default = match verbose {
         0 => "warn,llama.cpp=error",

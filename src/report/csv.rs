@@ -4,7 +4,7 @@ use csv::Writer;
 
 use crate::eval::result::{Comparison, Difference, EvalResult, Metric};
 
-/// In the column `language`: the unweighted mean over languages.
+/// Marks rows of the unweighted mean over languages, in the column `language`.
 pub const MEAN: &str = "mean";
 
 /// Formats one run: language, scorer, metric, value, low, high, n, missing, k.

@@ -228,7 +228,7 @@ impl RetrievalReport {
     }
 }
 
-/// A value on a plot's axis, with `N` decimals.
+/// Formats a value on a plot's axis with `N` decimals.
 fn decimals<const N: usize>(value: f64) -> String {
     format!("{value:.N$}")
 }

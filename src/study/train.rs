@@ -242,8 +242,8 @@ fn no_pairs(request: &TrainRequest, tokenized: &Tokenized, pairs: &[PreferencePa
     let reasons = tokenized.skipped.reasons();
     let reasons: Vec<String> = reasons.iter().map(|(s, n)| format!("{n} {}", s.reason())).collect();
     let reason = format!("none of its {} pairs can be used: {}", pairs.len(), reasons.join(", "));
-    Error::input(request.pairs.clone().unwrap_or_default(), None, reason)
-        .with_hint("raise --max-length, or use other pairs")
+    let source = request.pairs.clone().unwrap_or_else(|| "built-in pairs".into());
+    Error::input(source, None, reason).with_hint("raise --max-length, or use other pairs")
 }
 
 /// Opens a GPU, and chooses the memory options that fit into its free memory.
