@@ -6,9 +6,10 @@
 //! doors: cli (the program) · plugin (steering inside another program) · this crate
 //! ```
 //!
-//! A module uses modules to its left, and the leaves `error`, `file`, `memory` and `progress`.
+//! A module uses modules to its left, and the leaves `error`, `file`, `memory` and `progress`. The exception:
+//! `report` formats results that are defined in `study`, and `study::train` writes its report.
 //!
-//! - [`text`] knows the languages: their codes, and identification of a text's language.
+//! - [`text`] knows the languages, identifies a text's language, normalises words, and reads lines of people's files.
 //! - [`gguf`] reads, validates and writes GGUF files, and converts their blocks to and from numbers.
 //! - [`graph`] describes llama.cpp's compute graphs, and edits or records their values during the forward pass.
 //! - [`engine`] runs models: samples continuations in parallel, computes log-probs, records activations.
@@ -18,7 +19,7 @@
 //! - [`interp`] finds what to steer: probes, directions, value vectors, neuron activations, retrieval.
 //! - [`train`] trains models on preference pairs (DPO), on the CPU or with CUDA.
 //! - [`check`] verifies in llama.cpp that trained, merged and steered models behave as intended.
-//! - [`study`] combines the modules above: sweeps, preference pairs, retrieval before and after steering.
+//! - [`study`] combines the modules above: training and export end to end, sweeps, preference pairs, retrieval.
 //! - [`report`] formats results as JSON, CSV, Markdown, terminal tables and HTML.
 //! - [`cli`] is the command line: it parses, calls the library, prints.
 //! - [`plugin`] steers inside a program that runs llama.cpp itself, from Rust or C.
