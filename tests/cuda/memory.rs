@@ -49,7 +49,7 @@ fn rejects_unusable_gpus_with_cause_and_hint() {
     assert!(error.to_string().contains("trying a kernel: no kernel image"), "{error}");
     assert!(error.hint().is_some_and(|hint| hint.contains("DETOX_CUDA_ARCH")), "{error:?}");
     let error = Cuda::open(3, Frozen::Bf16).unwrap_err().to_string();
-    assert_eq!(error, "cuda:3: there is no GPU 3: they are counted from 0, and there are 1");
+    assert_eq!(error, "cuda:3: there is no GPU 3: GPUs are numbered from 0, and this machine has 1");
     assert!(Cuda::open(0, Frozen::Bf16).is_ok(), "an error affects one call");
 }
 
