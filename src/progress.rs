@@ -30,6 +30,15 @@ impl Progress for Silent {
     fn say(&mut self, _text: &str) {}
 }
 
+/// Advances `progress` by totals: the returned function takes how many are done so far.
+pub fn advance_to(progress: &mut dyn Progress) -> impl FnMut(usize) {
+    let mut n_done = 0;
+    move |done| {
+        progress.advance((done - n_done) as u64);
+        n_done = done;
+    }
+}
+
 /// Hashes a model (SHA-256) and reports the progress.
 ///
 /// # Errors

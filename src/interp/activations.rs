@@ -10,7 +10,7 @@ use crate::engine::random::random_stream;
 use crate::engine::schedule::Request;
 use crate::engine::{Model, Session, SessionOptions, activation};
 use crate::error::Result;
-use crate::progress::Progress;
+use crate::progress::{Progress, advance_to};
 use crate::steer::LocatedNeuron;
 
 /// A mean with its 95% interval.
@@ -88,11 +88,8 @@ pub fn mean_activations(
     let places: Vec<(usize, usize)> =
         neurons.iter().map(|n| (n.neuron.layer as usize, n.neuron.index as usize)).collect();
     progress.start("prompts", requests.len() as u64, 0);
-    let mut n_done = 0;
-    let recorded = activation::record(&mut session, &requests, &places, n_predict, interrupt, |done| {
-        progress.advance((done - n_done) as u64);
-        n_done = done;
-    })?;
+    let recorded =
+        activation::record(&mut session, &requests, &places, n_predict, interrupt, advance_to(progress))?;
     progress.finish();
     Ok(recorded.into_iter().map(|r| r.mean).collect())
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 use crate::engine::residual::{self, ResidualPlace};
 use crate::engine::{Model, Session, SessionOptions, Token};
 use crate::error::{Error, Result};
-use crate::progress::Progress;
+use crate::progress::{Progress, advance_to};
 
 /// Default of `-np`. More sequences are not faster, because only a few texts fit into a batch.
 const PARALLEL_TEXTS: usize = 32;
@@ -43,11 +43,7 @@ pub fn mean_residual_streams(
     let options = SessionOptions { n_parallel, ..options.clone() };
     let mut session = Session::open_with_callback(model, &options, longest)?;
     progress.start("texts", tokens.len() as u64, 0);
-    let mut n_done = 0;
-    let means = residual::record(&mut session, &tokens, places, interrupt, |done| {
-        progress.advance((done - n_done) as u64);
-        n_done = done;
-    })?;
+    let means = residual::record(&mut session, &tokens, places, interrupt, advance_to(progress))?;
     progress.finish();
     Ok(means)
 }

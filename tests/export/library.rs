@@ -5,19 +5,10 @@ use std::sync::atomic::AtomicBool;
 use detox_gguf::engine::steering::LoraScaled;
 use detox_gguf::engine::{ModelOptions, SessionOptions};
 use detox_gguf::error::Error;
-use detox_gguf::progress::Progress;
+use detox_gguf::progress::Silent;
 use detox_gguf::study::export::{ExportRequest, Step, export};
 
 use super::tiny_path;
-
-struct Silent;
-
-impl Progress for Silent {
-    fn start(&mut self, _phase: &str, _total: u64, _done: u64) {}
-    fn advance(&mut self, _n: u64) {}
-    fn finish(&mut self) {}
-    fn say(&mut self, _text: &str) {}
-}
 
 #[test]
 fn an_export_reports_each_step_and_writes_only_a_model_that_passes() {

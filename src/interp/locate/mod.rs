@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 use crate::engine::{Model, SessionOptions, Vocabulary};
 use crate::error::Result;
 use crate::gguf::GgufFile;
-use crate::progress::Progress;
+use crate::progress::{Progress, advance_to};
 use crate::steer::value_vector::ValueVectors;
 use crate::steer::{LocatedNeuron, Neuron};
 
@@ -36,11 +36,7 @@ pub fn top_neurons(
     interrupt: &AtomicBool,
 ) -> Result<Vec<LocatedNeuron>> {
     progress.start("layers", u64::from(model.n_layer()?), 0);
-    let mut n_done = 0;
-    let ranked = rank_value_vectors(model, probe, top, interrupt, |done| {
-        progress.advance((done - n_done) as u64);
-        n_done = done;
-    })?;
+    let ranked = rank_value_vectors(model, probe, top, interrupt, advance_to(progress))?;
     progress.finish();
     let located = ranked.iter().map(|ranked| LocatedNeuron {
         neuron: Neuron { layer: ranked.layer, index: ranked.index },
