@@ -1,0 +1,133 @@
+//! `run.json`: the settings of the run in a folder.
+
+use std::fs;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::atomic::write_atomic;
+use crate::error::{Error, Result};
+
+/// JSON pointers to the program's version in `run.json`: in a training run, and in any other run.
+const VERSION_POINTERS: [&str; 2] = ["/detox_gguf", "/run/tool_version"];
+
+/// Starts or resumes a run: writes its settings to `run.json`, or checks that they match those already there.
+///
+/// Everything in `record` must match for a run to resume, except the version of this program. If only that differs,
+/// a warning names both versions, and `run.json` keeps the version that started the run.
+///
+/// # Errors
+/// [`Error::RunFolder`] with the first setting that differs; [`Error::Io`].
+pub fn start_record<T: Serialize>(folder: &Path, record: &T) -> Result<()> {
+    let path = folder.join("run.json");
+    let text = serde_json::to_string_pretty(record).expect("settings are plain data") + "\n";
+    if !path.exists() {
+        return write_atomic(&path, text.as_bytes());
+    }
+    let found = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    if found == text {
+        return Ok(());
+    }
+    let (difference, version) = compare_records(&found, &text);
+    if let Some(difference) = difference {
+        return Err(Error::run_folder(folder, format!("holds another run: {difference}")).with_hint(
+            "choose a new folder with -o, or repeat the command that started this run to resume it",
+        ));
+    }
+    if let Some((started, now)) = version {
+        tracing::warn!(
+            "{}: the run was started by detox-gguf {started} and continues with {now}: its results come from both",
+            folder.display()
+        );
+    }
+    Ok(())
+}
+
+/// Compares two `run.json`. Gives the first difference in words, and both versions of this program if they differ.
+fn compare_records(there: &str, here: &str) -> (Option<String>, Option<(String, String)>) {
+    let parse = serde_json::from_str::<Value>;
+    let (Ok(mut there), Ok(mut here)) = (parse(there), parse(here)) else {
+        return (Some("run.json was changed".into()), None);
+    };
+    let mut version = None;
+    for pointer in VERSION_POINTERS {
+        let (Some(started), Some(now)) = (there.pointer_mut(pointer), here.pointer_mut(pointer)) else {
+            continue;
+        };
+        if let (Some(a), Some(b)) = (started.as_str(), now.as_str())
+            && a != b
+        {
+            version = Some((a.to_owned(), b.to_owned()));
+            *started = now.clone();
+        }
+    }
+    (first_difference("", &there, &here), version)
+}
+
+/// Describes the first setting that differs between two records.
+fn first_difference(name: &str, there: &Value, here: &Value) -> Option<String> {
+    match (there, here) {
+        (Value::Object(a), Value::Object(b)) => {
+            a.keys().chain(b.keys()).find_map(|key| first_difference(key, &there[key], &here[key]))
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            a.iter().zip(b).find_map(|(a, b)| first_difference(name, a, b))
+        }
+        _ => (there != here).then(|| format!("{name} is {there} there, and {here} now")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A run folder whose `run.json` is `record`.
+    fn run_folder(record: &Value) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        start_record(folder.path(), record).unwrap();
+        folder
+    }
+
+    #[test]
+    fn a_run_resumes_under_another_version_of_the_program() {
+        let training = |version: &str| json!({"detox_gguf": version, "settings": {"rank": 2}});
+        let evaluation = |version: &str| json!({"llama_cpp": "1", "run": {"tool_version": version, "k": 4}});
+        for (started, now) in
+            [(training("0.1.0"), training("0.2.0")), (evaluation("0.1.0"), evaluation("0.2.0"))]
+        {
+            let folder = run_folder(&started);
+            let before = fs::read(folder.path().join("run.json")).unwrap();
+            start_record(folder.path(), &now).unwrap();
+            let after = fs::read(folder.path().join("run.json")).unwrap();
+            assert!(before == after, "run.json keeps the version that started the run");
+        }
+        let (difference, version) =
+            compare_records(&evaluation("a").to_string(), &evaluation("b").to_string());
+        assert_eq!((difference, version), (None, Some(("a".into(), "b".into()))));
+    }
+
+    #[test]
+    fn rejects_a_run_with_any_other_difference() {
+        let run = |version: &str, llama_cpp: &str, k: u32| {
+            let run = json!({"tool_version": version, "settings": {"k": k}});
+            json!({"llama_cpp": llama_cpp, "run": run})
+        };
+        let folder = run_folder(&run("0.1.0", "1", 4));
+        let refusal = |record: &Value| start_record(folder.path(), record).unwrap_err().to_string();
+        assert!(refusal(&run("0.2.0", "1", 5)).contains("k is 4 there, and 5 now"));
+        assert!(refusal(&run("0.1.0", "2", 4)).contains("llama_cpp is \"1\" there, and \"2\" now"));
+        // Only the two known places hold the program's version.
+        let elsewhere = |version: &str| json!({"run": {"scorer": {"tool_version": version}}});
+        let folder = run_folder(&elsewhere("1"));
+        assert!(start_record(folder.path(), &elsewhere("2")).is_err());
+        // A record without a version is another run.
+        let folder = run_folder(&json!({"run": {}}));
+        assert!(start_record(folder.path(), &json!({"run": {"tool_version": "1"}})).is_err());
+        fs::write(folder.path().join("run.json"), "{").unwrap();
+        let error = start_record(folder.path(), &json!({"run": {}})).unwrap_err();
+        assert!(error.to_string().contains("run.json was changed"), "{error}");
+    }
+}
