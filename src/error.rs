@@ -169,7 +169,7 @@ pub enum Error {
         hint: Option<String>,
     },
 
-    /// The user pressed Ctrl-C. The finished units of a run are on disk.
+    /// The user pressed Ctrl-C, or a signal asked the program to stop. The finished units of a run are on disk.
     #[error("interrupted")]
     Interrupted,
 }
@@ -237,6 +237,23 @@ impl Error {
     pub fn with_hint(mut self, text: impl Into<String>) -> Error {
         if let Some(hint) = self.hint_mut() {
             *hint = Some(text.into());
+        }
+        self
+    }
+
+    /// Names `to` instead of `from`, for a file that was read under another name than the user's.
+    pub fn with_path(mut self, from: &Path, to: &Path) -> Error {
+        match &mut self {
+            Error::Io { path, .. }
+            | Error::Input { path, .. }
+            | Error::Gguf { path, .. }
+            | Error::Model { path, .. }
+            | Error::RunFolder { path, .. }
+                if path == from =>
+            {
+                *path = to.to_path_buf();
+            }
+            _ => {}
         }
         self
     }

@@ -7,7 +7,7 @@ use clap::Args;
 
 use crate::engine::Model;
 use crate::error::{Error, Result};
-use crate::file::{base_name, create_folder};
+use crate::file::{base_name, lock_folder};
 use crate::gguf::GgufFile;
 use crate::interp::activations::{
     ActivationPrompt, Activations, PromptActivation, by_language, mean_over_neurons,
@@ -79,7 +79,7 @@ impl ActivationsCommand {
                 Some((model, format!("{}, steered", base_name(&self.model))))
             }
         };
-        create_folder(&self.output)?;
+        let _lock = lock_folder(&self.output)?;
         let texts: Vec<ActivationPrompt> =
             prompts.iter().map(|p| ActivationPrompt { id: &p.id, text: &p.text }).collect();
         let measure = |model: &Model| -> Result<Vec<f64>> {

@@ -40,7 +40,7 @@ pub fn run(a: &Path, b: &Path, output: Option<&Path>) -> Result<()> {
     let (label_a, label_b) = (a.display().to_string(), b.display().to_string());
     let comparison = compare::compare(run_a.side(&label_a), run_b.side(&label_b))?;
     if let Some(folder) = output {
-        file::create_folder(folder)?;
+        let _lock = file::lock_folder(folder)?;
         let leading = run_b.info.scorers.first().map_or(score::LEXICAL, |s| s.name.as_str());
         let excerpts = report::most_toxic(&run_b.samples, leading, EXCERPTS);
         write_reports(

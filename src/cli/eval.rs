@@ -10,6 +10,7 @@ use clap::{ArgMatches, Args, FromArgMatches};
 use crate::error::{Error, Result};
 use crate::eval::imported;
 use crate::eval::run::{self, EvalRequest, MIN_COVERAGE, Source, TOXICITY_THRESHOLD};
+use crate::file;
 use crate::report::write::{EXCERPTS, write_reports};
 use crate::report::{self, csv, html, json, markdown, terminal};
 use crate::score;
@@ -164,7 +165,10 @@ impl EvalArguments {
     fn evaluate(&self, interrupt: &AtomicBool) -> Result<()> {
         let folder =
             self.output.as_deref().ok_or_else(|| Error::setting("-o/--output", "expected a folder"))?;
-        let evaluated = run::evaluate(&self.request()?, folder, interrupt, &mut Shown::new());
+        let request = self.request()?;
+        // Held until the reports are written.
+        let _lock = file::lock_folder(folder)?;
+        let evaluated = run::evaluate(&request, folder, interrupt, &mut Shown::new());
         let evaluated = evaluated.inspect_err(|error| {
             if matches!(error, Error::Interrupted) {
                 eprintln!("run the same command again to resume in {}", folder.display());

@@ -7,6 +7,7 @@ mod compare;
 mod eval;
 mod export;
 mod generate;
+mod interrupt;
 mod locate;
 mod pairs;
 mod probe;
@@ -21,14 +22,13 @@ mod train;
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Result};
+
+use interrupt::{GRACE, interrupt_flag};
 
 /// The parsed command line.
 #[derive(Debug, Parser)]
@@ -81,13 +81,13 @@ enum Command {
     Bench(bench::BenchCommand),
 }
 
-/// Runs the program. Exits with 2 on a usage error, 1 on failure, 130 if interrupted.
+/// Runs the program. Exits with 2 on a usage error, 1 on failure, and 128 plus the signal if interrupted.
 pub fn main() -> ExitCode {
     let cli = Cli::parse_from(with_long_flags(std::env::args_os()));
     start_log(cli.verbose);
     let grace = match cli.command {
         // These may take longer: they finish the current step and save, or remove temporary files.
-        // A second Ctrl-C exits at once.
+        // A second signal exits at once.
         Command::Train(_) | Command::Export(_) => None,
         _ => Some(GRACE),
     };
@@ -118,7 +118,7 @@ pub fn main() -> ExitCode {
                 eprintln!("hint: {hint}");
             }
             match error {
-                Error::Interrupted => ExitCode::from(130),
+                Error::Interrupted => ExitCode::from(interrupt::exit_code()),
                 _ if error.is_usage() => ExitCode::from(2),
                 _ => ExitCode::FAILURE,
             }
@@ -168,35 +168,6 @@ fn start_log(verbose: u8) {
 /// Whether to use colour: on terminals, unless `NO_COLOR` is set (<https://no-color.org>).
 fn may_colour(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
-}
-
-/// How long work may take to stop cleanly after Ctrl-C.
-const GRACE: Duration = Duration::from_secs(2);
-
-/// Returns a flag that Ctrl-C sets, so that running work can stop cleanly.
-///
-/// The process exits after `grace` if that is set, or on a second Ctrl-C.
-fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
-    let flag = Arc::new(AtomicBool::new(false));
-    let seen = flag.clone();
-    let handler = ctrlc::set_handler(move || {
-        if seen.swap(true, Ordering::SeqCst) {
-            std::process::exit(130);
-        }
-        let Some(grace) = grace else {
-            eprintln!("interrupted: finishing the current step (press Ctrl-C again to exit now)");
-            return;
-        };
-        std::thread::spawn(move || {
-            std::thread::sleep(grace);
-            eprintln!("error: {}", Error::Interrupted);
-            std::process::exit(130);
-        });
-    });
-    if let Err(error) = handler {
-        tracing::warn!("cannot handle Ctrl-C, which will exit without cleaning up: {error}");
-    }
-    flag
 }
 
 /// Prints to standard output. Returns an error if that fails, where `print!` would panic.

@@ -81,7 +81,7 @@ impl RetrievalCommand {
             _ => None,
         };
         let model = self.steering.open(&self.model, &self.engine)?;
-        crate::file::create_folder(&self.output)?;
+        let _lock = crate::file::lock_folder(&self.output)?;
         let report = retrieval::measure(
             &model,
             &self.engine.session_options(),

@@ -114,19 +114,19 @@ fn read_rows<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Vec<T>> {
     text.lines().enumerate().map(parse).collect()
 }
 
-/// Creates the folder; refuses one with files in it but no run.
-pub(super) fn open_folder(folder: &Path) -> Result<()> {
-    file::create_folder(folder)?;
-    file::remove_unfinished(folder)?;
-    let mut entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
-    if !folder.join("run.json").exists() && entries.next().is_some() {
+/// Creates and locks the folder; refuses one with files in it but no run.
+pub(super) fn open_folder(folder: &Path) -> Result<file::FolderLock> {
+    let lock = file::lock_folder(folder)?;
+    let mut entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?.flatten();
+    let has_files = entries.any(|entry| !file::is_internal(&entry.file_name().to_string_lossy()));
+    if !folder.join("run.json").exists() && has_files {
         return Err(Error::run_folder(
             folder,
             "expected an empty folder or a run of this program, found other files",
         )
         .with_hint("choose a new folder with -o"));
     }
-    Ok(())
+    Ok(lock)
 }
 
 /// Writes `run.json`; refuses a folder whose `run.json` has other settings.

@@ -122,7 +122,7 @@ const SCORE_UNIT: usize = 500;
 /// Runs an evaluation in `folder`, or resumes an interrupted one.
 ///
 /// # Errors
-/// [`Error::RunFolder`] if the folder contains something else. Bad settings, files and models are found
+/// [`Error::RunFolder`] if the folder contains something else, or another process uses it. Bad settings, files and models are found
 /// before the first token is generated.
 pub fn evaluate(
     request: &EvalRequest,
@@ -141,7 +141,7 @@ pub fn evaluate(
             score::check_covered(&scorers, generations.iter().map(|g| g.language.as_str()))?
         }
     }
-    record::open_folder(folder)?;
+    let _lock = record::open_folder(folder)?;
     let tokenizer = request.tokenizer.as_deref().map(TextTokenizer::from_file).transpose()?;
     if let Some(base) = &request.base {
         // Loaded again for scoring. Loading it now finds a broken model before hours of generation.

@@ -1,9 +1,11 @@
 //! Files that appear at their path only when they are complete.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
+use super::temporary::{Temporary, remove_unfinished_once};
 use crate::error::{Error, Result};
 
 /// Writes a file atomically: to a temporary file first, renamed once every byte is on disk.
@@ -16,7 +18,8 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
 /// A file that appears at its path only when it is complete.
 ///
 /// Symbolic links are followed. Devices and pipes are written to directly, because replacing `/dev/stdout` with a
-/// file would be wrong.
+/// file would be wrong. If two processes write to one path, the one that ends last wins: the file is always the whole
+/// result of one of them.
 #[derive(Debug)]
 pub struct AtomicFile {
     path: PathBuf,
@@ -25,15 +28,26 @@ pub struct AtomicFile {
 
 #[derive(Debug)]
 enum Target {
-    Beside(tempfile::NamedTempFile),
+    Beside {
+        temporary: Temporary,
+        /// What had this path when the file was started.
+        replaces: Option<Version>,
+    },
     Device(File),
 }
 
-/// Prefix of the names of temporary files.
-pub const TEMPORARY_PREFIX: &str = ".detox-gguf-";
+/// A version of a file: its size and the time of its last change.
+type Version = (u64, Option<SystemTime>);
+
+fn version(path: &Path) -> Option<Version> {
+    let metadata = fs::metadata(path).ok()?;
+    Some((metadata.len(), metadata.modified().ok()))
+}
 
 impl AtomicFile {
     /// Starts a file that will appear at `path`. Fails now if the folder is not writable.
+    ///
+    /// Also removes what killed processes left in that folder.
     pub fn create(path: &Path) -> Result<AtomicFile> {
         // Falls back to the path as given if it does not exist yet or is a dangling link.
         let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
@@ -43,47 +57,70 @@ impl AtomicFile {
             return Ok(AtomicFile { path, target: Target::Device(file) });
         }
         let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(TEMPORARY_PREFIX).suffix(".tmp");
-        // Temporary files are private by default; the final file should follow the user's umask.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let temporary = builder.tempfile_in(folder).map_err(Error::io("write", &path))?;
-        Ok(AtomicFile { path, target: Target::Beside(temporary) })
+        remove_unfinished_once(folder);
+        let temporary = Temporary::create(folder).map_err(Error::io("write", &path))?;
+        let replaces = version(&path);
+        Ok(AtomicFile { path, target: Target::Beside { temporary, replaces } })
     }
 
     /// Appends bytes.
     pub fn write_all(&mut self, bytes: &[u8]) -> Result<()> {
-        let written = match &mut self.target {
-            Target::Beside(file) => file.write_all(bytes),
-            Target::Device(file) => file.write_all(bytes),
-        };
-        written.map_err(Error::io("write", &self.path))
+        self.file().write_all(bytes).map_err(Error::io("write", &self.path))
     }
 
-    /// Flushes to disk and renames the file into place.
-    pub fn commit(self) -> Result<()> {
+    /// Waits until all bytes are on disk.
+    pub fn sync(&mut self) -> Result<()> {
+        match &mut self.target {
+            Target::Beside { temporary, .. } => temporary.file().sync_all(),
+            Target::Device(file) => file.flush(),
+        }
+        .map_err(Error::io("write", &self.path))
+    }
+
+    /// A path under which this process can read the file before it has its own: to check it, for example.
+    pub fn path_for_reading(&self) -> PathBuf {
+        match &self.target {
+            Target::Beside { temporary, .. } => temporary.path(),
+            Target::Device(_) => self.path.clone(),
+        }
+    }
+
+    /// Whether bytes go directly to a device or a pipe.
+    pub fn is_device(&self) -> bool {
+        matches!(self.target, Target::Device(_))
+    }
+
+    /// Flushes to disk and puts the file into its place.
+    pub fn commit(mut self) -> Result<()> {
+        self.sync()?;
         let path = self.path;
-        match self.target {
-            Target::Beside(file) => {
-                file.as_file().sync_all().map_err(Error::io("write", &path))?;
-                file.persist(&path).map(drop).map_err(|e| Error::io("write", &path)(e.error))
-            }
-            Target::Device(mut file) => file.flush().map_err(Error::io("write", &path)),
+        let Target::Beside { temporary, replaces } = self.target else { return Ok(()) };
+        if version(&path) != replaces {
+            tracing::warn!(
+                "{}: another program wrote this file in the meantime; it is replaced now",
+                path.display()
+            );
+        }
+        temporary.persist(&path).map_err(Error::io("write", &path))
+    }
+
+    fn file(&mut self) -> &mut File {
+        match &mut self.target {
+            Target::Beside { temporary, .. } => temporary.file(),
+            Target::Device(file) => file,
         }
     }
 }
 
-/// Removes temporary files that killed runs left in a folder. Keeps temporary folders, which `export` creates.
-pub fn remove_unfinished(folder: &Path) -> Result<()> {
-    for entry in fs::read_dir(folder).map_err(Error::io("read", folder))? {
-        let entry = entry.map_err(Error::io("read", folder))?;
-        let is_file = entry.file_type().map_err(Error::io("read", entry.path()))?.is_file();
-        if is_file && entry.file_name().to_string_lossy().starts_with(TEMPORARY_PREFIX) {
-            fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
-        }
+/// For buffered writers. Errors carry no path.
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file().write(bytes)
     }
-    Ok(())
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file().flush()
+    }
 }
 
 #[cfg(test)]
@@ -102,19 +139,6 @@ mod tests {
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         write_atomic(&path, b"after").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "after");
-    }
-
-    #[test]
-    fn removes_temporary_files_and_nothing_else() {
-        let folder = tempfile::tempdir().unwrap();
-        fs::write(folder.path().join(".detox-gguf-x.tmp"), "half").unwrap();
-        fs::write(folder.path().join("mine.tmp"), "mine").unwrap();
-        fs::create_dir(folder.path().join(".detox-gguf-folder.tmp")).unwrap();
-        remove_unfinished(folder.path()).unwrap();
-        let mut names: Vec<_> =
-            fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-        names.sort();
-        assert_eq!(names, [".detox-gguf-folder.tmp", "mine.tmp"]);
     }
 
     #[cfg(unix)]

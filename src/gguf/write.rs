@@ -3,12 +3,11 @@
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use tempfile::NamedTempFile;
-
 use super::tensor::{self, TensorType};
 use super::validate::{self, refuse};
 use super::{Array, Metadata, VERSION, Value, ValueType};
 use crate::error::{Error, Result};
+use crate::file::AtomicFile;
 
 /// Name, shape and type of a tensor to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +37,7 @@ pub struct TensorSpec {
 #[derive(Debug)]
 pub struct GgufWriter {
     path: PathBuf,
-    file: BufWriter<NamedTempFile>,
+    file: BufWriter<AtomicFile>,
     alignment: u64,
     /// Tensors with their sizes in bytes.
     tensors: Vec<(TensorSpec, u64)>,
@@ -54,7 +53,8 @@ impl GgufWriter {
     /// Tensors are aligned to `general.alignment` in `metadata`, or to the default.
     ///
     /// # Errors
-    /// [`Error::Gguf`] if metadata or tensors break a rule of the format. [`Error::Io`] if the file cannot be written.
+    /// [`Error::Gguf`] if metadata or tensors break a rule of the format. [`Error::Setting`] if `path` is a device.
+    /// [`Error::Io`] if the file cannot be written.
     pub fn create(
         path: impl AsRef<Path>,
         metadata: &Metadata,
@@ -79,13 +79,11 @@ impl GgufWriter {
         let header = header_bytes(metadata, &sized, alignment)
             .ok_or_else(|| refuse(path, "its tensors have more than 2^64 bytes in total"))?;
 
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".gguf-").suffix(".part");
-        // Temporary files are private by default; the final file should follow the user's umask.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let file = builder.tempfile_in(folder).map_err(Error::io("create", path))?;
+        let file = AtomicFile::create(path)?;
+        if file.is_device() {
+            let reason = format!("expected a plain file to write, found a device at {}", path.display());
+            return Err(Error::setting("-o/--output", reason));
+        }
         let mut file = BufWriter::with_capacity(1 << 20, file);
         file.write_all(&header).map_err(Error::io("write", path))?;
         Ok(GgufWriter { path: path.to_path_buf(), file, alignment, tensors: sized, current: 0, written: 0 })
@@ -142,19 +140,23 @@ impl GgufWriter {
     /// # Errors
     /// [`Error::Gguf`] if tensor data is missing, or validation refuses the file. [`Error::Io`] if the write fails.
     pub fn finish(self) -> Result<()> {
+        self.complete()?.commit()
+    }
+
+    /// As [`GgufWriter::finish`], but the file gets its name only by [`AtomicFile::commit`].
+    pub fn complete(self) -> Result<AtomicFile> {
         if let Some((spec, n_bytes)) = self.tensors.get(self.current) {
             let reason = format!("tensor {:?}: expected {n_bytes} bytes, found {}", spec.name, self.written);
             return Err(refuse(&self.path, reason));
         }
         let path = self.path;
-        let file = self.file.into_inner().map_err(|e| Error::io("write", &path)(e.into_error()))?;
-        file.as_file().sync_all().map_err(Error::io("write", &path))?;
-        validate::validate(file.path()).map_err(|error| match error {
+        let mut file = self.file.into_inner().map_err(|e| Error::io("write", &path)(e.into_error()))?;
+        file.sync()?;
+        validate::validate(&file.path_for_reading()).map_err(|error| match error {
             Error::Gguf { reason, .. } => refuse(&path, reason),
             other => other,
         })?;
-        file.persist(&path).map_err(|e| Error::io("write", &path)(e.error))?;
-        Ok(())
+        Ok(file)
     }
 }
 

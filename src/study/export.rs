@@ -10,13 +10,13 @@ use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, ModelOptions, SessionOptions, Token};
 use crate::error::{Error, Result};
 use crate::eval::prompts::PromptSource;
-use crate::file::{TEMPORARY_PREFIX, base_name};
+use crate::file::{AtomicFile, base_name};
 use crate::gguf::{self, GgufFile, Metadata, TensorType, Value, file_sha256};
 use crate::progress::Progress;
 use crate::steer::bake::check_output;
 use crate::steer::{Fingerprint, lora};
 use crate::train::output::Adapter;
-use crate::train::output::merge::{MergeOptions, merge};
+use crate::train::output::merge::{MergeOptions, merge_unnamed};
 use crate::train::output::merge_report::MergeReport;
 
 /// The merged model is compared on one prompt in each of these languages: four scripts, in seconds.
@@ -69,7 +69,7 @@ pub struct Exported {
 /// model is then refused.
 ///
 /// # Errors
-/// Those of [`lora::check`], [`Adapter::check_fingerprint`], [`merge`] and [`LoadedBack::compare`];
+/// Those of [`lora::check`], [`Adapter::check_fingerprint`], [`merge_unnamed`] and [`LoadedBack::compare`];
 /// [`Error::Input`] for a merged model that is refused ([`LoadedBack::verdict`]); [`Error::Interrupted`].
 pub fn export(
     request: &ExportRequest,
@@ -85,12 +85,8 @@ pub fn export(
     let is_zero = adapters.iter().all(|(adapter, scale)| *scale == 0.0 || adapter.is_zero());
     let options = MergeOptions { tensor_type: request.tensor_type, provenance: provenance(&base, loras)? };
 
-    // In a temporary folder beside the output: keeping the file is a rename, and dropping the folder removes it.
-    let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let folder = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).suffix(".tmp").tempdir_in(parent);
-    let folder = folder.map_err(Error::io("create", parent))?;
-    let unnamed = folder.path().join("merged.gguf");
-    let merged = merge_with_progress(request, &base, &adapters, &unnamed, &options, progress, interrupt)?;
+    let (merged, file) = merge_with_progress(request, &base, &adapters, &options, progress, interrupt)?;
+    let unnamed = file.path_for_reading();
     drop(adapters);
     on_step(Step::Merged(&merged))?;
 
@@ -102,7 +98,8 @@ pub fn export(
         &request.session_options,
         prompts,
         interrupt,
-    )?;
+    )
+    .map_err(|error| error.with_path(&unnamed, output))?;
     on_step(Step::Compared(&loaded_back))?;
     let changed: Vec<(TensorType, TensorType)> = merged.tensors.iter().map(|t| (t.from, t.to)).collect();
     let advice = merged.advice();
@@ -113,7 +110,7 @@ pub fn export(
         }
         Error::input(output, None, format!("not written: {}", refusal.reason)).with_hint(hint)
     })?;
-    std::fs::rename(&unnamed, output).map_err(Error::io("write", output))?;
+    file.commit()?;
     let advice = advice.filter(|_| !loaded_back.is_close());
     Ok(Exported { merge: merged, loaded_back, advice })
 }
@@ -134,16 +131,15 @@ fn read_adapters(request: &ExportRequest, base: &GgufFile) -> Result<Vec<(Adapte
     Ok(adapters)
 }
 
-/// Runs [`merge`] on the session's number of threads.
+/// Runs [`merge_unnamed`] on the session's number of threads.
 fn merge_with_progress(
     request: &ExportRequest,
     base: &GgufFile,
     adapters: &[(Adapter, f32)],
-    unnamed: &Path,
     options: &MergeOptions,
     progress: &mut (dyn Progress + Send),
     interrupt: &AtomicBool,
-) -> Result<MergeReport> {
+) -> Result<(MergeReport, AtomicFile)> {
     let n_threads = request.session_options.resolve_threads();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build();
     let pool =
@@ -161,15 +157,9 @@ fn merge_with_progress(
         shown = Some(done);
         Ok(())
     };
-    let merged = pool.install(|| merge(base, adapters, unnamed, options, on_bytes));
+    let merged = pool.install(|| merge_unnamed(base, adapters, &request.output, options, on_bytes));
     progress.finish();
-    // Name the file that the user asked for, not the temporary one.
-    merged.map_err(|error| match error {
-        Error::Io { action, path, source } if path == unnamed => {
-            Error::Io { action, path: request.output.clone(), source }
-        }
-        other => other,
-    })
+    merged
 }
 
 fn refuse_control_vector(path: &Path) -> Result<()> {

@@ -19,7 +19,7 @@ use crate::eval::metric::{MetricId, MetricKind};
 use crate::eval::record;
 use crate::eval::result::{Difference, LanguageResult, Metric, RunInfo, Warning, find, find_difference};
 use crate::eval::run::{self, EvalRequest, Source};
-use crate::file::create_folder;
+use crate::file::lock_folder;
 
 pub use plan::{COEFFICIENTS, Controls, OFFSETS, Plan};
 
@@ -125,7 +125,7 @@ pub fn run(
     interrupt: &AtomicBool,
     progress: &mut dyn Progress,
 ) -> Result<Sweep> {
-    create_folder(folder)?;
+    let _lock = lock_folder(folder)?;
     let settings = &plan.settings;
     let mut baseline: Option<record::FinishedRun> = None;
     let mut points = Vec::new();

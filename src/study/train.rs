@@ -159,7 +159,8 @@ impl Trained {
 ///
 /// # Errors
 /// [`Error::Setting`], [`Error::Input`], [`Error::Model`] and [`Error::Gguf`] for bad settings, pairs and models,
-/// before the folder is created; [`Error::RunFolder`] if the folder holds another run; [`Error::Interrupted`] after a
+/// before the folder is created; [`Error::RunFolder`] if the folder holds another run, or another process uses
+/// it; [`Error::Interrupted`] after a
 /// checkpoint; and those of [`run`].
 pub fn train(request: &TrainRequest, interrupt: &AtomicBool, progress: &mut dyn Progress) -> Result<Trained> {
     let compute = &request.compute;
@@ -304,6 +305,7 @@ fn train_on<D: Device>(
 ) -> Result<Trained> {
     let Prepared { base, settings, token_pairs, .. } = &prepared;
     let output = &request.output;
+    let _lock = file::lock_folder(output)?;
     let model_sha256 = start_folder(request, &prepared, progress)?;
     let mut trainer =
         Trainer::load(device, base, &settings.method(), settings.seed, settings.step_options())?;
@@ -362,10 +364,8 @@ struct RunRecord<'a> {
     settings: Identity<'a>,
 }
 
-/// Creates the run's folder with its `run.json`, or checks that the folder holds this run. Returns the model's SHA-256.
+/// Writes `run.json` into the run's folder, or checks that the folder holds this run. Returns the model's SHA-256.
 fn start_folder(request: &TrainRequest, prepared: &Prepared, progress: &mut dyn Progress) -> Result<String> {
-    file::create_folder(&request.output)?;
-    file::remove_unfinished(&request.output)?;
     let model_sha256 = hash_model(&request.model, progress)?;
     let record = RunRecord {
         detox_gguf: crate::version(),

@@ -16,6 +16,7 @@ use ndarray::linalg::general_mat_mul;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::file::AtomicFile;
 use crate::gguf::blocks::{dequantize, quantize};
 use crate::gguf::{GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, TensorType, Value};
 use crate::steer::bake::check_output;
@@ -59,8 +60,24 @@ pub fn merge(
     adapters: &[(Adapter, f32)],
     output: &Path,
     options: &MergeOptions,
-    mut progress: impl FnMut(u64, u64) -> Result<()>,
+    progress: impl FnMut(u64, u64) -> Result<()>,
 ) -> Result<MergeReport> {
+    let (report, file) = merge_unnamed(base, adapters, output, options, progress)?;
+    file.commit()?;
+    Ok(report)
+}
+
+/// As [`merge`], but the output gets its name only by [`AtomicFile::commit`].
+///
+/// # Errors
+/// Those of [`merge`].
+pub fn merge_unnamed(
+    base: &GgufFile,
+    adapters: &[(Adapter, f32)],
+    output: &Path,
+    options: &MergeOptions,
+    mut progress: impl FnMut(u64, u64) -> Result<()>,
+) -> Result<(MergeReport, AtomicFile)> {
     check_output(base, output)?;
     for (adapter, scale) in adapters {
         adapter.check(base)?;
@@ -99,8 +116,7 @@ pub fn merge(
         }
     }
     base.check_unchanged()?;
-    writer.finish()?;
-    Ok(report)
+    Ok((report, writer.complete()?))
 }
 
 /// The metadata of the copy.

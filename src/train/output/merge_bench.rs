@@ -8,10 +8,9 @@ use rand_chacha::ChaCha8Rng;
 use rand_core::{Rng, SeedableRng};
 
 use crate::error::{Error, Result};
-use crate::file::TEMPORARY_PREFIX;
 use crate::gguf::GgufFile;
 use crate::train::output::adapter::{Adapter, Factors};
-use crate::train::output::merge::{MergeOptions, merge};
+use crate::train::output::merge::{MergeOptions, merge_unnamed};
 
 /// The time and the size of a merge.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -63,15 +62,14 @@ pub fn measure(
     folder: &Path,
     interrupt: &AtomicBool,
 ) -> Result<MergeTime> {
-    let scratch = tempfile::Builder::new().prefix(TEMPORARY_PREFIX).suffix(".tmp").tempdir_in(folder);
-    let scratch = scratch.map_err(Error::io("create", folder))?;
     let n_numbers: usize = adapter.factors.iter().map(|factors| factors.a.len() + factors.b.len()).sum();
     let adapters = [(adapter, 1.0)];
     let start = Instant::now();
-    let report =
-        merge(base, &adapters, &scratch.path().join("merged.gguf"), &MergeOptions::default(), |_, _| {
-            if interrupt.load(Ordering::SeqCst) { Err(Error::Interrupted) } else { Ok(()) }
-        })?;
+    // Never gets this name.
+    let output = folder.join("merged.gguf");
+    let (report, _) = merge_unnamed(base, &adapters, &output, &MergeOptions::default(), |_, _| {
+        if interrupt.load(Ordering::SeqCst) { Err(Error::Interrupted) } else { Ok(()) }
+    })?;
     Ok(MergeTime {
         seconds: start.elapsed().as_secs_f64(),
         n_tensors: report.tensors.len(),
