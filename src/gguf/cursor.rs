@@ -98,13 +98,8 @@ impl<R: Read> Cursor<R> {
         self.array(what).map(u64::from_le_bytes)
     }
 
-    /// Reads a string of at most `max_bytes` into `buffer`, and replaces its content.
-    fn str_into<'a>(
-        &mut self,
-        max_bytes: u64,
-        what: &str,
-        buffer: &'a mut Vec<u8>,
-    ) -> Result<&'a str, Fault> {
+    /// Reads a string of at most `max_bytes` into `buffer`, and replaces its content. It need not be UTF-8.
+    fn bytes_into(&mut self, max_bytes: u64, what: &str, buffer: &mut Vec<u8>) -> Result<(), Fault> {
         let n_bytes = self.u64(what)?;
         self.need(n_bytes, what)?;
         if n_bytes > max_bytes {
@@ -114,28 +109,36 @@ impl<R: Read> Cursor<R> {
         }
         buffer.clear();
         buffer.resize(n_bytes as usize, 0);
-        self.fill(buffer)?;
-        std::str::from_utf8(buffer).map_err(|e| {
-            let shown = String::from_utf8_lossy(&buffer[..buffer.len().min(60)]).into_owned();
-            Fault::Reason(format!("{what} is not UTF-8 at its byte {}: {shown:?}", e.valid_up_to()))
-        })
+        self.fill(buffer)
     }
 
     /// Reads a string, limited only by the header's cap.
-    pub(super) fn string(&mut self, what: &str) -> Result<String, Fault> {
+    fn bytes(&mut self, what: &str) -> Result<Vec<u8>, Fault> {
         let mut buffer = Vec::new();
-        self.str_into(MAX_HEADER_BYTES, what, &mut buffer).map(str::to_owned)
+        self.bytes_into(MAX_HEADER_BYTES, what, &mut buffer)?;
+        Ok(buffer)
+    }
+
+    /// Reads the name of a tensor, which must be UTF-8: llama.cpp knows no other names.
+    pub(super) fn name(&mut self, what: &str) -> Result<String, Fault> {
+        String::from_utf8(self.bytes(what)?).map_err(|error| {
+            let shown = &error.as_bytes()[..error.as_bytes().len().min(60)];
+            let shown = String::from_utf8_lossy(shown).into_owned();
+            let valid_up_to = error.utf8_error().valid_up_to();
+            Fault::Reason(format!("{what} is not UTF-8 at its byte {valid_up_to}: {shown:?}"))
+        })
     }
 
     /// Reads a metadata key: not empty, no longer than the format allows, no NUL (llama.cpp compares C strings).
-    pub(super) fn key(&mut self, index: u64) -> Result<String, Fault> {
+    pub(super) fn key(&mut self, index: u64) -> Result<Vec<u8>, Fault> {
         let what = format!("metadata key {index}");
-        let mut buffer = Vec::new();
-        let key = self.str_into(MAX_KEY_BYTES, &what, &mut buffer)?;
-        if key.is_empty() || key.contains('\0') {
+        let mut key = Vec::new();
+        self.bytes_into(MAX_KEY_BYTES, &what, &mut key)?;
+        if key.is_empty() || key.contains(&0) {
+            let key = String::from_utf8_lossy(&key);
             return Err(Fault::Reason(format!("{what} is {key:?}: expected at least one byte, and no NUL")));
         }
-        Ok(key.to_owned())
+        Ok(key)
     }
 
     fn value_type(&mut self, what: &str) -> Result<ValueType, Fault> {
@@ -158,7 +161,7 @@ impl<R: Read> Cursor<R> {
             ValueType::U64 => Value::U64(self.u64(&what)?),
             ValueType::I64 => Value::I64(i64::from_le_bytes(self.array(&what)?)),
             ValueType::F64 => Value::F64(f64::from_le_bytes(self.array(&what)?)),
-            ValueType::Str => Value::Str(self.string(&what)?),
+            ValueType::Str => Value::from_bytes(self.bytes(&what)?),
             ValueType::Bool => match self.array::<1>(&what)?[0] {
                 0 => Value::Bool(false),
                 1 => Value::Bool(true),
@@ -187,8 +190,8 @@ impl<R: Read> Cursor<R> {
         let mut strings = Strings::with_capacity(n.min(MAX_ELEMENTS_AHEAD) as usize);
         let mut buffer = Vec::new();
         for i in 0..n {
-            match self.str_into(MAX_HEADER_BYTES, what, &mut buffer) {
-                Ok(string) => strings.push(string),
+            match self.bytes_into(MAX_HEADER_BYTES, what, &mut buffer) {
+                Ok(()) => strings.push_bytes(&buffer),
                 Err(Fault::Reason(reason)) => return Err(Fault::Reason(format!("element {i} of {reason}"))),
                 Err(io) => return Err(io),
             }

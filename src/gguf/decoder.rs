@@ -161,18 +161,19 @@ fn check_vocabulary(file: &GgufFile) -> Result<()> {
         return Err(reject(file, &format!("key {key:?}: expected the vocabulary, found no tokens")));
     }
     let tokens = file.tokens()?;
-    let mut seen = HashSet::with_capacity(tokens.len());
+    let mut seen: HashSet<&[u8]> = HashSet::with_capacity(tokens.len());
     let mut placeholders = Vec::new();
-    for (id, token) in tokens.iter().enumerate() {
+    for (id, token) in tokens.iter_bytes().enumerate() {
         // llama.cpp reads C strings, and renames an empty one to [EMPTY_id].
-        let token = token.split('\0').next().unwrap_or_default();
+        let token = token.split(|&b| b == 0).next().unwrap_or_default();
         if token.is_empty() {
             placeholders.push(format!("[EMPTY_{id}]"));
         } else if !seen.insert(token) {
+            let token = String::from_utf8_lossy(token);
             return Err(reject(file, &format!("key {key:?}: token {id}, {token:?}, occurs twice")));
         }
     }
-    if let Some(name) = placeholders.iter().find(|name| seen.contains(name.as_str())) {
+    if let Some(name) = placeholders.iter().find(|name| seen.contains(name.as_bytes())) {
         return Err(reject(
             file,
             &format!("key {key:?}: token {name:?} has the name that llama.cpp gives to an empty token"),
@@ -181,8 +182,7 @@ fn check_vocabulary(file: &GgufFile) -> Result<()> {
     if model == Some("llama") {
         // llama.cpp's tokenizer throws on a byte without a token. Bytes that never occur in UTF-8 need none.
         let has_byte = |b: u8| {
-            seen.contains(format!("<0x{b:02X}>").as_str())
-                || b.is_ascii() && seen.contains(char::from(b).to_string().as_str())
+            seen.contains(format!("<0x{b:02X}>").as_bytes()) || b.is_ascii() && seen.contains(&[b][..])
         };
         let missing = (0..=0xF4u8).find(|&b| !matches!(b, 0xC0 | 0xC1) && !has_byte(b));
         if let Some(byte) = missing {

@@ -1,5 +1,6 @@
 //! Typed access to metadata, and the model's hyperparameters under llama.cpp's names.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use super::file_type::{file_type_name, guessed_name};
@@ -188,9 +189,9 @@ impl GgufFile {
         self.u32(&self.arch_key(name)?)
     }
 
-    /// `general.name`, if present.
-    pub fn model_name(&self) -> Option<&str> {
-        self.str_if_present("general.name").ok().flatten()
+    /// `general.name`, if present. Invalid UTF-8 becomes U+FFFD.
+    pub fn model_name(&self) -> Option<Cow<'_, str>> {
+        self.metadata.get("general.name").and_then(Value::as_text)
     }
 
     /// The number of blocks, `{arch}.block_count`.

@@ -12,8 +12,8 @@
 //! ```
 //!
 //! [`GgufFile::open`] reads the metadata and the tensor list, never the tensor data. It accepts the files that
-//! llama.cpp's own loader accepts, with a few exceptions: it refuses strings that are not UTF-8, booleans other than
-//! 0 and 1, and tensors without dimensions or elements.
+//! llama.cpp's own loader accepts, with a few exceptions: it refuses booleans other than 0 and 1, and tensors without
+//! dimensions or elements. Strings and keys are bytes: those that are not UTF-8 are kept, and shown with U+FFFD.
 //! [`check_decoder`] then checks that the file is a language model that can generate, and looks for everything that
 //! llama.cpp would only catch by a failed assertion.
 //!

@@ -90,9 +90,10 @@ fn parse_header<R: io::Read>(cursor: &mut Cursor<R>, len: u64) -> Result<Header,
     let mut metadata = Metadata::new();
     for i in 0..n_keys {
         let key = cursor.key(i)?;
-        let value = cursor.value(&key)?;
-        if metadata.set(key.as_str(), value).is_some() {
-            return Err(Fault::Reason(format!("key {key:?} occurs twice")));
+        let shown = String::from_utf8_lossy(&key).into_owned();
+        let value = cursor.value(&shown)?;
+        if metadata.set_bytes(key, value).is_some() {
+            return Err(Fault::Reason(format!("key {shown:?} occurs twice")));
         }
     }
     let alignment = parse_alignment(&metadata)?;
@@ -163,7 +164,7 @@ pub(super) fn parse_alignment(metadata: &Metadata) -> Result<u64, String> {
 
 /// Parses one entry of the tensor list. Its `offset` still counts from the start of the data section.
 fn parse_tensor<R: io::Read>(cursor: &mut Cursor<R>, index: u64) -> Result<TensorInfo, Fault> {
-    let name = cursor.string(&format!("the name of tensor {index}"))?;
+    let name = cursor.name(&format!("the name of tensor {index}"))?;
     if let Some(fault) = tensor::name_fault(&name) {
         return Err(Fault::Reason(format!("tensor {index}: {fault}")));
     }

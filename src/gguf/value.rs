@@ -1,5 +1,6 @@
 //! Metadata: typed values under string keys, in file order.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 
@@ -73,6 +74,8 @@ pub enum Value {
     F32(f32),
     Bool(bool),
     Str(String),
+    /// A string that is not UTF-8. Only reading makes one: valid UTF-8 is always [`Value::Str`].
+    Bytes(Vec<u8>),
     Array(Array),
     U64(u64),
     I64(i64),
@@ -91,7 +94,7 @@ impl Value {
             Value::I32(_) => ValueType::I32,
             Value::F32(_) => ValueType::F32,
             Value::Bool(_) => ValueType::Bool,
-            Value::Str(_) => ValueType::Str,
+            Value::Str(_) | Value::Bytes(_) => ValueType::Str,
             Value::Array(_) => ValueType::Array,
             Value::U64(_) => ValueType::U64,
             Value::I64(_) => ValueType::I64,
@@ -114,9 +117,24 @@ impl Value {
         }
     }
 
+    /// A string from its bytes in a file.
+    pub(super) fn from_bytes(bytes: Vec<u8>) -> Value {
+        String::from_utf8(bytes).map_or_else(|error| Value::Bytes(error.into_bytes()), Value::Str)
+    }
+
+    /// The text, if this is a string. Invalid UTF-8 becomes U+FFFD.
+    pub fn as_text(&self) -> Option<Cow<'_, str>> {
+        match self {
+            Value::Str(text) => Some(Cow::Borrowed(text)),
+            Value::Bytes(bytes) => Some(String::from_utf8_lossy(bytes)),
+            _ => None,
+        }
+    }
+
     /// Describes the type for messages, with the length and element type of an array: "arr of 5 str".
     pub fn describe(&self) -> String {
         match self {
+            Value::Bytes(_) => "a str that is not UTF-8".to_owned(),
             Value::Array(array) => format!("arr of {} {}", array.len(), array.element_type()),
             other => other.value_type().name().to_owned(),
         }
@@ -262,10 +280,12 @@ array_from_slice!(u8 => U8, u16 => U16, u32 => U32, u64 => U64);
 array_from_slice!(i8 => I8, i16 => I16, i32 => I32, i64 => I64, f32 => F32, f64 => F64);
 
 /// Many strings in two allocations: a vocabulary of 260,000 tokens does not need 260,000.
+///
+/// Strings are bytes, as in the file: llama.cpp also loads files whose strings are not UTF-8.
 #[derive(Clone, Default, PartialEq)]
 pub struct Strings {
-    text: String,
-    /// End of each string in `text`, in bytes.
+    bytes: Vec<u8>,
+    /// End of each string in `bytes`.
     ends: Vec<usize>,
 }
 
@@ -278,13 +298,18 @@ impl fmt::Debug for Strings {
 impl Strings {
     /// An empty list with room for `n` strings.
     pub(super) fn with_capacity(n: usize) -> Strings {
-        Strings { text: String::new(), ends: Vec::with_capacity(n) }
+        Strings { bytes: Vec::new(), ends: Vec::with_capacity(n) }
     }
 
     /// Appends one string.
     pub fn push(&mut self, string: &str) {
-        self.text.push_str(string);
-        self.ends.push(self.text.len());
+        self.push_bytes(string.as_bytes());
+    }
+
+    /// Appends one string, which need not be UTF-8.
+    pub fn push_bytes(&mut self, string: &[u8]) {
+        self.bytes.extend_from_slice(string);
+        self.ends.push(self.bytes.len());
     }
 
     /// The number of strings.
@@ -297,16 +322,26 @@ impl Strings {
         self.ends.is_empty()
     }
 
-    /// The string at `index`, from 0.
-    pub fn get(&self, index: usize) -> Option<&str> {
+    /// The bytes of the string at `index`, from 0.
+    pub fn bytes(&self, index: usize) -> Option<&[u8]> {
         let end = *self.ends.get(index)?;
         let start = if index == 0 { 0 } else { self.ends[index - 1] };
-        Some(&self.text[start..end])
+        Some(&self.bytes[start..end])
     }
 
-    /// The strings in order.
-    pub fn iter(&self) -> impl ExactSizeIterator<Item = &str> + '_ {
-        (0..self.len()).map(|i| self.get(i).expect("the index is below len()"))
+    /// The string at `index`, from 0. Invalid UTF-8 becomes U+FFFD.
+    pub fn get(&self, index: usize) -> Option<Cow<'_, str>> {
+        self.bytes(index).map(String::from_utf8_lossy)
+    }
+
+    /// The strings in order. Invalid UTF-8 becomes U+FFFD.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = Cow<'_, str>> + '_ {
+        self.iter_bytes().map(String::from_utf8_lossy)
+    }
+
+    /// The bytes of the strings in order.
+    pub fn iter_bytes(&self) -> impl ExactSizeIterator<Item = &[u8]> + '_ {
+        (0..self.len()).map(|i| self.bytes(i).expect("the index is below len()"))
     }
 }
 
@@ -319,10 +354,22 @@ impl<S: AsRef<str>> FromIterator<S> for Strings {
 }
 
 /// Keys and values in file order. Each key occurs once.
+///
+/// A key that is not UTF-8 is kept and written back, but cannot be looked up: [`Metadata::get`] takes text.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Metadata {
-    entries: Vec<(String, Value)>,
+    entries: Vec<Entry>,
+    /// Position of each key that is UTF-8.
     index: HashMap<String, usize>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Entry {
+    /// With U+FFFD for invalid UTF-8.
+    key: String,
+    /// The key's bytes, if they are not UTF-8.
+    raw: Option<Vec<u8>>,
+    value: Value,
 }
 
 impl Metadata {
@@ -343,22 +390,51 @@ impl Metadata {
 
     /// The value of `key`, if present.
     pub fn get(&self, key: &str) -> Option<&Value> {
-        self.index.get(key).map(|&i| &self.entries[i].1)
+        self.index.get(key).map(|&i| &self.entries[i].value)
     }
 
     /// Sets `key` and returns the old value. An existing key keeps its place; a new one goes to the end.
     pub fn set(&mut self, key: impl Into<String>, value: Value) -> Option<Value> {
         let key = key.into();
         if let Some(&i) = self.index.get(&key) {
-            return Some(std::mem::replace(&mut self.entries[i].1, value));
+            return Some(std::mem::replace(&mut self.entries[i].value, value));
         }
         self.index.insert(key.clone(), self.entries.len());
-        self.entries.push((key, value));
+        self.entries.push(Entry { key, raw: None, value });
         None
     }
 
-    /// Keys and values in file order.
+    /// Sets a key read from a file, which need not be UTF-8, and returns the old value.
+    pub(super) fn set_bytes(&mut self, key: Vec<u8>, value: Value) -> Option<Value> {
+        let raw = match String::from_utf8(key) {
+            Ok(key) => return self.set(key, value),
+            Err(error) => error.into_bytes(),
+        };
+        if let Some(entry) = self.entries.iter_mut().find(|entry| entry.raw.as_ref() == Some(&raw)) {
+            return Some(std::mem::replace(&mut entry.value, value));
+        }
+        let key = String::from_utf8_lossy(&raw).into_owned();
+        self.entries.push(Entry { key, raw: Some(raw), value });
+        None
+    }
+
+    /// Copies from `other` the keys that `keep` accepts, with their exact bytes. Keys that are here are replaced.
+    pub fn copy_from(&mut self, other: &Metadata, mut keep: impl FnMut(&str) -> bool) {
+        for Entry { key, raw, value } in other.entries.iter().filter(|entry| keep(&entry.key)) {
+            match raw {
+                Some(raw) => self.set_bytes(raw.clone(), value.clone()),
+                None => self.set(key.as_str(), value.clone()),
+            };
+        }
+    }
+
+    /// Keys and values in file order. A key that is not UTF-8 is shown with U+FFFD.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Value)> + '_ {
-        self.entries.iter().map(|(key, value)| (key.as_str(), value))
+        self.entries.iter().map(|entry| (entry.key.as_str(), &entry.value))
+    }
+
+    /// The bytes of each key, with its value, in file order.
+    pub(super) fn iter_bytes(&self) -> impl Iterator<Item = (&[u8], &Value)> + '_ {
+        self.entries.iter().map(|Entry { key, raw, value }| (raw.as_deref().unwrap_or(key.as_bytes()), value))
     }
 }

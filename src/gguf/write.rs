@@ -167,13 +167,13 @@ fn header_bytes(metadata: &Metadata, tensors: &[(TensorSpec, u64)], alignment: u
     header.extend(VERSION.to_le_bytes());
     header.extend((tensors.len() as u64).to_le_bytes());
     header.extend((metadata.len() as u64).to_le_bytes());
-    for (key, value) in metadata.iter() {
+    for (key, value) in metadata.iter_bytes() {
         push_str(&mut header, key);
         push_value(&mut header, value);
     }
     let mut offset = 0u64;
     for (spec, n_bytes) in tensors {
-        push_str(&mut header, &spec.name);
+        push_str(&mut header, spec.name.as_bytes());
         header.extend((spec.shape.len() as u32).to_le_bytes());
         header.extend(spec.shape.iter().flat_map(|ne| ne.to_le_bytes()));
         header.extend(spec.tensor_type.id().to_le_bytes());
@@ -186,9 +186,9 @@ fn header_bytes(metadata: &Metadata, tensors: &[(TensorSpec, u64)], alignment: u
     Some(header)
 }
 
-fn push_str(header: &mut Vec<u8>, string: &str) {
+fn push_str(header: &mut Vec<u8>, string: &[u8]) {
     header.extend((string.len() as u64).to_le_bytes());
-    header.extend(string.as_bytes());
+    header.extend(string);
 }
 
 fn push_value(header: &mut Vec<u8>, value: &Value) {
@@ -205,7 +205,8 @@ fn push_value(header: &mut Vec<u8>, value: &Value) {
         Value::U64(v) => header.extend(v.to_le_bytes()),
         Value::I64(v) => header.extend(v.to_le_bytes()),
         Value::F64(v) => header.extend(v.to_le_bytes()),
-        Value::Str(v) => push_str(header, v),
+        Value::Str(v) => push_str(header, v.as_bytes()),
+        Value::Bytes(v) => push_str(header, v),
         Value::Array(array) => push_array(header, array),
     }
 }
@@ -214,7 +215,7 @@ fn push_array(header: &mut Vec<u8>, array: &Array) {
     header.extend(array.element_type().id().to_le_bytes());
     header.extend((array.len() as u64).to_le_bytes());
     if let Some(strings) = array.strings() {
-        strings.iter().for_each(|string| push_str(header, string));
+        strings.iter_bytes().for_each(|string| push_str(header, string));
     } else {
         debug_assert_ne!(array.element_type(), ValueType::Array);
         header.extend(array.le_bytes().unwrap_or_default());

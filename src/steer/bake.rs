@@ -96,9 +96,7 @@ fn plan<'a>(model: &'a GgufFile, vectors: &'a BTreeMap<usize, Vec<f32>>) -> Vec<
 /// The metadata of the copy: the model's, without the keys of a split file, plus `provenance`.
 fn metadata(model: &GgufFile, provenance: &[(&str, String)]) -> Metadata {
     let mut metadata = Metadata::new();
-    for (key, value) in model.metadata().iter().filter(|(key, _)| !key.starts_with("split.")) {
-        metadata.set(key, value.clone());
-    }
+    metadata.copy_from(model.metadata(), |key| !key.starts_with("split."));
     for (key, value) in provenance {
         metadata.set(*key, Value::Str(value.clone()));
     }

@@ -8,7 +8,10 @@ use detox_gguf::gguf::{
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use crate::bytes::{gguf, on_disk, open, str_array_pair, str_pair, tensor, u32_pair};
+use crate::bytes::ARRAY;
+use crate::bytes::{
+    STR, array as array_bytes, gguf, on_disk, open, pair, str_array_pair, str_pair, string, tensor, u32_pair,
+};
 
 fn array() -> impl Strategy<Value = Array> {
     prop_oneof![
@@ -200,6 +203,35 @@ fn the_undamaged_model_is_valid() {
     check_decoder(&file).unwrap();
     assert_eq!(file.n_vocab().unwrap(), 4);
     assert_eq!(file.tokens().unwrap().iter().collect::<Vec<_>>(), ["a", "b", "ab", "é"]);
+}
+
+#[test]
+fn strings_that_are_not_utf8_are_copied_byte_for_byte() {
+    // "Модели" in code page 1251, a token that ends in the middle of a character, and a key in Latin-1.
+    let name = b"\xcc\xee\xe4\xe5\xeb\xe8";
+    let tokens = [string("ok"), string(b"\xe6\xbc")].concat();
+    let key = [string(b"caf\xe9"), STR.to_le_bytes().to_vec(), string("x")].concat();
+    let bytes = gguf(
+        &[pair("general.name", STR, string(name)), key, pair("tokens", ARRAY, array_bytes(STR, 2, tokens))],
+        &[],
+        0,
+    );
+    let (folder, file) = open(&bytes).unwrap();
+    assert_eq!(file.model_name().unwrap(), "\u{fffd}".repeat(6));
+    assert_eq!(file.strings("tokens").unwrap().get(1).unwrap(), "\u{fffd}");
+    assert_eq!(file.metadata().iter().nth(1).unwrap().0, "caf\u{fffd}");
+    let message = file.str("general.name").unwrap_err().to_string();
+    assert!(
+        message.contains("key \"general.name\": expected str, found a str that is not UTF-8"),
+        "{message}"
+    );
+
+    let mut copy = Metadata::new();
+    copy.copy_from(file.metadata(), |_| true);
+    let path = folder.path().join("copy.gguf");
+    GgufWriter::create(&path, &copy, vec![]).unwrap().finish().unwrap();
+    // The test pads the end of a file without tensors.
+    assert!(bytes.starts_with(&std::fs::read(path).unwrap()));
 }
 
 #[test]

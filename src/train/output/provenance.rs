@@ -5,11 +5,7 @@ use crate::gguf::{GgufFile, Metadata, Value};
 /// The base's metadata for a copy of it in one file: without `split.*`, and without the keys in `drop`.
 pub fn copy_of(base: &GgufFile, drop: &[&str]) -> Metadata {
     let mut metadata = Metadata::new();
-    for (key, value) in base.metadata().iter() {
-        if !key.starts_with("split.") && !drop.contains(&key) {
-            metadata.set(key, value.clone());
-        }
-    }
+    metadata.copy_from(base.metadata(), |key| !key.starts_with("split.") && !drop.contains(&key));
     metadata
 }
 
@@ -20,7 +16,5 @@ pub fn set_version(metadata: &mut Metadata) {
 
 /// Adds `provenance`, which replaces keys already there.
 pub fn add(provenance: &Metadata, metadata: &mut Metadata) {
-    for (key, value) in provenance.iter() {
-        metadata.set(key, value.clone());
-    }
+    metadata.copy_from(provenance, |_| true);
 }
