@@ -78,7 +78,10 @@ pub enum Error {
 
     /// A prompt and its continuation do not fit in the context.
     #[error(
-        "prompt {prompt:?} has {n_prompt} tokens and {n_predict} more would be generated, but a sequence holds only {n_ctx_seq}"
+        "{}{n_prompt} tokens{}, but {} {n_ctx_seq}",
+        if prompt.is_empty() { "a text has ".to_owned() } else { format!("prompt {prompt:?} has ") },
+        if *n_predict > 0 { format!(" and {n_predict} more would be generated") } else { String::new() },
+        if *is_learned { "the model has learned positions only for" } else { "a sequence holds only" }
     )]
     PromptTooLong {
         /// The prompt's id.
@@ -89,6 +92,8 @@ pub enum Error {
         n_predict: usize,
         /// Context of one sequence in the session, in tokens.
         n_ctx_seq: usize,
+        /// Whether the model's table of learned positions ends there, so that `-c` cannot help.
+        is_learned: bool,
     },
 
     /// A scorer cannot run, or returned an unusable score.
@@ -303,6 +308,12 @@ impl Error {
             Error::Gguf { .. } => Some(
                 "download or convert the file again, and compare its size and sha256 with the source".into(),
             ),
+            Error::PromptTooLong { is_learned: true, n_predict: 1.., .. } => {
+                Some("shorten the text, or lower -n/--n-predict: -c/--ctx-size cannot add positions".into())
+            }
+            Error::PromptTooLong { is_learned: true, .. } => {
+                Some("shorten the text: -c/--ctx-size cannot add positions".into())
+            }
             Error::PromptTooLong { .. } => Some(
                 "raise -c/--ctx-size, lower -np/--parallel or -n/--n-predict, or shorten the prompt".into(),
             ),

@@ -22,6 +22,8 @@ pub struct Model {
     n_layer: usize,
     /// Number of neurons of each layer, `[n_layer]`.
     n_ff: Vec<usize>,
+    /// Rows of the table of learned positions, if there is one.
+    n_positions: Option<usize>,
     kv_bytes_per_cell: usize,
     on_cpu: bool,
     steering: Arc<LoadedSteering>,
@@ -62,9 +64,13 @@ impl Model {
             vocab_only: false,
         };
         file.check_unchanged()?;
-        let handle = ModelHandle::load(path, params).ok_or_else(|| {
+        let handle = ModelHandle::load(path, params).map_err(|reason| {
+            let version = super::llama_version();
             refused(
-                format!("llama.cpp {} refused it (architecture {architecture:?})", super::llama_version()),
+                format!(
+                    "llama.cpp {version} refused it (architecture {architecture:?}){}",
+                    after_colon(&reason)
+                ),
                 "run again with -v to see llama.cpp's log",
             )
         })?;
@@ -85,6 +91,7 @@ impl Model {
             architecture,
             n_layer,
             n_ff,
+            n_positions: n_positions(&file),
             kv_bytes_per_cell,
             on_cpu,
             steering: Arc::new(steering),
@@ -101,10 +108,11 @@ impl Model {
             .loras
             .iter()
             .map(|lora| {
-                let handle = LoraHandle::load(&self.handle, &lora.path).ok_or_else(|| {
+                let handle = LoraHandle::load(&self.handle, &lora.path).map_err(|reason| {
+                    let base = self.path().display();
                     Error::model(
                         &lora.path,
-                        format!("llama.cpp refused it as a LoRA adapter of {}", self.path().display()),
+                        format!("llama.cpp refused it as a LoRA adapter of {base}{}", after_colon(&reason)),
                     )
                     .with_hint("run again with -v to see llama.cpp's log")
                 })?;
@@ -250,6 +258,11 @@ impl Model {
         self.handle.n_ctx_train()
     }
 
+    /// The most tokens of a text, if the model looks positions up in a learned table. Beyond it, ggml would abort.
+    pub fn n_positions(&self) -> Option<usize> {
+        self.n_positions
+    }
+
     /// Number of weights.
     pub fn n_params(&self) -> u64 {
         self.handle.n_params()
@@ -299,6 +312,17 @@ impl Model {
     pub fn is_end_of_generation(&self, token: Token) -> bool {
         self.handle.is_end_of_generation(token)
     }
+}
+
+/// llama.cpp's own words at the end of a message, if there are any.
+pub(super) fn after_colon(reason: &str) -> String {
+    if reason.is_empty() { String::new() } else { format!(": {reason}") }
+}
+
+/// Rows of the table of learned positions.
+fn n_positions(file: &GgufFile) -> Option<usize> {
+    let n_rows = *file.tensor("position_embd.weight")?.shape().get(1)?;
+    usize::try_from(n_rows).ok()
 }
 
 /// Layers times heads times (key + value) width times two bytes, from the metadata.

@@ -179,6 +179,8 @@ impl Session {
             }
         }
         let n_ctx_seq = options.resolve_ctx_seq(n_parallel, n_ctx_seq)?;
+        // A sequence never grows beyond a table of learned positions, whatever -c says.
+        let n_ctx_seq = n_ctx_seq.min(model.n_positions().unwrap_or(usize::MAX)).max(1);
         let params = options.context_params(n_parallel, n_ctx_seq)?;
         let n_seq_max = n_parallel + 1;
         let watch = match has_callback {
@@ -347,6 +349,7 @@ impl Session {
                 n_prompt,
                 n_predict,
                 n_ctx_seq: self.n_ctx_seq,
+                is_learned: self.model.n_positions() == Some(self.n_ctx_seq),
             });
         }
         Ok(())

@@ -95,6 +95,7 @@ impl Plan {
                 n_prompt,
                 n_predict: options.n_predict,
                 n_ctx_seq: n_ctx_train,
+                is_learned: model.n_positions() == Some(n_ctx_train),
             });
         }
         let n_parallel = session_options.resolve_parallel(model, n_ctx_seq);

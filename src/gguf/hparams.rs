@@ -7,10 +7,16 @@ use super::file_type::{file_type_name, guessed_name};
 use super::read::GgufFile;
 use super::validate::refuse;
 use super::{Array, Strings, Value};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The most layers a model has (`LLAMA_MAX_LAYERS` in `llama-hparams.h`).
 pub(super) const MAX_LAYERS: u32 = 512;
+
+/// The widest residual stream. Our limit, 64 times that of the widest model known.
+pub(super) const MAX_EMBD: u32 = 1 << 20;
+
+/// The most neurons in an FFN. Our limit, 256 times that of the largest model known.
+pub(super) const MAX_FF: u32 = 1 << 24;
 
 /// A Rust type that a metadata value of one type converts to.
 trait FromValue<'a>: Sized {
@@ -194,20 +200,34 @@ impl GgufFile {
         self.metadata.get("general.name").and_then(Value::as_text)
     }
 
-    /// The number of blocks, `{arch}.block_count`.
+    /// The u32 under `{arch}.{name}`, capped so that a damaged number can be counted to.
+    fn arch_count(&self, name: &str, range: std::ops::RangeInclusive<u32>) -> Result<u32> {
+        let found = self.arch_u32(name)?;
+        if range.contains(&found) {
+            return Ok(found);
+        }
+        let key = self.arch_key(name)?;
+        let (min, max) = (range.start(), range.end());
+        Err(Error::model(
+            self.path(),
+            format!("key {key:?}: expected a number from {min} to {max}, found {found}"),
+        ))
+    }
+
+    /// The number of blocks, `{arch}.block_count`: 1 to 512, as in llama.cpp.
     ///
     /// # Errors
-    /// Same as [`GgufFile::architecture`].
+    /// Same as [`GgufFile::architecture`]; [`crate::Error::Model`] if it is out of range.
     pub fn n_layer(&self) -> Result<u32> {
-        self.arch_u32("block_count")
+        self.arch_count("block_count", 1..=MAX_LAYERS)
     }
 
     /// Width of the residual stream, `{arch}.embedding_length`.
     ///
     /// # Errors
-    /// Same as [`GgufFile::architecture`].
+    /// Same as [`GgufFile::n_layer`].
     pub fn n_embd(&self) -> Result<u32> {
-        self.arch_u32("embedding_length")
+        self.arch_count("embedding_length", 1..=MAX_EMBD)
     }
 
     /// Context length in training, in tokens, `{arch}.context_length`.
@@ -231,7 +251,15 @@ impl GgufFile {
     /// # Errors
     /// Same as [`GgufFile::architecture`].
     pub fn n_ff_per_layer(&self) -> Result<Vec<u32>> {
-        self.per_layer("feed_forward_length")
+        let n_ff = self.per_layer("feed_forward_length")?;
+        match n_ff.iter().find(|&&n| n > MAX_FF) {
+            None => Ok(n_ff),
+            Some(n) => {
+                let key = self.arch_key("feed_forward_length")?;
+                let reason = format!("key {key:?}: expected at most {MAX_FF} neurons, found {n}");
+                Err(Error::model(self.path(), reason))
+            }
+        }
     }
 
     /// Attention heads, `{arch}.attention.head_count`, if the number is the same in all layers.
@@ -283,8 +311,7 @@ impl GgufFile {
             )
         };
         match self.metadata.get(&key) {
-            // Without the cap a damaged block_count could allocate 16 GiB.
-            Some(&Value::U32(n)) => Ok(vec![n; n_layer.min(MAX_LAYERS as usize)]),
+            Some(&Value::U32(n)) => Ok(vec![n; n_layer]),
             Some(Value::Array(array)) if array.len() == n_layer => array
                 .to_i64s()
                 .and_then(|values| values.into_iter().map(|v| u32::try_from(v).ok()).collect())

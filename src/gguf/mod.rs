@@ -15,7 +15,7 @@
 //! llama.cpp's own loader accepts, with a few exceptions: it refuses booleans other than 0 and 1, and tensors without
 //! dimensions or elements. Strings and keys are bytes: those that are not UTF-8 are kept, and shown with U+FFFD.
 //! [`check_decoder`] then checks that the file is a language model that can generate, and looks for everything that
-//! llama.cpp would only catch by a failed assertion.
+//! llama.cpp would only catch by a failed assertion: `rules` holds the tables.
 //!
 //! Files are not memory-mapped. Data is read at positions ([`GgufFile::read_tensor_at`]), so if another program
 //! truncates the file meanwhile, that is an error and not a signal. The file may still change between
@@ -36,6 +36,8 @@ mod file_type;
 mod foreign;
 mod hparams;
 mod read;
+mod regular;
+mod rules;
 mod split;
 mod tensor;
 mod validate;
@@ -51,6 +53,7 @@ pub use decoder::check_decoder;
 pub use file_hash::{file_sha256, model_sha256};
 pub use file_type::file_type_name;
 pub use read::GgufFile;
+pub(crate) use regular::check_regular;
 pub use tensor::{TensorInfo, TensorType};
 pub use value::{Array, Metadata, Strings, Value, ValueType};
 pub use write::{GgufWriter, TensorSpec};

@@ -28,6 +28,7 @@ impl GgufFile {
     /// # Errors
     /// - [`Error::Io`] if a file cannot be read.
     /// - [`Error::Gguf`] if a file is not GGUF, or is damaged or truncated. The reason names the key or tensor.
+    /// - [`Error::Input`] if it is a folder, pipe or device, or a part of a split model under a wrong name.
     /// - [`Error::Model`] if it is a later part of a split model. The hint names the first part.
     pub fn open(path: impl AsRef<Path>) -> Result<GgufFile> {
         let split::Parts { parts, metadata, tensors } = split::open_other_parts(validate(path.as_ref())?)?;
@@ -120,13 +121,13 @@ impl GgufFile {
 
 /// Reads at a position and leaves the file's own position alone.
 #[cfg(unix)]
-fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+pub(super) fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
 }
 
 /// Reads at a position. On Windows this also moves the file's own position; nothing here relies on it.
 #[cfg(windows)]
-fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+pub(super) fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
     while !bytes.is_empty() {
         match std::os::windows::fs::FileExt::seek_read(file, bytes, offset) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),

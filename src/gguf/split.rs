@@ -1,8 +1,10 @@
 //! Models split over several files, `<name>-00001-of-0000N.gguf` and so on, as `llama-gguf-split` writes them.
 
 use std::collections::HashSet;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use super::read::read_exact_at;
 use super::validate::{Part, Validated, refuse, validate};
 use super::{Metadata, TensorInfo, Value};
 use crate::error::{Error, Result};
@@ -38,11 +40,14 @@ pub(super) fn open_other_parts(first: Validated) -> Result<Parts> {
         return Err(later_part(&first_path, index, n_parts));
     }
     for index in 1..n_parts {
-        let Validated { part, metadata, tensors } = validate(&existing_part(&first_path, index, n_parts)?)?;
+        let path = existing_part(&model.parts[0], index, n_parts)?;
+        let Validated { part, metadata, tensors } = validate(&path)?;
         let found = required_part_number(&part.path, &metadata)?;
         if found != index {
             let reason = format!("key \"split.no\": expected {index} from its name, found {found}");
-            return Err(refuse(&part.path, reason));
+            let hint =
+                format!("it is another part, renamed: name it after its number, {}", suffix(found, n_parts));
+            return Err(Error::input(&part.path, None, reason).with_hint(hint));
         }
         let part_index = model.parts.len();
         model.tensors.extend(tensors.into_iter().map(|tensor| TensorInfo { part: part_index, ..tensor }));
@@ -62,22 +67,52 @@ fn later_part(path: &Path, index: u16, n_parts: u16) -> Error {
 }
 
 /// The path of part `index` (from 0), checked to exist.
-fn existing_part(first_path: &Path, index: u16, n_parts: u16) -> Result<PathBuf> {
-    let Some(path) = part_path(first_path, 0, index, n_parts) else {
-        let suffix = suffix(0, n_parts);
-        return Err(refuse(
-            first_path,
-            format!(
-                "it is the first of {n_parts} parts, and llama.cpp finds the others by name: \
-                 expected a name ending in {suffix:?}"
-            ),
-        ));
+fn existing_part(first: &Part, index: u16, n_parts: u16) -> Result<PathBuf> {
+    let suffix = suffix(0, n_parts);
+    let Some(path) = part_path(&first.path, 0, index, n_parts) else {
+        if holds_another_file(first) {
+            let reason = format!("it is {n_parts} parts of a split model, joined byte for byte");
+            return Err(Error::input(&first.path, None, reason).with_hint(format!(
+                "keep the parts apart, named like model{suffix}, and pass the first; \
+                 or join them with `llama-gguf-split --merge FIRST-PART OUTPUT`"
+            )));
+        }
+        let reason = format!(
+            "it is the first of {n_parts} parts, and llama.cpp finds the others by name: \
+             expected a name ending in {suffix:?}"
+        );
+        let hint = match stem_of_others(&first.path, n_parts) {
+            Some(stem) => {
+                format!("rename it to {}{suffix}, as the parts beside it are named", stem.display())
+            }
+            None => {
+                format!("rename it to model{suffix} and put the other parts beside it, under the same name")
+            }
+        };
+        return Err(Error::input(&first.path, None, reason).with_hint(hint));
     };
     if !path.exists() {
         let reason = format!("part {} of {n_parts} is missing: expected {}", index + 1, path.display());
-        return Err(refuse(first_path, reason));
+        return Err(
+            Error::input(&first.path, None, reason).with_hint("download that part into the same folder")
+        );
     }
     Ok(path)
+}
+
+/// Whether another GGUF begins where this one's data ends.
+fn holds_another_file(part: &Part) -> bool {
+    [part.data_end, part.data_end.next_multiple_of(part.alignment)].into_iter().any(|at| {
+        let mut magic = [0; 4];
+        read_exact_at(&part.file, &mut magic, at).is_ok() && &magic == b"GGUF"
+    })
+}
+
+/// The beginning of the names of later parts in the same folder.
+fn stem_of_others(first: &Path, n_parts: u16) -> Option<OsString> {
+    let folder = first.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let names = std::fs::read_dir(folder).ok()?.take(10_000).flatten().map(|entry| entry.file_name());
+    names.filter_map(|name| strip_suffix(&name, &suffix(1, n_parts))).min()
 }
 
 /// Checks that no tensor name occurs in two parts, and that the first part announces the right number of tensors.
@@ -127,9 +162,20 @@ fn suffix(index: u16, n_parts: u16) -> String {
 
 /// The path of part `to`, given the path of part `from`. `None` if `path` is not named as llama.cpp expects.
 fn part_path(path: &Path, from: u16, to: u16, n_parts: u16) -> Option<PathBuf> {
-    let name = path.file_name()?.to_str()?;
-    let stem = name.strip_suffix(&suffix(from, n_parts))?;
+    let mut name = strip_suffix(path.file_name()?, &suffix(from, n_parts))?;
     // llama.cpp refuses a path that is only the suffix, but accepts `folder/<suffix>`.
-    let whole_path_is_suffix = stem.is_empty() && path.parent().is_none_or(|p| p.as_os_str().is_empty());
-    (!whole_path_is_suffix).then(|| path.with_file_name(format!("{stem}{}", suffix(to, n_parts))))
+    let whole_path_is_suffix = name.is_empty() && path.parent().is_none_or(|p| p.as_os_str().is_empty());
+    name.push(suffix(to, n_parts));
+    (!whole_path_is_suffix).then(|| path.with_file_name(name))
+}
+
+/// `name` without `suffix` at its end. On Unix a name need not be UTF-8.
+fn strip_suffix(name: &OsStr, suffix: &str) -> Option<OsString> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::ffi::OsStrExt;
+        name.as_bytes().strip_suffix(suffix.as_bytes()).map(|stem| OsStr::from_bytes(stem).to_owned())
+    }
+    #[cfg(not(unix))]
+    name.to_str()?.strip_suffix(suffix).map(OsString::from)
 }

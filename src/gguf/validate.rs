@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::cursor::{Cursor, Fault};
+use super::regular::check_regular;
 use super::tensor::{self, TensorInfo, TensorType};
 use super::{DEFAULT_ALIGNMENT, Metadata, VERSION, Value, foreign};
 use crate::error::{Error, Result};
@@ -45,6 +46,8 @@ pub(super) struct Part {
     pub(super) version: u32,
     /// In bytes, a power of two.
     pub(super) alignment: u64,
+    /// End of the last tensor's data, in bytes.
+    pub(super) data_end: u64,
 }
 
 /// Shorthand for [`Error::gguf`].
@@ -54,26 +57,41 @@ pub(super) fn refuse(path: &Path, reason: impl Into<String>) -> Error {
 
 /// Reads the header of one file and checks everything that does not need the tensor data.
 pub(super) fn validate(path: &Path) -> Result<Validated> {
-    let found = std::fs::metadata(path).map_err(Error::io("open", path))?;
-    // Checked before opening, because opening a named pipe would wait for a writer.
-    if !found.is_file() {
-        let kind = if found.is_dir() { "a directory" } else { "not a regular file" };
-        return Err(refuse(path, format!("expected a file, found {kind}")));
-    }
+    check_regular(path)?;
     let file = File::open(path).map_err(Error::io("open", path))?;
     let found = file.metadata().map_err(Error::io("read", path))?;
     let (len, modified) = (found.len(), found.modified().ok());
     let header = parse_header(&mut Cursor::new(&file, len), len).map_err(|fault| match fault {
         Fault::Io(source) => Error::io("read", path)(source),
-        Fault::Reason(reason) => refuse(path, reason),
+        Fault::Reason(reason) => match piece(path) {
+            Some(hint) => {
+                Error::input(path, None, format!("not a usable GGUF file: {reason}")).with_hint(hint)
+            }
+            None => refuse(path, reason),
+        },
     })?;
-    let Header { version, alignment, metadata, tensors } = header;
-    let part = Part { path: path.to_path_buf(), file, len, modified, version, alignment };
+    let Header { version, alignment, metadata, tensors, data_end } = header;
+    let part = Part { path: path.to_path_buf(), file, len, modified, version, alignment, data_end };
     Ok(Validated { part, metadata, tensors })
+}
+
+/// The hint for a file whose name says that it is a piece of a file: a part of a download, or the output of `split`.
+fn piece(path: &Path) -> Option<&'static str> {
+    let name = path.file_name()?.to_string_lossy().to_ascii_lowercase();
+    let (_, end) = name.rsplit_once(".gguf")?;
+    match end {
+        "" => None,
+        ".part" | ".partial" | ".download" | ".crdownload" | ".incomplete" | ".tmp" | ".aria2" => {
+            Some("its name is that of an unfinished download: finish it, or start it again")
+        }
+        _ => Some("its name is that of a piece of a file: join the pieces first (cat m.gguf.* > m.gguf)"),
+    }
 }
 
 /// Everything before the tensor data.
 struct Header {
+    /// End of the last tensor's data, in bytes from the start of the file.
+    data_end: u64,
     version: u32,
     alignment: u64,
     metadata: Metadata,
@@ -110,7 +128,8 @@ fn parse_header<R: io::Read>(cursor: &mut Cursor<R>, len: u64) -> Result<Header,
     // Cannot overflow: the cursor caps the header's size, and the alignment fits in a u32.
     let data_offset = cursor.position().next_multiple_of(alignment);
     place_tensors(&mut tensors, data_offset, alignment, len)?;
-    Ok(Header { version, alignment, metadata, tensors })
+    let data_end = tensors.last().map_or(cursor.position(), |last| last.offset + last.n_bytes);
+    Ok(Header { version, alignment, metadata, tensors, data_end })
 }
 
 fn parse_version<R: io::Read>(cursor: &mut Cursor<R>, len: u64) -> Result<u32, Fault> {

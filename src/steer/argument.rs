@@ -73,6 +73,7 @@ impl SteerFile {
     /// which does not say how to change them; the hint shows how to make an intervention from it.
     pub fn open(path: &Path) -> Result<SteerFile> {
         let mut magic = Vec::new();
+        crate::gguf::check_regular(path)?;
         let file = std::fs::File::open(path).map_err(Error::io("open", path))?;
         file.take(4).read_to_end(&mut magic).map_err(Error::io("read", path))?;
         if magic == b"GGUF" {

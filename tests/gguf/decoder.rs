@@ -20,15 +20,16 @@ impl Model {
     fn new() -> Model {
         let mut metadata = Metadata::new();
         for (key, value) in [
-            ("general.architecture", string("llama")),
+            ("general.architecture", string("xverse")),
             ("general.type", string("model")),
-            ("llama.block_count", Value::U32(2)),
-            ("llama.embedding_length", Value::U32(32)),
-            ("llama.feed_forward_length", Value::U32(64)),
-            ("llama.context_length", Value::U32(128)),
-            ("llama.attention.head_count", Value::U32(4)),
+            ("xverse.block_count", Value::U32(2)),
+            ("xverse.embedding_length", Value::U32(32)),
+            ("xverse.feed_forward_length", Value::U32(64)),
+            ("xverse.context_length", Value::U32(128)),
+            ("xverse.attention.head_count", Value::U32(4)),
             ("general.file_type", Value::U32(15)),
             ("tokenizer.ggml.model", string("gpt2")),
+            ("tokenizer.ggml.merges", Value::Array(["t 0"].iter().collect())),
             ("tokenizer.ggml.tokens", Value::Array((0..16).map(|i| format!("t{i}")).collect())),
         ] {
             metadata.set(key, value);
@@ -91,7 +92,7 @@ impl Model {
 fn accepts_a_language_model_and_reads_its_sizes() {
     let (_folder, file) = Model::new().open();
     check_decoder(&file).unwrap();
-    assert_eq!(file.architecture().unwrap(), "llama");
+    assert_eq!(file.architecture().unwrap(), "xverse");
     assert_eq!((file.n_layer().unwrap(), file.n_embd().unwrap(), file.n_ff().unwrap()), (2, 32, 64));
     assert_eq!((file.n_head().unwrap(), file.n_head_kv().unwrap(), file.n_ctx_train().unwrap()), (4, 4, 128));
     assert_eq!((file.n_vocab().unwrap(), file.tokenizer_model().unwrap()), (16, "gpt2"));
@@ -136,17 +137,17 @@ fn errors_of_getters_name_the_key_and_both_types() {
 #[test]
 fn reads_sizes_that_differ_between_layers() {
     let ff: Array = Array::from(&[64i32, 48][..]);
-    let (_folder, file) = Model::new().set("llama.feed_forward_length", Value::Array(ff)).open();
+    let (_folder, file) = Model::new().set("xverse.feed_forward_length", Value::Array(ff)).open();
     assert_eq!(file.n_ff_per_layer().unwrap(), [64, 48]);
-    assert_words(&file.n_ff().unwrap_err().to_string(), &["llama.feed_forward_length", "[64, 48]"]);
+    assert_words(&file.n_ff().unwrap_err().to_string(), &["xverse.feed_forward_length", "[64, 48]"]);
 
     let (_folder, file) = Model::new()
-        .set("llama.attention.head_count_kv", Value::Array(Array::from(&[2u32, 2, 2][..])))
+        .set("xverse.attention.head_count_kv", Value::Array(Array::from(&[2u32, 2, 2][..])))
         .open();
     assert_words(&file.n_head_kv().unwrap_err().to_string(), &["array of 2 of them, found arr of 3 u32"]);
 
     let (_folder, file) =
-        Model::new().set("llama.feed_forward_length", Value::Array(Array::from(&[-1i32, 2][..]))).open();
+        Model::new().set("xverse.feed_forward_length", Value::Array(Array::from(&[-1i32, 2][..]))).open();
     assert_words(&file.n_ff().unwrap_err().to_string(), &["array of 2 of them"]);
 }
 
@@ -192,9 +193,9 @@ fn rejects_encoders() {
 #[test]
 fn rejects_a_decoder_without_causal_attention() {
     Model::new()
-        .set("llama.attention.causal", Value::Bool(false))
-        .assert_refused(&["llama.attention.causal", "encoder"]);
-    Model::new().set("llama.attention.causal", Value::Bool(true)).assert_accepted();
+        .set("xverse.attention.causal", Value::Bool(false))
+        .assert_refused(&["xverse.attention.causal", "encoder"]);
+    Model::new().set("xverse.attention.causal", Value::Bool(true)).assert_accepted();
 }
 
 #[test]
@@ -287,26 +288,29 @@ fn rejects_a_start_token_outside_the_vocabulary() {
 
 #[test]
 fn rejects_a_number_of_layers_that_llama_cpp_asserts_against() {
-    let key = "llama.block_count";
-    Model::new().without(key).assert_refused(&[key, "no such key"]);
-    Model::new().set(key, Value::U32(0)).assert_refused(&[key, "1 to 512 layers, found 0"]);
+    let key = "xverse.block_count";
+    Model::new().without(key).assert_refused(&[key, "found nothing"]);
+    Model::new().set(key, Value::U32(0)).assert_refused(&[key, "a u32 from 1 to 512, found 0"]);
     Model::new().set(key, Value::U32(513)).assert_refused(&[key, "found 513"]);
-    Model::new().set("llama.nextn_predict_layers", Value::U32(3)).assert_refused(&["at most 2, found 3"]);
+    Model::new()
+        .set("xverse.nextn_predict_layers", Value::U32(3))
+        .assert_refused(&["fewer than the 2 layers of the model, found 3"]);
+    Model::new().set("xverse.nextn_predict_layers", Value::U32(2)).assert_refused(&["found 2"]);
 }
 
 #[test]
 fn rejects_heads_that_do_not_divide_evenly() {
-    let key = "llama.attention.head_count_kv";
+    let key = "xverse.attention.head_count_kv";
     Model::new().set(key, Value::U32(3)).assert_refused(&[key, "a divisor of 4 heads, found 3"]);
     Model::new().set(key, Value::U32(2)).assert_accepted();
     let per_layer = Value::Array(Array::from(&[0u32, 1][..]));
     Model::new().set(key, per_layer).assert_accepted();
-    Model::new().without("llama.attention.head_count").assert_accepted();
+    Model::new().without("xverse.attention.head_count").assert_accepted();
 }
 
 #[test]
 fn rejects_a_norm_with_a_negative_epsilon() {
-    let key = "llama.attention.layer_norm_rms_epsilon";
+    let key = "xverse.attention.layer_norm_rms_epsilon";
     Model::new().set(key, Value::F32(1e-5)).assert_accepted();
     for bad in [-1.0, f32::NAN, f32::INFINITY] {
         Model::new().set(key, Value::F32(bad)).assert_refused(&[key, &format!("found {bad}")]);
@@ -315,39 +319,41 @@ fn rejects_a_norm_with_a_negative_epsilon() {
 
 #[test]
 fn rejects_empty_dimensions() {
-    Model::new().set("llama.embedding_length", Value::U32(0)).assert_refused(&["llama.embedding_length"]);
-    Model::new().without("llama.context_length").assert_refused(&["llama.context_length"]);
+    Model::new().set("xverse.embedding_length", Value::U32(0)).assert_refused(&["xverse.embedding_length"]);
+    Model::new().without("xverse.context_length").assert_refused(&["xverse.context_length"]);
 }
 
 #[test]
 fn rejects_experts_that_llama_cpp_asserts_against() {
     let experts = |n: u32, used: u32| {
-        Model::new().set("llama.expert_count", Value::U32(n)).set("llama.expert_used_count", Value::U32(used))
+        Model::new()
+            .set("xverse.expert_count", Value::U32(n))
+            .set("xverse.expert_used_count", Value::U32(used))
     };
     experts(8, 2).assert_accepted();
-    experts(2048, 2).assert_refused(&["llama.expert_count", "at most 1024 experts, found 2048"]);
-    experts(8, 9).assert_refused(&["llama.expert_used_count", "1 to 8, found 9"]);
-    experts(8, 0).assert_refused(&["llama.expert_used_count", "found 0"]);
-    experts(0, 2).assert_refused(&["llama.expert_used_count", "found 2"]);
+    experts(2048, 2).assert_refused(&["xverse.expert_count", "at most 1024 experts, found 2048"]);
+    experts(8, 9).assert_refused(&["xverse.expert_used_count", "1 to 8, found 9"]);
+    experts(8, 0).assert_refused(&["xverse.expert_used_count", "found 0"]);
+    experts(0, 2).assert_refused(&["xverse.expert_used_count", "found 2"]);
     let per_layer = Value::Array(Array::from(&[2u32, 9][..]));
-    experts(8, 2).set("llama.expert_used_count", per_layer).assert_refused(&["1 to 8, found 9"]);
+    experts(8, 2).set("xverse.expert_used_count", per_layer).assert_refused(&["1 to 8, found 9"]);
 
     let groups = |n: u32, used: u32| {
         experts(8, 2)
-            .set("llama.expert_group_count", Value::U32(n))
-            .set("llama.expert_group_used_count", Value::U32(used))
+            .set("xverse.expert_group_count", Value::U32(n))
+            .set("xverse.expert_group_used_count", Value::U32(used))
     };
     groups(4, 2).assert_accepted();
     groups(1, 1).assert_accepted();
-    groups(3, 1).assert_refused(&["llama.expert_group_count", "divides 8", "found 3"]);
-    groups(8, 1).assert_refused(&["llama.expert_group_count", "found 8"]);
-    groups(4, 4).assert_refused(&["llama.expert_group_used_count", "1 to 3, found 4"]);
-    groups(4, 0).assert_refused(&["llama.expert_group_used_count", "found 0"]);
+    groups(3, 1).assert_refused(&["xverse.expert_group_count", "divides 8", "found 3"]);
+    groups(8, 1).assert_refused(&["xverse.expert_group_count", "found 8"]);
+    groups(4, 4).assert_refused(&["xverse.expert_group_used_count", "1 to 3, found 4"]);
+    groups(4, 0).assert_refused(&["xverse.expert_group_used_count", "found 0"]);
 }
 
 #[test]
 fn rejects_an_unknown_rope_scaling() {
-    let key = "llama.rope.scaling.type";
+    let key = "xverse.rope.scaling.type";
     Model::new().set(key, string("dynamic")).assert_refused(&[key, "linear", "found \"dynamic\""]);
     Model::new().set(key, string("yarn")).assert_accepted();
 }

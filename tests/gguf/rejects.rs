@@ -17,14 +17,18 @@ fn rejects_a_missing_file() {
 fn rejects_a_directory() {
     let folder = tempfile::TempDir::new().unwrap();
     let error = GgufFile::open(folder.path()).unwrap_err();
-    assert_words(&error.to_string(), &["expected a file", "a directory"]);
+    assert_words(&error.to_string(), &["expected a file", "found a folder"]);
+    assert!(!error.hint().unwrap().contains("download"));
+    std::fs::write(folder.path().join("m.gguf"), "").unwrap();
+    let error = GgufFile::open(folder.path()).unwrap_err();
+    assert_words(&error.hint().unwrap(), &["pass a file in it", "m.gguf"]);
 }
 
 #[cfg(unix)]
 #[test]
 fn rejects_a_device() {
     let error = GgufFile::open("/dev/null").unwrap_err();
-    assert_words(&error.to_string(), &["not a regular file"]);
+    assert_words(&error.to_string(), &["expected a file, found a device"]);
 }
 
 #[test]

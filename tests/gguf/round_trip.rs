@@ -121,15 +121,16 @@ proptest! {
 /// A valid model with strings, numbers, an array and tensors in its header.
 fn valid_model() -> Vec<u8> {
     let pairs = [
-        str_pair("general.architecture", "llama"),
-        u32_pair("llama.block_count", 1),
-        u32_pair("llama.embedding_length", 32),
-        u32_pair("llama.context_length", 64),
-        u32_pair("llama.feed_forward_length", 32),
-        u32_pair("llama.attention.head_count", 2),
+        str_pair("general.architecture", "xverse"),
+        u32_pair("xverse.block_count", 1),
+        u32_pair("xverse.embedding_length", 32),
+        u32_pair("xverse.context_length", 64),
+        u32_pair("xverse.feed_forward_length", 32),
+        u32_pair("xverse.attention.head_count", 2),
         u32_pair("general.alignment", 32),
         str_pair("tokenizer.ggml.model", "gpt2"),
         str_array_pair("tokenizer.ggml.tokens", &["a", "b", "ab", "é"]),
+        str_array_pair("tokenizer.ggml.merges", &["a b"]),
     ];
     let tensors = [
         tensor("token_embd.weight", &[32, 4], 0, 0),

@@ -68,6 +68,7 @@ fn rejects_a_later_part_and_names_the_first() {
 fn rejects_a_split_model_with_a_missing_part() {
     let (_folder, first) = folder_of(&[("m-00001-of-00002.gguf", part(0, 2, "a", 2))]);
     assert_refused(&first, &["part 2 of 2 is missing", "m-00002-of-00002.gguf"]);
+    assert_words(&GgufFile::open(first).unwrap_err().hint().unwrap(), &["download that part"]);
 }
 
 #[test]
@@ -84,6 +85,41 @@ fn rejects_a_split_model_with_a_damaged_part() {
 fn rejects_a_first_part_under_another_name() {
     let (_folder, first) = folder_of(&[("renamed.gguf", part(0, 2, "a", 2))]);
     assert_refused(&first, &["first of 2 parts", "-00001-of-00002.gguf"]);
+    let hint = |path: &Path| GgufFile::open(path).unwrap_err().hint().unwrap();
+    assert_words(&hint(&first), &["rename it to model-00001-of-00002.gguf"]);
+    // The hint works when it is followed.
+    std::fs::write(first.with_file_name("m-00002-of-00002.gguf"), part(1, 2, "b", 2)).unwrap();
+    assert_words(&hint(&first), &["rename it to m-00001-of-00002.gguf"]);
+    let renamed = first.with_file_name("m-00001-of-00002.gguf");
+    std::fs::rename(&first, &renamed).unwrap();
+    GgufFile::open(&renamed).unwrap();
+}
+
+#[test]
+fn rejects_parts_that_were_joined_byte_for_byte() {
+    let joined = [part(0, 2, "a", 2), part(1, 2, "b", 2)].concat();
+    let (_folder, path) = folder_of(&[("m.gguf", joined)]);
+    assert_refused(&path, &["2 parts of a split model, joined byte for byte"]);
+    assert_words(&GgufFile::open(path).unwrap_err().hint().unwrap(), &["llama-gguf-split --merge"]);
+}
+
+#[test]
+fn names_a_piece_of_a_file() {
+    let whole = part(0, 1, "a", 1);
+    let (_folder, path) = folder_of(&[("m.gguf.part1of2", whole[..whole.len() - 8].to_vec())]);
+    assert_words(&GgufFile::open(path).unwrap_err().hint().unwrap(), &["join the pieces", "cat"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn reads_a_split_model_whose_name_is_not_utf8() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = TempDir::new().unwrap();
+    let path =
+        |end: &str| folder.path().join(std::ffi::OsStr::from_bytes(&[b"caf\xe9", end.as_bytes()].concat()));
+    std::fs::write(path("-00001-of-00002.gguf"), part(0, 2, "a", 2)).unwrap();
+    std::fs::write(path("-00002-of-00002.gguf"), part(1, 2, "b", 2)).unwrap();
+    assert_eq!(GgufFile::open(path("-00001-of-00002.gguf")).unwrap().part_paths().len(), 2);
 }
 
 #[test]

@@ -1,6 +1,5 @@
 //! An owned LoRA adapter of a model.
 
-use std::ffi::CString;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::{Arc, PoisonError};
@@ -8,6 +7,7 @@ use std::sync::{Arc, PoisonError};
 use llama_cpp_sys_2 as sys;
 
 use super::model::ModelHandle;
+use super::{path_bytes, with_reason};
 
 /// A LoRA adapter in memory.
 #[derive(Debug)]
@@ -24,9 +24,13 @@ unsafe impl Send for LoraHandle {}
 unsafe impl Sync for LoraHandle {}
 
 impl LoraHandle {
-    /// Loads an adapter that `steer::lora::check` has validated; `None` if llama.cpp refuses it.
-    pub(in crate::engine) fn load(model: &Arc<ModelHandle>, path: &Path) -> Option<LoraHandle> {
-        let path = CString::new(path.to_str()?).ok()?;
+    /// Loads an adapter that `steer::lora::check` has validated. The error is what llama.cpp says, or empty.
+    pub(in crate::engine) fn load(model: &Arc<ModelHandle>, path: &Path) -> Result<LoraHandle, String> {
+        with_reason(|| LoraHandle::load_logged(model, path))
+    }
+
+    fn load_logged(model: &Arc<ModelHandle>, path: &Path) -> Option<LoraHandle> {
+        let path = path_bytes(path)?;
         let _lock = model.adapters.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the model is alive, the lock gives exclusive access to its list of adapters, and `path` is
         // NUL-terminated and lives during the call.

@@ -11,7 +11,9 @@ mod context;
 mod eval_callback;
 mod model;
 
-use std::ffi::{CStr, c_char, c_void};
+use std::cell::RefCell;
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::Path;
 use std::ptr;
 use std::sync::{Mutex, Once, OnceLock, PoisonError};
 
@@ -58,6 +60,9 @@ extern "C" fn log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_voi
         let (level, line) = (unfinished.0, std::mem::take(&mut unfinished.1));
         drop(unfinished);
         let line = line.trim_end();
+        if level == tracing::Level::ERROR {
+            keep_error(line);
+        }
         match level {
             tracing::Level::ERROR => tracing::error!(target: "llama.cpp", "{line}"),
             tracing::Level::WARN => tracing::warn!(target: "llama.cpp", "{line}"),
@@ -65,6 +70,38 @@ extern "C" fn log(level: sys::ggml_log_level, text: *const c_char, _: *mut c_voi
             _ => tracing::debug!(target: "llama.cpp", "{line}"),
         }
     });
+}
+
+thread_local! {
+    /// The first error that llama.cpp logged on this thread since [`with_reason`] began; `None` outside of it.
+    static FIRST_ERROR: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+fn keep_error(line: &str) {
+    FIRST_ERROR.with_borrow_mut(|first| {
+        if let Some(first) = first.as_mut().filter(|first| first.is_empty()) {
+            // "llama_model_load: error loading model: missing tensor 'x'": the function and the refusal say nothing.
+            let reason = line.rsplit_once("error loading model: ").map_or(line, |(_, reason)| reason);
+            first.push_str(reason.trim_start_matches("error loading model hyperparameters: "));
+        }
+    });
+}
+
+/// Calls llama.cpp. If that gives nothing, the error is the first that it logged meanwhile, or empty.
+fn with_reason<T>(call: impl FnOnce() -> Option<T>) -> Result<T, String> {
+    FIRST_ERROR.set(Some(String::new()));
+    let result = call();
+    let reason = FIRST_ERROR.take().unwrap_or_default();
+    result.ok_or(reason)
+}
+
+/// The path as llama.cpp takes it. On Unix any bytes are a path; elsewhere llama.cpp expects UTF-8.
+fn path_bytes(path: &Path) -> Option<CString> {
+    #[cfg(unix)]
+    let bytes = std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str());
+    #[cfg(not(unix))]
+    let bytes = path.to_str()?.as_bytes();
+    CString::new(bytes).ok()
 }
 
 /// The version of llama.cpp in this build.

@@ -1,13 +1,13 @@
 //! An owned `llama_model`.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 
 use llama_cpp_sys_2 as sys;
 
-use super::start_backend;
+use super::{path_bytes, start_backend, with_reason};
 use crate::engine::Token;
 
 /// Load parameters, in llama.cpp's own terms.
@@ -43,10 +43,14 @@ impl Drop for ModelHandle {
 }
 
 impl ModelHandle {
-    /// Loads a GGUF that `gguf::GgufFile::open` has validated; `None` if llama.cpp refuses it.
-    pub(in crate::engine) fn load(path: &Path, params: LoadParams) -> Option<ModelHandle> {
+    /// Loads a GGUF that `gguf::GgufFile::open` has validated. The error is what llama.cpp says, or empty.
+    pub(in crate::engine) fn load(path: &Path, params: LoadParams) -> Result<ModelHandle, String> {
         start_backend();
-        let path = CString::new(path.to_str()?).ok()?;
+        with_reason(|| ModelHandle::load_logged(path, params))
+    }
+
+    fn load_logged(path: &Path, params: LoadParams) -> Option<ModelHandle> {
+        let path = path_bytes(path)?;
         // SAFETY: returns a plain struct.
         let mut raw = unsafe { sys::llama_model_default_params() };
         raw.n_gpu_layers = params.n_gpu_layers;

@@ -1,0 +1,256 @@
+//! Relations between heads, their widths and rotated dimensions.
+
+use super::super::Value;
+use super::super::read::GgufFile;
+use super::sizes::Sizes;
+use super::{shown, wrong_key};
+use crate::error::Result;
+
+/// Architectures whose graph asserts that keys and values have the same width
+/// (`GGML_ASSERT(n_embd_head == hparams.n_embd_head_k())`).
+const EQUAL_WIDTHS: &[&str] = &[
+    "afmoe",
+    "apertus",
+    "arcee",
+    "arctic",
+    "baichuan",
+    "bailingmoe2",
+    "bitnet",
+    "bloom",
+    "chameleon",
+    "chatglm",
+    "codeshell",
+    "cogvlm",
+    "cohere2",
+    "cohere2moe",
+    "command-r",
+    "dbrx",
+    "deci",
+    "deepseek",
+    "dots1",
+    "ernie4_5",
+    "ernie4_5-moe",
+    "exaone",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "glm4",
+    "glm4moe",
+    "gpt2",
+    "gptneox",
+    "granite",
+    "granitemoe",
+    "granitehybrid",
+    "graniteswitch",
+    "granite_swa",
+    "grok",
+    "grovemoe",
+    "hunyuan-dense",
+    "hunyuan-moe",
+    "hunyuan_vl",
+    "hy_v3",
+    "internlm2",
+    "jais",
+    "jais2",
+    "laguna",
+    "llama",
+    "llama4",
+    "maincoder",
+    "mellum",
+    "minicpm",
+    "minimax-01",
+    "minimax-m2",
+    "minimax-m3",
+    "mistral3",
+    "mpt",
+    "muse-glimmer",
+    "nanbeige",
+    "nemotron",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "openelm",
+    "orion",
+    "paddleocr",
+    "pangu-embedded",
+    "phi2",
+    "phi3",
+    "phimoe",
+    "plamo",
+    "qwen",
+    "qwen2",
+    "qwen2moe",
+    "qwen2vl",
+    "qwen3",
+    "qwen35",
+    "qwen35moe",
+    "qwen3moe",
+    "qwen3next",
+    "qwen3vl",
+    "qwen3vlmoe",
+    "qwen4exp",
+    "refact",
+    "seed_oss",
+    "smallthinker",
+    "smollm3",
+    "spark2_5",
+    "stablelm",
+    "starcoder",
+    "starcoder2",
+    "xverse",
+];
+
+/// Architectures whose graph asserts that a head is rotated whole (`GGML_ASSERT(n_embd_head == n_rot)`).
+const WHOLE_HEAD_ROTATED: &[&str] = &[
+    "apertus",
+    "arcee",
+    "arctic",
+    "baichuan",
+    "chameleon",
+    "codeshell",
+    "cogvlm",
+    "cohere2moe",
+    "dbrx",
+    "deci",
+    "deepseek",
+    "dots1",
+    "ernie4_5",
+    "ernie4_5-moe",
+    "exaone",
+    "exaone4",
+    "exaone-moe",
+    "falcon",
+    "granite",
+    "granitemoe",
+    "graniteswitch",
+    "granite_swa",
+    "grok",
+    "grovemoe",
+    "hunyuan-moe",
+    "hunyuan_vl",
+    "hy_v3",
+    "internlm2",
+    "jais2",
+    "llama",
+    "llama4",
+    "maincoder",
+    "mellum",
+    "minicpm",
+    "mistral3",
+    "olmo",
+    "olmo2",
+    "olmoe",
+    "orion",
+    "paddleocr",
+    "pangu-embedded",
+    "plamo",
+    "qwen2",
+    "qwen2moe",
+    "qwen2vl",
+    "qwen3",
+    "qwen3moe",
+    "qwen3vl",
+    "qwen3vlmoe",
+    "seed_oss",
+    "smallthinker",
+    "smollm3",
+    "starcoder2",
+    "talkie",
+    "xverse",
+];
+
+/// Architectures without rotation (`LLAMA_ROPE_TYPE_NONE` in `llama_model_rope_type`).
+const NOT_ROTATED: &[&str] = &[
+    "gpt2",
+    "gptj",
+    "mpt",
+    "refact",
+    "bloom",
+    "mamba",
+    "mamba2",
+    "jamba",
+    "jais",
+    "rwkv6",
+    "rwkv6qwen2",
+    "rwkv7",
+    "arwkv7",
+    "nemotron_h",
+    "nemotron_h_moe",
+    "kimi-linear",
+    "kimi-k3",
+    "glm5-next",
+];
+
+/// Architectures whose rotation has sections, one of which must be above 0 (`LLAMA_ROPE_TYPE_MROPE`, `…_IMROPE`).
+const SECTIONED: &[&str] =
+    &["qwen2vl", "paddleocr", "qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe", "qwen4exp", "qwen3tts"];
+
+/// Checks the tables above, and that key heads divide the heads.
+pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
+    check_heads(file, sizes)?;
+    let arch = file.architecture()?;
+    if sizes.n_head[0] == 0 {
+        return Ok(());
+    }
+    let Sizes { n_embd_head_k, n_embd_head_v, n_rot, .. } = *sizes;
+    if n_embd_head_k == 0 || n_embd_head_v == 0 {
+        let key = file.arch_key("attention.head_count")?;
+        let expected = format!("at most {} heads, the width of the model", sizes.n_embd);
+        return Err(wrong_key(file, &key, &expected, sizes.n_head[0]));
+    }
+    if EQUAL_WIDTHS.contains(&arch) && n_embd_head_k != n_embd_head_v {
+        // Name the key that is there; both may be.
+        let (name, expected, found) = match file.metadata.get(&file.arch_key("attention.key_length")?) {
+            Some(_) => ("attention.key_length", n_embd_head_v, n_embd_head_k),
+            None => ("attention.value_length", n_embd_head_k, n_embd_head_v),
+        };
+        let expected = format!("{expected}, because keys and values have the same width in {arch}");
+        return Err(wrong_key(file, &file.arch_key(name)?, &expected, found));
+    }
+    if !NOT_ROTATED.contains(&arch) {
+        let key = file.arch_key("rope.dimension_count")?;
+        let is_whole = WHOLE_HEAD_ROTATED.contains(&arch);
+        if is_whole && n_rot != n_embd_head_k {
+            let expected = format!("{n_embd_head_k}, the width of a head");
+            return Err(wrong_key(file, &key, &expected, n_rot));
+        }
+        if n_rot == 0 || n_rot % 2 != 0 || n_rot > n_embd_head_k {
+            let expected = format!("an even number from 2 to {n_embd_head_k}, the width of a head");
+            return Err(wrong_key(file, &key, &expected, n_rot));
+        }
+    }
+    check_sections(file, arch)
+}
+
+/// `ggml_mul_mat` asserts that key heads divide the heads when the graph is built.
+fn check_heads(file: &GgufFile, sizes: &Sizes) -> Result<()> {
+    for (n_head, n_head_kv) in sizes.n_head.iter().zip(&sizes.n_head_kv) {
+        if *n_head_kv > 0 && (*n_head == 0 || n_head % n_head_kv != 0) {
+            let key = file.arch_key("attention.head_count_kv")?;
+            return Err(wrong_key(file, &key, &format!("a divisor of {n_head} heads"), n_head_kv));
+        }
+    }
+    Ok(())
+}
+
+fn check_sections(file: &GgufFile, arch: &str) -> Result<()> {
+    if !SECTIONED.contains(&arch) {
+        return Ok(());
+    }
+    let key = file.arch_key("rope.dimension_sections")?;
+    let sections = match file.metadata.get(&key) {
+        Some(Value::Array(array)) => array.to_i64s(),
+        _ => None,
+    };
+    let is_sound = |s: &[i64]| {
+        let range = 0..=1i64 << 16;
+        (3..=4).contains(&s.len()) && s.iter().all(|n| range.contains(n)) && s[..3].iter().any(|n| *n > 0)
+    };
+    match sections {
+        Some(sections) if is_sound(&sections) => Ok(()),
+        _ => Err(wrong_key(file, &key, "3 or 4 sections, not all of them 0", shown(file, &key))),
+    }
+}

@@ -1,0 +1,376 @@
+//! The tensors of the architectures that this program supports by name, as their `load_arch_tensors` asks for them.
+//!
+//! The graphs of these architectures reshape by the sizes of the keys, so a tensor whose shape follows from the keys
+//! cannot fail there. Other architectures are left to llama.cpp, which refuses a wrong shape while it loads.
+
+use super::super::Value;
+use super::super::read::GgufFile;
+use super::sizes::Sizes;
+use super::{wrong_key, wrong_tensor};
+use crate::error::Result;
+
+/// One axis of a tensor.
+#[derive(Debug, Clone, Copy)]
+enum Axis {
+    /// Width of the residual stream.
+    Embd,
+    Vocab,
+    /// Positions of a learned table.
+    Positions,
+    /// Neurons of an FFN. llama.cpp takes those of the first layer for all.
+    Ff,
+    TwiceFf,
+    /// Width of all queries of the layer.
+    Query,
+    /// Width of all keys of the layer.
+    Key,
+    /// Width of all values of the layer.
+    Values,
+    /// Queries, keys and values together.
+    QueryKeyValues,
+    /// Width of the attention's output before it is projected.
+    AttentionOut,
+    /// Width of one key.
+    Head,
+    Heads,
+    KeyHeads,
+    /// Half of the rotated dimensions.
+    HalfRotated,
+    Experts,
+    /// `ssm.conv_kernel`.
+    Kernel,
+    /// `ssm.inner_size`.
+    Inner,
+    TwiceInner,
+    /// `ssm.state_size`.
+    State,
+    /// `ssm.time_step_rank`, the number of heads of a plamo2 state-space layer.
+    Rank,
+    /// Width of the time step in plamo2: a sixteenth of the model's, and at least 64.
+    Step,
+    /// `Step`, and two states.
+    StepAndStates,
+}
+use Axis::*;
+
+/// When a tensor must be there.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Need {
+    Always,
+    /// It may be absent.
+    Optional,
+    /// In models without experts.
+    Dense,
+    /// In models with experts.
+    Mixture,
+    /// As [`Need::Optional`], and ignored in models without experts.
+    OptionalMixture,
+    /// In layers with attention.
+    Attention,
+    /// In recurrent layers.
+    Recurrent,
+    /// If there is no `attn_qkv.weight` in the layer.
+    Separate,
+}
+use Need::*;
+
+/// Name without the layer, shape and need of a tensor.
+type Row = (&'static str, &'static [Axis], Need);
+
+/// The tables of one architecture.
+struct Family {
+    name: &'static str,
+    /// Whether llama.cpp takes the heads of the first layer for all layers.
+    same_heads: bool,
+    /// Whether its projections expect heads that fill the width of the model.
+    heads_fill_width: bool,
+    epsilon: &'static str,
+    /// Tensors outside of the layers.
+    outer: &'static [&'static [Row]],
+    /// Tensors of each layer.
+    layer: &'static [&'static [Row]],
+}
+
+const RMS: &str = "attention.layer_norm_rms_epsilon";
+const LAYER_NORM: &str = "attention.layer_norm_epsilon";
+
+const OUTER: &[Row] = &[
+    ("token_embd.weight", &[Embd, Vocab], Always),
+    ("output_norm.weight", &[Embd], Always),
+    ("output.weight", &[Embd, Vocab], Optional),
+];
+const OUTER_BIAS: &[Row] = &[("output_norm.bias", &[Embd], Always)];
+const POSITIONS: &[Row] = &[("position_embd.weight", &[Embd, Positions], Always)];
+const EMBEDDING_NORM: &[Row] =
+    &[("token_embd_norm.weight", &[Embd], Always), ("token_embd_norm.bias", &[Embd], Always)];
+const OUTPUT_BIAS: &[Row] = &[("output.bias", &[Vocab], Optional)];
+const ROTATION: &[Row] = &[("rope_freqs.weight", &[HalfRotated], Optional)];
+
+/// Projections of queries, keys and values, in one tensor or three (`create_tensor_qkv`).
+const PROJECTIONS: &[Row] = &[
+    ("attn_qkv.weight", &[Embd, QueryKeyValues], Optional),
+    ("attn_qkv.bias", &[QueryKeyValues], Optional),
+    ("attn_q.weight", &[Embd, Query], Separate),
+    ("attn_k.weight", &[Embd, Key], Separate),
+    ("attn_v.weight", &[Embd, Values], Separate),
+    ("attn_q.bias", &[Query], Optional),
+    ("attn_k.bias", &[Key], Optional),
+    ("attn_v.bias", &[Values], Optional),
+    ("attn_output.weight", &[AttentionOut, Embd], Always),
+];
+const NORMS: &[Row] = &[("attn_norm.weight", &[Embd], Always), ("ffn_norm.weight", &[Embd], Always)];
+const ATTENTION_NORM: &[Row] = &[("attn_norm.weight", &[Embd], Always)];
+const GATED_FFN: &[Row] = &[
+    ("ffn_gate.weight", &[Embd, Ff], Dense),
+    ("ffn_down.weight", &[Ff, Embd], Dense),
+    ("ffn_up.weight", &[Embd, Ff], Dense),
+];
+const LLAMA: &[Row] = &[
+    ("attn_output.bias", &[Embd], Optional),
+    ("ffn_gate.bias", &[Ff], Optional),
+    ("ffn_down.bias", &[Embd], Optional),
+    ("ffn_up.bias", &[Ff], Optional),
+    ("ffn_gate_inp.weight", &[Embd, Experts], Mixture),
+    ("ffn_gate_exps.weight", &[Embd, Ff, Experts], OptionalMixture),
+    ("ffn_down_exps.weight", &[Ff, Embd, Experts], Mixture),
+    ("ffn_up_exps.weight", &[Embd, Ff, Experts], Mixture),
+];
+const HEAD_NORMS: &[Row] =
+    &[("attn_q_norm.weight", &[Head], Always), ("attn_k_norm.weight", &[Head], Always)];
+const POST_NORMS: &[Row] =
+    &[("post_attention_norm.weight", &[Embd], Always), ("post_ffw_norm.weight", &[Embd], Always)];
+/// Layers of gpt2 and bloom.
+const PLAIN: &[Row] = &[
+    ("attn_norm.bias", &[Embd], Always),
+    ("ffn_norm.bias", &[Embd], Always),
+    ("attn_qkv.weight", &[Embd, QueryKeyValues], Always),
+    ("attn_qkv.bias", &[QueryKeyValues], Always),
+    ("attn_output.weight", &[AttentionOut, Embd], Always),
+    ("attn_output.bias", &[Embd], Always),
+    ("ffn_down.weight", &[Ff, Embd], Always),
+    ("ffn_down.bias", &[Embd], Always),
+    ("ffn_up.weight", &[Embd, Ff], Always),
+    ("ffn_up.bias", &[Ff], Always),
+];
+const PLAMO2: &[Row] = &[
+    ("ssm_in.weight", &[Embd, TwiceInner], Recurrent),
+    ("ssm_conv1d.weight", &[Kernel, Inner], Recurrent),
+    ("ssm_x.weight", &[Inner, StepAndStates], Recurrent),
+    ("ssm_dt.weight", &[Step, Rank], Recurrent),
+    ("ssm_dt.bias", &[Rank], Recurrent),
+    ("ssm_a", &[Rank], Recurrent),
+    ("ssm_d", &[Rank], Recurrent),
+    ("ssm_out.weight", &[Inner, Embd], Recurrent),
+    ("ssm_dt_norm", &[Step], Recurrent),
+    ("ssm_b_norm", &[State], Recurrent),
+    ("ssm_c_norm", &[State], Recurrent),
+    ("attn_qkv.weight", &[Embd, QueryKeyValues], Attention),
+    ("attn_q_norm.weight", &[Head, Heads], Attention),
+    ("attn_k_norm.weight", &[Head, KeyHeads], Attention),
+    ("attn_output.weight", &[AttentionOut, Embd], Attention),
+    ("post_attention_norm", &[Embd], Always),
+    ("ffn_down.weight", &[Ff, Embd], Always),
+    ("ffn_up.weight", &[Embd, TwiceFf], Always),
+    ("post_ffw_norm", &[Embd], Always),
+];
+
+const fn family(name: &'static str, heads_fill_width: bool, epsilon: &'static str) -> Family {
+    Family { name, same_heads: true, heads_fill_width, epsilon, outer: &[OUTER], layer: &[] }
+}
+
+const FAMILIES: &[Family] = &[
+    Family {
+        outer: &[OUTER, ROTATION],
+        layer: &[NORMS, PROJECTIONS, GATED_FFN, LLAMA],
+        ..family("llama", false, RMS)
+    },
+    Family {
+        outer: &[OUTER, OUTPUT_BIAS],
+        layer: &[NORMS, PROJECTIONS, GATED_FFN],
+        ..family("qwen2", true, RMS)
+    },
+    Family { layer: &[NORMS, PROJECTIONS, HEAD_NORMS, GATED_FFN], ..family("qwen3", false, RMS) },
+    Family { layer: &[NORMS, PROJECTIONS, GATED_FFN], ..family("gemma", false, RMS) },
+    Family { layer: &[NORMS, PROJECTIONS, POST_NORMS, GATED_FFN], ..family("gemma2", false, RMS) },
+    Family {
+        layer: &[NORMS, PROJECTIONS, HEAD_NORMS, POST_NORMS, GATED_FFN],
+        ..family("gemma3", false, RMS)
+    },
+    Family { layer: &[ATTENTION_NORM, PROJECTIONS, GATED_FFN], ..family("command-r", true, LAYER_NORM) },
+    Family {
+        outer: &[OUTER, OUTER_BIAS, POSITIONS],
+        layer: &[NORMS, PLAIN],
+        ..family("gpt2", true, LAYER_NORM)
+    },
+    Family {
+        outer: &[OUTER, OUTER_BIAS, EMBEDDING_NORM],
+        layer: &[NORMS, PLAIN],
+        ..family("bloom", true, LAYER_NORM)
+    },
+    Family { same_heads: false, layer: &[NORMS, PLAMO2], ..family("plamo2", false, RMS) },
+];
+
+/// Checks the keys and tensors of an architecture in the tables.
+pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
+    let arch = file.architecture()?;
+    let Some(family) = FAMILIES.iter().find(|family| family.name == arch) else { return Ok(()) };
+    let epsilon = file.arch_key(family.epsilon)?;
+    if file.f32_if_present(&epsilon)?.is_none() {
+        return Err(wrong_key(file, &epsilon, "a finite f32 of at least 0", "nothing"));
+    }
+    check_heads(file, family, sizes)?;
+    check_windows(file, arch)?;
+    for row in family.outer.iter().copied().flatten() {
+        check_row(file, sizes, None, row)?;
+    }
+    for il in 0..sizes.n_layer_main {
+        for row in family.layer.iter().copied().flatten() {
+            check_row(file, sizes, Some(il), row)?;
+        }
+    }
+    Ok(())
+}
+
+fn check_heads(file: &GgufFile, family: &Family, sizes: &Sizes) -> Result<()> {
+    let arch = family.name;
+    let ff_key = file.arch_key("feed_forward_length")?;
+    if let Some(n) = sizes.n_ff.iter().find(|&&n| n == 0 || n != sizes.n_ff[0]) {
+        let expected = format!("the same number above 0 in all layers of {arch}");
+        return Err(wrong_key(file, &ff_key, &expected, n));
+    }
+    if family.same_heads {
+        for (name, values) in
+            [("attention.head_count", &sizes.n_head), ("attention.head_count_kv", &sizes.n_head_kv)]
+        {
+            if let Some(n) = values.iter().find(|&&n| n == 0 || n != values[0]) {
+                let key = file.arch_key(name)?;
+                let expected = format!("the same number above 0 in all layers of {arch}");
+                return Err(wrong_key(file, &key, &expected, n));
+            }
+        }
+        let width = sizes.n_head[0].saturating_mul(sizes.n_embd_head_k);
+        if family.heads_fill_width && width != sizes.n_embd {
+            let name = match file.metadata.get(&file.arch_key("attention.key_length")?) {
+                Some(_) => "attention.key_length",
+                None => "attention.head_count",
+            };
+            let key = file.arch_key(name)?;
+            let expected = format!("heads that fill the width of {} in {arch}", sizes.n_embd);
+            let found = format!("{} heads of {}", sizes.n_head[0], sizes.n_embd_head_k);
+            return Err(wrong_key(file, &key, &expected, found));
+        }
+    }
+    for name in ["key_length", "value_length"] {
+        let (key, of_windows) =
+            (file.arch_key(&format!("attention.{name}"))?, format!("attention.{name}_swa"));
+        let of_windows = file.arch_key(&of_windows)?;
+        let full = if name == "key_length" { sizes.n_embd_head_k } else { sizes.n_embd_head_v };
+        if let Some(found) = file.u32_if_present(&of_windows)?
+            && u64::from(found) != full
+        {
+            return Err(wrong_key(file, &of_windows, &format!("{full}, as {key:?} in {arch}"), found));
+        }
+    }
+    Ok(())
+}
+
+/// The window and the pattern of the two architectures that have windows.
+fn check_windows(file: &GgufFile, arch: &str) -> Result<()> {
+    if !matches!(arch, "gemma2" | "gemma3") {
+        return Ok(());
+    }
+    let key = file.arch_key("attention.sliding_window")?;
+    if file.u32_if_present(&key)? == Some(0) && arch == "gemma2" {
+        return Err(wrong_key(file, &key, "a u32 above 0", 0));
+    }
+    let n_layer = file.n_layer()? as usize;
+    let key = file.arch_key("attention.sliding_window_pattern")?;
+    let is_sound = match file.metadata.get(&key) {
+        None | Some(Value::U32(_)) => true,
+        Some(Value::Array(array)) => array.to_i64s().is_some() && array.len() <= n_layer,
+        Some(_) => false,
+    };
+    match is_sound {
+        true => Ok(()),
+        false => {
+            let expected = format!("a u32, or an array of at most {n_layer} bool");
+            Err(wrong_key(file, &key, &expected, super::shown(file, &key)))
+        }
+    }
+}
+
+fn check_row(file: &GgufFile, sizes: &Sizes, layer: Option<usize>, row: &Row) -> Result<()> {
+    let &(role, axes, need) = row;
+    let name = match layer {
+        None => role.to_owned(),
+        Some(il) => format!("blk.{il}.{role}"),
+    };
+    let il = layer.unwrap_or(0);
+    let is_recurrent = sizes.n_head_kv[il] == 0;
+    let is_needed = match need {
+        Always => true,
+        Optional => false,
+        Dense if sizes.n_expert > 0 => return Ok(()),
+        Mixture | OptionalMixture if sizes.n_expert == 0 => return Ok(()),
+        Attention if is_recurrent => return Ok(()),
+        Recurrent if !is_recurrent => return Ok(()),
+        Dense | Mixture | Attention | Recurrent => true,
+        OptionalMixture => false,
+        Separate => file.tensor(&format!("blk.{il}.attn_qkv.weight")).is_none(),
+    };
+    let shape = axes.iter().map(|axis| axis.len(file, sizes, il)).collect::<Result<Vec<u64>>>()?;
+    match file.tensor(&name) {
+        None if is_needed => Err(wrong_tensor(file, &name, &format!("shape {shape:?}"), "no such tensor")),
+        None => Ok(()),
+        Some(tensor) => {
+            // Axes of one element at the end mean nothing to ggml.
+            let n_axes = tensor.shape().iter().rposition(|&n| n != 1).map_or(1, |last| last + 1);
+            let found = &tensor.shape()[..n_axes];
+            let n_wanted = shape.iter().rposition(|&n| n != 1).map_or(1, |last| last + 1);
+            match found == &shape[..n_wanted] {
+                true => Ok(()),
+                false => Err(wrong_tensor(
+                    file,
+                    &name,
+                    &format!("shape {shape:?} from the metadata"),
+                    format!("{:?}", tensor.shape()),
+                )),
+            }
+        }
+    }
+}
+
+impl Axis {
+    /// Its number of elements in layer `il`.
+    fn len(self, file: &GgufFile, sizes: &Sizes, il: usize) -> Result<u64> {
+        let ssm = |name: &str| -> Result<u64> { Ok(file.u32(&file.arch_key(name)?)?.into()) };
+        let (n_head, n_head_kv) = (sizes.n_head[il], sizes.n_head_kv[il]);
+        let (query, key) = (n_head * sizes.n_embd_head_k, n_head_kv * sizes.n_embd_head_k);
+        let values = n_head_kv * sizes.n_embd_head_v;
+        let step = (sizes.n_embd / 16).max(64);
+        Ok(match self {
+            Embd => sizes.n_embd,
+            Vocab => sizes.n_vocab,
+            Positions => sizes.n_ctx_train,
+            Ff => sizes.n_ff[0],
+            TwiceFf => 2 * sizes.n_ff[0],
+            Query => query,
+            Key => key,
+            Values => values,
+            QueryKeyValues => query.saturating_add(key).saturating_add(values),
+            AttentionOut => n_head * sizes.n_embd_head_v,
+            Head => sizes.n_embd_head_k,
+            Heads => n_head,
+            KeyHeads => n_head_kv,
+            HalfRotated => sizes.n_rot / 2,
+            Experts => sizes.n_expert,
+            Kernel => ssm("ssm.conv_kernel")?,
+            Inner => ssm("ssm.inner_size")?,
+            TwiceInner => 2 * ssm("ssm.inner_size")?,
+            State => ssm("ssm.state_size")?,
+            Rank => ssm("ssm.time_step_rank")?,
+            Step => step,
+            StepAndStates => step + 2 * ssm("ssm.state_size")?,
+        })
+    }
+}
