@@ -54,6 +54,7 @@
 pub mod activation;
 pub mod bench;
 mod ffi;
+mod in_use;
 pub mod logprob;
 pub mod model;
 pub mod options;
@@ -65,6 +66,8 @@ pub mod session;
 mod vocabulary;
 
 pub use crate::graph::{Architecture, architecture, steering};
+pub(crate) use ffi::set_abort_callback;
+pub(crate) use in_use::{UsedFile, files_in_use};
 pub use model::{LoadedSteering, Model};
 pub use options::{CacheType, FlashAttention, ModelOptions, SessionOptions};
 pub use sample::Sampling;

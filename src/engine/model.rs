@@ -64,7 +64,7 @@ impl Model {
             vocab_only: false,
         };
         file.check_unchanged()?;
-        let handle = ModelHandle::load(path, params).map_err(|reason| {
+        let handle = ModelHandle::load(&file, params).map_err(|reason| {
             let version = super::llama_version();
             refused(
                 format!(

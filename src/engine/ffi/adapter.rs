@@ -8,11 +8,13 @@ use llama_cpp_sys_2 as sys;
 
 use super::model::ModelHandle;
 use super::{path_bytes, with_reason};
+use crate::engine::in_use::InUse;
 
 /// A LoRA adapter in memory.
 #[derive(Debug)]
 pub(in crate::engine) struct LoraHandle {
     pub(super) adapter: NonNull<sys::llama_adapter_lora>,
+    _in_use: InUse,
     /// Last field: dropped after the adapter.
     pub(super) model: Arc<ModelHandle>,
 }
@@ -30,12 +32,13 @@ impl LoraHandle {
     }
 
     fn load_logged(model: &Arc<ModelHandle>, path: &Path) -> Option<LoraHandle> {
+        let in_use = InUse::enter("adapter", path);
         let path = path_bytes(path)?;
         let _lock = model.adapters.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the model is alive, the lock gives exclusive access to its list of adapters, and `path` is
         // NUL-terminated and lives during the call.
         let adapter = unsafe { sys::llama_adapter_lora_init(model.model.as_ptr(), path.as_ptr()) };
-        NonNull::new(adapter).map(|adapter| LoraHandle { adapter, model: model.clone() })
+        NonNull::new(adapter).map(|adapter| LoraHandle { adapter, _in_use: in_use, model: model.clone() })
     }
 }
 

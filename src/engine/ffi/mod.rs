@@ -128,6 +128,14 @@ pub(super) fn most_sequences() -> usize {
     unsafe { sys::llama_max_parallel_sequences() }
 }
 
+/// Has llama.cpp pass the text of a failed assertion to `callback` before it aborts the process.
+///
+/// For programs only: the callback is one for the whole process.
+pub(crate) fn set_abort_callback(callback: extern "C" fn(*const c_char)) {
+    // SAFETY: a function lives as long as the program.
+    unsafe { sys::ggml_set_abort_callback(Some(callback)) };
+}
+
 /// Whether this build can run layers on a GPU.
 pub(super) fn supports_offload() -> bool {
     start_backend();

@@ -1,7 +1,6 @@
 //! An owned `llama_model`.
 
 use std::ffi::CStr;
-use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::Mutex;
 
@@ -9,6 +8,8 @@ use llama_cpp_sys_2 as sys;
 
 use super::{path_bytes, start_backend, with_reason};
 use crate::engine::Token;
+use crate::engine::in_use::InUse;
+use crate::gguf::GgufFile;
 
 /// Load parameters, in llama.cpp's own terms.
 #[derive(Debug, Clone, Copy)]
@@ -24,6 +25,7 @@ pub(in crate::engine) struct LoadParams {
 pub(in crate::engine) struct ModelHandle {
     pub(super) model: NonNull<sys::llama_model>,
     vocab: NonNull<sys::llama_vocab>,
+    _in_use: Vec<InUse>,
     /// Held while llama.cpp writes to the model's list of adapters.
     pub(super) adapters: Mutex<()>,
 }
@@ -44,13 +46,14 @@ impl Drop for ModelHandle {
 
 impl ModelHandle {
     /// Loads a GGUF that `gguf::GgufFile::open` has validated. The error is what llama.cpp says, or empty.
-    pub(in crate::engine) fn load(path: &Path, params: LoadParams) -> Result<ModelHandle, String> {
+    pub(in crate::engine) fn load(file: &GgufFile, params: LoadParams) -> Result<ModelHandle, String> {
         start_backend();
-        with_reason(|| ModelHandle::load_logged(path, params))
+        with_reason(|| ModelHandle::load_logged(file, params))
     }
 
-    fn load_logged(path: &Path, params: LoadParams) -> Option<ModelHandle> {
-        let path = path_bytes(path)?;
+    fn load_logged(file: &GgufFile, params: LoadParams) -> Option<ModelHandle> {
+        let in_use = file.part_paths().map(|part| InUse::enter("model", part)).collect();
+        let path = path_bytes(file.path())?;
         // SAFETY: returns a plain struct.
         let mut raw = unsafe { sys::llama_model_default_params() };
         raw.n_gpu_layers = params.n_gpu_layers;
@@ -62,7 +65,7 @@ impl ModelHandle {
         // SAFETY: the model is alive; its vocabulary belongs to it and lives as long.
         let vocab = unsafe { sys::llama_model_get_vocab(model.as_ptr()) };
         match NonNull::new(vocab.cast_mut()) {
-            Some(vocab) => Some(ModelHandle { model, vocab, adapters: Mutex::new(()) }),
+            Some(vocab) => Some(ModelHandle { model, vocab, _in_use: in_use, adapters: Mutex::new(()) }),
             None => {
                 // SAFETY: the model came from llama_model_load_from_file and is not used again.
                 unsafe { sys::llama_model_free(model.as_ptr()) };
