@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::error::Result;
-use crate::gguf;
+use crate::gguf::{GgufFile, ModelFiles};
 
 /// Receives the progress of a run.
 pub trait Progress {
@@ -42,10 +42,18 @@ pub fn advance_to(progress: &mut dyn Progress) -> impl FnMut(usize) {
 /// Hashes a model (SHA-256) and reports the progress.
 ///
 /// # Errors
-/// Same as [`gguf::model_sha256`].
+/// Same as [`crate::gguf::model_sha256`].
 pub fn hash_model(path: &Path, progress: &mut dyn Progress) -> Result<String> {
+    hash_files(&GgufFile::open(path)?.files(), progress)
+}
+
+/// Hashes the open files of a model (SHA-256) and reports the progress.
+///
+/// # Errors
+/// Same as [`ModelFiles::sha256`].
+pub fn hash_files(files: &ModelFiles, progress: &mut dyn Progress) -> Result<String> {
     let mut shown = 0;
-    let hash = gguf::model_sha256(path, |done, total| {
+    let hash = files.sha256(|done, total| {
         if shown == 0 {
             progress.start("hashing the model, MiB", total >> 20, 0);
         }

@@ -85,6 +85,7 @@ enum Command {
 /// Runs the program. Exits with 2 on a usage error, 1 on failure, and 128 plus the signal if interrupted.
 pub fn main() -> ExitCode {
     crash::install();
+    crate::gguf::hold_models();
     let cli = Cli::parse_from(with_long_flags(std::env::args_os()));
     start_log(cli.verbose);
     let grace = match cli.command {

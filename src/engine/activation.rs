@@ -75,7 +75,8 @@ pub fn record(
     let mut all = Vec::with_capacity(prompts.len());
     let mut result = Ok(());
     for group in prompts.chunks(session.n_parallel()) {
-        match record_group(session, group, &columns, n_predict, interrupt) {
+        let recorded = session.model().files().check_content();
+        match recorded.and_then(|()| record_group(session, group, &columns, n_predict, interrupt)) {
             Ok(mut recorded) => all.append(&mut recorded),
             Err(error) => {
                 result = Err(error);
@@ -85,6 +86,7 @@ pub fn record(
         done(all.len());
     }
     session.stop_recording();
+    session.model().files().check_content()?;
     result.map(|()| all)
 }
 

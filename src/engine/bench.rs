@@ -80,11 +80,11 @@ fn bench_row(
     interrupt: &AtomicBool,
 ) -> Result<BenchRow> {
     let options = SessionOptions { n_parallel: Some(n_parallel), ..options.clone() };
-    let mut session = Session::open(model, &options, n_prompt + n_predict + 1)?;
+    let mut session = Session::open(model, &options, n_prompt.saturating_add(n_predict).saturating_add(1))?;
     let requests = [Request { id: "bench".into(), tokens: random_tokens(model, n_prompt) }];
     let generate = GenerateOptions {
         k: u32::try_from(n_parallel).unwrap_or(u32::MAX),
-        n_predict: n_predict + 1,
+        n_predict: n_predict.saturating_add(1),
         sampling,
         seed: 0,
         ignore_eos: true,
@@ -98,7 +98,7 @@ fn bench_row(
     }
     let median_of = |rate: &dyn Fn(&GenerateStats) -> f64| median(runs.iter().map(rate).collect());
     Ok(BenchRow {
-        n_parallel,
+        n_parallel: session.n_parallel(),
         n_prompt,
         n_predict,
         n_runs,
@@ -147,13 +147,16 @@ pub fn bench_steering(
         .into_iter()
         .map(|(way, steering)| {
             let steered = model.with_steering(steering)?;
-            Ok((way, Session::open(&steered, &options, n_prompt + n_predict + 1)?))
+            Ok((
+                way,
+                Session::open(&steered, &options, n_prompt.saturating_add(n_predict).saturating_add(1))?,
+            ))
         })
         .collect::<Result<Vec<_>>>()?;
     let requests = [Request { id: "bench".into(), tokens: random_tokens(model, n_prompt) }];
     let generate = GenerateOptions {
         k: u32::try_from(n_parallel).unwrap_or(u32::MAX),
-        n_predict: n_predict + 1,
+        n_predict: n_predict.saturating_add(1),
         sampling: Sampling::PAPER,
         seed: 0,
         ignore_eos: true,
@@ -217,9 +220,9 @@ fn median(mut values: Vec<f64>) -> f64 {
 fn random_tokens(model: &Model, n: usize) -> Vec<Token> {
     let mut random = random_stream(0, "bench prompt", 0);
     let n_vocab = model.n_vocab() as u64;
-    let mut tokens = Vec::with_capacity(n);
+    let mut tokens = Vec::new();
     // Every real vocabulary has text tokens. The bound prevents an endless loop on a broken one.
-    for _ in 0..1000 * n {
+    for _ in 0..n.saturating_mul(1000) {
         let token = (random.next_u64() % n_vocab) as Token;
         if !model.is_control(token) && !model.is_end_of_generation(token) {
             tokens.push(token);

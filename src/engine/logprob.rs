@@ -43,6 +43,7 @@ pub fn score(
     requests: &[Request],
     interrupt: &AtomicBool,
 ) -> Result<Vec<Vec<Vec<f64>>>> {
+    session.model().files().check_content()?;
     for request in requests {
         let longest = request.continuations.iter().map(Vec::len).max().unwrap_or(0);
         session.check_fits(&request.id, request.prompt.len(), longest)?;
@@ -74,6 +75,7 @@ pub fn score(
         }
     }
     run(session, requests, &mut tasks, most_rows, &mut logprobs, interrupt)?;
+    session.model().files().check_content()?;
     Ok(logprobs)
 }
 

@@ -52,6 +52,7 @@
 //! - `ffi` holds all `unsafe` code of the engine.
 
 pub mod activation;
+mod batching;
 pub mod bench;
 mod ffi;
 mod in_use;

@@ -1,16 +1,17 @@
 //! A loaded model: its sizes, its tokenizer, and its steering.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::error::{Error, Result};
-use crate::gguf::{self, GgufFile};
+use crate::gguf::{self, GgufFile, ModelFiles, WatchedFile};
 use crate::graph::Architecture;
 use crate::graph::steering::{Change, Operation, Steering};
 
 use super::Token;
+use super::batching;
 use super::ffi::{self, LoadParams, LoraHandle, ModelHandle};
-use super::options::ModelOptions;
+use super::options::{ModelOptions, SessionOptions};
 use super::vocabulary::Vocabulary;
 
 /// A model in memory, for any number of sessions.
@@ -26,6 +27,9 @@ pub struct Model {
     n_positions: Option<usize>,
     kv_bytes_per_cell: usize,
     on_cpu: bool,
+    /// Whether sequences may share batches, once that is known.
+    shares_batches: Arc<OnceLock<bool>>,
+    files: ModelFiles,
     steering: Arc<LoadedSteering>,
 }
 
@@ -64,7 +68,10 @@ impl Model {
             vocab_only: false,
         };
         file.check_unchanged()?;
-        let handle = ModelHandle::load(&file, params).map_err(|reason| {
+        let handle = ModelHandle::load(&file, params);
+        // llama.cpp opened the path again: this proves that it found the same bytes.
+        file.check_unchanged()?;
+        let handle = handle.map_err(|reason| {
             let version = super::llama_version();
             refused(
                 format!(
@@ -94,6 +101,8 @@ impl Model {
             n_positions: n_positions(&file),
             kv_bytes_per_cell,
             on_cpu,
+            shares_batches: Arc::default(),
+            files: file.files(),
             steering: Arc::new(steering),
         })
     }
@@ -108,7 +117,10 @@ impl Model {
             .loras
             .iter()
             .map(|lora| {
-                let handle = LoraHandle::load(&self.handle, &lora.path).map_err(|reason| {
+                let file = WatchedFile::open(&lora.path)?;
+                let handle = LoraHandle::load(&self.handle, &lora.path);
+                file.check_path()?;
+                let handle = handle.map_err(|reason| {
                     let base = self.path().display();
                     Error::model(
                         &lora.path,
@@ -128,6 +140,18 @@ impl Model {
     pub fn with_steering(&self, steering: Steering) -> Result<Model> {
         let steering = Arc::new(self.load_steering(steering)?);
         Ok(Model { steering, ..self.clone() })
+    }
+
+    /// The same model without steering.
+    pub(super) fn without_steering(self) -> Model {
+        let steering =
+            LoadedSteering { steering: Steering::default(), loras: Vec::new(), model: self.handle.clone() };
+        Model { steering: Arc::new(steering), ..self }
+    }
+
+    /// Whether its sequences may be decoded together. Found out at the first call, with its options.
+    pub(super) fn shares_batches(&self, options: &SessionOptions) -> bool {
+        *self.shares_batches.get_or_init(|| batching::may_share_batches(self, options))
     }
 
     /// Its steering, which may be empty.
@@ -221,6 +245,11 @@ impl Model {
     /// The file it was loaded from.
     pub fn path(&self) -> &Path {
         self.vocabulary.path()
+    }
+
+    /// Its open files, to hash what runs.
+    pub fn files(&self) -> &ModelFiles {
+        &self.files
     }
 
     /// `general.architecture` of the GGUF.

@@ -67,6 +67,7 @@ pub fn record(
     session.start_recording(recordings, true)?;
     let result = record_all(session, texts, places.len(), interrupt, &mut done);
     session.stop_recording();
+    session.model().files().check_content()?;
     result
 }
 
@@ -80,7 +81,7 @@ fn record_all(
     // llama.cpp allocates logits for every output, even if none are computed.
     let row_bytes = session.model().n_vocab() * size_of::<f32>();
     let most_tokens = (MOST_LOGIT_BYTES / row_bytes.max(1)).clamp(1, session.context.n_batch());
-    let n_slots = session.n_parallel() + 1;
+    let n_slots = session.most_together();
     let n_embd = session.model().n_embd();
     let mut means: Vec<Vec<Vec<f32>>> = vec![Vec::new(); texts.len()];
     // A micro-batch takes the same number of tokens from each of its sequences, so group texts of similar length.

@@ -4,7 +4,6 @@
 //! sample ends, its slot takes the next sample at once, so the batch stays full. When no samples are left to start,
 //! the slots still running are moved together, because llama.cpp computes only adjacent sequences in one micro-batch.
 
-use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -136,6 +135,7 @@ pub fn generate(
     mut done: impl FnMut(Continuation) -> Result<()>,
 ) -> Result<GenerateStats> {
     options.sampling.validate()?;
+    session.model().files().check_content()?;
     for request in requests {
         session.check_fits(&request.id, request.tokens.len(), options.n_predict)?;
     }
@@ -145,7 +145,7 @@ pub fn generate(
     session.context.clear();
     let n_parallel = session.n_parallel();
     let mut schedule = Schedule {
-        waiting: (0..requests.len()).flat_map(|r| (0..options.k).map(move |s| (r, s))).collect(),
+        waiting: Waiting { next: (0, 0), n_requests: requests.len(), k: options.k },
         free: (1..=n_parallel).rev().collect(),
         running: Vec::with_capacity(n_parallel),
         loaded: None,
@@ -157,16 +157,39 @@ pub fn generate(
         }
         schedule.fill_slots(session, requests, options, &mut done)?;
         if schedule.running.is_empty() {
+            session.model().files().check_content()?;
             return Ok(schedule.stats);
         }
         schedule.step(session, options, &mut done)?;
     }
 }
 
+/// The samples that have not started, in order. Counted, not listed: there may be billions.
+struct Waiting {
+    /// Request and number of the next sample.
+    next: (usize, u32),
+    n_requests: usize,
+    k: u32,
+}
+
+impl Waiting {
+    fn front(&self) -> Option<(usize, u32)> {
+        (self.k > 0 && self.next.0 < self.n_requests).then_some(self.next)
+    }
+
+    fn pop_front(&mut self) {
+        let (request, sample) = self.next;
+        self.next = if sample + 1 < self.k { (request, sample + 1) } else { (request + 1, 0) };
+    }
+
+    fn is_empty(&self) -> bool {
+        self.front().is_none()
+    }
+}
+
 /// The samples of one call of [`generate`]: those waiting, and those in slots.
 struct Schedule {
-    /// Request and number of each sample that has not started.
-    waiting: VecDeque<(usize, u32)>,
+    waiting: Waiting,
     /// Free slots, the highest first.
     free: Vec<usize>,
     running: Vec<Running>,
@@ -184,7 +207,7 @@ impl Schedule {
         done: &mut impl FnMut(Continuation) -> Result<()>,
     ) -> Result<()> {
         let (started, before) = (Instant::now(), self.stats.prompt_time);
-        while let (Some(&slot), Some(&(request, sample))) = (self.free.last(), self.waiting.front()) {
+        while let (Some(&slot), Some((request, sample))) = (self.free.last(), self.waiting.front()) {
             let prompt = &requests[request];
             let current = match &mut self.loaded {
                 Some(l) if l.request == request => l,

@@ -23,6 +23,9 @@ const MOST_PARALLEL: usize = 100;
 /// ggml's own limit, `GGML_MAX_N_THREADS`.
 const MOST_THREADS: usize = 512;
 
+/// llama.cpp counts the tokens of a batch and of a context in 31 bits.
+const MOST_TOKENS: usize = i32::MAX as usize;
+
 /// llama.cpp rounds the cells of a sequence up to a multiple of this.
 const CELLS: usize = 256;
 
@@ -38,16 +41,18 @@ impl SessionOptions {
     /// The number of sequences to decode at once, if each needs `n_ctx_seq` tokens.
     ///
     /// Without `-np` this is as many as a quarter of the machine's memory holds, and at most 100. It depends on
-    /// total memory rather than free memory, so the same command chooses the same number.
+    /// total memory rather than free memory, so the same command chooses the same number. A model whose sequences
+    /// cannot share a batch decodes one at a time, whatever is asked for.
     pub fn resolve_parallel(&self, model: &Model, n_ctx_seq: usize) -> usize {
-        self.n_parallel.unwrap_or_else(|| {
+        let n_parallel = self.n_parallel.unwrap_or_else(|| {
             let quarter = usize::try_from(memory::total_bytes() / 4).unwrap_or(usize::MAX);
             let of_memory =
                 quarter / (self.kv_bytes_per_cell(model) * n_ctx_seq.next_multiple_of(CELLS)).max(1);
             // With -c the sequences share the given context.
             let of_context = self.n_ctx.map_or(MOST_PARALLEL, |n_ctx| n_ctx / n_ctx_seq.max(1));
             MOST_PARALLEL.min(of_memory).min(of_context).max(1)
-        })
+        });
+        if n_parallel > 1 && !model.shares_batches(self) { 1 } else { n_parallel }
     }
 
     /// Bytes of KV cache per token, over all layers.
@@ -66,6 +71,42 @@ impl SessionOptions {
             Some(n_ctx) => Ok(n_ctx / n_parallel),
             None => Ok(n_ctx_seq.max(1)),
         }
+    }
+
+    /// Checks that no count is zero or beyond llama.cpp's own limits.
+    fn check_counts(&self) -> Result<()> {
+        let counts = [
+            ("-np/--parallel", self.n_parallel.unwrap_or(1), ffi::most_sequences() - 1),
+            ("-b/--batch-size", self.n_batch, MOST_TOKENS),
+            ("-ub/--ubatch-size", self.n_ubatch, MOST_TOKENS),
+            ("-c/--ctx-size", self.n_ctx.unwrap_or(1), MOST_TOKENS),
+            ("-t/--threads", self.n_threads.unwrap_or(1), MOST_THREADS),
+            ("-tb/--threads-batch", self.n_threads_batch.unwrap_or(1), MOST_THREADS),
+        ];
+        match counts.iter().find(|(_, n, most)| *n == 0 || n > most) {
+            Some((flag, n, most)) => {
+                Err(Error::setting(*flag, format!("expected a number from 1 to {most}, found {n}")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Checks that the KV cache fits into the memory of the machine, before llama.cpp allocates it.
+    fn check_memory(&self, model: &Model, params: &ContextParams) -> Result<()> {
+        let n_bytes = self.kv_bytes_per_cell(model).saturating_mul(params.n_ctx as usize) as u64;
+        let most = memory::total_bytes();
+        if n_bytes <= most {
+            return Ok(());
+        }
+        let flag = if self.n_ctx.is_some() { "-c/--ctx-size" } else { "-np/--parallel" };
+        let reason = format!(
+            "a context of {} tokens for all sequences needs {} MiB of KV cache, but there are only {} MiB of memory",
+            params.n_ctx,
+            n_bytes >> 20,
+            most >> 20
+        );
+        Err(Error::setting(flag, reason)
+            .with_hint("lower -c/--ctx-size, -np/--parallel or -n/--n-predict, or use -ctk q8_0 -ctv q8_0"))
     }
 
     /// Checks the options and converts them to llama.cpp's.
@@ -168,20 +209,26 @@ impl Session {
         n_ctx_seq: usize,
         has_callback: bool,
     ) -> Result<Session> {
+        options.check_counts()?;
         let n_parallel = options.resolve_parallel(model, n_ctx_seq);
-        for (flag, n) in [
-            ("-np/--parallel", n_parallel),
-            ("-b/--batch-size", options.n_batch),
-            ("-ub/--ubatch-size", options.n_ubatch),
-        ] {
-            if n == 0 {
-                return Err(Error::setting(flag, "expected at least 1, found 0"));
-            }
-        }
+        Session::open_with_slots(model, options, n_parallel, n_ctx_seq, has_callback)
+    }
+
+    /// Opens a session of `n_parallel` slots, even if the model's sequences are not known to share batches.
+    pub(super) fn open_with_slots(
+        model: &Model,
+        options: &SessionOptions,
+        n_parallel: usize,
+        n_ctx_seq: usize,
+        has_callback: bool,
+    ) -> Result<Session> {
         let n_ctx_seq = options.resolve_ctx_seq(n_parallel, n_ctx_seq)?;
         // A sequence never grows beyond a table of learned positions, whatever -c says.
         let n_ctx_seq = n_ctx_seq.min(model.n_positions().unwrap_or(usize::MAX)).max(1);
         let params = options.context_params(n_parallel, n_ctx_seq)?;
+        if model.on_cpu() {
+            options.check_memory(model, &params)?;
+        }
         let n_seq_max = n_parallel + 1;
         let watch = match has_callback {
             true => Some(Watch::new(model.graph()?, model.n_layer(), n_seq_max, Streams::PerSequence)),
@@ -324,6 +371,11 @@ impl Session {
         self.n_parallel
     }
 
+    /// Sequences that may share a batch, the prompt slot included.
+    pub(super) fn most_together(&self) -> usize {
+        if self.n_parallel == 1 { 1 } else { self.n_parallel + 1 }
+    }
+
     /// Tokens that one sequence holds, prompt and continuation together.
     pub fn n_ctx_seq(&self) -> usize {
         self.n_ctx_seq
@@ -457,6 +509,10 @@ impl Session {
         for tokens in sequences {
             self.check_fits("", tokens.len(), 0)?;
         }
+        if sequences.len() > self.most_together() {
+            let alone = sequences.iter().map(|tokens| self.logits(tokens));
+            return alone.collect();
+        }
         self.context.clear();
         let tokens = sequences.iter().enumerate().flat_map(|(slot, tokens)| {
             tokens.iter().enumerate().map(move |(position, &token)| (slot, position, token))
@@ -473,6 +529,7 @@ impl Session {
                 rows[slot].push(self.row(i)?.to_vec());
             }
         }
+        self.model.files().check_content()?;
         Ok(rows)
     }
 

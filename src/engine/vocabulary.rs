@@ -28,7 +28,9 @@ impl Vocabulary {
         gguf::check_decoder(&file)?;
         file.check_unchanged()?;
         let params = LoadParams { n_gpu_layers: 0, check_tensors: false, vocab_only: true };
-        let handle = ModelHandle::load(&file, params).map_err(|reason| {
+        let handle = ModelHandle::load(&file, params);
+        file.check_unchanged()?;
+        let handle = handle.map_err(|reason| {
             let (version, reason) = (super::llama_version(), super::model::after_colon(&reason));
             Error::model(path, format!("llama.cpp {version} refused its vocabulary{reason}"))
                 .with_hint("run again with -v to see llama.cpp's log")

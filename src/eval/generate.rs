@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::engine::schedule::{self, Finish, GenerateOptions, Request};
 use crate::engine::{Model, Session, SessionOptions};
 use crate::error::Result;
+use crate::memory;
 
 use super::prompts::Prompt;
 
@@ -56,6 +57,20 @@ pub struct Plan {
 /// cost little.
 const ROUNDS_PER_UNIT: usize = 4;
 
+/// Checks that the continuations of one prompt fit into a quarter of the machine's memory.
+fn check_samples(k: u32, n_predict: usize) -> Result<()> {
+    // A row with the prompt's text, its ids and a few bytes per token of text.
+    let row_bytes = (size_of::<Generation>() as u64 + 512).saturating_add(8 * n_predict.min(1 << 30) as u64);
+    let most = memory::total_bytes() / 4 / row_bytes;
+    if u64::from(k) <= most {
+        return Ok(());
+    }
+    let reason = format!(
+        "{k} continuations of {n_predict} tokens do not fit into memory: expected at most {most} per prompt"
+    );
+    Err(crate::Error::setting("-k/--samples", reason))
+}
+
 impl Plan {
     /// Tokenises the prompts and divides them into units.
     ///
@@ -76,6 +91,7 @@ impl Plan {
         };
         at_least_one("-k/--samples", options.k as usize)?;
         at_least_one("-n/--n-predict", options.n_predict)?;
+        check_samples(options.k, options.n_predict)?;
         let requests: Vec<Request> = prompts
             .iter()
             .map(|p| Ok(Request { id: p.id.clone(), tokens: model.tokenize_prompt(&p.text)? }))
@@ -99,7 +115,7 @@ impl Plan {
             });
         }
         let n_parallel = session_options.resolve_parallel(model, n_ctx_seq);
-        let prompts_per_unit = (ROUNDS_PER_UNIT * n_parallel).div_ceil(options.k as usize).max(1);
+        let prompts_per_unit = ROUNDS_PER_UNIT.saturating_mul(n_parallel).div_ceil(options.k as usize).max(1);
         Ok(Plan { prompts, requests, options, prompts_per_unit, n_ctx_seq })
     }
 

@@ -22,7 +22,8 @@ use crate::eval::result::{BootstrapInfo, EvalResult, ModelInfo, RunInfo, ScorerI
 use crate::eval::summarize;
 use crate::eval::tokenizer::TextTokenizer;
 use crate::file::{self, JsonLog};
-use crate::progress::{Progress, hash_model};
+use crate::gguf::ModelFiles;
+use crate::progress::{Progress, hash_files};
 use crate::score::{self, Scorer, Text};
 use crate::text::language::LanguageIdentifier;
 
@@ -143,11 +144,12 @@ pub fn evaluate(
     }
     let _lock = record::open_folder(folder)?;
     let tokenizer = request.tokenizer.as_deref().map(TextTokenizer::from_file).transpose()?;
-    if let Some(base) = &request.base {
+    let base_files = match &request.base {
         // Loaded again for scoring. Loading it now finds a broken model before hours of generation.
-        Model::open(base, &request.model_options)?;
-    }
-    let run = Run { request, scorers, folder, interrupt };
+        Some(base) => Some(Model::open(base, &request.model_options)?.files().clone()),
+        None => None,
+    };
+    let run = Run { request, scorers, base_files, folder, interrupt };
     let Continued { generations, info, tokenizer } = match &request.source {
         Source::Model { .. } => run.sample_model(tokenizer, progress)?,
         Source::File { path, generations } => run.import(path, generations, tokenizer, progress)?,
@@ -169,6 +171,8 @@ fn check_fraction(flag: &str, fraction: f64) -> Result<()> {
 struct Run<'a> {
     request: &'a EvalRequest,
     scorers: Vec<Box<dyn Scorer>>,
+    /// The files of `request.base` when the run began.
+    base_files: Option<ModelFiles>,
     folder: &'a Path,
     interrupt: &'a AtomicBool,
 }
@@ -227,7 +231,7 @@ impl Run<'_> {
     ) -> Result<Continued> {
         let tokenizer = match (tokenizer, &self.request.base) {
             (Some(tokenizer), _) => tokenizer,
-            (None, Some(base)) => TextTokenizer::of_model(&Model::open(base, &self.request.model_options)?),
+            (None, Some(base)) => TextTokenizer::of_model(&self.open_base(base)?),
             (None, None) => {
                 return Err(Error::setting(
                     "--generations",
@@ -254,12 +258,12 @@ impl Run<'_> {
     fn common_info(&self, tokenizer: &TextTokenizer, progress: &mut dyn Progress) -> Result<RunInfo> {
         let request = self.request;
         let mut settings = engine_settings(request);
-        let perplexity_model = match &request.base {
+        let perplexity_model = match request.base.as_ref().zip(self.base_files.as_ref()) {
             None => None,
-            Some(path) => {
+            Some((path, files)) => {
                 let name = file::base_name(path);
                 settings.insert("base".into(), json!(name));
-                let hash = hash_model(path, progress)?;
+                let hash = hash_files(files, progress)?;
                 settings.insert("base_sha256".into(), json!(hash));
                 Some(judge_name(&name, &hash))
             }
@@ -275,6 +279,13 @@ impl Run<'_> {
             bootstrap: BootstrapInfo::default(),
             ..RunInfo::default()
         })
+    }
+
+    /// Loads the base model again, and checks that it is still the one that the run began with.
+    fn open_base(&self, path: &Path) -> Result<Model> {
+        let model = Model::open(path, &self.request.model_options)?;
+        self.base_files.as_ref().map_or(Ok(()), |files| files.check_same(model.files()))?;
+        Ok(model)
     }
 
     /// Generates the units missing in `generations.jsonl`; returns all continuations.
@@ -323,7 +334,7 @@ impl Run<'_> {
         let (mut log, mut rows) = JsonLog::open::<ScoreRow>(&path, units().map(<[_]>::len))?;
         let mut base = match &request.base {
             Some(path) if rows.len() < generations.len() => {
-                let model = Model::open(path, &request.model_options)?;
+                let model = self.open_base(path)?;
                 Some(BaseModel::open(&model, generations, &request.session_options)?)
             }
             _ => None,
@@ -442,7 +453,7 @@ fn model_info(model: &Model, progress: &mut dyn Progress) -> Result<ModelInfo> {
         architecture: model.architecture().to_owned(),
         description: model.description(),
         n_params: Some(model.n_params()),
-        sha256: Some(hash_model(model.path(), progress)?),
+        sha256: Some(hash_files(model.files(), progress)?),
     })
 }
 

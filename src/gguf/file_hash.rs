@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
 use super::GgufFile;
+use super::watched::Stamp;
 use crate::error::{Error, Result};
 use crate::file::hex;
 
@@ -24,13 +24,28 @@ const CHUNK_BYTES: usize = 1 << 18;
 /// [`Error::Io`] if the file cannot be opened or read.
 pub fn file_sha256(path: impl AsRef<Path>, mut progress: impl FnMut(u64, u64)) -> Result<String> {
     let path = path.as_ref();
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let file = File::open(path).map_err(Error::io("open", path))?;
     let total = file.metadata().map_err(Error::io("read", path))?.len();
+    hash_all(path, &file, total, &mut progress)
+}
+
+/// The sha256 of an open file from its beginning. Leaves the file's own position alone.
+pub(super) fn hash_file(path: &Path, file: &File, mut progress: impl FnMut(u64, u64)) -> Result<String> {
+    let total = file.metadata().map_err(Error::io("read", path))?.len();
+    hash_all(path, ReadAt { file, position: 0, end: total }, total, &mut progress)
+}
+
+fn hash_all(
+    path: &Path,
+    mut from: impl Read,
+    total: u64,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<String> {
     let mut hash = Sha256::new();
     let mut chunk = vec![0; CHUNK_BYTES];
     let mut done = 0;
     loop {
-        let n = match file.read(&mut chunk) {
+        let n = match from.read(&mut chunk) {
             Ok(0) => break,
             Ok(n) => n,
             Err(e) if e.kind() == ErrorKind::Interrupted => continue,
@@ -43,42 +58,46 @@ pub fn file_sha256(path: impl AsRef<Path>, mut progress: impl FnMut(u64, u64)) -
     Ok(hex(&hash.finalize()))
 }
 
-/// Identifies a hashed file: path, length in bytes, modification time.
-type Stamp = (PathBuf, u64, Option<SystemTime>);
+/// Reads an open file at a position of its own.
+struct ReadAt<'a> {
+    file: &'a File,
+    position: u64,
+    end: u64,
+}
+
+impl Read for ReadAt<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let n = (self.end - self.position).min(bytes.len() as u64) as usize;
+        super::read::read_exact_at(self.file, &mut bytes[..n], self.position)?;
+        self.position += n as u64;
+        Ok(n)
+    }
+}
 
 /// Hashes computed by this process: each run of a sweep asks for the same model.
 static KNOWN: Mutex<Option<HashMap<Stamp, String>>> = Mutex::new(None);
 
-/// The sha256 of the model at `path`. For a split model, the sha256 of its parts' hashes (hex, in order).
-///
-/// A hash is reused if this process has already hashed the file, and its length and modification time are the same.
-/// `progress` works as in [`file_sha256`], with totals over all parts. It is not called for reused hashes.
+/// The hash of a file that this process has already hashed.
+pub(super) fn known(stamp: &Stamp) -> Option<String> {
+    // Without inodes a stamp does not name its file.
+    if cfg!(not(unix)) {
+        return None;
+    }
+    KNOWN.lock().unwrap_or_else(PoisonError::into_inner).as_ref()?.get(stamp).cloned()
+}
+
+pub(super) fn remember(stamp: Stamp, hash: &str) {
+    KNOWN
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .get_or_insert_default()
+        .insert(stamp, hash.to_owned());
+}
+
+/// The sha256 of the model at `path`: see [`super::ModelFiles::sha256`].
 ///
 /// # Errors
-/// Same as [`GgufFile::open`] and [`file_sha256`].
-pub fn model_sha256(path: impl AsRef<Path>, mut progress: impl FnMut(u64, u64)) -> Result<String> {
-    let file = GgufFile::open(path)?;
-    let total = file.n_bytes();
-    let mut hashes = Vec::new();
-    let mut before = 0;
-    for part in file.part_paths() {
-        let found = std::fs::metadata(part).map_err(Error::io("read", part))?;
-        let stamp = (part.to_path_buf(), found.len(), found.modified().ok());
-        let known = || KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
-        let hash = known().get_or_insert_default().get(&stamp).cloned();
-        let hash = match hash {
-            Some(hash) => hash,
-            None => {
-                let hash = file_sha256(part, |done, _| progress(before + done, total))?;
-                known().get_or_insert_default().insert(stamp, hash.clone());
-                hash
-            }
-        };
-        before += found.len();
-        hashes.push(hash);
-    }
-    Ok(match hashes.as_slice() {
-        [hash] => hash.clone(),
-        _ => hex(&Sha256::digest(hashes.concat())),
-    })
+/// Same as [`GgufFile::open`] and [`super::ModelFiles::sha256`].
+pub fn model_sha256(path: impl AsRef<Path>, progress: impl FnMut(u64, u64)) -> Result<String> {
+    GgufFile::open(path)?.files().sha256(progress)
 }

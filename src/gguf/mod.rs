@@ -18,9 +18,9 @@
 //! llama.cpp would only catch by a failed assertion: `rules` holds the tables.
 //!
 //! Files are not memory-mapped. Data is read at positions ([`GgufFile::read_tensor_at`]), so if another program
-//! truncates the file meanwhile, that is an error and not a signal. The file may still change between
-//! [`GgufFile::open`] and llama.cpp's own loading; calling [`GgufFile::check_unchanged`] just before loading narrows
-//! that gap but does not close it.
+//! truncates the file meanwhile, that is an error and not a signal. llama.cpp opens the file again by its path, and maps
+//! it. [`GgufFile::check_unchanged`] after loading proves that it opened the same file, and [`ModelFiles`] notices
+//! changes from then on.
 //!
 //! Shapes are in ggml's order, fastest axis first: a matrix that maps `n_in` to `n_out` has shape
 //! `[n_in, n_out]`.
@@ -42,6 +42,7 @@ mod split;
 mod tensor;
 mod validate;
 mod value;
+mod watched;
 mod write;
 
 #[cfg(not(feature = "engine"))]
@@ -56,6 +57,7 @@ pub use read::GgufFile;
 pub(crate) use regular::check_regular;
 pub use tensor::{TensorInfo, TensorType};
 pub use value::{Array, Metadata, Strings, Value, ValueType};
+pub use watched::{ModelFiles, WatchedFile, hold_models};
 pub use write::{GgufWriter, TensorSpec};
 
 /// The version written, and the newest one read (`GGUF_VERSION` in `gguf.h`).

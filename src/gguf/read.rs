@@ -8,7 +8,8 @@ use std::path::Path;
 use super::Metadata;
 use super::split;
 use super::tensor::TensorInfo;
-use super::validate::{Part, refuse, validate};
+use super::validate::{Part, validate};
+use super::watched::{self, ModelFiles};
 use crate::error::{Error, Result};
 
 /// A validated GGUF file, or all files of a split model.
@@ -33,7 +34,16 @@ impl GgufFile {
     pub fn open(path: impl AsRef<Path>) -> Result<GgufFile> {
         let split::Parts { parts, metadata, tensors } = split::open_other_parts(validate(path.as_ref())?)?;
         let tensor_index = tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        // Adapters, probes and checkpoints may be written and opened again by the same command; models are not.
+        if tensors.iter().any(|t| t.name == "token_embd.weight") {
+            parts.iter().try_for_each(|part| watched::check_held(&part.watched))?;
+        }
         Ok(GgufFile { parts, metadata, tensors, tensor_index })
+    }
+
+    /// Its open files, to hash them and to notice changes.
+    pub fn files(&self) -> ModelFiles {
+        ModelFiles(self.parts.iter().map(|part| part.watched.clone()).collect())
     }
 
     /// The path passed to [`GgufFile::open`].
@@ -89,7 +99,7 @@ impl GgufFile {
     /// Fills `bytes` with `tensor`'s data, starting `offset` bytes into the tensor. Safe to call from several threads.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be read, or was truncated since it was opened.
+    /// [`Error::Io`] if the file cannot be read; [`Error::Input`] if it was changed since it was opened.
     ///
     /// # Panics
     /// If `offset + bytes.len()` exceeds the tensor, or `tensor` is not one of [`GgufFile::tensors`].
@@ -101,21 +111,18 @@ impl GgufFile {
             tensor.name
         );
         let part = &self.parts[tensor.part];
-        read_exact_at(&part.file, bytes, tensor.offset + offset).map_err(Error::io("read", &part.path))
+        let read = read_exact_at(&part.file, bytes, tensor.offset + offset);
+        // Checked first: a truncated file is a changed one.
+        part.watched.check_content()?;
+        read.map_err(Error::io("read", &part.path))
     }
 
-    /// Checks that no part changed since it was validated, by its length and modification time.
+    /// Checks that every path still leads to the file that was validated, and that none has changed.
     ///
     /// # Errors
-    /// [`Error::Gguf`] if a part changed, [`Error::Io`] if one is gone.
+    /// [`Error::Input`] if a file changed, [`Error::Io`] if one is gone.
     pub fn check_unchanged(&self) -> Result<()> {
-        for part in &self.parts {
-            let now = std::fs::metadata(&part.path).map_err(Error::io("read", &part.path))?;
-            if now.len() != part.len || now.modified().ok() != part.modified {
-                return Err(refuse(&part.path, "it was changed after it was checked"));
-            }
-        }
-        Ok(())
+        self.files().check_paths()
     }
 }
 

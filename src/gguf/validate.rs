@@ -7,11 +7,12 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::sync::Arc;
 
 use super::cursor::{Cursor, Fault};
 use super::regular::check_regular;
 use super::tensor::{self, TensorInfo, TensorType};
+use super::watched::WatchedFile;
 use super::{DEFAULT_ALIGNMENT, Metadata, VERSION, Value, foreign};
 use crate::error::{Error, Result};
 
@@ -39,10 +40,10 @@ pub(super) struct Validated {
 #[derive(Debug)]
 pub(super) struct Part {
     pub(super) path: PathBuf,
-    pub(super) file: File,
+    pub(super) file: Arc<File>,
+    pub(super) watched: Arc<WatchedFile>,
     /// In bytes.
     pub(super) len: u64,
-    pub(super) modified: Option<SystemTime>,
     pub(super) version: u32,
     /// In bytes, a power of two.
     pub(super) alignment: u64,
@@ -58,10 +59,10 @@ pub(super) fn refuse(path: &Path, reason: impl Into<String>) -> Error {
 /// Reads the header of one file and checks everything that does not need the tensor data.
 pub(super) fn validate(path: &Path) -> Result<Validated> {
     check_regular(path)?;
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let found = file.metadata().map_err(Error::io("read", path))?;
-    let (len, modified) = (found.len(), found.modified().ok());
-    let header = parse_header(&mut Cursor::new(&file, len), len).map_err(|fault| match fault {
+    let file = Arc::new(File::open(path).map_err(Error::io("open", path))?);
+    let watched = Arc::new(WatchedFile::new(path, file.clone())?);
+    let len = file.metadata().map_err(Error::io("read", path))?.len();
+    let header = parse_header(&mut Cursor::new(&*file, len), len).map_err(|fault| match fault {
         Fault::Io(source) => Error::io("read", path)(source),
         Fault::Reason(reason) => match piece(path) {
             Some(hint) => {
@@ -71,7 +72,7 @@ pub(super) fn validate(path: &Path) -> Result<Validated> {
         },
     })?;
     let Header { version, alignment, metadata, tensors, data_end } = header;
-    let part = Part { path: path.to_path_buf(), file, len, modified, version, alignment, data_end };
+    let part = Part { path: path.to_path_buf(), file, watched, len, version, alignment, data_end };
     Ok(Validated { part, metadata, tensors })
 }
 

@@ -106,6 +106,15 @@ impl ModelHandle {
         }
     }
 
+    /// Whether each sequence has a recurrent state, instead of a KV cache or beside one.
+    pub(in crate::engine) fn has_state(&self) -> bool {
+        // SAFETY: the model is alive.
+        unsafe {
+            sys::llama_model_is_recurrent(self.model.as_ptr())
+                || sys::llama_model_is_hybrid(self.model.as_ptr())
+        }
+    }
+
     /// llama.cpp's description, such as `llama 134.52M Q4_1`.
     pub(in crate::engine) fn description(&self) -> String {
         let mut buffer = [0u8; 256];
