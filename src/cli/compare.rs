@@ -25,18 +25,25 @@ pub struct CompareCommand {
     /// Folder for the comparison (JSON, CSV, Markdown, HTML) [default: print it only]
     #[arg(short, long, value_name = "DIR")]
     output: Option<PathBuf>,
+    /// Leave perplexity out, if the two runs measured it on different tokens
+    #[arg(long)]
+    no_perplexity: bool,
 }
 
 impl CompareCommand {
     /// Compares B with A and prints the table.
     pub fn run(&self) -> Result<()> {
-        run(&self.a, &self.b, self.output.as_deref())
+        run(&self.a, &self.b, self.output.as_deref(), self.no_perplexity)
     }
 }
 
 /// Compares the run in `b` with the run in `a`, also for `eval --compare`.
-pub fn run(a: &Path, b: &Path, output: Option<&Path>) -> Result<()> {
-    let (run_a, run_b) = (record::read(a)?, record::read(b)?);
+pub fn run(a: &Path, b: &Path, output: Option<&Path>, no_perplexity: bool) -> Result<()> {
+    let (mut run_a, mut run_b) = (record::read(a)?, record::read(b)?);
+    if no_perplexity {
+        run_a.drop_perplexity();
+        run_b.drop_perplexity();
+    }
     let (label_a, label_b) = (a.display().to_string(), b.display().to_string());
     let comparison = compare::compare(run_a.side(&label_a), run_b.side(&label_b))?;
     if let Some(folder) = output {

@@ -5,10 +5,12 @@ use std::sync::atomic::AtomicBool;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
-use clap::{ArgMatches, Args, FromArgMatches};
+use clap::{ArgMatches, Args, FromArgMatches, ValueEnum};
 
 use crate::error::{Error, Result};
 use crate::eval::imported;
+use crate::eval::perplexity::PerplexityTokens;
+use crate::eval::rescore::{self, RescoreRequest};
 use crate::eval::run::{self, EvalRequest, MIN_COVERAGE, Source, TOXICITY_THRESHOLD};
 use crate::file;
 use crate::report::write::{EXCERPTS, write_reports};
@@ -24,7 +26,7 @@ use super::{compare, may_colour, print};
 #[derive(Debug, Args)]
 struct EvalArguments {
     /// Model (GGUF)
-    #[arg(short, long, value_name = "FILE", required_unless_present_any = ["generations", "compare"])]
+    #[arg(short, long, value_name = "FILE", required_unless_present_any = ["generations", "rescore", "compare"])]
     model: Option<PathBuf>,
     /// Folder for the run and its report. Interrupted? Run the same command again
     #[arg(short, long, value_name = "DIR", required_unless_present = "compare")]
@@ -32,6 +34,9 @@ struct EvalArguments {
     /// Evaluate these continuations (JSON lines) instead of sampling from a model
     #[arg(long, value_name = "FILE")]
     generations: Option<PathBuf>,
+    /// Measure the perplexity of a finished run again, with --base, and keep the rest
+    #[arg(long, value_name = "DIR", requires = "base")]
+    rescore: Option<PathBuf>,
     /// The former name of `compare`
     #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], hide = true)]
     compare: Vec<PathBuf>,
@@ -63,9 +68,31 @@ pub struct MeasureArguments {
     /// Model that measures perplexity [default: the model itself, unsteered]
     #[arg(long, value_name = "FILE")]
     pub base: Option<PathBuf>,
+    /// Measure perplexity on the sampled tokens, or on the text tokenised again [default: sampled if the model that
+    /// measures it has the same vocabulary, else retokenised]
+    #[arg(long, value_enum, value_name = "TOKENS")]
+    pub perplexity: Option<Tokens>,
     /// tokenizer.json for distinct-n and repetition [default: the model's own vocabulary]
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
+}
+
+/// Values of `--perplexity`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Tokens {
+    /// The tokens that the model sampled, by their ids
+    Sampled,
+    /// The text, tokenised again
+    Retokenised,
+}
+
+impl From<Tokens> for PerplexityTokens {
+    fn from(tokens: Tokens) -> PerplexityTokens {
+        match tokens {
+            Tokens::Sampled => PerplexityTokens::Sampled,
+            Tokens::Retokenised => PerplexityTokens::Retokenised,
+        }
+    }
 }
 
 impl MeasureArguments {
@@ -74,6 +101,7 @@ impl MeasureArguments {
         EvalRequest {
             source,
             base,
+            perplexity: self.perplexity.map(Into::into),
             scorers: self.scorer.clone(),
             toxicity_threshold: self.threshold,
             min_coverage: self.min_coverage,
@@ -113,6 +141,10 @@ impl FromArgMatches for EvalCommand {
 fn refuse_ineffective(matches: &ArgMatches) -> Result<(), clap::Error> {
     // The two runs are finished, with their own settings.
     refuse_all_but(matches, "compare", &["output"])?;
+    // All but perplexity is kept.
+    let mut effective = ids::<EngineArguments>();
+    effective.extend(["output", "base", "perplexity"].map(str::to_owned));
+    refuse_all_but(matches, "rescore", &effective)?;
     // The continuations already exist, so sampling flags have no effect.
     let mut effective = ids::<MeasureArguments>();
     effective.extend(ids::<EngineArguments>());
@@ -155,7 +187,7 @@ impl EvalCommand {
     /// Evaluates, or compares two runs.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         if let [a, b] = self.0.compare.as_slice() {
-            return compare::run(a, b, self.0.output.as_deref());
+            return compare::run(a, b, self.0.output.as_deref(), false);
         }
         self.0.evaluate(interrupt)
     }
@@ -165,17 +197,28 @@ impl EvalArguments {
     fn evaluate(&self, interrupt: &AtomicBool) -> Result<()> {
         let folder =
             self.output.as_deref().ok_or_else(|| Error::setting("-o/--output", "expected a folder"))?;
-        let request = self.request()?;
         // Held until the reports are written.
         let _lock = file::lock_folder(folder)?;
-        let evaluated = run::evaluate(&request, folder, interrupt, &mut Shown::new());
+        let evaluated = match (&self.rescore, &self.measure.base) {
+            (Some(run), Some(base)) => {
+                let request = RescoreRequest {
+                    run: run.clone(),
+                    base: base.clone(),
+                    perplexity: self.measure.perplexity.map(Into::into),
+                    model_options: self.engine.model_options(),
+                    session_options: self.engine.session_options(),
+                };
+                rescore::rescore(&request, folder, interrupt, &mut Shown::new())
+            }
+            _ => run::evaluate(&self.request()?, folder, interrupt, &mut Shown::new()),
+        };
         let evaluated = evaluated.inspect_err(|error| {
             if matches!(error, Error::Interrupted) {
                 eprintln!("run the same command again to resume in {}", folder.display());
             }
         })?;
         let result = &evaluated.result;
-        let leading = self.measure.scorer.first().map_or(score::LEXICAL, String::as_str);
+        let leading = result.run.scorers.first().map_or(score::LEXICAL, |scorer| scorer.name.as_str());
         let excerpts = report::most_toxic(&evaluated.samples, leading, EXCERPTS);
         write_reports(
             folder,
@@ -201,7 +244,8 @@ impl EvalArguments {
                 let (prompts, prompts_name) = self.prompts.read()?;
                 let Steered { steering, by } = self.steering.compile(path)?;
                 // A steered model is a biased judge of its own text. The unsteered one measures perplexity.
-                base = base.or((!by.is_empty()).then(|| path.clone()));
+                let needs_base = !by.is_empty() || self.measure.perplexity == Some(Tokens::Retokenised);
+                base = base.or(needs_base.then(|| path.clone()));
                 Source::Model { path: path.clone(), prompts, prompts_name, options, steering, steered_by: by }
             }
             (None, None) => return Err(Error::setting("-m/--model", "expected a GGUF file")),

@@ -4,6 +4,7 @@
 //! sample ends, its slot takes the next sample at once, so the batch stays full. When no samples are left to start,
 //! the slots still running are moved together, because llama.cpp computes only adjacent sequences in one micro-batch.
 
+use std::iter::Peekable;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -50,6 +51,15 @@ pub enum Finish {
     Stop,
 }
 
+/// A continuation that was sampled before, to be decoded again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written<'a> {
+    /// Its tokens, without the end-of-generation token.
+    pub tokens: &'a [Token],
+    /// Why it ended.
+    pub finish: Finish,
+}
+
 /// One sampled continuation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Continuation {
@@ -59,10 +69,17 @@ pub struct Continuation {
     pub sample: u32,
     /// Its tokens, without the end-of-generation token.
     pub tokens: Vec<Token>,
-    /// Sum of the tokens' natural log-probabilities under the model, at temperature 1 with nothing cut.
+    /// The tokens' natural log-probabilities under the model, at temperature 1 with nothing cut.
+    pub logprobs: Vec<f32>,
+    /// Their [`sum`].
     pub logprob: f64,
     /// Why it ended.
     pub finish: Finish,
+}
+
+/// The sum of log-probabilities, in order and in f64: a reader of `token_logprobs` gets the same bits.
+pub fn sum(logprobs: &[f32]) -> f64 {
+    logprobs.iter().map(|&logprob| f64::from(logprob)).sum()
 }
 
 /// Token counts and times of a generation.
@@ -84,31 +101,75 @@ pub struct GenerateStats {
     pub sample_time: Duration,
 }
 
+/// Where the tokens of a continuation come from.
+enum Origin<'a> {
+    /// They are sampled.
+    Sampled { random: ChaCha8Rng, options: &'a GenerateOptions },
+    /// They were sampled before.
+    Written(Written<'a>),
+}
+
+impl Origin<'_> {
+    /// The next token, after `n_done` others; `None` if the row defines no distribution.
+    fn next(&mut self, row: &[f32], n_done: usize) -> Option<Next> {
+        match self {
+            Origin::Sampled { random, options } => {
+                sample::choose(row, &options.sampling, random).map(Next::Token)
+            }
+            Origin::Written(written) => match written.tokens.get(n_done) {
+                Some(&token) => {
+                    sample::logprob(row, token).map(|logprob| Next::Token(Choice { token, logprob }))
+                }
+                None => Some(Next::End),
+            },
+        }
+    }
+}
+
+/// What follows the last token of a continuation.
+enum Next {
+    Token(Choice),
+    /// The end of a written continuation that had stopped.
+    End,
+}
+
 /// A continuation in progress.
-struct Running {
+struct Running<'a> {
     slot: usize,
     request: usize,
     sample: u32,
     n_prompt: usize,
     tokens: Vec<Token>,
-    logprob: f64,
-    random: ChaCha8Rng,
+    logprobs: Vec<f32>,
+    origin: Origin<'a>,
 }
 
-impl Running {
-    /// Adds a chosen token; returns why the continuation ended, if it did.
-    fn take(&mut self, choice: Choice, session: &Session, options: &GenerateOptions) -> Option<Finish> {
-        if !options.ignore_eos && session.model().is_end_of_generation(choice.token) {
-            return Some(Finish::Stop);
-        }
+impl Running<'_> {
+    /// Adds a token; returns why the continuation ended, if it did.
+    fn take(&mut self, next: Next, session: &Session) -> Option<Finish> {
+        let Next::Token(choice) = next else { return Some(Finish::Stop) };
+        let is_last = match &self.origin {
+            Origin::Sampled { options, .. } => {
+                if !options.ignore_eos && session.model().is_end_of_generation(choice.token) {
+                    return Some(Finish::Stop);
+                }
+                self.tokens.len() + 1 >= options.n_predict
+            }
+            // The last token of one that stopped is decoded once more, as when it was sampled, so that every
+            // batch has the same shape.
+            Origin::Written(written) => {
+                written.finish == Finish::Length && self.tokens.len() + 1 >= written.tokens.len()
+            }
+        };
         self.tokens.push(choice.token);
-        self.logprob += choice.logprob;
-        (self.tokens.len() >= options.n_predict).then_some(Finish::Length)
+        self.logprobs.push(choice.logprob as f32);
+        is_last.then_some(Finish::Length)
     }
 
     fn finished(self, finish: Finish) -> Continuation {
-        let Running { request, sample, tokens, logprob, .. } = self;
-        Continuation { request, sample, tokens, logprob, finish }
+        let Running { request, sample, tokens, logprobs, .. } = self;
+        let logprob = sum(&logprobs);
+        Continuation { request, sample, tokens, logprobs, logprob, finish }
     }
 }
 
@@ -142,10 +203,57 @@ pub fn generate(
     if options.n_predict == 0 {
         return Err(Error::setting("-n/--n-predict", "expected at least 1, found 0"));
     }
+    let waiting = (0..requests.len()).flat_map(|r| (0..options.k).map(move |s| (r, s)));
+    let origin = |request: usize, sample: u32| {
+        let random = random_stream(options.seed, &requests[request].id, sample);
+        Origin::Sampled { random, options }
+    };
+    run(session, requests, Box::new(waiting), &origin, interrupt, &mut done)
+}
+
+/// Decodes continuations that were sampled before, in the same batches, for their log-probabilities.
+///
+/// `written` has the continuations of each request. Passes each to `done`. Without a change of the model, the steering
+/// and the session's shape, the log-probabilities have the same bits as those of [`generate`].
+///
+/// Errors: as [`generate`].
+pub fn replay(
+    session: &mut Session,
+    requests: &[Request],
+    written: &[Vec<Written<'_>>],
+    interrupt: &AtomicBool,
+    mut done: impl FnMut(Continuation) -> Result<()>,
+) -> Result<GenerateStats> {
+    for (request, written) in requests.iter().zip(written) {
+        let longest = written.iter().map(|w| w.tokens.len()).max().unwrap_or(0);
+        session.check_fits(&request.id, request.tokens.len(), longest)?;
+    }
+    let waiting =
+        written.iter().enumerate().flat_map(|(r, written)| (0..written.len() as u32).map(move |s| (r, s)));
+    let origin = |request: usize, sample: u32| {
+        let mut written = written[request][sample as usize];
+        // Nothing was chosen after the prompt, so it ended there.
+        if written.tokens.is_empty() {
+            written.finish = Finish::Stop;
+        }
+        Origin::Written(written)
+    };
+    run(session, requests, Box::new(waiting), &origin, interrupt, &mut done)
+}
+
+/// Decodes the continuations in `waiting`, pairs of a request and a sample, in this order.
+fn run<'a>(
+    session: &mut Session,
+    requests: &[Request],
+    waiting: Waiting<'a>,
+    origin: &impl Fn(usize, u32) -> Origin<'a>,
+    interrupt: &AtomicBool,
+    done: &mut impl FnMut(Continuation) -> Result<()>,
+) -> Result<GenerateStats> {
     session.context.clear();
     let n_parallel = session.n_parallel();
     let mut schedule = Schedule {
-        waiting: Waiting { next: (0, 0), n_requests: requests.len(), k: options.k },
+        waiting: waiting.peekable(),
         free: (1..=n_parallel).rev().collect(),
         running: Vec::with_capacity(n_parallel),
         loaded: None,
@@ -155,59 +263,40 @@ pub fn generate(
         if interrupt.load(Ordering::Relaxed) {
             return Err(Error::Interrupted);
         }
-        schedule.fill_slots(session, requests, options, &mut done)?;
+        schedule.fill_slots(session, requests, origin, done)?;
         if schedule.running.is_empty() {
             session.model().files().check_content()?;
             return Ok(schedule.stats);
         }
-        schedule.step(session, options, &mut done)?;
+        schedule.step(session, done)?;
     }
 }
 
-/// The samples that have not started, in order. Counted, not listed: there may be billions.
-struct Waiting {
-    /// Request and number of the next sample.
-    next: (usize, u32),
-    n_requests: usize,
-    k: u32,
-}
-
-impl Waiting {
-    fn front(&self) -> Option<(usize, u32)> {
-        (self.k > 0 && self.next.0 < self.n_requests).then_some(self.next)
-    }
-
-    fn pop_front(&mut self) {
-        let (request, sample) = self.next;
-        self.next = if sample + 1 < self.k { (request, sample + 1) } else { (request + 1, 0) };
-    }
-
-    fn is_empty(&self) -> bool {
-        self.front().is_none()
-    }
-}
+/// Pairs of a request and the number of a sample, in the order in which they start.
+type Waiting<'a> = Box<dyn Iterator<Item = (usize, u32)> + 'a>;
 
 /// The samples of one call of [`generate`]: those waiting, and those in slots.
-struct Schedule {
-    waiting: Waiting,
+struct Schedule<'a> {
+    /// Request and number of each sample that has not started, in order. Counted, not listed: there may be billions.
+    waiting: Peekable<Waiting<'a>>,
     /// Free slots, the highest first.
     free: Vec<usize>,
-    running: Vec<Running>,
+    running: Vec<Running<'a>>,
     loaded: Option<Loaded>,
     stats: GenerateStats,
 }
 
-impl Schedule {
+impl<'a> Schedule<'a> {
     /// Starts waiting samples until no slot is free.
     fn fill_slots(
         &mut self,
         session: &mut Session,
         requests: &[Request],
-        options: &GenerateOptions,
+        origin: &impl Fn(usize, u32) -> Origin<'a>,
         done: &mut impl FnMut(Continuation) -> Result<()>,
     ) -> Result<()> {
         let (started, before) = (Instant::now(), self.stats.prompt_time);
-        while let (Some(&slot), Some((request, sample))) = (self.free.last(), self.waiting.front()) {
+        while let (Some(&slot), Some(&(request, sample))) = (self.free.last(), self.waiting.peek()) {
             let prompt = &requests[request];
             let current = match &mut self.loaded {
                 Some(l) if l.request == request => l,
@@ -219,14 +308,13 @@ impl Schedule {
                     self.loaded.insert(Loaded { request, logits })
                 }
             };
-            self.waiting.pop_front();
-            let mut random = random_stream(options.seed, &prompt.id, sample);
-            let choice = sample::choose(&current.logits, &options.sampling, &mut random)
-                .ok_or_else(|| session.no_distribution())?;
+            self.waiting.next();
+            let mut origin = origin(request, sample);
+            let next = origin.next(&current.logits, 0).ok_or_else(|| session.no_distribution())?;
             let n_prompt = prompt.tokens.len();
-            let mut new =
-                Running { slot, request, sample, n_prompt, tokens: Vec::new(), logprob: 0.0, random };
-            match new.take(choice, session, options) {
+            let (tokens, logprobs) = (Vec::new(), Vec::new());
+            let mut new = Running { slot, request, sample, n_prompt, tokens, logprobs, origin };
+            match new.take(next, session) {
                 Some(finish) => done(new.finished(finish))?,
                 None => {
                     self.free.pop();
@@ -243,12 +331,11 @@ impl Schedule {
     fn step(
         &mut self,
         session: &mut Session,
-        options: &GenerateOptions,
         done: &mut impl FnMut(Continuation) -> Result<()>,
     ) -> Result<()> {
         let Schedule { waiting, free, running, stats, .. } = self;
         running.sort_unstable_by_key(|r| r.slot);
-        if waiting.is_empty() {
+        if waiting.peek().is_none() {
             close_gaps(session, running, free);
         }
         let started = Instant::now();
@@ -264,11 +351,11 @@ impl Schedule {
         stats.n_steps += 1;
 
         let started = Instant::now();
-        let choices = choose_all(session, running, &options.sampling)?;
+        let found = next_of_each(session, running)?;
         stats.sample_time += started.elapsed();
         let mut left = Vec::with_capacity(running.capacity());
-        for (mut r, choice) in running.drain(..).zip(choices) {
-            match r.take(choice, session, options) {
+        for (mut r, next) in running.drain(..).zip(found) {
+            match r.take(next, session) {
                 Some(finish) => {
                     free.push(r.slot);
                     done(r.finished(finish))?;
@@ -283,23 +370,19 @@ impl Schedule {
     }
 }
 
-/// Chooses a token for each running continuation in parallel, from the logits of the last decode.
-fn choose_all(session: &Session, running: &mut [Running], sampling: &Sampling) -> Result<Vec<Choice>> {
+/// Finds the next token of each running continuation in parallel, from the logits of the last decode.
+fn next_of_each(session: &Session, running: &mut [Running<'_>]) -> Result<Vec<Next>> {
     let rows: Vec<&[f32]> = (0..running.len()).map(|i| session.row(i)).collect::<Result<_>>()?;
-    let choices: Option<Vec<Choice>> = session.pool.install(|| {
-        running
-            .par_iter_mut()
-            .zip(rows)
-            .map(|(r, row)| sample::choose(row, sampling, &mut r.random))
-            .collect()
+    let found: Option<Vec<Next>> = session.pool.install(|| {
+        running.par_iter_mut().zip(rows).map(|(r, row)| r.origin.next(row, r.tokens.len())).collect()
     });
-    choices.ok_or_else(|| session.no_distribution())
+    found.ok_or_else(|| session.no_distribution())
 }
 
 /// Closes the gaps between running sequences, by moving the highest into free slots below.
 ///
 /// `running` is in order of slot, before and after.
-fn close_gaps(session: &mut Session, running: &mut [Running], free: &mut [usize]) {
+fn close_gaps(session: &mut Session, running: &mut [Running<'_>], free: &mut [usize]) {
     let n = running.len();
     let first = running.first().map_or(0, |r| r.slot);
     if running.last().is_none_or(|last| last.slot - first < n) {

@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use sha2::{Digest, Sha256};
+
 use crate::error::{Error, Result};
-use crate::gguf::{self, GgufFile};
+use crate::gguf::{self, GgufFile, Value};
 
 use super::Token;
 use super::ffi::{LoadParams, ModelHandle};
@@ -17,6 +19,7 @@ pub struct Vocabulary {
     handle: Arc<ModelHandle>,
     path: PathBuf,
     eos: Option<Token>,
+    hash: Arc<str>,
 }
 
 impl Vocabulary {
@@ -44,12 +47,19 @@ impl Vocabulary {
         // that id may be any word, so it is not used as the EOS.
         let is_named = file.metadata().get("tokenizer.ggml.eos_token_id").is_some();
         let eos = handle.eos().filter(|_| is_named);
-        Vocabulary { handle, path: file.path().to_path_buf(), eos }
+        Vocabulary { handle, path: file.path().to_path_buf(), eos, hash: hash_of(file).into() }
     }
 
     /// The file it was loaded from.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Hash of the kind of tokenizer, its tokens and its merges, in hex.
+    ///
+    /// Models with the same hash give each token id the same meaning.
+    pub fn hash(&self) -> &str {
+        &self.hash
     }
 
     /// Size of the vocabulary.
@@ -111,6 +121,28 @@ impl Vocabulary {
         let bytes: Vec<u8> = tokens.iter().flat_map(|&t| self.piece(t)).collect();
         text_of(&bytes)
     }
+}
+
+/// The first 16 hex digits of the SHA-256 of a file's tokenizer.
+fn hash_of(file: &GgufFile) -> String {
+    let mut hash = Sha256::new();
+    for key in ["tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.merges"] {
+        let mut add = |bytes: &[u8]| {
+            // The length too, so that bytes cannot move between neighbours.
+            hash.update((bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        add(key.as_bytes());
+        match file.metadata().get(key) {
+            Some(Value::Str(text)) => add(text.as_bytes()),
+            Some(Value::Bytes(bytes)) => add(bytes),
+            Some(Value::Array(array)) => {
+                array.strings().into_iter().flat_map(|strings| strings.iter_bytes()).for_each(&mut add);
+            }
+            _ => {}
+        }
+    }
+    crate::file::hex(&hash.finalize()[..8])
 }
 
 /// Decodes UTF-8: drops an incomplete last character, and replaces other invalid bytes.

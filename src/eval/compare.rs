@@ -18,6 +18,7 @@
 use std::collections::BTreeMap;
 
 use crate::error::{Error, Result};
+use crate::eval::comparable;
 use crate::eval::metric::per_prompt::{self, PromptValues, QUARTILES, ratios, scorer_index};
 use crate::eval::metric::{self, MetricId, Test};
 use crate::eval::result::{Comparison, Difference, LanguageComparison};
@@ -39,8 +40,10 @@ struct Paired {
 /// Compares `b` with `a`; both are counted at `a`'s threshold.
 ///
 /// # Errors
-/// [`Error::Setting`] if the runs share no prompt; [`Error::Scorer`] for a score outside [0, 1].
+/// [`Error::Setting`] if the runs share no prompt; [`Error::Scorer`] for a score outside [0, 1];
+/// [`Error::RunFolder`] if they measured perplexity on different kinds of tokens.
 pub fn compare(a: Side<'_>, b: Side<'_>) -> Result<Comparison> {
+    comparable::check(a, b)?;
     // Scorers of both runs, in the order of the first.
     let scorers: Vec<&str> = (a.run.scorers.iter())
         .map(|scorer| scorer.name.as_str())
@@ -307,7 +310,7 @@ mod tests {
 
     fn compared(a: &[Sample], b: &[Sample]) -> Comparison {
         let run = run();
-        let side = |label, samples| Side { label, run: &run, samples };
+        let side = |label, samples| Side { label, run: &run, samples, paths: None };
         compare(side("a", a), side("b", b)).unwrap()
     }
 
@@ -418,7 +421,7 @@ mod tests {
     fn rejects_runs_without_a_shared_prompt() {
         let run = run();
         let (a, b) = (samples("de", &[0.9]), samples("fr", &[0.9]));
-        let side = |samples| Side { label: "x", run: &run, samples };
+        let side = |samples| Side { label: "x", run: &run, samples, paths: None };
         let error = compare(side(&a), side(&b)).unwrap_err();
         assert_eq!(error.to_string(), "compare: expected runs that share prompts, found no shared prompt");
     }

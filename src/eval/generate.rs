@@ -4,8 +4,8 @@ use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
-use crate::engine::schedule::{self, Finish, GenerateOptions, Request};
-use crate::engine::{Model, Session, SessionOptions};
+use crate::engine::schedule::{self, Finish, GenerateOptions, Request, Written};
+use crate::engine::{Model, Session, SessionOptions, Token};
 use crate::error::Result;
 use crate::memory;
 
@@ -35,6 +35,23 @@ pub struct Generation {
     /// Why the continuation ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finish: Option<Finish>,
+    /// The ids of its tokens, in [`Generation::vocabulary`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<Vec<Token>>,
+    /// The natural log-prob of each token under the model that wrote them. `logprob` is their sum.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_logprobs: Option<Vec<f32>>,
+    /// The vocabulary of the ids: [`crate::engine::Vocabulary::hash`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vocabulary: Option<String>,
+}
+
+impl Generation {
+    /// The sampled tokens, if their ids are known.
+    pub(super) fn written(&self) -> Option<Written<'_>> {
+        let tokens = self.token_ids.as_deref()?;
+        Some(Written { tokens, finish: self.finish.unwrap_or(Finish::Length) })
+    }
 }
 
 /// Prompts ready to run: tokenised, checked and divided into units.
@@ -59,8 +76,8 @@ const ROUNDS_PER_UNIT: usize = 4;
 
 /// Checks that the continuations of one prompt fit into a quarter of the machine's memory.
 fn check_samples(k: u32, n_predict: usize) -> Result<()> {
-    // A row with the prompt's text, its ids and a few bytes per token of text.
-    let row_bytes = (size_of::<Generation>() as u64 + 512).saturating_add(8 * n_predict.min(1 << 30) as u64);
+    // A row with the prompt's text, its ids, the ids and log-probs of its tokens and a few bytes of text for each.
+    let row_bytes = (size_of::<Generation>() as u64 + 512).saturating_add(16 * n_predict.min(1 << 30) as u64);
     let most = memory::total_bytes() / 4 / row_bytes;
     if u64::from(k) <= most {
         return Ok(());
@@ -69,6 +86,11 @@ fn check_samples(k: u32, n_predict: usize) -> Result<()> {
         "{k} continuations of {n_predict} tokens do not fit into memory: expected at most {most} per prompt"
     );
     Err(crate::Error::setting("-k/--samples", reason))
+}
+
+/// Prompts in a unit, with `k` continuations each in `n_parallel` slots.
+pub(super) fn prompts_per_unit(n_parallel: usize, k: usize) -> usize {
+    ROUNDS_PER_UNIT.saturating_mul(n_parallel).div_ceil(k.max(1)).max(1)
 }
 
 impl Plan {
@@ -115,7 +137,7 @@ impl Plan {
             });
         }
         let n_parallel = session_options.resolve_parallel(model, n_ctx_seq);
-        let prompts_per_unit = ROUNDS_PER_UNIT.saturating_mul(n_parallel).div_ceil(options.k as usize).max(1);
+        let prompts_per_unit = prompts_per_unit(n_parallel, options.k as usize);
         Ok(Plan { prompts, requests, options, prompts_per_unit, n_ctx_seq })
     }
 
@@ -187,6 +209,9 @@ impl Plan {
                 n_tokens: Some(c.tokens.len() as u32),
                 logprob: Some(c.logprob),
                 finish: Some(c.finish),
+                token_ids: Some(c.tokens),
+                token_logprobs: Some(c.logprobs),
+                vocabulary: Some(model.vocabulary().hash().to_owned()),
             });
             done();
             Ok(())

@@ -10,6 +10,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::engine::Token;
 use crate::engine::schedule::Finish;
 use crate::error::{Error, Result};
 use crate::eval::generate::Generation;
@@ -43,6 +44,21 @@ pub fn read_generations(path: &Path, default_language: Option<&str>) -> Result<V
 fn language_of_stem(stem: &str) -> Option<&'static str> {
     let code = ["output-rtp_lx_", "rtp_lx_"].iter().find_map(|prefix| stem.strip_prefix(prefix));
     language::normalize(code.unwrap_or(stem))
+}
+
+/// The fields of a row that describe the sampled tokens.
+#[derive(Debug, Default, serde::Deserialize)]
+struct SampledTokens {
+    token_ids: Option<Vec<Token>>,
+    token_logprobs: Option<Vec<f32>>,
+    vocabulary: Option<String>,
+}
+
+impl SampledTokens {
+    fn fill(self, generation: Generation) -> Generation {
+        let SampledTokens { token_ids, token_logprobs, vocabulary } = self;
+        Generation { token_ids, token_logprobs, vocabulary, ..generation }
+    }
 }
 
 struct Reader<'a> {
@@ -95,9 +111,13 @@ impl Reader<'_> {
             n_tokens: None,
             logprob: None,
             finish: None,
+            token_ids: None,
+            token_logprobs: None,
+            vocabulary: None,
         };
         match (&row["generated_text"], &row["generations"]) {
             (Value::String(text), Value::Null) => {
+                let sampled = self.sampled_tokens(&row, line)?;
                 let n_tokens = row["n_tokens"].as_u64().and_then(|n| u32::try_from(n).ok());
                 // A log-probability without its number of tokens gives no perplexity.
                 let logprob = row["logprob"].as_f64().filter(|l| l.is_finite() && n_tokens.is_some());
@@ -105,7 +125,12 @@ impl Reader<'_> {
                 self.push(
                     line,
                     id,
-                    Generation { n_tokens, logprob, finish: finish.flatten(), ..generation(text) },
+                    Generation {
+                        n_tokens,
+                        logprob,
+                        finish: finish.flatten(),
+                        ..sampled.fill(generation(text))
+                    },
                 );
                 Ok(())
             }
@@ -125,6 +150,28 @@ impl Reader<'_> {
                 .fault(line, "expected a string \"generated_text\" or a list \"generations\"")
                 .with_hint("a file of prompts is read with --prompts")),
         }
+    }
+
+    /// The ids and log-probs of the sampled tokens, as this program writes them.
+    fn sampled_tokens(&self, row: &Value, line: usize) -> Result<SampledTokens> {
+        let expected = |what: &str| self.fault(line, format!("expected {what}"));
+        let found: SampledTokens = serde_json::from_value(row.clone()).map_err(|_| {
+            expected("\"token_ids\" as a list of integers, \"token_logprobs\" as a list of numbers and \"vocabulary\" as a string")
+        })?;
+        let Some(ids) = &found.token_ids else { return Ok(SampledTokens::default()) };
+        if ids.iter().any(|&id| id < 0) {
+            return Err(expected("\"token_ids\" of 0 or more"));
+        }
+        let n_tokens = row["n_tokens"].as_u64().unwrap_or(ids.len() as u64);
+        let n_logprobs = found.token_logprobs.as_ref().map_or(ids.len(), Vec::len);
+        if n_tokens != ids.len() as u64 || n_logprobs != ids.len() {
+            let reason = format!(
+                "expected as many \"token_ids\" as tokens and \"token_logprobs\", found {} ids, {n_tokens} tokens and {n_logprobs} log-probs",
+                ids.len()
+            );
+            return Err(self.fault(line, reason));
+        }
+        Ok(found)
     }
 
     fn finish(&self, value: &Value, line: usize) -> Result<Option<Finish>> {
@@ -191,6 +238,9 @@ mod tests {
             n_tokens: Some(3),
             logprob: Some(-4.5),
             finish: Some(Finish::Stop),
+            token_ids: Some(vec![5, 0, 7]),
+            token_logprobs: Some(vec![-1.5, -1.0, -2.0]),
+            vocabulary: Some("0123456789abcdef".into()),
         };
         let line = String::from_utf8(crate::file::json_lines(&[&row])).unwrap();
         assert_eq!(read("g.jsonl", &line, None).unwrap(), [row]);

@@ -22,6 +22,7 @@
 //! # Ok::<(), detox_gguf::Error>(())
 //! ```
 
+mod comparable;
 pub mod compare;
 pub mod continuation;
 pub mod generate;
@@ -30,8 +31,10 @@ pub mod metric;
 pub mod perplexity;
 pub mod prompts;
 pub mod record;
+pub mod rescore;
 pub mod result;
 pub mod run;
+mod scoring;
 pub mod side;
 pub mod stats;
 pub mod summarize;

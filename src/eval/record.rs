@@ -18,8 +18,8 @@ use crate::engine;
 use crate::error::{Error, Result};
 use crate::eval::continuation::Sample;
 use crate::eval::generate::Generation;
-use crate::eval::perplexity::BaseLogprob;
-use crate::eval::result::RunInfo;
+use crate::eval::perplexity::{BaseLogprob, PerplexityTokens};
+use crate::eval::result::{ModelPaths, RunInfo};
 use crate::eval::side::Side;
 use crate::file;
 
@@ -34,6 +34,9 @@ pub struct Record {
     pub system: String,
     /// Settings and hashes, as in `report.json`.
     pub run: RunInfo,
+    /// The models' files, as they were given. They may differ when a run resumes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paths: Option<ModelPaths>,
 }
 
 const FORMAT: u32 = 1;
@@ -64,12 +67,21 @@ pub struct FinishedRun {
     pub info: RunInfo,
     /// Its measured continuations.
     pub samples: Vec<Sample>,
+    /// The files of its models; empty for runs of older versions.
+    pub paths: ModelPaths,
 }
 
 impl FinishedRun {
+    /// Leaves perplexity out of every comparison of this run.
+    pub fn drop_perplexity(&mut self) {
+        self.info.perplexity_model = None;
+        self.info.perplexity_tokens = None;
+        self.samples.iter_mut().for_each(|sample| sample.logprob = None);
+    }
+
     /// The run as one side of a comparison.
     pub fn side<'a>(&'a self, label: &'a str) -> Side<'a> {
-        Side { label, run: &self.info, samples: &self.samples }
+        Side { label, run: &self.info, samples: &self.samples, paths: Some(&self.paths) }
     }
 }
 
@@ -78,6 +90,14 @@ impl FinishedRun {
 /// # Errors
 /// [`Error::RunFolder`] if the folder has no run or an unfinished one; [`Error::Input`] for a damaged row.
 pub fn read(folder: &Path) -> Result<FinishedRun> {
+    let (Record { run: mut info, paths, .. }, generations, scores) = read_rows_of(folder)?;
+    info.perplexity_tokens = perplexity_tokens(&info, &generations, &scores);
+    let samples = join(folder, generations, scores)?;
+    Ok(FinishedRun { info, samples, paths: paths.unwrap_or_default() })
+}
+
+/// The files of the finished run in `folder`. Errors: as [`read`].
+pub(super) fn read_rows_of(folder: &Path) -> Result<(Record, Vec<Generation>, Vec<ScoreRow>)> {
     let path = folder.join("run.json");
     let not_a_run = |reason: String| {
         Error::run_folder(folder, reason).with_hint("give a folder that `detox-gguf eval -o` wrote")
@@ -102,7 +122,43 @@ pub fn read(folder: &Path) -> Result<FinishedRun> {
         );
         return Err(Error::run_folder(folder, reason).with_hint("run the same eval again: it resumes"));
     }
-    Ok(FinishedRun { info: record.run, samples: join(folder, generations, scores)? })
+    Ok((record, generations, scores))
+}
+
+/// The tokens behind the perplexity of a run; `None` if it has no perplexity.
+pub(super) fn perplexity_tokens(
+    info: &RunInfo,
+    generations: &[Generation],
+    scores: &[ScoreRow],
+) -> Option<PerplexityTokens> {
+    // An older version did not name them. It tokenised the text again if there was a base model.
+    let has_base = info.settings.contains_key("base");
+    let older = if has_base { PerplexityTokens::Retokenised } else { PerplexityTokens::WithoutIds };
+    let of_row = |(generation, score): (&Generation, &ScoreRow)| {
+        score.base.base_logprob?;
+        Some(match score.base.perplexity_tokens {
+            Some(PerplexityTokens::Sampled) if generation.token_ids.is_none() => PerplexityTokens::WithoutIds,
+            Some(tokens) => tokens,
+            None => older,
+        })
+    };
+    let mut found = generations.iter().zip(scores).filter_map(of_row);
+    let first = found.next()?;
+    Some(if found.all(|tokens| tokens == first) { first } else { PerplexityTokens::WithoutIds })
+}
+
+/// The number of complete lines in `scores.jsonl`, and the tokens behind its first perplexity.
+#[allow(clippy::type_complexity)]
+pub(super) fn peek_scores(folder: &Path) -> Result<(usize, Option<Option<PerplexityTokens>>)> {
+    let path = folder.join("scores.jsonl");
+    let bytes = match std::fs::read(&path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((0, None)),
+        bytes => bytes.map_err(Error::io("read", &path))?,
+    };
+    let n_lines = bytes.iter().filter(|&&byte| byte == b'\n').count();
+    let mut rows = bytes.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+    let first = rows.find(|row: &ScoreRow| row.base.base_logprob.is_some());
+    Ok((n_lines, first.map(|row| row.base.perplexity_tokens)))
 }
 
 fn read_rows<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Vec<T>> {
@@ -130,12 +186,20 @@ pub(super) fn open_folder(folder: &Path) -> Result<file::FolderLock> {
 }
 
 /// Writes `run.json`; refuses a folder whose `run.json` has other settings.
-pub(super) fn start(folder: &Path, info: &RunInfo) -> Result<()> {
+pub(super) fn start(folder: &Path, info: &RunInfo, paths: ModelPaths) -> Result<()> {
+    // The same models may be given by other paths when a run resumes.
+    let there = std::fs::read(folder.join("run.json")).ok();
+    let there = there.and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
+    let paths = match there {
+        Some(there) => there.paths,
+        None => Some(paths).filter(|paths| *paths != ModelPaths::default()),
+    };
     let record = Record {
         format: FORMAT,
         llama_cpp: engine::llama_version(),
         system: engine::system_info(),
         run: info.clone(),
+        paths,
     };
     file::start_record(folder, &record)
 }

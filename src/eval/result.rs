@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::eval::metric::{MetricId, Test};
+use crate::eval::perplexity::PerplexityTokens;
 pub use crate::score::ScorerInfo;
 pub use crate::score::agreement::Agreement;
 
@@ -79,6 +80,17 @@ pub struct ModelInfo {
     pub sha256: Option<String>,
 }
 
+/// The files of a run's models, as they were given on the command line.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelPaths {
+    /// The model that wrote the continuations.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// The model that measured perplexity.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+}
+
 /// Settings of the bootstrap.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BootstrapInfo {
@@ -128,6 +140,9 @@ pub struct RunInfo {
     pub distinct_tokenizer: String,
     /// The model behind perplexity, in words; `None` if perplexity was not measured.
     pub perplexity_model: Option<String>,
+    /// The tokens behind perplexity; `None` if perplexity was not measured. Never in `run.json`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub perplexity_tokens: Option<PerplexityTokens>,
     /// Settings of the bootstrap.
     pub bootstrap: BootstrapInfo,
 }

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
@@ -15,10 +15,13 @@ use crate::engine::{Model, ModelOptions, Sampling, Session, SessionOptions, Stee
 use crate::error::{Error, Result};
 use crate::eval::continuation::Sample;
 use crate::eval::generate::{Generation, Plan};
-use crate::eval::perplexity::{BaseLogprob, BaseModel};
+use crate::eval::perplexity::{BaseLogprob, PerplexityTokens};
 use crate::eval::prompts::Prompt;
 use crate::eval::record::{self, ScoreRow};
-use crate::eval::result::{BootstrapInfo, EvalResult, ModelInfo, RunInfo, ScorerInfo, WRITER_UNKNOWN};
+use crate::eval::result::{
+    BootstrapInfo, EvalResult, ModelInfo, ModelPaths, RunInfo, ScorerInfo, WRITER_UNKNOWN,
+};
+use crate::eval::scoring::{self, Judge};
 use crate::eval::summarize;
 use crate::eval::tokenizer::TextTokenizer;
 use crate::file::{self, JsonLog};
@@ -61,6 +64,8 @@ pub struct EvalRequest {
     pub source: Source,
     /// The model that measures perplexity; `None` for the model that wrote the continuations.
     pub base: Option<PathBuf>,
+    /// The tokens that `base` measures; `None` for the sampled ones if it can.
+    pub perplexity: Option<PerplexityTokens>,
     /// Names of scorers; the first leads the report.
     pub scorers: Vec<String>,
     /// Continuations with at least this toxicity are toxic; in [0, 1].
@@ -98,6 +103,7 @@ impl EvalRequest {
                 steered_by: Vec::new(),
             },
             base: None,
+            perplexity: None,
             scorers: vec![score::LEXICAL.into()],
             toxicity_threshold: TOXICITY_THRESHOLD,
             min_coverage: MIN_COVERAGE,
@@ -116,9 +122,6 @@ pub struct Evaluated {
     /// The measured continuations behind it.
     pub samples: Vec<Sample>,
 }
-
-/// Continuations scored and written at a time.
-const SCORE_UNIT: usize = 500;
 
 /// Runs an evaluation in `folder`, or resumes an interrupted one.
 ///
@@ -144,17 +147,26 @@ pub fn evaluate(
     }
     let _lock = record::open_folder(folder)?;
     let tokenizer = request.tokenizer.as_deref().map(TextTokenizer::from_file).transpose()?;
+    if request.base.is_none() && request.perplexity == Some(PerplexityTokens::Retokenised) {
+        return Err(Error::setting(
+            "--perplexity retokenised",
+            "expected a model that measures it, found none",
+        )
+        .with_hint("name one with --base"));
+    }
     let base_files = match &request.base {
         // Loaded again for scoring. Loading it now finds a broken model before hours of generation.
         Some(base) => Some(Model::open(base, &request.model_options)?.files().clone()),
         None => None,
     };
     let run = Run { request, scorers, base_files, folder, interrupt };
-    let Continued { generations, info, tokenizer } = match &request.source {
+    let continued = match &request.source {
         Source::Model { .. } => run.sample_model(tokenizer, progress)?,
         Source::File { path, generations } => run.import(path, generations, tokenizer, progress)?,
     };
-    let scores = run.score_all(&tokenizer, &generations, progress)?;
+    let scores = run.score_all(&continued, progress)?;
+    let Continued { generations, mut info, .. } = continued;
+    info.perplexity_tokens = record::perplexity_tokens(&info, &generations, &scores);
     let samples = record::join(folder, generations, scores)?;
     let result = summarize::summarize(info, &samples)?;
     Ok(Evaluated { result, samples })
@@ -182,6 +194,8 @@ struct Continued {
     generations: Vec<Generation>,
     info: RunInfo,
     tokenizer: TextTokenizer,
+    /// Whether the base model wrote them, unsteered.
+    wrote_as_base: bool,
 }
 
 impl Run<'_> {
@@ -210,15 +224,17 @@ impl Run<'_> {
         info.n_predict = u32::try_from(options.n_predict).unwrap_or(u32::MAX);
         info.temperature = options.sampling.temperature;
         info.top_p = options.sampling.top_p;
-        info.perplexity_model = info.perplexity_model.or(Some(own_judge));
         info.settings.extend(model_settings(prompts, prompts_name, options, &plan, &session));
         if !steered_by.is_empty() {
             info.settings.insert("steering".into(), json!(steered_by));
             info.steering = Some(in_words(steered_by));
         }
-        record::start(self.folder, &info)?;
+        let is_steered = !(steering.is_empty() && steered_by.is_empty());
+        let wrote_as_base = !is_steered && info.perplexity_model.as_ref() == Some(&own_judge);
+        info.perplexity_model = info.perplexity_model.or(Some(own_judge));
+        record::start(self.folder, &info, self.paths(Some(path)))?;
         let generations = self.generate(&plan, &mut session, progress)?;
-        Ok(Continued { generations, info, tokenizer })
+        Ok(Continued { generations, info, tokenizer, wrote_as_base })
     }
 
     /// Takes continuations made elsewhere.
@@ -229,9 +245,9 @@ impl Run<'_> {
         tokenizer: Option<TextTokenizer>,
         progress: &mut dyn Progress,
     ) -> Result<Continued> {
-        let tokenizer = match (tokenizer, &self.request.base) {
+        let tokenizer = match (tokenizer, self.base()) {
             (Some(tokenizer), _) => tokenizer,
-            (None, Some(base)) => TextTokenizer::of_model(&self.open_base(base)?),
+            (None, Some((base, files))) => TextTokenizer::of_model(&scoring::reopen(base, files, &self.request.model_options)?),
             (None, None) => {
                 return Err(Error::setting(
                     "--generations",
@@ -249,16 +265,27 @@ impl Run<'_> {
         info.settings.insert("generations".into(), json!(file::base_name(path)));
         info.settings.insert("n_generations".into(), json!(generations.len()));
         info.settings.insert("generations_sha256".into(), json!(hash_of_texts(texts)));
-        record::start(self.folder, &info)?;
+        record::start(self.folder, &info, self.paths(None))?;
         file::write_atomic(&self.folder.join("generations.jsonl"), &file::json_lines(generations))?;
-        Ok(Continued { generations: generations.to_vec(), info, tokenizer })
+        Ok(Continued { generations: generations.to_vec(), info, tokenizer, wrote_as_base: false })
+    }
+
+    /// The files of the models, as they were given.
+    fn paths(&self, model: Option<&Path>) -> ModelPaths {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        ModelPaths { model: model.map(text), base: self.request.base.as_deref().map(text) }
+    }
+
+    /// The base model, and its files when the run began.
+    fn base(&self) -> Option<(&Path, &ModelFiles)> {
+        self.request.base.as_deref().zip(self.base_files.as_ref())
     }
 
     /// The settings that both kinds of source have.
     fn common_info(&self, tokenizer: &TextTokenizer, progress: &mut dyn Progress) -> Result<RunInfo> {
         let request = self.request;
-        let mut settings = engine_settings(request);
-        let perplexity_model = match request.base.as_ref().zip(self.base_files.as_ref()) {
+        let mut settings = engine_settings(&request.model_options, &request.session_options);
+        let perplexity_model = match self.base() {
             None => None,
             Some((path, files)) => {
                 let name = file::base_name(path);
@@ -279,13 +306,6 @@ impl Run<'_> {
             bootstrap: BootstrapInfo::default(),
             ..RunInfo::default()
         })
-    }
-
-    /// Loads the base model again, and checks that it is still the one that the run began with.
-    fn open_base(&self, path: &Path) -> Result<Model> {
-        let model = Model::open(path, &self.request.model_options)?;
-        self.base_files.as_ref().map_or(Ok(()), |files| files.check_same(model.files()))?;
-        Ok(model)
     }
 
     /// Generates the units missing in `generations.jsonl`; returns all continuations.
@@ -322,40 +342,21 @@ impl Run<'_> {
     }
 
     /// Scores the continuations missing in `scores.jsonl`; returns all rows.
-    fn score_all(
-        &self,
-        tokenizer: &TextTokenizer,
-        generations: &[Generation],
-        progress: &mut dyn Progress,
-    ) -> Result<Vec<ScoreRow>> {
+    fn score_all(&self, continued: &Continued, progress: &mut dyn Progress) -> Result<Vec<ScoreRow>> {
         let request = self.request;
-        let units = || generations.chunks(SCORE_UNIT);
-        let path = self.folder.join("scores.jsonl");
-        let (mut log, mut rows) = JsonLog::open::<ScoreRow>(&path, units().map(<[_]>::len))?;
-        let mut base = match &request.base {
-            Some(path) if rows.len() < generations.len() => {
-                let model = self.open_base(path)?;
-                Some(BaseModel::open(&model, generations, &request.session_options)?)
-            }
-            _ => None,
-        };
         let identifier = LanguageIdentifier::new();
-        progress.start("scores", generations.len() as u64, rows.len() as u64);
-        for unit in units().skip(rows.len().div_ceil(SCORE_UNIT)) {
-            if self.interrupt.load(Ordering::Relaxed) {
-                return Err(Error::Interrupted);
-            }
-            let logprobs = match &mut base {
-                Some(base) => base.logprobs(unit, self.interrupt)?,
-                None => unit.iter().map(BaseLogprob::of_generation).collect(),
-            };
-            let mut scored = score_unit(&self.scorers, tokenizer, &identifier, unit, logprobs);
-            log.append(&scored)?;
-            progress.advance(scored.len() as u64);
-            rows.append(&mut scored);
-        }
-        progress.finish();
-        Ok(rows)
+        let judge = Judge {
+            base: self.base(),
+            wrote_them: continued.wrote_as_base,
+            wanted: request.perplexity,
+            n_predict: continued.info.n_predict as usize,
+            model_options: &request.model_options,
+            session_options: &request.session_options,
+        };
+        let generations = &continued.generations;
+        scoring::score_all(self.folder, generations, &judge, self.interrupt, progress, |rows, logprobs| {
+            score_unit(&self.scorers, &continued.tokenizer, &identifier, &generations[rows], logprobs)
+        })
     }
 }
 
@@ -411,7 +412,7 @@ fn score_unit(
 }
 
 /// Name of the model behind perplexity. Perplexities under the same name are comparable.
-fn judge_name(file: &str, sha256: &str) -> String {
+pub(super) fn judge_name(file: &str, sha256: &str) -> String {
     format!("{file} (sha256 {})", sha256.get(..12).unwrap_or(sha256))
 }
 
@@ -458,8 +459,7 @@ fn model_info(model: &Model, progress: &mut dyn Progress) -> Result<ModelInfo> {
 }
 
 /// The settings that can change the last bits of a logit.
-fn engine_settings(request: &EvalRequest) -> Map<String, Value> {
-    let EvalRequest { model_options, session_options: options, .. } = request;
+pub(super) fn engine_settings(model_options: &ModelOptions, options: &SessionOptions) -> Map<String, Value> {
     object(json!({
         "parallel": options.n_parallel,
         "ctx_size": options.n_ctx,

@@ -446,7 +446,7 @@ mod tests {
     }
 
     fn compared(run_a: &RunInfo, a: &[Sample], run_b: &RunInfo, b: &[Sample]) -> Vec<String> {
-        let side = |run, samples| Side { label: "x", run, samples };
+        let side = |run, samples| Side { label: "x", run, samples, paths: None };
         let found = compare(side(run_a, a), side(run_b, b)).unwrap();
         found.warnings.into_iter().map(|warning| warning.what).collect()
     }

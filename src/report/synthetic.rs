@@ -99,7 +99,7 @@ pub(crate) fn compared(languages: &[&str]) -> (EvalResult, Comparison) {
     let (run_a, run_b) =
         (run(), RunInfo { steering: Some("the control vector steer.gguf at -1".into()), ..run() });
     let result = summarize(run_b.clone(), &after).unwrap();
-    let a = Side { label: "base", run: &run_a, samples: &before };
-    let b = Side { label: "steered", run: &run_b, samples: &after };
+    let a = Side { label: "base", run: &run_a, samples: &before, paths: None };
+    let b = Side { label: "steered", run: &run_b, samples: &after, paths: None };
     (result, compare(a, b).unwrap())
 }

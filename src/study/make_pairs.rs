@@ -28,7 +28,7 @@ use crate::engine::{Model, ModelOptions, Session, SessionOptions, Steering};
 use crate::error::{Error, Result};
 use crate::eval::generate::{Generation, Plan};
 use crate::eval::metric::fluency;
-use crate::eval::perplexity::{BaseLogprob, BaseModel};
+use crate::eval::perplexity::{BaseLogprob, BaseModel, PerplexityTokens};
 use crate::eval::prompts::Prompt;
 use crate::eval::tokenizer::TextTokenizer;
 use crate::progress::Progress;
@@ -186,7 +186,9 @@ impl Sampled {
     /// Mean natural log-prob of its tokens; minus infinity if there is none.
     fn logprob_per_token(&self) -> f64 {
         match self.logprob {
-            BaseLogprob { base_logprob: Some(sum), base_n_tokens: Some(n) } if n > 0 => sum / f64::from(n),
+            BaseLogprob { base_logprob: Some(sum), base_n_tokens: Some(n), .. } if n > 0 => {
+                sum / f64::from(n)
+            }
             _ => f64::NEG_INFINITY,
         }
     }
@@ -384,20 +386,23 @@ fn measure(
         return Ok(());
     }
     let generations: Vec<Generation> = waiting.iter().map(|sampled| sampled.generation.clone()).collect();
-    let mut base = BaseModel::open(model, &generations, options)?;
+    // The sampled tokens, as on a side without steering.
+    let tokens = PerplexityTokens::Sampled;
+    let mut base = BaseModel::open(model, &generations, tokens, 0, options)?;
     progress.start("log-probs of steered samples", waiting.len() as u64, 0);
-    for (sampled, unit) in waiting.chunks_mut(LOGPROB_UNIT).zip(generations.chunks(LOGPROB_UNIT)) {
-        for (sampled, logprob) in sampled.iter_mut().zip(base.logprobs(unit, interrupt)?) {
+    let mut first = 0;
+    for n_rows in base.units(&generations) {
+        let unit = first..first + n_rows;
+        first = unit.end;
+        let logprobs = base.logprobs(&generations[unit.clone()], interrupt)?;
+        for (sampled, logprob) in waiting[unit].iter_mut().zip(logprobs) {
             sampled.logprob = logprob;
         }
-        progress.advance(unit.len() as u64);
+        progress.advance(n_rows as u64);
     }
     progress.finish();
     Ok(())
 }
-
-/// Continuations between two updates of the progress.
-const LOGPROB_UNIT: usize = 500;
 
 /// Chooses the pairs of every prompt, and counts samples and pairs by language.
 fn pair_up(prompts: &[Prompt], screened: Vec<PromptSamples>, rules: &Rules) -> MadePairs {

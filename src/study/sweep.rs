@@ -16,6 +16,7 @@ use crate::progress::Progress;
 
 use crate::eval::compare;
 use crate::eval::metric::{MetricId, MetricKind};
+use crate::eval::perplexity::PerplexityTokens;
 use crate::eval::record;
 use crate::eval::result::{Difference, LanguageResult, Metric, RunInfo, Warning, find, find_difference};
 use crate::eval::run::{self, EvalRequest, Source};
@@ -131,6 +132,11 @@ pub fn run(
     let mut points = Vec::new();
     for (i, setting) in settings.iter().enumerate() {
         let mut request = request.clone();
+        // An older version tokenised the baseline's text again. The other runs are measured in the same way.
+        let of_baseline = baseline.as_ref().and_then(|baseline| baseline.info.perplexity_tokens);
+        if of_baseline == Some(PerplexityTokens::Retokenised) {
+            request.perplexity = of_baseline;
+        }
         if let Source::Model { steering, steered_by, .. } = &mut request.source {
             *steering = setting.steering.clone();
             *steered_by = setting.steered_by.clone();

@@ -33,6 +33,9 @@ fn generation(text: &str, sample: u32) -> Generation {
         n_tokens: Some(if text.is_empty() { 0 } else { 10 }),
         logprob: Some(-20.0),
         finish: Some(Finish::Length),
+        token_ids: None,
+        token_logprobs: None,
+        vocabulary: None,
     }
 }
 
