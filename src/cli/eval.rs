@@ -14,7 +14,7 @@ use crate::eval::rescore::{self, RescoreRequest};
 use crate::eval::run::{self, EvalRequest, MIN_COVERAGE, Source, TOXICITY_THRESHOLD};
 use crate::file;
 use crate::report::write::{EXCERPTS, write_reports};
-use crate::report::{self, csv, html, json, markdown, terminal};
+use crate::report::{self, csv, html, json, markdown, per_prompt, terminal};
 use crate::score;
 
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
@@ -230,6 +230,8 @@ impl EvalArguments {
                 ("html", html::to_html(result, &excerpts)),
             ],
         )?;
+        let per_prompt = per_prompt::to_json_lines(&result.run, &evaluated.samples)?;
+        write_reports(folder, "per_prompt", &[("jsonl", per_prompt)])?;
         print(&terminal::to_terminal(result, may_colour(&std::io::stdout())))?;
         eprintln!("report: {}", folder.join("report.html").display());
         Ok(())

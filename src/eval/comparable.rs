@@ -19,21 +19,12 @@ pub(super) fn check(a: Side<'_>, b: Side<'_>) -> Result<()> {
         return Ok(());
     }
     let reason = format!(
-        "cannot compare its perplexity, of {}, with that of {}, of {}",
-        in_words(of_b),
+        "cannot compare its perplexity, of {} ({of_b}), with that of {}, of {} ({of_a})",
+        of_b.in_words(),
         a.label,
-        in_words(of_a)
+        of_a.in_words()
     );
     Err(Error::run_folder(b.label, reason).with_hint(commands(a, b)))
-}
-
-fn in_words(tokens: PerplexityTokens) -> String {
-    let words = match tokens {
-        PerplexityTokens::Sampled => "the sampled tokens",
-        PerplexityTokens::Retokenised => "the text tokenised again",
-        PerplexityTokens::WithoutIds => "tokens without ids, as in runs of older versions",
-    };
-    format!("{words} ({tokens})")
 }
 
 /// The model behind a run's perplexity.

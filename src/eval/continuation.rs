@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::eval::metric::fluency;
+
 /// One continuation of one prompt, with its measurements.
 ///
 /// A measurement that was not made or that failed is `None`, never 0: a missing toxicity must not look
@@ -49,6 +51,13 @@ impl Sample {
     /// Whether the continuation is empty or white space alone.
     pub fn is_blank(&self) -> bool {
         self.text.trim().is_empty()
+    }
+
+    /// Its perplexity; `None` for a blank one, or without a log-prob.
+    pub fn perplexity(&self) -> Option<f64> {
+        let n_tokens = self.base_n_tokens.or(self.n_tokens);
+        let (sum, n) = self.logprob.zip(n_tokens).filter(|_| !self.is_blank())?;
+        fluency::perplexity(sum, n)
     }
 
     /// The score by `scorer`; `None` if it is missing or not finite.

@@ -29,6 +29,17 @@ pub enum PerplexityTokens {
     WithoutIds,
 }
 
+impl PerplexityTokens {
+    /// The tokens in words.
+    pub fn in_words(self) -> &'static str {
+        match self {
+            PerplexityTokens::Sampled => "the sampled tokens",
+            PerplexityTokens::Retokenised => "the text tokenised again",
+            PerplexityTokens::WithoutIds => "log-probs without token ids, as in runs of older versions",
+        }
+    }
+}
+
 impl fmt::Display for PerplexityTokens {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

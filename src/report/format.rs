@@ -113,6 +113,9 @@ pub fn settings(run: &RunInfo) -> Vec<(String, String)> {
     add("seed", sampled(run.seed.to_string()));
     add("tokenizer of distinct-n and repetition", run.distinct_tokenizer.clone());
     add("model for perplexity", run.perplexity_model.clone().unwrap_or_else(|| "none: not measured".into()));
+    if let Some(tokens) = run.perplexity_tokens {
+        add("tokens of perplexity", tokens.to_string());
+    }
     let bootstrap = &run.bootstrap;
     add(
         "bootstrap",

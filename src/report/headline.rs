@@ -124,6 +124,19 @@ pub fn what_was_measured(run: &RunInfo, n_prompts: usize, n_samples: usize, n_la
     )
 }
 
+/// Which tokens perplexity is measured on, and by which model; `None` if it was not measured.
+pub fn perplexity(run: &RunInfo) -> Option<String> {
+    let tokens = run.perplexity_tokens?;
+    let model = run.perplexity_model.as_deref().unwrap_or("an unknown model");
+    Some(format!("Perplexity is measured on {} ({tokens}), by {model}.", tokens.in_words()))
+}
+
+/// As [`perplexity`], for both runs; one sentence if they agree.
+pub fn perplexity_of_both(comparison: &Comparison) -> Option<String> {
+    let (a, b) = (perplexity(&comparison.a)?, perplexity(&comparison.b)?);
+    Some(if a == b { a } else { format!("A: {a} B: {b}") })
+}
+
 /// The start of a headline: the language, or the number of languages.
 fn where_in(languages: &[&str], all: &str) -> String {
     match languages {
@@ -156,6 +169,7 @@ fn interval(run: &RunInfo, estimate: &Estimate) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::eval::perplexity::PerplexityTokens;
     use crate::eval::result::Difference;
     use crate::report::synthetic;
 
@@ -192,6 +206,33 @@ mod tests {
         assert!(
             what_was_measured(&synthetic::run(), 2, 10, 2).contains("temperature 0.9, top-p 0.8, seed 42")
         );
+    }
+
+    #[test]
+    fn every_report_names_the_tokens_of_perplexity() {
+        use crate::report::{html, json, markdown, terminal};
+        let (mut result, mut comparison) = synthetic::compared(&["de"]);
+        for (tokens, word) in
+            [(PerplexityTokens::Sampled, "sampled"), (PerplexityTokens::Retokenised, "retokenised")]
+        {
+            result.run.perplexity_tokens = Some(tokens);
+            (comparison.a.perplexity_tokens, comparison.b.perplexity_tokens) = (Some(tokens), Some(tokens));
+            for report in [
+                json::to_json(&result),
+                html::to_html(&result, &[]),
+                markdown::to_markdown(&result),
+                terminal::to_terminal(&result, false),
+                json::to_json(&comparison),
+                html::comparison_to_html(&comparison, &[]),
+                markdown::comparison_to_markdown(&comparison),
+                terminal::comparison_to_terminal(&comparison, false),
+            ] {
+                assert!(
+                    report.contains(&format!("({word})")) || report.contains(&format!("\"{word}\"")),
+                    "{report}"
+                );
+            }
+        }
     }
 
     fn with(difference: Estimate) -> String {

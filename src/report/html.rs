@@ -27,6 +27,7 @@ pub fn to_html(result: &EvalResult, excerpts: &[Excerpt]) -> String {
         h1 { "Toxicity of continuations" }
         p.answer { (headline::of_result(result)) }
         p { (measured) }
+        @if let Some(note) = headline::perplexity(&result.run) { p { (note) } }
         (warnings(&result.warnings))
         h2 { "By language" }
         p.soft {
@@ -57,6 +58,7 @@ pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> Stri
         p.answer { (headline::of_comparison(comparison)) }
         p { span.key.a { "A □" } " " (comparison.label_a) " · " (model_and_steering(&comparison.a)) }
         p { span.key.b { "B ●" } " " (comparison.label_b) " · " (model_and_steering(&comparison.b)) }
+        @if let Some(note) = headline::perplexity_of_both(comparison) { p { (note) } }
         (warnings(&comparison.warnings))
         h2 { "By language" }
         p.soft {

@@ -17,6 +17,7 @@ pub fn to_markdown(result: &EvalResult) -> String {
         &mut text,
         &headline::what_was_measured(&result.run, n_prompts, n_samples, result.languages.len()),
     );
+    headline::perplexity(&result.run).iter().for_each(|note| paragraph(&mut text, note));
     push_warnings(&mut text, &result.warnings);
     for grid in grid::of_result(result, Width::Full) {
         push_table(&mut text, &grid);
@@ -49,6 +50,7 @@ pub fn comparison_to_markdown(comparison: &Comparison) -> String {
     paragraph(&mut text, &headline::of_comparison(comparison));
     line(&mut text, format_args!("- A: {}", cell(&comparison.label_a)));
     line(&mut text, format_args!("- B: {}\n", cell(&comparison.label_b)));
+    headline::perplexity_of_both(comparison).iter().for_each(|note| paragraph(&mut text, note));
     push_warnings(&mut text, &comparison.warnings);
     for grid in grid::of_comparison(comparison) {
         push_table(&mut text, &grid);

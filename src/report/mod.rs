@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! EvalResult, Comparison ─┬─► headline, grid ─► terminal · markdown · html (with plot, excerpt)
-//!                         └─► json · csv
+//!                         └─► json · csv · per_prompt
 //! Sweep ─► sweep    MadePairs ─► pairs    activations, retrieval ─► interp    training ─► training
 //! ```
 //!
@@ -22,6 +22,7 @@ pub mod line_plot;
 pub mod markdown;
 pub mod neurons;
 pub mod pairs;
+pub mod per_prompt;
 pub mod plot;
 pub mod sweep;
 #[cfg(test)]

@@ -33,6 +33,7 @@ pub fn to_terminal(result: &EvalResult, colour: bool) -> String {
     }
     text.push('\n');
     text.push_str(&wrapped(&format!("[low, high]: {level} interval, bootstrap over prompts."), ""));
+    text.extend(headline::perplexity(&result.run).map(|note| wrapped(&note, "")));
     push_warnings(&mut text, &result.warnings, colour);
     text
 }
@@ -60,6 +61,7 @@ pub fn comparison_to_terminal(comparison: &Comparison, colour: bool) -> String {
         "[low, high]: {level} interval of the paired difference. p is not corrected for multiple comparisons."
     );
     text.push_str(&wrapped(&note, ""));
+    text.extend(headline::perplexity_of_both(comparison).map(|note| wrapped(&note, "")));
     push_warnings(&mut text, &comparison.warnings, colour);
     text
 }

@@ -83,9 +83,7 @@ fn of_prompt(samples: &[&Sample], scorers: &[&str], threshold: f64) -> Result<Pr
             values.repetition.0 += repetition;
             values.repetition.1 += 1;
         }
-        let n_tokens = sample.base_n_tokens.or(sample.n_tokens);
-        let perplexity = sample.logprob.zip(n_tokens).and_then(|(sum, n)| fluency::perplexity(sum, n));
-        match perplexity {
+        match sample.perplexity() {
             Some(perplexity) if perplexity < fluency::MAX_PERPLEXITY => values.perplexities.push(perplexity),
             Some(_) => values.n_perplexities_dropped += 1,
             None => {}
