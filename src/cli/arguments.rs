@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use crate::engine::schedule::GenerateOptions;
 use crate::engine::{CacheType, FlashAttention, Model, ModelOptions, Sampling, SessionOptions};
 use crate::error::{Error, Result};
-use crate::eval::prompts::{Prompt, PromptSource};
+use crate::eval::prompts::{Prompt, PromptColumns, PromptSource};
 use crate::file::{AtomicFile, base_name};
 use crate::text::language;
 
@@ -192,7 +192,7 @@ impl SamplingArguments {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Prompts")]
 pub struct PromptArguments {
-    /// File of prompts, or folder with a file per language: RTP-LX, RTP, JSON lines or text [default: built-in prompts]
+    /// File of prompts, or folder with a file per language: RTP-LX, RTP, JSON, CSV or text [default: built-in prompts]
     #[arg(long, value_name = "PATH")]
     pub prompts: Option<PathBuf>,
     /// Languages to use, separated by commas [default: all available]
@@ -201,6 +201,15 @@ pub struct PromptArguments {
     /// Use only the first N prompts of each language
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
+    /// Column with the prompt [default: prompt, text, question or similar]
+    #[arg(long, value_name = "NAME")]
+    pub prompt_column: Option<String>,
+    /// Column with the language [default: language, lang or locale]
+    #[arg(long, value_name = "NAME")]
+    pub language_column: Option<String>,
+    /// Column with the id [default: id or index]
+    #[arg(long, value_name = "NAME")]
+    pub id_column: Option<String>,
 }
 
 impl PromptArguments {
@@ -214,7 +223,21 @@ impl PromptArguments {
             None => "the program's own prompts".to_owned(),
             Some(path) => base_name(path),
         };
-        Ok((source.read(&self.languages()?, self.limit)?, name))
+        let columns = PromptColumns {
+            prompt: self.prompt_column.clone(),
+            language: self.language_column.clone(),
+            id: self.id_column.clone(),
+        };
+        let given = [
+            ("--prompt-column", &columns.prompt),
+            ("--language-column", &columns.language),
+            ("--id-column", &columns.id),
+        ];
+        if let (None, Some((flag, _))) = (&self.prompts, given.iter().find(|(_, name)| name.is_some())) {
+            return Err(Error::setting(*flag, "expected a file of prompts to read columns from, found none")
+                .with_hint("give the file with --prompts"));
+        }
+        Ok((source.read_columns(&self.languages()?, self.limit, &columns)?, name))
     }
 
     /// The requested languages; empty means all.

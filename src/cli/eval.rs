@@ -8,7 +8,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum};
 
 use crate::error::{Error, Result};
-use crate::eval::imported;
+use crate::eval::imported::{self, GenerationColumns};
 use crate::eval::perplexity::PerplexityTokens;
 use crate::eval::rescore::{self, RescoreRequest};
 use crate::eval::run::{self, EvalRequest, MIN_COVERAGE, Source, TOXICITY_THRESHOLD};
@@ -31,12 +31,15 @@ struct EvalArguments {
     /// Folder for the run and its report. Interrupted? Run the same command again
     #[arg(short, long, value_name = "DIR", required_unless_present = "compare")]
     output: Option<PathBuf>,
-    /// Evaluate these continuations (JSON lines) instead of sampling from a model
+    /// Evaluate these continuations (JSON or a table) instead of sampling from a model
     #[arg(long, value_name = "FILE")]
     generations: Option<PathBuf>,
     /// Measure the perplexity of a finished run again, with --base, and keep the rest
     #[arg(long, value_name = "DIR", requires = "base")]
     rescore: Option<PathBuf>,
+    /// Column with the continuation in --generations [default: generated_text, continuation, completion or similar]
+    #[arg(long, value_name = "NAME", requires = "generations")]
+    text_column: Option<String>,
     /// The former name of `compare`
     #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], hide = true)]
     compare: Vec<PathBuf>,
@@ -148,7 +151,8 @@ fn refuse_ineffective(matches: &ArgMatches) -> Result<(), clap::Error> {
     // The continuations already exist, so sampling flags have no effect.
     let mut effective = ids::<MeasureArguments>();
     effective.extend(ids::<EngineArguments>());
-    effective.extend(["output", "lang"].map(str::to_owned));
+    let read = ["output", "lang", "text_column", "prompt_column", "language_column", "id_column"];
+    effective.extend(read.map(str::to_owned));
     refuse_all_but(matches, "generations", &effective)
 }
 
@@ -262,7 +266,13 @@ impl EvalArguments {
             [language] => Some(*language),
             _ => None,
         };
-        let mut generations = imported::read_generations(path, only)?;
+        let columns = GenerationColumns {
+            prompt: self.prompts.prompt_column.clone(),
+            continuation: self.text_column.clone(),
+            language: self.prompts.language_column.clone(),
+            prompt_id: self.prompts.id_column.clone(),
+        };
+        let mut generations = imported::read_generations(path, only, &columns)?;
         generations.retain(|g| languages.is_empty() || languages.contains(&g.language.as_str()));
         if generations.is_empty() {
             let reason = format!("expected continuations in {}, found none", languages.join(", "));
@@ -319,7 +329,8 @@ mod tests {
     #[test]
     fn generations_accept_no_flag_that_samples_or_steers() {
         let mut found = accepted(&["--generations", "f", "--output", "d"]);
-        let mut expected = vec!["lang".to_owned()];
+        let read = ["lang", "text_column", "prompt_column", "language_column", "id_column"];
+        let mut expected = read.map(str::to_owned).to_vec();
         expected.extend(ids::<MeasureArguments>());
         expected.extend(ids::<EngineArguments>());
         found.sort();

@@ -61,8 +61,11 @@ pub struct LocateCommand {
 }
 
 /// Arguments that have no effect if no activations are measured.
-const NOT_WITHOUT_ACTIVATIONS: [&str; 11] = [
+const NOT_WITHOUT_ACTIVATIONS: [&str; 14] = [
     "prompts",
+    "prompt_column",
+    "language_column",
+    "id_column",
     "lang",
     "limit",
     "min_activation",

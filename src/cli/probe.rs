@@ -8,7 +8,7 @@ use clap::Args;
 use crate::error::{Error, Result};
 use crate::file::base_name;
 use crate::gguf::GgufFile;
-use crate::interp::probe::{self, Fit, ProbeOptions, ProbePlace, ProbeReading};
+use crate::interp::probe::{self, Fit, LabelledColumns, ProbeOptions, ProbePlace, ProbeReading};
 use crate::interp::residual_streams::check_max_tokens;
 use crate::steer::Fingerprint;
 
@@ -23,9 +23,15 @@ pub struct ProbeCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Labelled texts: JSON lines or CSV with text and label, or Jigsaw's train.csv [default: built-in texts]
+    /// Labelled texts: JSON or CSV with text and label, or Jigsaw's train.csv [default: built-in texts]
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
+    /// Column with the text [default: text, comment_text or similar]
+    #[arg(long, value_name = "NAME", requires = "data")]
+    text_column: Option<String>,
+    /// Column with the label, 0 or 1 [default: label, toxic or similar]
+    #[arg(long, value_name = "NAME", requires = "data")]
+    label_column: Option<String>,
     /// Probe file to write
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
@@ -79,8 +85,9 @@ impl ProbeCommand {
         let read = self.steering.files()?;
         let read = read.iter().chain(&self.data).chain([&self.model]).map(PathBuf::as_path);
         check_output(&self.output, &read.collect::<Vec<_>>())?;
+        let columns = LabelledColumns { text: self.text_column.clone(), label: self.label_column.clone() };
         let (labelled, source) = match &self.data {
-            Some(path) => (probe::read(path)?, base_name(path)),
+            Some(path) => (probe::read(path, &columns)?, base_name(path)),
             None => (probe::own(), "the program's own labelled texts".to_owned()),
         };
         if labelled.n_empty > 0 {

@@ -1,7 +1,7 @@
 //! `score`: adds toxicity scores to texts.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -9,15 +9,16 @@ use clap::{Args, ValueEnum};
 use crate::error::{Error, Result};
 use crate::file::{self, AtomicFile};
 use crate::score;
-use crate::score::texts::{self, Coverage, Form, Row, Rows};
+use crate::score::texts::{self, Coverage, Row, Rows, TextColumns};
 use crate::text::language;
+use crate::text::rows::Wanted;
 
 use super::print;
 
 /// Arguments of `score`.
 #[derive(Debug, Args)]
 pub struct ScoreCommand {
-    /// Texts: JSON lines, CSV, or one text per line [default: standard input]
+    /// Texts: JSON, CSV or another table, or one text per line; may be compressed [default: standard input]
     #[arg(value_name = "FILE")]
     input: Option<PathBuf>,
     /// File to write (JSON lines) [default: standard output]
@@ -26,12 +27,15 @@ pub struct ScoreCommand {
     /// Scorer; repeatable
     #[arg(long, value_name = "NAME", default_value = score::LEXICAL)]
     scorer: Vec<String>,
-    /// Format of the input [default: detected from the file name or the first character]
+    /// Format of the input [default: detected from the content and the file name]
     #[arg(long, value_enum)]
     format: Option<FormArgument>,
-    /// Field or column with the text [default: generated_text, text or comment_text]
-    #[arg(long, value_name = "NAME")]
+    /// Field or column with the text [default: generated_text, text, comment_text or similar]
+    #[arg(long, alias = "text-column", value_name = "NAME")]
     field: Option<String>,
+    /// Column with the language [default: language, lang or locale]
+    #[arg(long, value_name = "NAME")]
+    language_column: Option<String>,
     /// Language of texts that do not state one
     #[arg(long, value_name = "L")]
     lang: Option<String>,
@@ -40,9 +44,11 @@ pub struct ScoreCommand {
 /// Value of `--format`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum FormArgument {
-    /// One JSON object per line
+    /// JSON: an object or string per line, or an array
+    #[value(alias = "json")]
     Jsonl,
-    /// A table with a header
+    /// A table with a header: CSV, TSV, or with semicolons
+    #[value(alias = "tsv")]
     Csv,
     /// One text per line
     Text,
@@ -62,18 +68,18 @@ impl ScoreCommand {
         score::check_covered(&scorers, language)?;
         let stdin = Path::new("<stdin>");
         let path = self.input.as_deref().filter(|p| *p != Path::new("-")).unwrap_or(stdin);
-        let mut input: Box<dyn BufRead> = if path == stdin {
-            Box::new(BufReader::new(std::io::stdin()))
+        let input: Box<dyn Read> = if path == stdin {
+            Box::new(std::io::stdin())
         } else {
-            Box::new(BufReader::new(File::open(path).map_err(Error::io("read", path))?))
+            Box::new(File::open(path).map_err(Error::io("read", path))?)
         };
-        let form = match self.format {
-            Some(FormArgument::Jsonl) => Form::JsonLines,
-            Some(FormArgument::Csv) => Form::Csv,
-            Some(FormArgument::Text) => Form::Lines,
-            None => Form::guess(path, input.fill_buf().map_err(Error::io("read", path))?),
-        };
-        let mut rows = Rows::new(path, input, form, self.field.as_deref())?;
+        let form = self.format.map(|format| match format {
+            FormArgument::Jsonl => Wanted::Json,
+            FormArgument::Csv => Wanted::Table,
+            FormArgument::Text => Wanted::Lines,
+        });
+        let columns = TextColumns { text: self.field.clone(), language: self.language_column.clone() };
+        let mut rows = Rows::new(path, input, form, columns)?;
         let mut output = self.output.as_deref().map(AtomicFile::create).transpose()?;
         let mut coverage = Coverage::default();
         loop {

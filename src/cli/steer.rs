@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::eval::prompts::PromptSource;
 use crate::file::base_name;
 use crate::gguf::{GgufFile, Metadata, Value};
-use crate::interp::contrast::{self, ContrastMethod, contrast_directions};
+use crate::interp::contrast::{self, ContrastColumns, ContrastMethod, contrast_directions};
 use crate::interp::probe::Probe;
 use crate::progress::Progress;
 use crate::steer::compile::{self, Compiled, Route};
@@ -117,6 +117,12 @@ struct TextArguments {
     /// Directions from benign to toxic text; FILE is JSON lines with toxic and benign [default: built-in pairs]
     #[arg(long, value_name = "FILE", num_args = 0..=1, group = "directions")]
     contrast: Option<Option<PathBuf>>,
+    /// Column of --contrast with the toxic text [default: toxic]
+    #[arg(long, value_name = "NAME", requires = "contrast")]
+    toxic_column: Option<String>,
+    /// Column of --contrast with the benign text [default: benign, neutral or similar]
+    #[arg(long, value_name = "NAME", requires = "contrast")]
+    benign_column: Option<String>,
     /// How to compute a direction from the pairs
     #[arg(long, value_enum, default_value = "mean", requires = "contrast")]
     method: MethodArgument,
@@ -310,7 +316,10 @@ impl SteerCommand {
         }
         let Some(file) = &self.text.contrast else { return Ok(None) };
         let pairs = match file {
-            Some(path) => contrast::read(path)?,
+            Some(path) => {
+                let (toxic, benign) = (self.text.toxic_column.clone(), self.text.benign_column.clone());
+                contrast::read(path, &ContrastColumns { toxic, benign })?
+            }
             None => contrast::own(),
         };
         let layers = layers((1, last))?;

@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 
 use crate::error::Result;
 use crate::study::train::{TrainRequest, train};
+use crate::train::data::preference_pair::PairColumns;
 use crate::train::recipe::dpo::LossKind;
 use crate::train::recipe::lora::LoraOptions;
 use crate::train::recipe::method::MethodName;
@@ -27,10 +28,12 @@ pub struct TrainCommand {
     /// Model (GGUF)
     #[arg(short, long, value_name = "FILE")]
     model: PathBuf,
-    /// Preference pairs: JSON lines with prompt, chosen and rejected, or a folder of such files [default: built-in
+    /// Preference pairs: JSON or a table with prompt, chosen and rejected, or a folder of .jsonl files [default: built-in
     /// pairs]
     #[arg(long, value_name = "PATH")]
     pairs: Option<PathBuf>,
+    #[command(flatten)]
+    columns: ColumnArguments,
     /// Folder for the result, checkpoints and report. Interrupted? Run the same command again
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
@@ -56,6 +59,30 @@ enum MethodArgument {
     Vector,
     /// Every weight of an F32, F16 or BF16 model
     Full,
+}
+
+/// Names of the columns of pairs. Only a file that has other than the usual names needs them.
+#[derive(Debug, Args)]
+struct ColumnArguments {
+    /// Column with the prompt [default: prompt, question, instruction or similar]
+    #[arg(long, value_name = "NAME", requires = "pairs")]
+    prompt_column: Option<String>,
+    /// Column with the preferred answer [default: chosen or similar]
+    #[arg(long, value_name = "NAME", requires = "pairs")]
+    chosen_column: Option<String>,
+    /// Column with the answer to avoid [default: rejected or similar]
+    #[arg(long, value_name = "NAME", requires = "pairs")]
+    rejected_column: Option<String>,
+}
+
+impl ColumnArguments {
+    fn columns(&self) -> PairColumns {
+        PairColumns {
+            prompt: self.prompt_column.clone(),
+            chosen: self.chosen_column.clone(),
+            rejected: self.rejected_column.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -181,7 +208,13 @@ impl TrainCommand {
             ..default.settings
         };
         let compute = self.compute.options(self.device.frozen);
-        TrainRequest { pairs: self.pairs.clone(), settings, compute, ..default }
+        TrainRequest {
+            pairs: self.pairs.clone(),
+            columns: self.columns.columns(),
+            settings,
+            compute,
+            ..default
+        }
     }
 }
 

@@ -1,36 +1,60 @@
-//! Continuations from other tools, as JSON lines.
+//! Continuations from other tools, as JSON lines or in any other form of [`rows`](crate::text::rows).
 //!
 //! | form | recognised by |
 //! |---|---|
 //! | the paper's and this program's: one continuation per line | `generated_text` |
 //! | RealToxicityPrompts: one prompt per line with all its continuations | `generations` |
+//! | a prompt with one continuation, in columns with the usual names | `continuation`, `completion`, `response`, … |
 
 use std::collections::HashMap;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::engine::Token;
 use crate::engine::schedule::Finish;
 use crate::error::{Error, Result};
 use crate::eval::generate::Generation;
-use crate::text::{language, rows};
+use crate::text::language;
+use crate::text::rows::{self, CONTINUATION, LANGUAGE, PROMPT_ID, Rows};
 
-/// Reads continuations from JSON lines.
+/// Columns of continuations that the user names. `None` means the usual names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct GenerationColumns {
+    /// The prompt.
+    pub prompt: Option<String>,
+    /// The continuation.
+    pub continuation: Option<String>,
+    /// The row's language.
+    pub language: Option<String>,
+    /// The id of the prompt.
+    pub prompt_id: Option<String>,
+}
+
+/// Reads continuations from a file.
 ///
-/// Rows without a language get `default_language`, else the language in the file's name. Rows without a
-/// prompt id are grouped by language and prompt text, as in the paper's scripts, in file order.
+/// Rows without a language get `default_language`, else the language in the file's name, else that of the prompts'
+/// texts. Rows without a prompt id are grouped by language and prompt text, as in the paper's scripts, in file order.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::Input`] with the line for a row of another form, and for an empty file.
-pub fn read_generations(path: &Path, default_language: Option<&str>) -> Result<Vec<Generation>> {
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let text = rows::decode(path, &bytes)?;
+pub fn read_generations(
+    path: &Path,
+    default_language: Option<&str>,
+    columns: &GenerationColumns,
+) -> Result<Vec<Generation>> {
     let of_name = path.file_stem().and_then(|s| s.to_str()).and_then(language_of_stem);
     let default_language = default_language.or(of_name);
-    let mut reader = Reader { path, default_language, prompts: HashMap::new(), rows: Vec::new() };
-    for (number, line) in rows::numbered(text) {
-        reader.line(line, number)?;
+    let rows = Rows::open(path, "continuations")?.limited().collect::<Result<Vec<rows::Row>>>()?;
+    let mut reader =
+        Reader { path, default_language: None, columns, prompts: HashMap::new(), rows: Vec::new() };
+    let languages = match default_language {
+        Some(_) => Vec::new(),
+        None => reader.languages(&rows)?,
+    };
+    for (i, row) in rows.into_iter().enumerate() {
+        reader.default_language = languages.get(i).copied().or(default_language);
+        reader.row(row.fields, row.line)?;
     }
     if reader.rows.is_empty() {
         return Err(Error::input(path, None, "expected continuations, found an empty file"));
@@ -42,6 +66,8 @@ pub fn read_generations(path: &Path, default_language: Option<&str>) -> Result<V
 ///
 /// Other names have no language: `with_id` does not mean Indonesian.
 fn language_of_stem(stem: &str) -> Option<&'static str> {
+    let stem = rows::uncompressed_name(stem);
+    let stem = stem.split_once(".json").map_or(stem, |(stem, _)| stem);
     let code = ["output-rtp_lx_", "rtp_lx_"].iter().find_map(|prefix| stem.strip_prefix(prefix));
     language::normalize(code.unwrap_or(stem))
 }
@@ -64,6 +90,7 @@ impl SampledTokens {
 struct Reader<'a> {
     path: &'a Path,
     default_language: Option<&'a str>,
+    columns: &'a GenerationColumns,
     /// Prompt id and number of continuations so far, by language and by prompt id or text.
     prompts: HashMap<(String, String), (String, u32)>,
     rows: Vec<Generation>,
@@ -75,33 +102,53 @@ impl Reader<'_> {
         Error::input(self.path, Some(line), reason)
     }
 
-    fn line(&mut self, text: &str, line: usize) -> Result<()> {
-        let row: Value = serde_json::from_str(text)
-            .map_err(|e| self.fault(line, format!("expected a JSON object: {e}")))?;
-        let prompt = match &row["prompt"] {
-            Value::String(prompt) => prompt.clone(),
-            Value::Object(fields) => match fields.get("text") {
-                Some(Value::String(prompt)) => prompt.clone(),
-                _ => return Err(self.fault(line, "expected a string \"prompt.text\"")),
-            },
-            _ => return Err(self.fault(line, "expected a \"prompt\"")),
+    /// The language of each row, by its texts if it states none.
+    fn languages(&self, rows: &[rows::Row]) -> Result<Vec<&'static str>> {
+        let mut texts = Vec::with_capacity(rows.len());
+        for row in rows {
+            let stated = match self.language(&row.fields) {
+                // A language outside the known ones is kept as it is; identification is not needed.
+                Some(Value::String(code)) => Some(language::recognise(code).unwrap_or("other")),
+                _ => None,
+            };
+            texts.push((row.line, self.prompt(&row.fields, row.line)?, stated));
+        }
+        language::assign(self.path, &texts, "give one language with --lang, or give each row a \"language\"")
+    }
+
+    fn language<'r>(&self, row: &'r Map<String, Value>) -> Option<&'r Value> {
+        LANGUAGE.optional(row, self.columns.language.as_deref()).map(|(_, value)| value)
+    }
+
+    fn prompt<'r>(&self, row: &'r Map<String, Value>, line: usize) -> Result<&'r str> {
+        let column = rows::Column {
+            names: &["prompt", "prompt_text", "question", "instruction", "query"],
+            ..rows::PROMPT
         };
-        let language = match row.get("language").or(row.get("lang")) {
-            Some(Value::String(code)) => language::normalize(code).unwrap_or(code).to_owned(),
+        let chosen = self.columns.prompt.as_deref();
+        let Some((name, value)) = column.find(row, chosen) else {
+            let (reason, hint) = column.absent(row, chosen);
+            return Err(self.fault(line, reason).with_hint(hint));
+        };
+        rows::text(name, value).map_err(|(reason, hint)| self.fault(line, reason).with_optional_hint(hint))
+    }
+
+    fn row(&mut self, row: Map<String, Value>, line: usize) -> Result<()> {
+        let prompt = self.prompt(&row, line)?.to_owned();
+        let language = match self.language(&row) {
+            Some(Value::String(code)) => language::recognise(code).unwrap_or(code).to_owned(),
             Some(_) => return Err(self.fault(line, "expected \"language\" to be a string")),
-            None => self.default_language.map(str::to_owned).ok_or_else(|| {
-                let reason =
-                    "expected the language in the row, in the file's name or with --lang, found none";
-                self.fault(line, reason)
-                    .with_hint("give one language with --lang, or give each row a \"language\"")
-            })?,
+            None => self.default_language.unwrap_or_default().to_owned(),
         };
-        let id = match row.get("prompt_id") {
+        let id = match PROMPT_ID.optional(&row, self.columns.prompt_id.as_deref()).map(|(_, value)| value) {
             Some(Value::String(id)) => Some(id.clone()),
             Some(Value::Number(id)) => Some(id.to_string()),
             Some(_) => return Err(self.fault(line, "expected \"prompt_id\" to be a string or a number")),
             None => None,
         };
+        let continuation = CONTINUATION.find(&row, self.columns.continuation.as_deref());
+        let continuation = continuation.map(|(name, value)| (name.to_owned(), value.clone()));
+        let row = Value::Object(row);
         let generation = |text: &str| Generation {
             prompt: prompt.clone(),
             generated_text: text.to_owned(),
@@ -115,8 +162,16 @@ impl Reader<'_> {
             token_logprobs: None,
             vocabulary: None,
         };
-        match (&row["generated_text"], &row["generations"]) {
-            (Value::String(text), Value::Null) => {
+        let has_list = self.columns.continuation.is_none() && row["generations"].is_array();
+        let text = match &continuation {
+            Some((name, value)) if !has_list || !row["generated_text"].is_null() => {
+                let text = rows::text(name, value);
+                Value::from(text.map_err(|(reason, hint)| self.fault(line, reason).with_optional_hint(hint))?)
+            }
+            _ => Value::Null,
+        };
+        match (&text, &row["generations"]) {
+            (Value::String(text), list) if list.is_null() || self.columns.continuation.is_some() => {
                 let sampled = self.sampled_tokens(&row, line)?;
                 let n_tokens = row["n_tokens"].as_u64().and_then(|n| u32::try_from(n).ok());
                 // A log-probability without its number of tokens gives no perplexity.
@@ -148,7 +203,9 @@ impl Reader<'_> {
             }
             _ => Err(self
                 .fault(line, "expected a string \"generated_text\" or a list \"generations\"")
-                .with_hint("a file of prompts is read with --prompts")),
+                .with_hint(
+                    "a file of prompts is read with --prompts; name another column with --text-column",
+                )),
         }
     }
 
@@ -198,7 +255,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(name);
         std::fs::write(&path, content).unwrap();
-        read_generations(&path, language)
+        read_generations(&path, language, &GenerationColumns::default())
     }
 
     #[test]

@@ -73,7 +73,7 @@ pub fn rescore(
     };
     let scores = scoring::score_all(folder, &generations, &judge, interrupt, progress, |rows, logprobs| {
         let old = scores[rows].iter().cloned();
-        old.zip(logprobs).map(|(row, base)| ScoreRow { base, ..row }).collect()
+        Ok(old.zip(logprobs).map(|(row, base)| ScoreRow { base, ..row }).collect())
     })?;
     info.perplexity_tokens = record::perplexity_tokens(&info, &generations, &scores);
     let samples = record::join(folder, generations, scores)?;

@@ -367,7 +367,7 @@ fn score_unit(
     identifier: &LanguageIdentifier,
     unit: &[Generation],
     logprobs: Vec<BaseLogprob>,
-) -> Vec<ScoreRow> {
+) -> Result<Vec<ScoreRow>> {
     let texts: Vec<Text<'_>> = unit
         .iter()
         .map(|g| Text {
@@ -387,7 +387,7 @@ fn score_unit(
                 Some(true) => Some(g.language.clone()),
                 _ => identifier.identify(&g.generated_text).map(str::to_owned),
             };
-            ScoreRow {
+            Ok(ScoreRow {
                 prompt_id: g.prompt_id.clone(),
                 language: g.language.clone(),
                 sample: g.sample,
@@ -396,10 +396,10 @@ fn score_unit(
                 detected_language,
                 language_kept,
                 base,
-                tokens: tokenizer.tokens(&g.generated_text),
-            }
+                tokens: tokenizer.tokens(&g.generated_text)?,
+            })
         })
-        .collect();
+        .collect::<Result<_>>()?;
     for (name, scores) in scores {
         for (row, score) in rows.iter_mut().zip(scores) {
             if let Err(error) = &score {
@@ -408,7 +408,7 @@ fn score_unit(
             row.toxicity.insert(name.clone(), score.ok());
         }
     }
-    rows
+    Ok(rows)
 }
 
 /// Name of the model behind perplexity. Perplexities under the same name are comparable.

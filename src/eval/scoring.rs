@@ -80,7 +80,7 @@ pub(super) fn score_all(
     judge: &Judge<'_>,
     interrupt: &AtomicBool,
     progress: &mut dyn Progress,
-    mut score: impl FnMut(Range<usize>, Vec<BaseLogprob>) -> Vec<ScoreRow>,
+    mut score: impl FnMut(Range<usize>, Vec<BaseLogprob>) -> Result<Vec<ScoreRow>>,
 ) -> Result<Vec<ScoreRow>> {
     let (n_there, found) = record::peek_scores(folder)?;
     let found = found.map(|found| judge.found_tokens(folder, found)).transpose()?;
@@ -106,7 +106,7 @@ pub(super) fn score_all(
             Some(base) => base.logprobs(&generations[unit.clone()], interrupt)?,
             None => generations[unit.clone()].iter().map(BaseLogprob::of_generation).collect(),
         };
-        let mut scored = score(unit, logprobs);
+        let mut scored = score(unit, logprobs)?;
         log.append(&scored)?;
         progress.advance(scored.len() as u64);
         rows.append(&mut scored);

@@ -5,7 +5,9 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use crate::engine::{Model, Token};
-use crate::error::{Error, Result};
+use crate::error::Result;
+#[cfg(feature = "tokenizer-json")]
+use crate::text::tokenizer::JsonTokenizer;
 
 /// Splits texts into tokens, each decoded to text.
 #[derive(Debug, Clone)]
@@ -18,26 +20,31 @@ pub enum TextTokenizer {
         name: String,
     },
     /// A Hugging Face `tokenizer.json`, such as that of mT5, which the paper uses.
+    #[cfg(feature = "tokenizer-json")]
     File {
         /// Name and hash of the file, for the report.
         name: String,
         /// The tokenizer.
-        tokenizer: Box<tokenizers::Tokenizer>,
+        tokenizer: JsonTokenizer,
     },
 }
 
 impl TextTokenizer {
     /// Reads a `tokenizer.json`.
+    #[cfg(feature = "tokenizer-json")]
     pub fn from_file(path: &Path) -> Result<TextTokenizer> {
-        // Reading and parsing fail separately, so a missing file has its own error.
-        let json = std::fs::read(path).map_err(Error::io("read", path))?;
-        let tokenizer = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| {
-            Error::input(path, None, format!("expected a Hugging Face tokenizer.json: {e}"))
-                .with_hint("download the file of that name from a model's repository")
-        })?;
-        let name = crate::file::base_name(path);
-        let name = format!("{name} (sha256 {})", short_hash(&json));
-        Ok(TextTokenizer::File { name, tokenizer: Box::new(tokenizer) })
+        let tokenizer = JsonTokenizer::read(path)?;
+        let name = format!("{} (sha256 {})", crate::file::base_name(path), &tokenizer.sha256()[..12]);
+        Ok(TextTokenizer::File { name, tokenizer })
+    }
+
+    /// Refuses a `tokenizer.json`, because this build has no reader for it.
+    #[cfg(not(feature = "tokenizer-json"))]
+    pub fn from_file(path: &Path) -> Result<TextTokenizer> {
+        let reason = format!("cannot read {}: this build has no support for tokenizer.json", path.display());
+        Err(crate::error::Error::setting("--tokenizer", reason).with_hint(
+            "build with --features tokenizer-json, or leave out --tokenizer and give --base model.gguf",
+        ))
     }
 
     /// The vocabulary of a model.
@@ -57,7 +64,9 @@ impl TextTokenizer {
     /// The name in reports. Tokenizers with the same name split texts in the same way.
     pub fn name(&self) -> &str {
         match self {
-            TextTokenizer::Model { name, .. } | TextTokenizer::File { name, .. } => name,
+            TextTokenizer::Model { name, .. } => name,
+            #[cfg(feature = "tokenizer-json")]
+            TextTokenizer::File { name, .. } => name,
         }
     }
 
@@ -65,7 +74,10 @@ impl TextTokenizer {
     ///
     /// As in the code of arXiv 2406.16235 (`xg/eval/metric_diversity.py`), a word is the same token with
     /// and without a space before it.
-    pub fn tokens(&self, text: &str) -> Vec<String> {
+    ///
+    /// # Errors
+    /// Those of a `tokenizer.json` that cannot split the text.
+    pub fn tokens(&self, text: &str) -> Result<Vec<String>> {
         let all: Vec<String> = match self {
             // A text that the tokenizer refuses has no tokens. A tokenizer accepts the text of its own model.
             TextTokenizer::Model { model, .. } => model.tokenize_text(text).map_or_else(
@@ -73,22 +85,10 @@ impl TextTokenizer {
                 // A token can be one byte of a character; it is spelled as hex.
                 |tokens| tokens.into_iter().map(|t| spelled(&model.piece(t))).collect(),
             ),
-            TextTokenizer::File { tokenizer, .. } => tokenizer.encode_fast(text, false).map_or_else(
-                |_| Vec::new(),
-                |encoding| {
-                    let decode = |&id: &u32| {
-                        let text = tokenizer.decode(&[id], true).unwrap_or_default();
-                        // A token can be part of a character; it is spelled as in the vocabulary.
-                        match text.contains('\u{fffd}') {
-                            true => tokenizer.id_to_token(id).unwrap_or(text),
-                            false => text.trim_start_matches(' ').to_owned(),
-                        }
-                    };
-                    encoding.get_ids().iter().map(decode).collect()
-                },
-            ),
+            #[cfg(feature = "tokenizer-json")]
+            TextTokenizer::File { tokenizer, .. } => tokenizer.tokens(text)?,
         };
-        all.into_iter().filter(|token| !token.is_empty()).collect()
+        Ok(all.into_iter().filter(|token| !token.is_empty()).collect())
     }
 }
 
@@ -109,6 +109,7 @@ fn spelled(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
     #[test]
     fn a_word_is_one_token_with_and_without_its_space() {
@@ -120,7 +121,7 @@ mod tests {
     fn a_tokenizer_file_decodes_every_token() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("gguf/tiny/tokenizer.json");
         let tokenizer = TextTokenizer::from_file(&path).unwrap();
-        let tokens = tokenizer.tokens("one two one");
+        let tokens = tokenizer.tokens("one two one").unwrap();
         assert!(!tokens.is_empty());
         assert!(tokens.iter().all(|t| !t.is_empty()));
         assert_eq!(tokens.concat().replace(' ', ""), "onetwoone");

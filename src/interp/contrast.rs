@@ -5,12 +5,11 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use serde::Deserialize;
-
 use crate::engine::residual::ResidualPlace;
 use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
+use crate::text::rows::{self, BENIGN, Column, Rows, TOXIC};
 
 use super::directions::{mean_difference, scaled_principal_component};
 use super::residual_streams::mean_residual_streams;
@@ -19,7 +18,7 @@ use super::residual_streams::mean_residual_streams;
 const MAX_TOKENS: usize = 512;
 
 /// A toxic text and a benign one.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContrastPair {
     /// The toxic text.
     pub toxic: String,
@@ -38,31 +37,59 @@ pub enum ContrastMethod {
 
 /// The built-in pairs.
 pub fn own() -> Vec<ContrastPair> {
-    parse(Path::new("contrast.jsonl"), include_str!("contrast.jsonl"))
+    parse(Path::new("contrast.jsonl"), include_bytes!("contrast.jsonl"), &ContrastColumns::default())
         .expect("a test parses the built-in pairs")
 }
 
-/// Reads pairs from JSON lines with the keys `toxic` and `benign`.
-///
-/// # Errors
-/// [`Error::Io`]; [`Error::Input`] for an invalid line, which it names, or for a file without pairs.
-pub fn read(path: &Path) -> Result<Vec<ContrastPair>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-    parse(path, &text)
+/// Columns of pairs that the user names. `None` means the usual names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ContrastColumns {
+    /// The toxic text.
+    pub toxic: Option<String>,
+    /// The benign text.
+    pub benign: Option<String>,
 }
 
-fn parse(path: &Path, text: &str) -> Result<Vec<ContrastPair>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let pairs = lines.map(|(i, line)| {
-        let pair: ContrastPair = serde_json::from_str(line).map_err(|e| {
-            Error::input(path, Some(i + 1), format!("expected an object with \"toxic\" and \"benign\": {e}"))
-        })?;
-        if [&pair.toxic, &pair.benign].iter().any(|text| text.trim().is_empty()) {
-            return Err(Error::input(path, Some(i + 1), "expected two texts, found an empty one"));
+/// Reads pairs from a file of any form of [`rows`](crate::text::rows), with the columns `toxic` and `benign`.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Input`] for an invalid row, whose line it names, or for a file without pairs.
+pub fn read(path: &Path, columns: &ContrastColumns) -> Result<Vec<ContrastPair>> {
+    pairs(path, Rows::open(path, "pairs")?, columns)
+}
+
+fn parse(path: &Path, bytes: &[u8], columns: &ContrastColumns) -> Result<Vec<ContrastPair>> {
+    pairs(path, Rows::new(path, "pairs", Box::new(bytes), None)?, columns)
+}
+
+fn pairs(path: &Path, rows: Rows<'_>, columns: &ContrastColumns) -> Result<Vec<ContrastPair>> {
+    let rows = rows.limited();
+    let is_plain = rows.is_plain();
+    let mut pairs = Vec::new();
+    for row in rows {
+        let row = row?;
+        if is_plain
+            && row.fields.values().all(|text| text.as_str().is_some_and(|text| text.trim().is_empty()))
+        {
+            continue;
         }
-        Ok(pair)
-    });
-    let pairs: Vec<ContrastPair> = pairs.collect::<Result<_>>()?;
+        let refuse = |reason: String| Error::input(path, Some(row.line), reason);
+        let text = |column: Column, chosen: Option<&str>| {
+            let found = column.find(&row.fields, chosen).ok_or_else(|| {
+                let (reason, hint) = column.absent(&row.fields, chosen);
+                refuse(reason).with_hint(hint)
+            });
+            let (name, value) = found?;
+            let text = rows::text(name, value);
+            let text = text.map_err(|(reason, hint)| refuse(reason).with_optional_hint(hint))?;
+            match text.trim().is_empty() {
+                true => Err(refuse("expected two texts, found an empty one".into())),
+                false => Ok(text.to_owned()),
+            }
+        };
+        let toxic = text(TOXIC, columns.toxic.as_deref())?;
+        pairs.push(ContrastPair { toxic, benign: text(BENIGN, columns.benign.as_deref())? });
+    }
     if pairs.is_empty() {
         return Err(Error::input(path, None, "expected at least one pair, found none"));
     }
@@ -117,9 +144,15 @@ mod tests {
 
     #[test]
     fn rejects_a_file_without_pairs_and_names_an_invalid_line() {
-        let parse = |text| parse(Path::new("pairs.jsonl"), text).unwrap_err().to_string();
+        let parse = |text: &str| {
+            let parsed = parse(Path::new("pairs.jsonl"), text.as_bytes(), &ContrastColumns::default());
+            parsed.unwrap_err().to_string()
+        };
         assert_eq!(parse("\n\n"), "pairs.jsonl: expected at least one pair, found none");
-        assert!(parse("{\"toxic\": \"a\"}").starts_with("pairs.jsonl:1: expected an object with "));
+        assert!(
+            parse("{\"toxic\": \"a\"}")
+                .starts_with("pairs.jsonl:1: expected a benign text in a column such as \"benign\"")
+        );
         let one_empty = "{\"toxic\": \"a\", \"benign\": \"b\"}\n{\"toxic\": \"a\", \"benign\": \" \"}";
         assert_eq!(parse(one_empty), "pairs.jsonl:2: expected two texts, found an empty one");
     }

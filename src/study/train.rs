@@ -34,7 +34,7 @@ use crate::progress::{Progress, hash_model};
 use crate::report::json::to_json;
 use crate::report::training::TrainingReport;
 use crate::report::write::write_reports;
-use crate::train::data::preference_pair::{self, PreferencePair};
+use crate::train::data::preference_pair::{self, PairColumns, PreferencePair};
 use crate::train::data::tokens::{self, TokenPair, Tokenized};
 use crate::train::device::Device;
 use crate::train::device::cpu::Cpu;
@@ -61,6 +61,8 @@ pub struct TrainRequest {
     pub model: PathBuf,
     /// Preference pairs: a JSON-lines file or a folder of them; `None` for the built-in pairs.
     pub pairs: Option<PathBuf>,
+    /// Columns of the pairs.
+    pub columns: PairColumns,
     /// The run's folder. If it holds an interrupted run, that run resumes.
     pub output: PathBuf,
     /// The recipe. `products`, `max_rows` and `frozen` are overwritten from `compute`.
@@ -100,6 +102,7 @@ impl TrainRequest {
         TrainRequest {
             model: model.into(),
             pairs: None,
+            columns: PairColumns::default(),
             output: output.into(),
             settings: Settings { n_threads, ..Settings::paper() },
             compute: ComputeOptions::default(),
@@ -207,7 +210,7 @@ impl Prepared {
             options.check(&base)?;
         }
         let (pairs, pairs_name) = match &request.pairs {
-            Some(path) => (preference_pair::read(path)?, base_name(path)),
+            Some(path) => (preference_pair::read(path, &request.columns)?, base_name(path)),
             None => (preference_pair::own(), "the program's own pairs".into()),
         };
         let vocabulary = Vocabulary::open(&request.model)?;
@@ -244,7 +247,8 @@ fn no_pairs(request: &TrainRequest, tokenized: &Tokenized, pairs: &[PreferencePa
     let reasons: Vec<String> = reasons.iter().map(|(s, n)| format!("{n} {}", s.reason())).collect();
     let reason = format!("none of its {} pairs can be used: {}", pairs.len(), reasons.join(", "));
     let source = request.pairs.clone().unwrap_or_else(|| "built-in pairs".into());
-    Error::input(source, None, reason).with_hint("raise --max-length, or use other pairs")
+    let hints: Vec<&str> = tokenized.skipped.reasons().iter().map(|(skip, _)| skip.hint()).collect();
+    Error::input(source, None, reason).with_hint(hints.join("; "))
 }
 
 /// Opens a GPU, and chooses the memory options that fit into its free memory.

@@ -1,6 +1,10 @@
-//! Prepares text: lines of files, languages, normalisation.
+//! Prepares text: rows of files, languages, normalisation, tokenizers.
 
-#[cfg(feature = "engine")]
+pub mod chat_markers;
+#[cfg(feature = "rows")]
 pub mod language;
 pub mod normalise;
+#[cfg(feature = "rows")]
 pub mod rows;
+#[cfg(feature = "tokenizer-json")]
+pub mod tokenizer;

@@ -58,7 +58,7 @@ fn pairs_follow_the_rules_and_are_reproducible() {
         assert_eq!(row["language"], "en");
         assert!(chosen.get("steered_by").is_none());
     }
-    let read = detox_gguf::train::data::preference_pair::read(&path).unwrap();
+    let read = detox_gguf::train::data::preference_pair::read(&path, &Default::default()).unwrap();
     assert_eq!(read.len(), made.len());
     assert_eq!(read[0].prompt, made[0]["prompt"].as_str().unwrap());
 

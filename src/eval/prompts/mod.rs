@@ -11,18 +11,17 @@
 //! | RTP-LX, any release (JSON lines despite `.json`) | `Prompt` | `Prompt` | `Index`, string or integer | `Locale` |
 //! | RealToxicityPrompts (JSON lines) | `prompt` is an object | `prompt.text` | – | – |
 //! | preference pairs (JSON lines) | `prompt_text` | `prompt_text` | – | – |
-//! | plain JSON lines | `prompt` or `text`, a string | that field | `id` | `language` or `lang` |
-//! | a JSON array of any of these | first character `[` | | | |
+//! | any other table or JSON | – | `prompt`, `text`, `question` and [similar names](crate::text::rows::PROMPT) | `id` | `language` or `lang` |
 //! | plain text | `.txt`, or any other content | the line, unchanged | – | – |
 //!
-//! `.json`, `.jsonl` and `.ndjson` are JSON, `.txt` is text. With any other name the first character
-//! that is not white space decides: `{` and `[` mean JSON. Files are UTF-8, with or without a byte-order
-//! mark; lines end in LF or CRLF. White space in and around a prompt is kept, because it changes the
-//! tokens and the paper's scripts do not strip it either. A generations file (`generated_text`) is refused.
+//! [`rows`](crate::text::rows) describes the files: JSON, tables and plain text. [`PromptColumns`] names other columns.
+//! White space in and around a prompt is kept, because it changes the tokens and the paper's scripts do not strip it
+//! either. A generations file (`generated_text`) is refused, and so is a row with another part of the prompt in a
+//! column of its own, such as `system`.
 //!
 //! # Ids
 //! `"{language}/{key}"`. The key is the row's own id, else its line in the file or its position in the
-//! array, from 1. A repeated id gets `#2`, `#3`, … in file order. Ids are therefore unique, and do not
+//! array or table, from 1. A repeated id gets `#2`, `#3`, … in file order. Ids are therefore unique, and do not
 //! depend on `--lang` and `--limit`. Prompts with the same text stay separate; the paper's scripts key
 //! results by text, which merges them.
 
@@ -62,6 +61,17 @@ pub enum PromptSource {
     Folder(PathBuf),
 }
 
+/// Columns of prompts that the user names. `None` means the usual names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PromptColumns {
+    /// The text.
+    pub prompt: Option<String>,
+    /// The row's language.
+    pub language: Option<String>,
+    /// The row's id.
+    pub id: Option<String>,
+}
+
 /// A row with its language.
 struct Placed {
     language: &'static str,
@@ -98,20 +108,30 @@ impl PromptSource {
     /// Reads the prompts in file order; files of a folder by name.
     ///
     /// `languages`: codes from [`language::parse_languages`]; empty for all. A single file takes its
-    /// language from its rows, else from its name, else from `languages` if it has exactly one. In a
-    /// folder, the name of the file or subfolder decides which files are opened, so a row that
+    /// language from its rows, else from its name, else from `languages` if it has exactly one, else from its texts
+    /// ([`language::assign`]). In a folder, the name of the file or subfolder decides which files are opened, so a row that
     /// contradicts the name is an error. In a single file, the row takes precedence.
     ///
     /// `limit`: maximum number of prompts per language, the first in file order; at least 1.
     pub fn read(&self, languages: &[&'static str], limit: Option<usize>) -> Result<Vec<Prompt>> {
+        self.read_columns(languages, limit, &PromptColumns::default())
+    }
+
+    /// [`PromptSource::read`] with columns that the user names.
+    pub fn read_columns(
+        &self,
+        languages: &[&'static str],
+        limit: Option<usize>,
+        columns: &PromptColumns,
+    ) -> Result<Vec<Prompt>> {
         if limit == Some(0) {
             return Err(Error::setting("--limit", "expected at least 1 prompt per language, found 0"));
         }
         let (prompts, mut present) = match self {
             PromptSource::Own => (own_prompts(), BTreeSet::new()),
-            PromptSource::File(path) => (with_ids(read_file(path, languages)?), BTreeSet::new()),
+            PromptSource::File(path) => (with_ids(read_file(path, languages, columns)?), BTreeSet::new()),
             PromptSource::Folder(path) => {
-                let (rows, of_names) = read_folder(path, languages)?;
+                let (rows, of_names) = read_folder(path, languages, columns)?;
                 (with_ids(rows), of_names)
             }
         };
@@ -153,46 +173,47 @@ fn join(languages: &BTreeSet<&str>) -> String {
     languages.iter().copied().collect::<Vec<_>>().join(", ")
 }
 
+/// How to set a language, for errors.
+const LANGUAGE_HINT: &str =
+    "give one language with --lang, name the file after it (de.txt), or give each row a \"language\"";
+
 /// The rows of one file, each with its language.
-fn read_file(path: &Path, languages: &[&'static str]) -> Result<Vec<Placed>> {
+fn read_file(path: &Path, languages: &[&'static str], columns: &PromptColumns) -> Result<Vec<Placed>> {
     let name_language = read::language_of_name(path);
     let caller_language = match languages {
         [language] => Some(*language),
         _ => None,
     };
-    read::read_rows(path)?
-        .into_iter()
-        .map(|row| {
-            let language = read::more_specific(row.language, name_language).or(caller_language);
-            let language = language.ok_or_else(|| {
-                Error::input(
-                    path,
-                    Some(row.line),
-                    "expected the prompt's language in the row, in the file's name or with --lang, found none",
-                )
-                .with_hint(
-                    "give one language with --lang, name the file after it (de.txt), or give each row a \
-                     \"language\"",
-                )
-            })?;
-            Ok(Placed { language, key: row.key, text: row.text })
-        })
-        .collect()
+    let rows = read::read_rows(path, columns)?;
+    let of_rows = rows.iter().map(|row| {
+        let language = read::more_specific(row.language, name_language).or(caller_language);
+        (row.line, row.text.as_str(), language)
+    });
+    let languages = language::assign(path, &of_rows.collect::<Vec<_>>(), LANGUAGE_HINT)?;
+    let placed = rows.into_iter().zip(languages);
+    Ok(placed.map(|(row, language)| Placed { language, key: row.key, text: row.text }).collect())
 }
 
 /// The rows of a folder, and the languages in the names of all its files, even unopened ones.
-fn read_folder(folder: &Path, languages: &[&'static str]) -> Result<(Vec<Placed>, BTreeSet<&'static str>)> {
+fn read_folder(
+    folder: &Path,
+    languages: &[&'static str],
+    columns: &PromptColumns,
+) -> Result<(Vec<Placed>, BTreeSet<&'static str>)> {
     let mut placed = Vec::new();
-    let mut nameless = Vec::new();
     let mut of_names = BTreeSet::new();
     for file in list_folder(folder)? {
         of_names.extend(file.language);
         if file.language.is_some_and(|language| !languages.is_empty() && !languages.contains(&language)) {
             continue;
         }
-        for row in read::read_rows(&file.path)? {
-            let language = read::more_specific(row.language, file.language);
-            if let (Some(language), Some(of_name)) = (language, file.language)
+        let rows = read::read_rows(&file.path, columns)?;
+        let of_rows = rows
+            .iter()
+            .map(|row| (row.line, row.text.as_str(), read::more_specific(row.language, file.language)));
+        let found = language::assign(&file.path, &of_rows.collect::<Vec<_>>(), FOLDER_HINT)?;
+        for (row, language) in rows.into_iter().zip(found) {
+            if let Some(of_name) = file.language
                 && language != of_name
             {
                 return Err(Error::input(
@@ -204,34 +225,15 @@ fn read_folder(folder: &Path, languages: &[&'static str]) -> Result<(Vec<Placed>
                     "correct the row or the name, or read the file alone: then the rows take precedence",
                 ));
             }
-            let Some(language) = language else {
-                nameless.push(file.path);
-                break;
-            };
             placed.push(Placed { language, key: row.key, text: row.text });
         }
     }
-    if !nameless.is_empty() {
-        let names: Vec<String> = nameless
-            .iter()
-            .map(|path| path.strip_prefix(folder).unwrap_or(path).display().to_string())
-            .collect();
-        return Err(Error::input(
-            folder,
-            None,
-            format!(
-                "expected a language in each file's name (de.jsonl, RTP_LX_DE.json) or in each row, found \
-                 neither for: {}",
-                names.join(", ")
-            ),
-        )
-        .with_hint(format!(
-            "rename or move them, or give each row a \"language\"; known: {}",
-            language::known_codes().join(", ")
-        )));
-    }
     Ok((placed, of_names))
 }
+
+/// How to set a language in a folder.
+const FOLDER_HINT: &str =
+    "name the file after its language (de.jsonl, RTP_LX_DE.json), or give each row a \"language\"";
 
 /// The prompt files of a folder and of its subfolders `{lang}/`, sorted by path.
 fn list_folder(folder: &Path) -> Result<Vec<Named>> {

@@ -178,6 +178,7 @@ fn a_rows_language_overrides_the_file_names_which_overrides_the_callers() {
 
 #[test]
 fn a_name_that_merely_contains_a_code_has_no_language() {
+    // Indonesian would be accepted without a look at the text.
     let (line, reason, _) = refused("prompts_with_id.jsonl", r#"{"prompt": "Soup"}"#);
     assert_eq!(line, Some(1));
     assert!(reason.contains("in the row, in the file's name or with --lang, found none"), "{reason}");
@@ -311,12 +312,13 @@ fn rejects_invalid_utf8_by_line_and_byte() {
     let (line, reason, hint) = refused("en.txt", b"Soup\nCaf\xE9 au lait\n");
     assert_eq!(line, Some(2));
     assert_eq!(reason, "expected UTF-8, found the byte 0xE9 at byte 4 of the line");
-    assert_eq!(hint.as_deref(), Some("save the file as UTF-8"));
+    assert!(hint.unwrap().starts_with("save the file as UTF-8: iconv "));
 }
 
 #[test]
-fn rejects_utf16_and_other_bytes_with_nul() {
-    let (_, reason, hint) = refused("en.txt", b"\xFF\xFES\0o\0u\0p\0");
+fn rejects_bytes_with_nul_and_reads_utf16_with_a_byte_order_mark() {
+    assert_eq!(texts(&read("en.txt", b"\xFF\xFES\0o\0u\0p\0", &[]).unwrap()), ["Soup"]);
+    let (_, reason, hint) = refused("en.txt", b"S\0o\0u\0p\0");
     assert!(reason.contains("found NUL bytes"), "{reason}");
     assert!(hint.is_some());
 }
@@ -342,22 +344,25 @@ fn rejects_invalid_json_by_line_and_column() {
 
 #[test]
 fn rejects_a_row_that_is_not_an_object() {
-    let (line, reason, _) = refused("en.jsonl", "{\"prompt\": \"Soup\"}\n\"Soup\"\n");
-    assert_eq!((line, reason.as_str()), (Some(2), "expected a JSON object with a prompt, found a string"));
+    let (line, reason, _) = refused("en.jsonl", "{\"prompt\": \"Soup\"}\n3\n");
+    assert_eq!(
+        (line, reason.as_str()),
+        (Some(2), "expected prompts as JSON objects or strings, found a number")
+    );
     let (line, reason, _) = refused("en.json", "[\n  {\"prompt\": \"a, b\\\\\"}, [1],\n  2\n]");
-    assert_eq!((line, reason.as_str()), (Some(2), "expected a JSON object with a prompt, found an array"));
+    assert_eq!(
+        (line, reason.as_str()),
+        (Some(2), "expected prompts as JSON objects or strings, found an array")
+    );
 }
 
 #[test]
 fn rejects_a_row_without_a_prompt() {
     let (line, reason, _) =
-        refused("en.jsonl", "{\"prompt\": \"Soup\"}\n{\"question\": \"Soup\", \"id\": 1}\n");
+        refused("en.jsonl", "{\"prompt\": \"Soup\"}\n{\"phrase\": \"Soup\", \"id\": 1}\n");
     assert_eq!(line, Some(2));
-    assert_eq!(
-        reason,
-        "expected a prompt in a field \"Prompt\", \"prompt\", \"prompt_text\" or \"text\", found only \"id\", \"question\""
-    );
-    assert!(refused("en.jsonl", "{}").1.ends_with("found no fields"));
+    assert_eq!(reason, "expected a prompt in a column such as \"prompt\", found only \"id\", \"phrase\"");
+    assert!(refused("en.jsonl", "{}").1.ends_with("found no columns"));
     assert_eq!(
         refused("en.jsonl", r#"{"prompt": {"toxicity": 0}}"#).1,
         "field \"prompt\": expected \"text\" in it, found none"
@@ -400,7 +405,6 @@ fn rejects_an_id_of_the_wrong_type() {
             (Some(1), format!("field \"id\": expected a string or an integer, found {found}"))
         );
     }
-    assert!(refused("en.jsonl", r#"{"prompt": "Soup", "Index": " "}"#).1.ends_with("found an empty string"));
 }
 
 #[test]
@@ -425,8 +429,8 @@ fn rejects_a_generations_file() {
 fn rejects_json_in_a_text_file() {
     let (line, reason, hint) = refused("en.txt", "Soup\n{\"prompt\": \"Soup\"}\n");
     assert_eq!(line, Some(2));
-    assert_eq!(reason, "expected plain text, one prompt a line, found a JSON object");
-    assert_eq!(hint.as_deref(), Some("name the file .jsonl"));
+    assert_eq!(reason, "expected plain text, one row a line, found a JSON object");
+    assert!(hint.unwrap().contains("JSON on every line"));
 }
 
 #[test]
@@ -434,7 +438,6 @@ fn rejects_a_file_of_unknown_language() {
     let (line, _, hint) = refused("prompts.txt", "\nSoup\n");
     assert_eq!(line, Some(2));
     assert!(hint.unwrap().contains("--lang"));
-    // Two languages are requested, and either is possible.
     assert!(read("prompts.txt", "Soup\n", &["de", "en"]).is_err());
 }
 
@@ -474,17 +477,59 @@ fn rejects_an_empty_file_in_a_folder() {
 }
 
 #[test]
-fn rejects_all_files_of_a_folder_without_a_language() {
-    let (_, _, reason) = folder_refused(
-        &[
-            ("de.txt", "Suppe\n"),
-            ("a.jsonl", "{\"prompt\": \"Soup\"}\n"),
-            ("b.txt", "Soup\n"),
-            ("c.jsonl", "{\"prompt\": \"Soup\", \"lang\": \"en\"}\n"),
-        ],
-        &[],
+fn rejects_a_file_of_a_folder_whose_language_cannot_be_told() {
+    let files = [("de.txt", "Suppe\n"), ("a.jsonl", "{\"prompt\": \"Soup\"}\n")];
+    let (path, line, reason) = folder_refused(&files, &[]);
+    assert_eq!((path.as_str(), line), ("a.jsonl", Some(1)));
+    assert!(reason.contains("expected the language"), "{reason}");
+}
+
+#[test]
+fn a_file_without_a_language_gets_that_of_its_texts() {
+    let german = "Das Wetter war gestern so schön, dass wir\nMeine Nachbarin hat mir erzählt\n";
+    assert_eq!(ids(&read("prompts.txt", german, &[]).unwrap()), ["de/1", "de/2"]);
+    assert!(read("prompts.txt", german, &["fr", "en"]).unwrap_err().to_string().contains("found only de"));
+    assert_eq!(ids(&read("prompts.txt", german, &["fr"]).unwrap()), ["fr/1", "fr/2"]);
+    let dir = folder(&[("a.txt", german), ("fr.txt", "La soupe\n")]);
+    let prompts = PromptSource::open(dir.path()).unwrap().read(&[], None).unwrap();
+    assert_eq!(ids(&prompts), ["de/1", "de/2", "fr/1"]);
+}
+
+#[test]
+fn reads_tables_with_named_and_usual_columns() {
+    let table = "id,question,lang\n7,\"Soup, he said\",de\n,\"A \"\"b\"\"\nc\",NaN\n";
+    let prompts = read("en.csv", table, &[]).unwrap();
+    assert_eq!((ids(&prompts), texts(&prompts)), (vec!["de/7", "en/2"], vec!["Soup, he said", "A \"b\"\nc"]));
+    let dir = folder(&[("my.tsv", "nr\tphrase\tspr\n4\tSoup\tGerman\n")]);
+    let columns =
+        PromptColumns { prompt: Some("phrase".into()), language: Some("spr".into()), id: Some("nr".into()) };
+    let source = PromptSource::open(dir.path().join("my.tsv")).unwrap();
+    assert_eq!(ids(&source.read_columns(&[], None, &columns).unwrap()), ["de/4"]);
+    let columns = PromptColumns { prompt: Some("sentence".into()), ..columns };
+    let error = source.read_columns(&[], None, &columns).unwrap_err().to_string();
+    assert!(
+        error.ends_with(
+            "my.tsv:2: expected a prompt in the column \"sentence\", found only \"nr\", \"phrase\", \"spr\""
+        ),
+        "{error}"
     );
-    assert!(reason.ends_with("found neither for: a.jsonl, b.txt"), "{reason}");
+    let (line, reason, _) = refused("en.csv", "id,prompt\n");
+    assert_eq!((line, reason.as_str()), (None, "expected prompts, found none: the table has only a header"));
+}
+
+#[test]
+fn rejects_a_row_whose_prompt_has_another_part_unless_the_column_is_named() {
+    let row = r#"{"prompt": "Soup", "system": "Be kind.", "id": 1}"#;
+    let (line, reason, hint) = refused("en.jsonl", row);
+    assert_eq!(line, Some(1));
+    assert!(reason.ends_with("found another part of it in \"system\""), "{reason}");
+    assert!(hint.unwrap().contains("--prompt-column prompt"));
+    let dir = folder(&[("en.jsonl", row)]);
+    let columns = PromptColumns { prompt: Some("prompt".into()), ..PromptColumns::default() };
+    let source = PromptSource::open(dir.path().join("en.jsonl")).unwrap();
+    assert_eq!(ids(&source.read_columns(&[], None, &columns).unwrap()), ["en/1"]);
+    let (_, reason, hint) = refused("en.jsonl", r#"{"messages": [{"role": "user", "content": "Hi"}]}"#);
+    assert!(reason.contains("messages of a chat") && hint.is_some(), "{reason}");
 }
 
 #[test]

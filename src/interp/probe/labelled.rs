@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
+use serde_json::{Map, Value};
 
 use crate::engine::random::{random_stream, shuffle};
 use crate::error::{Error, Result};
-use crate::text::rows;
+use crate::text::rows::{self, LABEL, LABELLED_TEXT, Rows};
 
 /// A text and its label.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,87 +61,68 @@ impl Labelled {
     }
 }
 
-/// The built-in labelled texts: English, written for this project, half of them toxic.
-pub fn own() -> Labelled {
-    parse_lines(Path::new("own.jsonl"), include_str!("own.jsonl")).expect("a test parses the built-in texts")
+/// Columns of labelled texts that the user names. `None` means the usual names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LabelledColumns {
+    /// The text.
+    pub text: Option<String>,
+    /// The label.
+    pub label: Option<String>,
 }
 
-/// Reads labelled texts from a file.
+/// The built-in labelled texts: English, written for this project, half of them toxic.
+pub fn own() -> Labelled {
+    let path = Path::new("own.jsonl");
+    let bytes: &[u8] = include_bytes!("own.jsonl");
+    let rows = Rows::new(path, "labelled texts", Box::new(bytes), None);
+    rows.and_then(|rows| read_rows(path, rows, &LabelledColumns::default()))
+        .expect("a test parses the built-in texts")
+}
+
+/// Reads labelled texts from a file of any form of [`rows`](crate::text::rows).
 ///
-/// The file has one of these forms:
-///
-/// - JSON lines with `text` and `label`; a label is 0 or 1, or false or true.
-/// - CSV with the columns `text` and `label`.
-/// - Jigsaw's unmodified `train.csv`, with the columns `comment_text` and `toxic`, as in the paper.
+/// The usual columns are `text` and `label`, or `comment_text` and `toxic` as in Jigsaw's unmodified `train.csv`, which
+/// the paper uses. [`rows::label`] describes labels.
 ///
 /// # Errors
 /// [`Error::Input`], with the line, for an invalid row or label, and if all texts have the same label.
-pub fn read(path: &Path) -> Result<Labelled> {
-    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-    let text = rows::decode(path, &bytes)?;
-    if text.trim_start().starts_with('{') { parse_lines(path, text) } else { parse_csv(path, text) }
+pub fn read(path: &Path, columns: &LabelledColumns) -> Result<Labelled> {
+    read_rows(path, Rows::open(path, "labelled texts")?, columns)
 }
 
-#[derive(Deserialize)]
-struct Row {
-    text: String,
-    label: Label,
+fn read_rows(path: &Path, rows: Rows<'_>, columns: &LabelledColumns) -> Result<Labelled> {
+    let rows = rows.limited();
+    if rows.is_plain() {
+        let mut rows = rows;
+        let found = if rows.next().is_some() { "plain lines" } else { "an empty file" };
+        let reason =
+            format!("expected columns text and label, or Jigsaw's comment_text and toxic, found {found}");
+        return Err(Error::input(path, None, reason)
+            .with_hint("write CSV with a header, or JSON lines with \"text\" and \"label\""));
+    }
+    whole(path, rows.map(|row| labelled(path, &row?, columns)))
 }
 
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "a label is 0 or 1, or false or true")]
-enum Label {
-    Bool(bool),
-    Number(f64),
-}
-
-fn parse_lines(path: &Path, text: &str) -> Result<Labelled> {
-    let rows = rows::numbered(text).map(|(number, line)| {
-        let refuse = |reason: String| Error::input(path, Some(number), reason);
-        let row: Row = serde_json::from_str(line)
-            .map_err(|e| refuse(format!("expected an object with \"text\" and \"label\": {e}")))?;
-        let is_toxic = match row.label {
-            Label::Bool(label) => label,
-            Label::Number(0.0) => false,
-            Label::Number(1.0) => true,
-            Label::Number(found) => return Err(refuse(format!("expected label 0 or 1, found {found}"))),
-        };
-        Ok(LabelledText { text: row.text, is_toxic })
-    });
-    whole(path, rows)
-}
-
-fn parse_csv(path: &Path, text: &str) -> Result<Labelled> {
-    let mut reader = csv::Reader::from_reader(text.as_bytes());
-    let headers = reader.headers().map_err(|e| Error::input(path, Some(1), e.to_string()))?.clone();
-    let column = |name: &str| headers.iter().position(|header| header.trim() == name);
-    let columns = column("text").zip(column("label"));
-    let Some((text_column, label_column)) = columns.or(column("comment_text").zip(column("toxic"))) else {
-        let found: Vec<&str> = headers.iter().take(8).collect();
-        return Err(Error::input(
-            path,
-            Some(1),
-            format!("expected columns text and label, or Jigsaw's comment_text and toxic, found {found:?}"),
-        )
-        .with_hint("JSON lines with \"text\" and \"label\" work too"));
+fn labelled(path: &Path, row: &rows::Row, columns: &LabelledColumns) -> Result<LabelledText> {
+    let refuse = |reason: String| Error::input(path, Some(row.line), reason);
+    let fields: &Map<String, Value> = &row.fields;
+    let (text_column, label_column) = (columns.text.as_deref(), columns.label.as_deref());
+    let absent = |(reason, hint): (String, String)| refuse(reason).with_hint(hint);
+    let (name, text) = LABELLED_TEXT
+        .find(fields, text_column)
+        .ok_or_else(|| absent(LABELLED_TEXT.absent(fields, text_column)))?;
+    // A row without text is skipped, whatever its label.
+    let text = match text {
+        Value::Null => "",
+        value => rows::text(name, value).map_err(|(reason, hint)| refuse(reason).with_optional_hint(hint))?,
     };
-    let rows = reader.records().map(|record| {
-        let record = record.map_err(|e| {
-            let line = e.position().map(|p| p.line() as usize);
-            Error::input(path, line, format!("expected a row of {} fields: {e}", headers.len()))
-        })?;
-        let is_toxic = match record.get(label_column).unwrap_or_default().trim() {
-            "0" | "false" => false,
-            "1" | "true" => true,
-            found => {
-                let why = if found == "-1" { " (-1 marks rows that Jigsaw did not score)" } else { "" };
-                let line = record.position().map(|p| p.line() as usize);
-                return Err(Error::input(path, line, format!("expected label 0 or 1, found {found:?}{why}")));
-            }
-        };
-        Ok(LabelledText { text: record.get(text_column).unwrap_or_default().to_owned(), is_toxic })
-    });
-    whole(path, rows)
+    let (_, label) =
+        LABEL.find(fields, label_column).ok_or_else(|| absent(LABEL.absent(fields, label_column)))?;
+    let is_toxic = rows::label(label).map_err(|reason| {
+        refuse(reason)
+            .with_hint("labels are 0 or 1; turn scores into labels first, for example 1 from 0.5 up")
+    })?;
+    Ok(LabelledText { text: text.to_owned(), is_toxic })
 }
 
 fn whole(path: &Path, rows: impl Iterator<Item = Result<LabelledText>>) -> Result<Labelled> {
@@ -171,7 +152,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("labelled");
         std::fs::write(&path, text).unwrap();
-        read(&path)
+        read(&path, &LabelledColumns::default())
     }
 
     fn labels(text: &str) -> Vec<(String, bool)> {
@@ -195,6 +176,18 @@ mod tests {
     }
 
     #[test]
+    fn labels_and_columns_of_other_tools_give_the_same_rows() {
+        let expected = [("a, b".to_owned(), true), ("c".to_owned(), false)];
+        for text in [
+            "text,label\n\"a, b\",True\nc,False\n",
+            "id;sentence;toxicity\n1;a, b;1,0\n2;c;0,0\n",
+            "[{\"text\": \"a, b\", \"label\": \"toxic\"}, {\"text\": \"c\", \"label\": 0.0}]",
+        ] {
+            assert_eq!(labels(text), expected, "{text}");
+        }
+    }
+
+    #[test]
     fn rows_without_text_are_counted_and_skipped() {
         let labelled = parse("text,label\na,1\n ,0\nb,0\n").unwrap();
         assert_eq!((labelled.texts.len(), labelled.n_empty), (2, 1));
@@ -207,7 +200,8 @@ mod tests {
             ("id,comment_text,toxic\n1,a,-1\n", "not score"),
             ("{\"text\": \"a\", \"label\": 0.5}", "found 0.5"),
             ("{\"text\": \"a\"}", "label"),
-            ("{\"text\": \"a\", \"label\": \"toxic\"}", "a label is 0 or 1"),
+            ("{\"text\": \"a\", \"label\": \"maybe\"}", "found \"maybe\""),
+            ("text,label\na,1\nb,<NA>\n", "labelled:3: expected a label, found none"),
             ("a,b\n1,2\n", "expected columns"),
             ("text,label\na,1\n", "1 toxic and 0 benign"),
             ("", "expected columns"),

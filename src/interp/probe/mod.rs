@@ -16,6 +16,6 @@ pub use file::{Probe, ProbePlace};
 #[cfg(feature = "engine")]
 pub use fit::{Epoch, Fit, HeldOut, ProbeOptions, check, fit};
 #[cfg(feature = "engine")]
-pub use labelled::{Labelled, LabelledText, own, read};
+pub use labelled::{Labelled, LabelledColumns, LabelledText, own, read};
 #[cfg(feature = "engine")]
 pub use train::{ProbeReading, train};

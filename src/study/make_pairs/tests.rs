@@ -124,6 +124,6 @@ fn rows_are_read_back_as_the_same_pairs() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     std::fs::write(&path, crate::file::json_lines(&made.rows)).unwrap();
-    let read = crate::train::data::preference_pair::read(&path).unwrap();
+    let read = crate::train::data::preference_pair::read(&path, &Default::default()).unwrap();
     assert_eq!(read, made.rows.into_iter().map(|row| row.pair).collect::<Vec<_>>());
 }

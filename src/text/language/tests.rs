@@ -1,8 +1,10 @@
 use proptest::prelude::*;
 use rayon::prelude::*;
 
+use std::collections::HashMap;
+
+use super::identify::*;
 use super::*;
-use crate::text::rows;
 
 #[test]
 fn codes_are_reduced_to_the_language() {
@@ -34,6 +36,26 @@ fn an_unknown_code_is_none() {
         ["", "-", "x", "prompts", "english", "vi", "en-", "-en", "de-prompts", "it-follows", "en--us", "日本"]
     {
         assert_eq!(normalize(code), None, "{code:?}");
+    }
+}
+
+#[test]
+fn names_and_long_codes_are_recognised_in_cells() {
+    for (value, expected) in [
+        ("English", "en"),
+        ("german", "de"),
+        ("FRANÇAIS", "fr"),
+        ("eng", "en"),
+        ("arb_Arab", "ar"),
+        ("zho_Hant", "zh-hant"),
+        ("cmn-Hans", "zh"),
+        ("zh-CN", "zh"),
+        ("pt_BR", "pt"),
+    ] {
+        assert_eq!(recognise(value), Some(expected), "{value:?}");
+    }
+    for value in ["", "klingon", "eng-prompts", "none"] {
+        assert_eq!(recognise(value), None, "{value:?}");
     }
 }
 
@@ -173,9 +195,9 @@ fn the_error_rates_are_at_most_the_documented_ones() {
     let mut prompts: Vec<(&str, String)> = Vec::new();
     for code in &codes {
         let path = std::path::Path::new(&folder).join(format!("{code}.jsonl"));
-        let bytes = std::fs::read(&path).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
         let before = prompts.len();
-        for (number, line) in rows::numbered(rows::decode(&path, &bytes).unwrap()) {
+        for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let row: serde_json::Value = serde_json::from_str(line).unwrap();
             let text = ["Prompt", "prompt", "text"].iter().find_map(|field| row[*field].as_str());
             prompts.push((code, text.unwrap_or_else(|| panic!("{code}: line {number}")).to_owned()));

@@ -1,15 +1,19 @@
 //! Preference pairs as texts: a prompt, the chosen continuation and the rejected one.
 //!
 //! # Forms of a row
-//! Files are JSON lines. The keys of a row decide its form; all other keys are ignored:
+//! Files have any form of [`rows`](crate::text::rows). The keys of a row decide its form:
 //!
 //! | form | key that decides | prompt | chosen | rejected |
 //! |---|---|---|---|---|
 //! | TRL, explicit prompt; ours | `prompt` | `prompt` | `chosen` | `rejected` |
 //! | the paper's (arXiv 2401.01967) | `prompt_text` | `prompt_text` | `unpert_gen_text` | `pert_gen_text` |
-//! | TRL, implicit prompt | `chosen`, if neither is present | the common prefix | the rest | the rest |
+//! | other names | `question`, `instruction`, `query`, `input` | that column | `chosen`, `preferred`, … | `rejected`, `dispreferred`, … |
+//! | TRL, implicit prompt | `chosen`, if none of these is present | the common prefix | the rest | the rest |
 //!
-//! In the first two forms a continuation follows its prompt directly, without a space in between, as in the loaders
+//! [`PairColumns`] names other columns. A row with another part of the prompt in a column of its own, such as `system`, is
+//! refused, because the pair would lose it.
+//!
+//! With a prompt in its own column, a continuation follows its prompt directly, without a space in between, as in the loaders
 //! of both papers.
 //!
 //! # The implicit prompt
@@ -21,7 +25,7 @@
 //! counted and skipped. TRL leaves the last shared character in both answers in this case, by an accident of its
 //! loop.
 //!
-//! Conversations (lists of messages) are refused, because only the user knows which chat template applies.
+//! Conversations (lists of messages) are refused: chat templates are not supported yet.
 
 use std::path::{Path, PathBuf};
 
@@ -30,7 +34,8 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
-use crate::text::rows;
+use crate::text::chat_markers;
+use crate::text::rows::{self, CHOSEN, Column, Ignored, PAIR_PROMPT, REJECTED, Rows};
 
 /// A prompt with a chosen and a rejected continuation.
 ///
@@ -55,9 +60,23 @@ pub fn sha256(pairs: &[PreferencePair]) -> String {
     crate::file::hex(&hash.finalize())
 }
 
+/// Columns of pairs that the user names. `None` means the usual names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PairColumns {
+    /// The prompt.
+    pub prompt: Option<String>,
+    /// The preferred answer.
+    pub chosen: Option<String>,
+    /// The answer to avoid.
+    pub rejected: Option<String>,
+}
+
 /// The built-in pairs: English, written for this project, with mildly insulting rejected answers.
 pub fn own() -> Vec<PreferencePair> {
-    parse(Path::new("own_pairs.jsonl"), include_bytes!("own_pairs.jsonl"))
+    let path = Path::new("own_pairs.jsonl");
+    let bytes: &[u8] = include_bytes!("own_pairs.jsonl");
+    let rows = Rows::new(path, "preference pairs", Box::new(bytes), None);
+    rows.and_then(|rows| read_rows(path, rows, &PairColumns::default()))
         .expect("the file is built in, and a test parses it")
 }
 
@@ -66,14 +85,14 @@ pub fn own() -> Vec<PreferencePair> {
 /// # Errors
 /// [`Error::Io`]; [`Error::Input`], with file and line, for a row in none of the
 /// [supported forms](self#forms-of-a-row), a file without rows or a folder without files.
-pub fn read(path: &Path) -> Result<Vec<PreferencePair>> {
+pub fn read(path: &Path, columns: &PairColumns) -> Result<Vec<PreferencePair>> {
     let metadata = std::fs::metadata(path).map_err(Error::io("read", path))?;
     if !metadata.is_dir() {
-        return read_file(path);
+        return read_file(path, columns);
     }
     let mut pairs = Vec::new();
     for file in files(path)? {
-        pairs.extend(read_file(&file)?);
+        pairs.extend(read_file(&file, columns)?);
     }
     Ok(pairs)
 }
@@ -84,7 +103,7 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
         let path = entry.map_err(Error::io("read", folder))?.path();
         let is_hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-        if path.extension().is_some_and(|ending| ending == "jsonl") && !is_hidden && !path.is_dir() {
+        if rows::extension(&path) == "jsonl" && !is_hidden && !path.is_dir() {
             files.push(path);
         }
     }
@@ -96,83 +115,152 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn read_file(path: &Path) -> Result<Vec<PreferencePair>> {
-    parse(path, &std::fs::read(path).map_err(Error::io("read", path))?)
+fn read_file(path: &Path, columns: &PairColumns) -> Result<Vec<PreferencePair>> {
+    read_rows(path, Rows::open(path, "preference pairs")?, columns)
 }
 
-fn parse(path: &Path, bytes: &[u8]) -> Result<Vec<PreferencePair>> {
-    let text = rows::decode(path, bytes)?;
-    let mut pairs = Vec::new();
-    for (number, line) in rows::numbered(text) {
-        let refuse =
-            |(reason, hint): Fault| Error::input(path, Some(number), reason).with_optional_hint(hint);
-        pairs.push(row(line).map_err(refuse)?);
+fn read_rows(path: &Path, rows: Rows<'_>, columns: &PairColumns) -> Result<Vec<PreferencePair>> {
+    let mut rows = rows.limited();
+    if rows.is_plain() {
+        let line = rows.find(|row| !matches!(row, Ok(row) if is_blank(row)));
+        if let Some(row) = line {
+            let reason = "expected rows with columns, found plain text";
+            return Err(Error::input(path, Some(row?.line), reason).with_hint(FORMS));
+        }
+    }
+    let (mut pairs, mut ignored, mut marked) =
+        (Vec::new(), Ignored::default(), chat_markers::Count::default());
+    let mut n_joined = 0;
+    for row in rows {
+        let row = row?;
+        let (pair, is_whole) = pair(&row.fields, columns, &mut ignored)
+            .map_err(|(reason, hint)| Error::input(path, Some(row.line), reason).with_optional_hint(hint))?;
+        marked.add(&[&pair.prompt, &pair.chosen, &pair.rejected]);
+        n_joined += usize::from(is_whole && is_joined(&pair));
+        pairs.push(pair);
     }
     if pairs.is_empty() {
         return Err(
             Error::input(path, None, "expected preference pairs, found an empty file").with_hint(FORMS)
         );
     }
+    ignored.log(path);
+    marked.warn(path, "pairs");
+    if 2 * n_joined > pairs.len() {
+        tracing::warn!(
+            "{}: in {n_joined} of {} pairs the answers follow the prompt without a space, as in {:?}. If that is not \
+             meant, begin each answer with a space or a line break",
+            path.display(),
+            pairs.len(),
+            pairs.iter().find(|pair| is_joined(pair)).map(boundary).unwrap_or_default()
+        );
+    }
     Ok(pairs)
 }
 
-/// Why a row is refused, and the hint.
-type Fault = (String, Option<&'static str>);
-
-const FORMS: &str = "a row is {\"prompt\", \"chosen\", \"rejected\"}, the paper's {\"prompt_text\", \
-    \"unpert_gen_text\", \"pert_gen_text\"}, or {\"chosen\", \"rejected\"} that start with the same prompt";
-
-fn row(line: &str) -> Result<PreferencePair, Fault> {
-    let object: Map<String, Value> = match serde_json::from_str(line) {
-        Ok(Value::Object(object)) => object,
-        Ok(Value::Array(_)) => {
-            return Err((
-                "expected a JSON object, found a list".into(),
-                Some("write one object per line: jq -c '.[]' FILE"),
-            ));
-        }
-        Ok(_) => return Err(("expected a JSON object".into(), Some(FORMS))),
-        // An object that spans several lines fails on its first line.
-        Err(e) => {
-            return Err((
-                format!("expected a JSON object: {e}"),
-                Some("write one whole object per line: jq -c . FILE"),
-            ));
-        }
-    };
-    let has = |key: &str| object.contains_key(key);
-    let three = |prompt: &str, chosen: &str, rejected: &str| {
-        Ok(PreferencePair {
-            prompt: field(&object, prompt)?.to_owned(),
-            chosen: field(&object, chosen)?.to_owned(),
-            rejected: field(&object, rejected)?.to_owned(),
-        })
-    };
-    match (has("prompt"), has("prompt_text"), has("chosen")) {
-        // The `pairs` command of this program, and TRL.
-        (true, false, _) | (true, true, true) => three("prompt", "chosen", "rejected"),
-        (_, true, _) => three("prompt_text", "unpert_gen_text", "pert_gen_text"),
-        (false, false, true) => Ok(implicit(field(&object, "chosen")?, field(&object, "rejected")?)),
-        (false, false, false) => {
-            let found: Vec<&str> = object.keys().map(String::as_str).take(8).collect();
-            Err((format!("expected a preference pair, found the keys {found:?}"), Some(FORMS)))
-        }
-    }
+fn is_blank(row: &rows::Row) -> bool {
+    row.fields.values().all(|text| text.as_str().is_some_and(|text| text.trim().is_empty()))
 }
 
-fn field<'a>(object: &'a Map<String, Value>, key: &str) -> Result<&'a str, Fault> {
-    match object.get(key) {
-        Some(Value::String(text)) => Ok(text),
-        Some(Value::Array(_) | Value::Object(_)) => Err((
-            format!("expected \"{key}\" to be a string, found messages of a conversation"),
-            Some("apply the model's chat template first"),
-        )),
-        Some(other) => Err((format!("expected \"{key}\" to be a string, found {other}"), None)),
-        None => {
-            let found: Vec<&str> = object.keys().map(String::as_str).take(8).collect();
-            Err((format!("expected a key \"{key}\", found only {found:?}"), Some(FORMS)))
+/// Whether prompt and answer, in a script with spaces, meet without white space.
+fn is_joined(pair: &PreferencePair) -> bool {
+    let is_end = |c: char| (c.is_alphanumeric() && c < '\u{900}') || ".?!:;,\"".contains(c);
+    let is_start = |c: char| c.is_alphanumeric() && c < '\u{900}';
+    let starts = |answer: &str| answer.chars().next().is_some_and(is_start);
+    pair.prompt.chars().last().is_some_and(is_end) && starts(&pair.chosen) && starts(&pair.rejected)
+}
+
+/// The text around the end of the prompt.
+fn boundary(pair: &PreferencePair) -> String {
+    let n_prompt = pair.prompt.chars().count();
+    let end: String = pair.prompt.chars().skip(n_prompt.saturating_sub(12)).collect();
+    end + &pair.chosen.chars().take(12).collect::<String>()
+}
+
+/// Why a row is refused, and the hint.
+type Fault = (String, Option<String>);
+
+const FORMS: &str = "a row is {\"prompt\", \"chosen\", \"rejected\"}, the paper's {\"prompt_text\", \
+    \"unpert_gen_text\", \"pert_gen_text\"}, or {\"chosen\", \"rejected\"} that start with the same prompt; name other \
+    columns with --prompt-column, --chosen-column and --rejected-column";
+
+/// The pair of a row, and whether its prompt has a column of its own.
+fn pair(
+    row: &Map<String, Value>,
+    columns: &PairColumns,
+    ignored: &mut Ignored,
+) -> Result<(PreferencePair, bool), Fault> {
+    let has = |key: &str| row.contains_key(key);
+    let only = |name: &'static [&'static str], column: Column| Column { names: name, ..column };
+    let is_named = columns.prompt.is_some() || columns.chosen.is_some() || columns.rejected.is_some();
+    // The `pairs` command of this program and TRL, else the paper, else other names.
+    let is_paper = !is_named && has("prompt_text") && !(has("prompt") && has("chosen"));
+    let (prompt, chosen, rejected) = match is_paper {
+        true => (
+            only(&["prompt_text"], PAIR_PROMPT),
+            only(&["unpert_gen_text"], CHOSEN),
+            only(&["pert_gen_text"], REJECTED),
+        ),
+        false => (PAIR_PROMPT, CHOSEN, REJECTED),
+    };
+    if chosen.find(row, columns.chosen.as_deref()).is_none() {
+        if let Some((reason, hint)) = rows::chat(row) {
+            return Err((reason, hint.map(str::to_owned)));
+        }
+        if prompt.find(row, columns.prompt.as_deref()).is_none() {
+            let found = rows::listed(row.keys().map(String::as_str));
+            return Err((
+                format!("expected a preference pair, found the columns {found}"),
+                Some(FORMS.into()),
+            ));
         }
     }
+    let (chosen_name, chosen) = field(row, chosen, columns.chosen.as_deref())?;
+    let (rejected_name, rejected) = field(row, rejected, columns.rejected.as_deref())?;
+    let prompt = match (prompt.find(row, columns.prompt.as_deref()), &columns.prompt) {
+        (None, None) => None,
+        _ => Some(field(row, prompt, columns.prompt.as_deref())?),
+    };
+    let mut used = vec![chosen_name, rejected_name];
+    used.extend(prompt.map(|(name, _)| name));
+    if columns.prompt.is_none()
+        && let Some(dropped) = rows::dropped(row, &used)
+    {
+        let place = prompt.map_or("the answers".to_owned(), |(name, _)| format!("the column {name:?}"));
+        let hint = match prompt {
+            Some((name, _)) => {
+                format!("put both into one column, or read {name:?} alone with --prompt-column {name}")
+            }
+            None => format!("name the prompt's column: --prompt-column {dropped}"),
+        };
+        return Err((
+            format!("expected the whole prompt in {place}, found another part of it in {dropped:?}"),
+            Some(hint),
+        ));
+    }
+    ignored.add(row, &used);
+    Ok(match prompt {
+        None => (implicit(chosen, rejected), false),
+        Some((_, prompt)) => {
+            let (prompt, chosen, rejected) = (prompt.into(), chosen.into(), rejected.into());
+            (PreferencePair { prompt, chosen, rejected }, true)
+        }
+    })
+}
+
+/// A text of the row, with its column's name.
+fn field<'r>(
+    row: &'r Map<String, Value>,
+    column: Column,
+    chosen: Option<&str>,
+) -> Result<(&'r str, &'r str), Fault> {
+    let found = column.find(row, chosen).ok_or_else(|| {
+        let (reason, hint) = column.absent(row, chosen);
+        (reason, Some(hint))
+    });
+    let (name, value) = found?;
+    let text = rows::text(name, value).map_err(|(reason, hint)| (reason, hint.map(str::to_owned)))?;
+    Ok((name, text))
 }
 
 /// Splits two whole texts into their common prompt and the two answers; see

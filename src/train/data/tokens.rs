@@ -72,6 +72,18 @@ impl Skip {
             Skip::NoPrompt => "an empty prompt, and no BOS",
         }
     }
+
+    /// What to change so that such pairs can be used.
+    pub fn hint(self) -> &'static str {
+        match self {
+            Skip::EmptyAnswer => "give both answers at least one token after the prompt",
+            Skip::EqualAnswers => {
+                "give two different answers; if they differ only after a common start, raise --max-length"
+            }
+            Skip::AllPrompt => "raise --max-length above --max-prompt, or lower --max-prompt",
+            Skip::NoPrompt => "give each pair a prompt, because this model adds no BOS before it",
+        }
+    }
 }
 
 /// The number of skipped pairs by reason.

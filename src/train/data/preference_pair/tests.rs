@@ -6,7 +6,7 @@ fn read_text(text: impl AsRef<[u8]>) -> Result<Vec<PreferencePair>> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     std::fs::write(&path, text).unwrap();
-    read(&path)
+    read(&path, &PairColumns::default())
 }
 
 fn one(text: &str) -> [String; 3] {
@@ -67,7 +67,8 @@ fn only_jsonl_files_of_a_folder_are_read_in_the_order_of_their_names() {
     }
     std::fs::write(folder.path().join("README.md"), "no rows").unwrap();
     std::fs::create_dir(folder.path().join("more.jsonl")).unwrap();
-    let prompts: Vec<String> = read(folder.path()).unwrap().into_iter().map(|pair| pair.prompt).collect();
+    let prompts: Vec<String> =
+        read(folder.path(), &PairColumns::default()).unwrap().into_iter().map(|pair| pair.prompt).collect();
     assert_eq!(prompts, ["first", "second"]);
 }
 
@@ -75,14 +76,26 @@ fn only_jsonl_files_of_a_folder_are_read_in_the_order_of_their_names() {
 fn rejects_rows_of_other_forms_with_their_line_and_a_hint() {
     let good = "{\"prompt\":\"p\",\"chosen\":\"a\",\"rejected\":\"b\"}\n";
     for (row, reason) in [
-        (r#"{"text": "a"}"#, "found the keys [\"text\"]"),
-        (r#"{"prompt": "p", "chosen": "a"}"#, "expected a key \"rejected\", found only"),
-        (r#"{"chosen": "a"}"#, "expected a key \"rejected\""),
-        (r#"{"prompt_text": "p", "unpert_gen_text": "a"}"#, "expected a key \"pert_gen_text\""),
+        (r#"{"text": "a"}"#, "found the columns \"text\""),
+        (
+            r#"{"prompt": "p", "chosen": "a"}"#,
+            "expected a rejected answer in a column such as \"rejected\", found only",
+        ),
+        (r#"{"chosen": "a"}"#, "expected a rejected answer"),
+        (r#"{"prompt_text": "p", "unpert_gen_text": "a"}"#, "in a column such as \"pert_gen_text\""),
+        (
+            r#"{"question": "p", "system": "s", "chosen": "a", "rejected": "b"}"#,
+            "another part of it in \"system\"",
+        ),
+        (
+            r#"{"instruction": "p", "input": "s", "chosen": "a", "rejected": "b"}"#,
+            "another part of it in \"input\"",
+        ),
+        (r#"{"context": "p", "chosen": "a", "rejected": "b"}"#, "another part of it in \"context\""),
         (r#"{"prompt": "p", "chosen": [{"role": "user", "content": "a"}], "rejected": []}"#, "messages"),
         (r#"{"prompt": [{"role": "user", "content": "a"}], "chosen": "a", "rejected": "b"}"#, "messages"),
-        (r#"[{"prompt": "p"}]"#, "found a list"),
-        (r#""text""#, "expected a JSON object"),
+        (r#"[{"prompt": "p"}]"#, "found an array"),
+        (r#""text""#, "found the columns \"text\""),
         (r#"{"prompt": "p","#, "EOF"),
     ] {
         match read_text(format!("{good}\n{row}\n")).unwrap_err() {
@@ -96,9 +109,29 @@ fn rejects_rows_of_other_forms_with_their_line_and_a_hint() {
     let error =
         read_text(format!("{good}{{\"prompt\":\"p\",\"chosen\":null,\"rejected\":\"b\"}}\n")).unwrap_err();
     assert!(
-        error.to_string().ends_with("pairs.jsonl:2: expected \"chosen\" to be a string, found null"),
+        error.to_string().ends_with("pairs.jsonl:2: field \"chosen\": expected a string, found null"),
         "{error}"
     );
+}
+
+#[test]
+fn other_names_and_tables_give_the_same_pair() {
+    let expected = ["Say", " yes", " no"];
+    for row in [
+        r#"{"question": "Say", "chosen": " yes", "rejected": " no", "system": ""}"#,
+        r#"{"instruction": "Say", "input": null, "Chosen": " yes", "Rejected": " no"}"#,
+        r#"[{"prompt": "Say", "preferred": " yes", "dispreferred": " no"}]"#,
+        "prompt,chosen,rejected\nSay, yes, no\n",
+    ] {
+        assert_eq!(one(row), expected, "{row}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.csv");
+    std::fs::write(&path, "a;b;c;system\nSay; yes; no;kind\n").unwrap();
+    let columns =
+        PairColumns { prompt: Some("a".into()), chosen: Some("b".into()), rejected: Some("c".into()) };
+    assert_eq!(read(&path, &columns).unwrap()[0].rejected, " no");
+    assert!(read(&path, &PairColumns::default()).unwrap_err().hint().unwrap().contains("--chosen-column"));
 }
 
 #[test]
@@ -111,9 +144,12 @@ fn rejects_invalid_utf_8_with_its_line() {
 fn rejects_files_and_folders_without_pairs_and_missing_ones() {
     assert!(read_text("\n \n").unwrap_err().to_string().contains("found an empty file"));
     let folder = tempfile::tempdir().unwrap();
-    let error = read(folder.path()).unwrap_err();
+    let error = read(folder.path(), &PairColumns::default()).unwrap_err();
     assert!(error.to_string().contains("found none") && error.hint().is_some(), "{error}");
-    assert!(matches!(read(&folder.path().join("none.jsonl")), Err(Error::Io { .. })));
+    assert!(matches!(
+        read(&folder.path().join("none.jsonl"), &PairColumns::default()),
+        Err(Error::Io { .. })
+    ));
 }
 
 #[test]

@@ -1,0 +1,282 @@
+//! Recognises the form of a file by its content, and by its name where the content leaves a choice.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+use super::column::is_text_name;
+use super::json;
+use super::source::SAMPLE_BYTES;
+use super::table::{Record, SEPARATORS, sampled};
+
+/// The form of a file of rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// JSON: an object or string per line, an array, or an object with a list.
+    Json,
+    /// A table with a header.
+    Table {
+        /// Between two cells.
+        separator: u8,
+        /// Whether a cell that starts with a quotation mark ends with one.
+        is_quoted: bool,
+    },
+    /// One text per line.
+    Lines {
+        /// Whether lines end in CR alone, as in old Mac files.
+        ends_in_cr: bool,
+    },
+}
+
+/// A form that the user asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// JSON in any shape.
+    Json,
+    /// A table. The separator is detected.
+    Table,
+    /// One text per line.
+    Lines,
+}
+
+/// Extensions of files that are not lists of rows: what they are.
+const FOREIGN: [(&str, &[&str]); 6] = [
+    ("YAML", &["yaml", "yml"]),
+    ("Markdown", &["md", "markdown", "mdx", "rst", "adoc", "org"]),
+    ("settings", &["toml", "ini", "cfg", "conf", "properties", "env", "lock"]),
+    ("a page of markup", &["html", "htm", "xhtml", "xml", "svg", "tex", "srt", "vtt", "tmx"]),
+    (
+        "source code",
+        &[
+            "py", "rs", "js", "ts", "c", "cc", "cpp", "h", "hpp", "java", "go", "rb", "php", "sh", "bash",
+            "pl", "lua", "sql", "r", "jl", "cs", "swift", "kt", "ps1", "bat", "css",
+        ],
+    ),
+    ("a notebook", &["ipynb"]),
+];
+
+/// The extension of a file in lower case, without `.gz` and `.zst`.
+pub fn extension(path: &Path) -> String {
+    let name = path.file_name().map(|name| name.to_string_lossy().to_ascii_lowercase()).unwrap_or_default();
+    let name = uncompressed_name(&name);
+    name.rsplit_once('.').map(|(_, extension)| extension.to_owned()).unwrap_or_default()
+}
+
+/// A file's name without `.gz` or `.zst`.
+pub fn uncompressed_name(name: &str) -> &str {
+    [".gz", ".gzip", ".zst", ".zstd"].iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(name)
+}
+
+/// The form of a file, by its name and its first bytes.
+///
+/// # Errors
+/// [`Error::Input`] for a form that is not a list of rows.
+pub(super) fn detect(path: &Path, noun: &str, sample: &[u8], wanted: Option<Wanted>) -> Result<Form> {
+    let is_whole = sample.len() < SAMPLE_BYTES;
+    let extension = extension(path);
+    match wanted {
+        Some(Wanted::Json) => return Ok(Form::Json),
+        Some(Wanted::Lines) => return Ok(lines(sample)),
+        Some(Wanted::Table) => return Ok(table(sample, is_whole, &extension)),
+        None => {}
+    }
+    let is_json_name = matches!(extension.as_str(), "json" | "jsonl" | "ndjson" | "geojson" | "jsonlines");
+    let is_plain_name = extension == "txt";
+    if looks_like_json(sample, is_json_name) {
+        return Ok(Form::Json);
+    }
+    if let Some((found, _)) = FOREIGN.iter().find(|(_, endings)| endings.contains(&extension.as_str())) {
+        return Err(foreign(path, noun, found));
+    }
+    if let Some(found) = markup(sample) {
+        return Err(foreign(path, noun, found));
+    }
+    if matches!(extension.as_str(), "csv" | "tsv" | "tab" | "psv") {
+        return Ok(table(sample, is_whole, &extension));
+    }
+    if let Some(form) = certain_table(sample, is_whole) {
+        return Ok(form);
+    }
+    if is_json_name {
+        return Ok(Form::Json);
+    }
+    if !is_plain_name && let Some(found) = structured(sample) {
+        return Err(foreign(path, noun, found));
+    }
+    Ok(lines(sample))
+}
+
+fn foreign(path: &Path, noun: &str, found: &str) -> Error {
+    Error::input(path, None, format!("expected a list of {noun}, found {found}"))
+        .with_hint("write one row per line as JSON, CSV with a header, or plain text in a file named .txt")
+}
+
+fn lines(sample: &[u8]) -> Form {
+    Form::Lines { ends_in_cr: sample.contains(&b'\r') && !sample.contains(&b'\n') }
+}
+
+/// Whether the text is JSON. A text that merely starts with a bracket, such as "[sic] he said", is not.
+fn looks_like_json(sample: &[u8], is_json_name: bool) -> bool {
+    let start = sample.trim_ascii_start();
+    let first_line = start.split(|&byte| byte == b'\n').next().unwrap_or_default();
+    let next = start.get(1..).unwrap_or_default().trim_ascii_start().first().copied();
+    match start.first() {
+        Some(b'{') => {
+            is_json_name
+                || matches!(next, Some(b'"' | b'}') | None)
+                || json::parse(first_line).is_ok_and(|(value, _)| value.is_object())
+        }
+        Some(b'[') => {
+            is_json_name
+                || matches!(next, Some(b'{') | None)
+                || matches!(json::parse(first_line), Ok((Value::Array(_), _)))
+                || (next == Some(b'"') && is_array_of_strings(start))
+        }
+        _ => false,
+    }
+}
+
+/// Whether a text starts with `[`, a string and a comma.
+fn is_array_of_strings(start: &[u8]) -> bool {
+    let rest = start[1..].trim_ascii_start();
+    let mut strings = serde_json::Deserializer::from_slice(rest).into_iter::<String>();
+    let is_string = strings.next().is_some_and(|string| string.is_ok());
+    let after = rest.get(strings.byte_offset()..).unwrap_or_default().trim_ascii_start();
+    is_string && matches!(after.first(), Some(b',' | b']'))
+}
+
+/// The table that fits best. Used if name or user say that the text is a table.
+fn table(sample: &[u8], is_whole: bool, extension: &str) -> Form {
+    let preferred = match extension {
+        "tsv" | "tab" => b'\t',
+        "psv" => b'|',
+        _ => b',',
+    };
+    let mut best = (0, preferred, true);
+    for separator in std::iter::once(preferred).chain(SEPARATORS) {
+        for is_quoted in [true, false] {
+            // Without quotation marks, only a table with tabs is unambiguous.
+            if !is_quoted && separator != b'\t' {
+                continue;
+            }
+            let Some(records) = sampled(sample, is_whole, separator, is_quoted) else { continue };
+            let Some(header) = records.first() else { continue };
+            let n = header.cells.len();
+            let is_even = records.iter().all(|record| record.cells.len() == n);
+            let is_known = header.cells.iter().any(|cell| is_text_name(cell));
+            let fit = 2 * usize::from(is_known) + usize::from(n > 1 && is_even) + usize::from(n > 1);
+            if fit > best.0 {
+                best = (fit, separator, is_quoted);
+            }
+        }
+    }
+    Form::Table { separator: best.1, is_quoted: best.2 }
+}
+
+/// The form of a text that is certainly a table, whatever its name: a header of at least two plain names, one of
+/// them that of a text, and as many cells in every row.
+fn certain_table(sample: &[u8], is_whole: bool) -> Option<Form> {
+    let is_name = |cell: &String| {
+        let cell = cell.trim();
+        cell.len() <= 40 && cell.chars().all(|c| c.is_alphanumeric() || "_-. ".contains(c))
+    };
+    let fits = |records: &[Record]| {
+        let Some(header) = records.first() else { return false };
+        let names = &header.cells;
+        names.len() >= 2
+            && names.iter().all(is_name)
+            && names.iter().skip(1).all(|cell| !cell.trim().is_empty())
+            && names.iter().any(|cell| is_text_name(cell))
+            && names.iter().all(|cell| cell.split_whitespace().count() <= 2)
+            && records.len() >= 2
+            && records.iter().all(|record| record.cells.len() == names.len())
+    };
+    SEPARATORS.into_iter().find_map(|separator| {
+        let ways: &[bool] = if separator == b'\t' { &[true, false] } else { &[true] };
+        ways.iter().find_map(|&is_quoted| {
+            let records = sampled(sample, is_whole, separator, is_quoted)?;
+            fits(&records).then_some(Form::Table { separator, is_quoted })
+        })
+    })
+}
+
+/// Markup that is no list of texts even in a file named `.txt`.
+fn markup(sample: &[u8]) -> Option<&'static str> {
+    let start = String::from_utf8_lossy(&sample[..sample.len().min(256)]).trim_start().to_lowercase();
+    let is = |word: &str| start.starts_with(word);
+    match () {
+        () if is("<!doctype html") || is("<html") => {
+            Some("a web page (HTML), perhaps an error page of a download")
+        }
+        () if is("<?xml") || is("<!doctype") || is("<svg") => Some("XML"),
+        () if is("#!") => Some("a script"),
+        () => None,
+    }
+}
+
+/// YAML, Markdown, settings or source code, by the marks of several lines.
+fn structured(sample: &[u8]) -> Option<&'static str> {
+    let text = String::from_utf8_lossy(sample);
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).take(50).collect();
+    let first = *lines.first()?;
+    let second = lines.get(1).copied().unwrap_or_default();
+    let is_key = |line: &str| {
+        let line = line.trim_start().trim_start_matches("- ");
+        let name = line.split_once(':').filter(|(_, rest)| rest.is_empty() || rest.starts_with(' '));
+        name.is_some_and(|(name, _)| is_identifier(name))
+    };
+    let is_block = |line: &str| line.trim_end().ends_with(':') && is_key(line);
+    let is_item = |line: &str| line.trim_start().starts_with("- ");
+    if first.starts_with("%YAML")
+        || (first.trim_end() == "---" && is_key(second))
+        || (is_block(first)
+            && !first.starts_with(' ')
+            && (is_item(second) || (second.starts_with(' ') && is_key(second))))
+        || (lines.len() > 1
+            && lines
+                .iter()
+                .all(|line| is_item(line) && is_key(line) || line.starts_with(' ') && is_key(line)))
+    {
+        return Some("YAML");
+    }
+    let is_section = |line: &str| {
+        let name = line.trim_end().strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        name.is_some_and(|name| {
+            !name.is_empty() && name.chars().all(|c| c.is_alphanumeric() || "_-.[]\"".contains(c))
+        })
+    };
+    let is_assignment =
+        |line: &str| line.split_once('=').is_some_and(|(name, _)| is_identifier(name.trim_end()));
+    if lines.iter().any(|line| is_assignment(line))
+        && lines
+            .iter()
+            .all(|line| is_section(line) || is_assignment(line) || line.starts_with(['#', ';', ' ', ']']))
+    {
+        return Some("settings (TOML or INI)");
+    }
+    if first.starts_with("#include <") || first.starts_with("#include \"") {
+        return Some("source code");
+    }
+    let is_heading = |line: &str| {
+        let rest = line.trim_start_matches('#');
+        (1..=6).contains(&(line.len() - rest.len())) && rest.starts_with(' ')
+    };
+    let is_bullet = |line: &str| ["- ", "* ", "+ "].iter().any(|mark| line.trim_start().starts_with(mark));
+    let is_numbered = |line: &str| {
+        let rest = line.trim_start_matches(|c: char| c.is_ascii_digit());
+        rest.len() < line.len() && rest.starts_with(". ")
+    };
+    let is_rule =
+        |line: &str| line.contains('|') && line.contains("--") && line.chars().all(|c| "|-: ".contains(c));
+    let is_fence = |line: &str| line.starts_with("```");
+    let any = |mark: &dyn Fn(&str) -> bool| usize::from(lines.iter().any(|line| mark(line)));
+    let n_marks = any(&is_heading) + any(&is_bullet) + any(&is_numbered) + 2 * any(&is_rule) + any(&is_fence);
+    (n_marks >= 2).then_some("Markdown")
+}
+
+fn is_identifier(name: &str) -> bool {
+    let is_start = name.chars().next().is_some_and(|c| c.is_alphabetic() || c == '_');
+    is_start && name.len() <= 40 && name.chars().all(|c| c.is_alphanumeric() || "_-.".contains(c))
+}
