@@ -30,7 +30,8 @@
 //! - [`progress`] is the trait through which long work reports its progress.
 //!
 //! The default feature `engine` compiles llama.cpp in. Without it the crate is small and has no llama.cpp: `gguf`,
-//! `graph`, `plugin`, and those parts of `interp`, `score` and `steer` that do not run a model. With `capi` as well
+//! `graph`, `plugin`, and those parts of `interp`, `score` and `steer` that do not run a model. The features `rows` and
+//! `tokenizer-json` add the readers of `text` without llama.cpp. With `capi` as well
 //! the crate is the plugin, a C library (`vendor/include/detox_gguf.h`).
 //!
 //! The metrics are those of Li, Yong and Bach, "Preference Tuning For Toxicity Mitigation Generalizes

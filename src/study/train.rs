@@ -35,7 +35,7 @@ use crate::report::json::to_json;
 use crate::report::training::TrainingReport;
 use crate::report::write::write_reports;
 use crate::train::data::preference_pair::{self, PairColumns, PreferencePair};
-use crate::train::data::tokens::{self, TokenPair, Tokenized};
+use crate::train::data::tokens::{self, Skip, TokenPair, Tokenized};
 use crate::train::device::Device;
 use crate::train::device::cpu::Cpu;
 use crate::train::device::name::{DeviceName, Frozen};
@@ -247,7 +247,14 @@ fn no_pairs(request: &TrainRequest, tokenized: &Tokenized, pairs: &[PreferencePa
     let reasons: Vec<String> = reasons.iter().map(|(s, n)| format!("{n} {}", s.reason())).collect();
     let reason = format!("none of its {} pairs can be used: {}", pairs.len(), reasons.join(", "));
     let source = request.pairs.clone().unwrap_or_else(|| "built-in pairs".into());
-    let hints: Vec<&str> = tokenized.skipped.reasons().iter().map(|(skip, _)| skip.hint()).collect();
+    // Answers that are equal as texts stay equal at any length.
+    let n_same = pairs.iter().filter(|pair| pair.chosen == pair.rejected).count();
+    let hint = |&(skip, n): &(Skip, usize)| match skip {
+        Skip::EqualAnswers if n_same == 0 => "raise --max-length: the answers differ only after it",
+        Skip::EqualAnswers if n_same >= n => "give two different answers",
+        skip => skip.hint(),
+    };
+    let hints: Vec<&str> = tokenized.skipped.reasons().iter().map(hint).collect();
     Error::input(source, None, reason).with_hint(hints.join("; "))
 }
 

@@ -9,6 +9,7 @@ mod formats;
 mod pairs;
 mod real_model;
 mod resume;
+mod rows;
 mod score;
 mod steering;
 #[path = "../support/real_model.rs"]

@@ -78,6 +78,7 @@ impl<'a> Json<'a> {
             let Some(first) = self.value()? else { return Ok(()) };
             return self.first(first);
         }
+        raw.truncate(raw.trim_ascii_end().len());
         let first = self.read(raw, line, column, line)?;
         self.first(first)
     }
@@ -146,6 +147,7 @@ impl<'a> Json<'a> {
                 return Ok(None);
             }
             if !raw.trim_ascii().is_empty() {
+                raw.truncate(raw.trim_ascii_end().len());
                 return self.read(raw, line, 1, line).map(Some);
             }
         }

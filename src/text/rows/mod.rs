@@ -177,13 +177,13 @@ impl<'a> Rows<'a> {
             }
         };
         if let Some(row) = &row {
-            self.count(row)?;
+            self.add(row)?;
         }
         Ok(row)
     }
 
     /// Counts a row, and refuses it if there are too many.
-    fn count(&mut self, row: &Row) -> Result<()> {
+    fn add(&mut self, row: &Row) -> Result<()> {
         self.n_rows += 1;
         if !self.is_limited {
             return Ok(());

@@ -211,7 +211,7 @@ fn markup(sample: &[u8]) -> Option<&'static str> {
             Some("a web page (HTML), perhaps an error page of a download")
         }
         () if is("<?xml") || is("<!doctype") || is("<svg") => Some("XML"),
-        () if is("#!") => Some("a script"),
+        () if is("#!/") => Some("a script"),
         () => None,
     }
 }
