@@ -41,6 +41,10 @@ pub struct Record {
 
 const FORMAT: u32 = 1;
 
+/// The hint for a folder of which something is missing or damaged.
+const REPEAT: &str = "repeat the `detox-gguf eval` that wrote this folder: it keeps everything whole and makes the \
+                      rest again";
+
 /// One line of `scores.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct ScoreRow {
@@ -58,6 +62,14 @@ pub(super) struct ScoreRow {
     pub base: BaseLogprob,
     /// For distinct-n and repetition, so that runs can be compared without their models.
     pub tokens: Vec<String>,
+}
+
+impl ScoreRow {
+    /// Whether the row measures this continuation.
+    pub(super) fn is_of(&self, generation: &Generation) -> bool {
+        (&self.prompt_id, &self.language, self.sample)
+            == (&generation.prompt_id, &generation.language, generation.sample)
+    }
 }
 
 /// A finished run, read back from its folder.
@@ -98,15 +110,11 @@ pub fn read(folder: &Path) -> Result<FinishedRun> {
 
 /// The files of the finished run in `folder`. Errors: as [`read`].
 pub(super) fn read_rows_of(folder: &Path) -> Result<(Record, Vec<Generation>, Vec<ScoreRow>)> {
-    let path = folder.join("run.json");
     let not_a_run = |reason: String| {
         Error::run_folder(folder, reason).with_hint("give a folder that `detox-gguf eval -o` wrote")
     };
-    let text = match std::fs::read_to_string(&path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(not_a_run("expected the folder of a run, found no run.json in it".into()));
-        }
-        text => text.map_err(Error::io("read", &path))?,
+    let Some(text) = file::read_record(folder)? else {
+        return Err(not_a_run("expected the folder of a run, found no run.json in it".into()));
     };
     let record: Record = serde_json::from_str(&text).map_err(|e| not_a_run(format!("run.json: {e}")))?;
     if record.format != FORMAT {
@@ -120,7 +128,7 @@ pub(super) fn read_rows_of(folder: &Path) -> Result<(Record, Vec<Generation>, Ve
             generations.len(),
             scores.len()
         );
-        return Err(Error::run_folder(folder, reason).with_hint("run the same eval again: it resumes"));
+        return Err(Error::run_folder(folder, reason).with_hint(REPEAT));
     }
     Ok((record, generations, scores))
 }
@@ -147,24 +155,44 @@ pub(super) fn perplexity_tokens(
     Some(if found.all(|tokens| tokens == first) { first } else { PerplexityTokens::WithoutIds })
 }
 
-/// The number of complete lines in `scores.jsonl`, and the tokens behind its first perplexity.
-#[allow(clippy::type_complexity)]
-pub(super) fn peek_scores(folder: &Path) -> Result<(usize, Option<Option<PerplexityTokens>>)> {
+/// What an interrupted run left in `scores.jsonl`.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct ScoresThere {
+    /// Rows before the first one that a crash tore.
+    pub n_rows: usize,
+    /// Whether a row has a base log-prob, and the tokens behind the first if its row names them.
+    pub tokens: Option<Option<PerplexityTokens>>,
+}
+
+/// Looks into `scores.jsonl`, which need not exist.
+pub(super) fn peek_scores(folder: &Path, generations: &[Generation]) -> Result<ScoresThere> {
     let path = folder.join("scores.jsonl");
     let bytes = match std::fs::read(&path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((0, None)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(ScoresThere::default()),
         bytes => bytes.map_err(Error::io("read", &path))?,
     };
-    let n_lines = bytes.iter().filter(|&&byte| byte == b'\n').count();
-    let mut rows = bytes.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
-    let first = rows.find(|row: &ScoreRow| row.base.base_logprob.is_some());
-    Ok((n_lines, first.map(|row| row.base.perplexity_tokens)))
+    let mut there = ScoresThere::default();
+    let lines = bytes.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
+    let rows = lines.map_while(|line| serde_json::from_slice::<ScoreRow>(line).ok());
+    for (row, _) in rows.zip(generations).take_while(|(row, generation)| row.is_of(generation)) {
+        there.n_rows += 1;
+        if there.tokens.is_none() && row.base.base_logprob.is_some() {
+            there.tokens = Some(row.base.perplexity_tokens);
+        }
+    }
+    Ok(there)
 }
 
 fn read_rows<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Vec<T>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let text = match std::fs::read(path) {
+        // An interrupted run has not written all files.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        bytes => bytes.map_err(Error::io("read", path))?,
+    };
+    let text = String::from_utf8_lossy(&text);
     let parse = |(i, line): (usize, &str)| {
-        let fault = |e| Error::input(path, Some(i + 1), format!("expected a row of a run: {e}"));
+        let fault =
+            |e| Error::input(path, Some(i + 1), format!("expected a row of a run: {e}")).with_hint(REPEAT);
         serde_json::from_str(line).map_err(fault)
     };
     text.lines().enumerate().map(parse).collect()
@@ -211,8 +239,10 @@ pub(super) fn join(
     scores: Vec<ScoreRow>,
 ) -> Result<Vec<Sample>> {
     let one = |(i, (g, s)): (usize, (Generation, ScoreRow))| {
-        if (&g.prompt_id, &g.language, g.sample) != (&s.prompt_id, &s.language, s.sample) {
-            return Err(changed_row(&folder.join("scores.jsonl"), i, &g.prompt_id, g.sample));
+        if !s.is_of(&g) {
+            let reason = format!("expected sample {} of prompt {:?}", g.sample, g.prompt_id);
+            let path = folder.join("scores.jsonl");
+            return Err(Error::input(path, Some(i + 1), reason).with_hint(REPEAT));
         }
         Ok(Sample {
             prompt_id: g.prompt_id,
@@ -230,10 +260,4 @@ pub(super) fn join(
         })
     };
     generations.into_iter().zip(scores).enumerate().map(one).collect()
-}
-
-/// The error for row `index` of a file that belongs to another continuation than expected.
-pub(super) fn changed_row(path: &Path, index: usize, prompt_id: &str, sample: u32) -> Error {
-    Error::input(path, Some(index + 1), format!("expected sample {sample} of prompt {prompt_id:?}"))
-        .with_hint("the file was changed since the run wrote it; delete it to make it again")
 }

@@ -316,13 +316,11 @@ impl Run<'_> {
         progress: &mut dyn Progress,
     ) -> Result<Vec<Generation>> {
         let path = self.folder.join("generations.jsonl");
-        let (mut log, mut rows) = JsonLog::open::<Generation>(&path, plan.rows_of_units())?;
-        for (i, row) in rows.iter().enumerate() {
+        let is_expected = |i: usize, row: &Generation| {
             let (prompt, sample) = plan.row(i);
-            if row.prompt_id != prompt.id || row.sample != sample {
-                return Err(record::changed_row(&path, i, &prompt.id, sample));
-            }
-        }
+            (&row.prompt_id, &row.language, row.sample) == (&prompt.id, &prompt.language, sample)
+        };
+        let (mut log, mut rows) = JsonLog::open(&path, plan.rows_of_units(), is_expected)?;
         if !rows.is_empty() && rows.len() < plan.n_rows() {
             progress.say(&format!("resuming after {} continuations", rows.len()));
         }

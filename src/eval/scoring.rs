@@ -82,15 +82,17 @@ pub(super) fn score_all(
     progress: &mut dyn Progress,
     mut score: impl FnMut(Range<usize>, Vec<BaseLogprob>) -> Result<Vec<ScoreRow>>,
 ) -> Result<Vec<ScoreRow>> {
-    let (n_there, found) = record::peek_scores(folder)?;
-    let found = found.map(|found| judge.found_tokens(folder, found)).transpose()?;
+    let there = record::peek_scores(folder, generations)?;
+    let found = there.tokens.map(|found| judge.found_tokens(folder, found)).transpose()?;
     // A finished run needs no model.
-    let mut base = if n_there < generations.len() { judge.open(generations, found)? } else { None };
+    let mut base = if there.n_rows < generations.len() { judge.open(generations, found)? } else { None };
     let units: Vec<usize> = match &base {
         Some(base) => base.units(generations),
         None => generations.chunks(SCORE_UNIT).map(<[_]>::len).collect(),
     };
-    let (mut log, mut rows) = JsonLog::open::<ScoreRow>(&folder.join("scores.jsonl"), units.iter().copied())?;
+    let is_expected = |i: usize, row: &ScoreRow| row.is_of(&generations[i]);
+    let (mut log, mut rows) =
+        JsonLog::open(&folder.join("scores.jsonl"), units.iter().copied(), is_expected)?;
     progress.start("scores", generations.len() as u64, rows.len() as u64);
     let mut first = 0;
     for n_rows in units {

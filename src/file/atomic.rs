@@ -95,7 +95,7 @@ impl AtomicFile {
         self.sync()?;
         let path = self.path;
         let Target::Beside { temporary, replaces } = self.target else { return Ok(()) };
-        if version(&path) != replaces {
+        if version(&path).is_some_and(|now| Some(now) != replaces) {
             tracing::warn!(
                 "{}: another program wrote this file in the meantime; it is replaced now",
                 path.display()

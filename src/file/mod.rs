@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 pub use atomic::{AtomicFile, write_atomic};
 pub use lock::{FolderLock, lock_folder};
 pub use log::{JsonLog, json_lines};
-pub use record::start_record;
+pub use record::{read_record, start_record};
 pub use temporary::{TEMPORARY_PREFIX, is_internal, remove_unfinished};
 
 /// The last component of a path as text, or the whole path if it has none.

@@ -7,10 +7,67 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::atomic::write_atomic;
+use super::temporary::is_internal;
 use crate::error::{Error, Result};
 
 /// JSON pointers to the program's version in `run.json`: in a training run, and in any other run.
 const VERSION_POINTERS: [&str; 2] = ["/detox_gguf", "/run/tool_version"];
+
+/// Name of the copy of `run.json`. A crash can zero the last file written, but hardly both.
+const COPY: &str = "run.json.bak";
+
+/// Reads the settings of the run in `folder`: `run.json`, or its copy if that is damaged. `None` without `run.json`.
+///
+/// # Errors
+/// [`Error::RunFolder`] if both are damaged; [`Error::Io`].
+pub fn read_record(folder: &Path) -> Result<Option<String>> {
+    match read_json(&folder.join("run.json"))? {
+        Found::Nothing => Ok(None),
+        Found::Json(text) => Ok(Some(text)),
+        Found::Damaged(reason) => match read_json(&folder.join(COPY))? {
+            Found::Json(text) => {
+                tracing::warn!("{}: run.json is damaged ({reason}); using its copy {COPY}", folder.display());
+                Ok(Some(text))
+            }
+            Found::Nothing | Found::Damaged(_) => {
+                let reason =
+                    format!("run.json is damaged ({reason}), so the settings of this run are unknown");
+                Err(Error::run_folder(folder, reason).with_hint("choose a new folder with -o"))
+            }
+        },
+    }
+}
+
+enum Found {
+    Nothing,
+    Json(String),
+    /// With the reason.
+    Damaged(String),
+}
+
+fn read_json(path: &Path) -> Result<Found> {
+    let bytes = match fs::read(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Nothing),
+        bytes => bytes.map_err(Error::io("read", path))?,
+    };
+    if bytes.is_empty() {
+        return Ok(Found::Damaged("it is empty".into()));
+    }
+    if bytes.iter().all(|&byte| byte == 0) {
+        return Ok(Found::Damaged("it has only zero bytes".into()));
+    }
+    Ok(match serde_json::from_slice::<Value>(&bytes) {
+        Ok(_) => Found::Json(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) => Found::Damaged(error.to_string()),
+    })
+}
+
+/// Whether a folder has no files of a run but its record.
+fn has_only_a_record(folder: &Path) -> Result<bool> {
+    let entries = fs::read_dir(folder).map_err(Error::io("read", folder))?;
+    let mut names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    Ok(names.all(|name| name == "run.json" || name == COPY || is_internal(&name)))
+}
 
 /// Starts or resumes a run: writes its settings to `run.json`, or checks that they match those already there.
 ///
@@ -22,12 +79,20 @@ const VERSION_POINTERS: [&str; 2] = ["/detox_gguf", "/run/tool_version"];
 pub fn start_record<T: Serialize>(folder: &Path, record: &T) -> Result<()> {
     let path = folder.join("run.json");
     let text = serde_json::to_string_pretty(record).expect("settings are plain data") + "\n";
-    if !path.exists() {
-        return write_atomic(&path, text.as_bytes());
-    }
-    let found = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let found = match read_record(folder) {
+        Ok(Some(found)) => found,
+        Ok(None) => return write_both(folder, &text),
+        Err(Error::RunFolder { .. }) if has_only_a_record(folder)? => {
+            tracing::warn!(
+                "{}: it is damaged, and nothing else was written; starting the run again",
+                path.display()
+            );
+            return write_both(folder, &text);
+        }
+        Err(error) => return Err(error),
+    };
     if found == text {
-        return Ok(());
+        return restore(folder, &text);
     }
     let (difference, version) = compare_records(&found, &text);
     if let Some(difference) = difference {
@@ -40,6 +105,23 @@ pub fn start_record<T: Serialize>(folder: &Path, record: &T) -> Result<()> {
             "{}: the run was started by detox-gguf {started} and continues with {now}: its results come from both",
             folder.display()
         );
+    }
+    restore(folder, &found)
+}
+
+/// Writes `run.json` and its copy.
+fn write_both(folder: &Path, text: &str) -> Result<()> {
+    write_atomic(&folder.join("run.json"), text.as_bytes())?;
+    write_atomic(&folder.join(COPY), text.as_bytes())
+}
+
+/// Writes those of `run.json` and its copy that are not `text`.
+fn restore(folder: &Path, text: &str) -> Result<()> {
+    for name in ["run.json", COPY] {
+        let path = folder.join(name);
+        if fs::read(&path).ok().as_deref() != Some(text.as_bytes()) {
+            write_atomic(&path, text.as_bytes())?;
+        }
     }
     Ok(())
 }
@@ -110,6 +192,33 @@ mod tests {
     }
 
     #[test]
+    fn a_damaged_record_is_restored_from_its_copy() {
+        let run = json!({"run": {"k": 4}});
+        let before = fs::read(run_folder(&run).path().join("run.json")).unwrap();
+        for (damaged, reason) in
+            [("", "it is empty"), ("\0\0\0", "only zero bytes"), ("{\"run\"", "EOF"), ("x", "expected")]
+        {
+            let folder = run_folder(&run);
+            let path = folder.path().join("run.json");
+            fs::write(folder.path().join("generations.jsonl"), "row\n").unwrap();
+            fs::write(&path, damaged).unwrap();
+            let other = start_record(folder.path(), &json!({"run": {"k": 5}})).unwrap_err().to_string();
+            assert!(other.contains("k is 4 there, and 5 now"), "{other}");
+            start_record(folder.path(), &run).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), before);
+            // Without a copy, as in folders of earlier versions.
+            fs::write(&path, damaged).unwrap();
+            fs::remove_file(folder.path().join(COPY)).unwrap();
+            let error = start_record(folder.path(), &run).unwrap_err().to_string();
+            assert!(error.contains("run.json is damaged") && error.contains(reason), "{error}");
+            // If the run has written nothing, it starts again.
+            fs::remove_file(folder.path().join("generations.jsonl")).unwrap();
+            start_record(folder.path(), &run).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), before);
+        }
+    }
+
+    #[test]
     fn rejects_a_run_with_any_other_difference() {
         let run = |version: &str, llama_cpp: &str, k: u32| {
             let run = json!({"tool_version": version, "settings": {"k": k}});
@@ -126,8 +235,5 @@ mod tests {
         // A record without a version is another run.
         let folder = run_folder(&json!({"run": {}}));
         assert!(start_record(folder.path(), &json!({"run": {"tool_version": "1"}})).is_err());
-        fs::write(folder.path().join("run.json"), "{").unwrap();
-        let error = start_record(folder.path(), &json!({"run": {}})).unwrap_err();
-        assert!(error.to_string().contains("run.json was changed"), "{error}");
     }
 }

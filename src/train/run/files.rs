@@ -11,6 +11,8 @@ pub struct RunFiles {
     pub references: PathBuf,
     /// The state from which the run resumes.
     pub checkpoint: PathBuf,
+    /// The checkpoint before it, until the run ends.
+    pub previous_checkpoint: PathBuf,
     /// The trained values with the lowest held-out loss.
     pub best: PathBuf,
 }
@@ -22,6 +24,7 @@ impl RunFiles {
             metrics: folder.join("metrics.jsonl"),
             references: folder.join("reference.jsonl"),
             checkpoint: folder.join("checkpoint.gguf"),
+            previous_checkpoint: folder.join("checkpoint-previous.gguf"),
             best: folder.join("best.gguf"),
         }
     }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::file::JsonLog;
+use crate::file::{JsonLog, base_name};
 use crate::progress::Progress;
 
 use crate::train::data::pack::Packed;
@@ -13,7 +13,7 @@ use crate::train::device::Device;
 use crate::train::model::config::Config;
 use crate::train::recipe::schedule::Schedule;
 use crate::train::recipe::settings::Settings;
-use crate::train::run::checkpoint::{self, State};
+use crate::train::run::checkpoint::{self, Checkpoint, State};
 use crate::train::run::files::RunFiles;
 use crate::train::run::metrics::{EvaluationRecord, PairMeans, Record, StepRecord};
 use crate::train::run::outcome::{Ending, Outcome};
@@ -45,16 +45,23 @@ pub fn run<D: Device>(
     check_lengths(&trainer.transformer.config, pairs)?;
     let (train, held_out) = tokens::split(pairs, settings.held_out, settings.seed);
     let n_steps = settings.n_steps(train.len());
-    let mut training = TrainingLoop::open(trainer, pairs, settings, files)?;
+    let resumed = Checkpoint::newest(files)?;
+    let state = resumed.as_ref().map_or_else(State::default, |checkpoint| checkpoint.state.clone());
+    let mut training = TrainingLoop::open(trainer, pairs, settings, files, state)?;
     if settings.frozen.is_some() {
         training.log_placement(progress)?;
     }
+    // Before the checkpoint is loaded: the trainer still has the model's own weights.
     training.references_of_start(interrupt, progress)?;
+    if let Some(checkpoint) = resumed {
+        checkpoint.load(training.trainer, true)?;
+    }
     progress.start("training", n_steps, training.state.step);
     let ending = training.steps(&train, &held_out, n_steps, interrupt, progress);
     progress.finish();
     let ending = ending?;
-    training.restore_best(progress)?;
+    training.restore_best()?;
+    training.forget_previous_checkpoint()?;
     let TrainingLoop { records, state, .. } = training;
     let outcome = Outcome {
         ending,
@@ -115,28 +122,32 @@ pub(super) struct TrainingLoop<'a, D: Device> {
 }
 
 impl<'a, D: Device> TrainingLoop<'a, D> {
-    /// Loads the checkpoint if there is one, and the metrics up to it.
+    /// Opens the files of a run that has come as far as `state`, and reads its metrics.
     fn open(
         trainer: &'a mut Trainer<D>,
         pairs: &'a [TokenPair],
         settings: &'a Settings,
         files: &'a RunFiles,
+        mut state: State,
     ) -> Result<Self> {
         let references = References::open(&files.references)?;
-        let state = match files.checkpoint.exists() {
-            true => checkpoint::load(&files.checkpoint, trainer, true)?,
-            false => State::default(),
+        // A damaged line can have swallowed the end of another, so that later lines count among the first ones.
+        let is_done = |record: &Record| match record {
+            Record::Step(record) => record.step <= state.step,
+            Record::Evaluation(record) => record.step <= state.evaluated_at,
+            Record::Placement(record) => record.step <= state.step,
         };
-        let lines = std::iter::repeat_n(1, state.n_records);
-        let (log, records) = JsonLog::open::<Record>(&files.metrics, lines)?;
+        let (log, records) = JsonLog::open_independent(&files.metrics, state.n_records, is_done)?;
         if records.len() < state.n_records {
-            let reason = format!(
-                "expected at least {} lines, as its checkpoint says, found {}",
+            tracing::warn!(
+                "{}: expected {} lines up to step {}, as the checkpoint says, found {}; the run continues, and its \
+                 plots lack the rest",
+                files.metrics.display(),
                 state.n_records,
+                state.step,
                 records.len()
             );
-            return Err(Error::run_folder(&files.metrics, reason)
-                .with_hint("choose another -o, or delete the folder to start over"));
+            state.n_records = records.len();
         }
         let longest = pairs.iter().map(n_rows).max().unwrap_or(0);
         Ok(TrainingLoop { trainer, pairs, longest, settings, files, log, records, state, references })
@@ -154,9 +165,7 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
             if interrupt.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
-            self.within_memory(part, Work::Score, progress, |run| {
-                run.references.of_start(run.trainer, part, run.state.step)
-            })?;
+            self.within_memory(part, Work::Score, progress, |run| run.references.of(run.trainer, part))?;
             progress.advance(part.len() as u64);
         }
         progress.finish();
@@ -164,20 +173,45 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
     }
 
     /// Loads the values of the best evaluation into the trainer, if there was one.
-    fn restore_best(&mut self, progress: &mut dyn Progress) -> Result<()> {
-        if self.state.best.is_none() {
+    fn restore_best(&mut self) -> Result<()> {
+        let Some((best_step, _)) = self.state.best else { return Ok(()) };
+        let path = &self.files.best;
+        if !path.exists() {
+            let step = self.state.step;
+            tracing::warn!(
+                "{}: missing, so the result has the values of the last step, {step}, instead of step {best_step}",
+                path.display()
+            );
+            self.state.best = None;
             return Ok(());
         }
-        let kept = checkpoint::load(&self.files.best, self.trainer, false)?;
+        let best = Checkpoint::open(path).map_err(|error| {
+            error.with_hint(format!(
+                "delete {} and repeat the command to use the values of the last step, or delete {} to train from the \
+                 first step again",
+                base_name(path),
+                base_name(&self.files.checkpoint)
+            ))
+        })?;
+        best.load(self.trainer, false)?;
         // They differ if the process was killed between writing the two files, and the repeated steps gave another
         // result.
-        if kept.best != self.state.best {
-            let step = kept.step;
-            progress.say(&format!(
-                "the best checkpoint is from step {step}, written before the run was interrupted"
-            ));
+        if best.state.best != self.state.best {
+            let step = best.state.step;
+            tracing::warn!("the best checkpoint is from step {step}, written before the run was interrupted");
         }
         Ok(())
+    }
+
+    /// Removes the checkpoint before the last, which a finished run does not need.
+    fn forget_previous_checkpoint(&self) -> Result<()> {
+        let path = &self.files.previous_checkpoint;
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io("remove", path)(error))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Steps and evaluates until the run ends.
@@ -287,7 +321,7 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
         if is_best {
             (evaluated.best, evaluated.n_worse) = (Some((self.state.step, record.eval_loss)), 0);
             // Save before updating the state. If saving fails, the saved state must lead to another evaluation.
-            checkpoint::save(&self.files.best, self.trainer, &evaluated, false)?;
+            checkpoint::save(&self.files.best, None, self.trainer, &evaluated, false)?;
         } else {
             evaluated.n_worse += 1;
         }
@@ -329,7 +363,10 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
     }
 
     fn save(&mut self) -> Result<()> {
-        checkpoint::save(&self.files.checkpoint, self.trainer, &self.state, true)
+        let RunFiles { checkpoint, previous_checkpoint, .. } = self.files;
+        // A checkpoint of all weights is several times the size of the model: one must do.
+        let previous = self.trainer.has_reference().then_some(previous_checkpoint.as_path());
+        checkpoint::save(checkpoint, previous, self.trainer, &self.state, true)
     }
 }
 
