@@ -345,7 +345,12 @@ impl Model {
 
 /// llama.cpp's own words at the end of a message, if there are any.
 pub(super) fn after_colon(reason: &str) -> String {
-    if reason.is_empty() { String::new() } else { format!(": {reason}") }
+    match reason.split_once("unknown pre-tokenizer type: ") {
+        _ if reason.is_empty() => String::new(),
+        None => format!(": {reason}"),
+        // llama.cpp does not name the key.
+        Some((_, found)) => format!(": key \"tokenizer.ggml.pre\": unknown kind {found}"),
+    }
 }
 
 /// Rows of the table of learned positions.

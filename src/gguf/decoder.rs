@@ -12,6 +12,9 @@ const MAX_EXPERTS: u32 = 1024;
 /// It aborts if the tensors of a memory-mapped file are aligned to less.
 const MIN_ALIGNMENT: u64 = 32;
 
+/// The longest name of an architecture in bytes. Our limit, twice that of the longest known.
+const MAX_ARCHITECTURE: usize = 40;
+
 /// Architectures that embed text: in llama.cpp they have no KV cache, or no decoder.
 const ENCODERS: &[&str] = &[
     "bert",
@@ -104,6 +107,12 @@ fn check_kind(file: &GgufFile) -> Result<()> {
             "key \"general.architecture\": expected a name such as \"llama\", found nothing",
         ));
     };
+    if arch.is_empty() || arch.len() > MAX_ARCHITECTURE || !arch.bytes().all(|b| b.is_ascii_graphic()) {
+        let shown: String = arch.chars().take(MAX_ARCHITECTURE).collect();
+        let reason =
+            format!("key \"general.architecture\": expected a name such as \"llama\", found {shown:?}");
+        return Err(reject(file, &reason));
+    }
     if let Some(what) = known(NOT_LANGUAGE_MODELS, arch) {
         return Err(reject(file, &format!("it is {what} (architecture {arch})"))
             .with_hint("pass the model itself with -m"));

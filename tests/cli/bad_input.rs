@@ -50,7 +50,7 @@ fn rejects_models_that_cannot_be_run() {
         (foreign, "HTML"),
         (empty, "empty"),
         (tiny("bert.gguf"), "bert"),
-        (folder.path().to_path_buf(), "directory"),
+        (folder.path().to_path_buf(), "found a folder"),
     ];
     for (path, word) in cases {
         let mut command = detox();
@@ -112,6 +112,56 @@ fn rejects_a_prompt_longer_than_the_context() {
         assert!(!run.join("run.json").exists() && !run.join("generations.jsonl").exists());
         assert!(text.contains("\"en/41\"") && text.contains("tokens"), "{text}");
     }
+}
+
+#[test]
+fn rejects_texts_beyond_learned_positions_in_every_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    // The tiny gpt2 knows 256 positions.
+    let long = "one two three four five six seven ".repeat(60);
+    std::fs::write(path("en.txt"), &long).unwrap();
+    let row = serde_json::json!({"prompt": "A", "generated_text": long, "language": "en"});
+    std::fs::write(path("g.jsonl"), row.to_string()).unwrap();
+    let row = serde_json::json!({"toxic": format!("you {long}"), "benign": format!("we {long}")});
+    std::fs::write(path("c.jsonl"), format!("{row}\n").repeat(4)).unwrap();
+    let model = tiny("gpt2.gguf");
+    let run = |arguments: &[&std::ffi::OsStr]| failure(detox().args(arguments).args(["-t", "1"]));
+    let os = std::ffi::OsStr::new;
+    let (prompts, generations) = (path("en.txt"), path("g.jsonl"));
+    let (contrast, output) = (path("c.jsonl"), path("out"));
+    let generate = [os("generate"), os("-m"), model.as_os_str(), os("--prompts"), prompts.as_os_str()];
+    let with_context = [&generate[..], &[os("-c"), os("4096"), os("-np"), os("1")]].concat();
+    let base = [os("--base"), model.as_os_str(), os("-o"), output.as_os_str()];
+    let eval = [&[os("eval"), os("--generations"), generations.as_os_str()][..], &base].concat();
+    let from = [os("--contrast"), contrast.as_os_str(), os("-o"), output.as_os_str()];
+    let steer = [&[os("steer"), os("-m"), model.as_os_str()][..], &from].concat();
+    let bench = [os("bench"), os("generate"), os("-m"), model.as_os_str(), os("-n"), os("300")];
+    for arguments in [&generate[..], &with_context, &eval, &steer, &bench] {
+        let (code, text) = run(arguments);
+        assert_eq!(code, 1, "{arguments:?}: {text}");
+        assert!(text.contains("learned positions only for 256"), "{arguments:?}: {text}");
+        assert!(
+            text.contains("hint: shorten the text") && !text.contains("raise -c"),
+            "{arguments:?}: {text}"
+        );
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn runs_a_model_whose_name_and_metadata_are_not_utf8() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(std::ffi::OsStr::from_bytes(b"caf\xe9.gguf"));
+    // "tiny llama" as the last bytes of the value of general.name, in Latin-1.
+    let mut bytes = std::fs::read(tiny("llama.gguf")).unwrap();
+    let at = bytes.windows(10).position(|w| w == b"tiny llama").unwrap();
+    bytes[at..at + 10].copy_from_slice(b"m\xe4rchen  \xe9");
+    std::fs::write(&path, bytes).unwrap();
+    let mut command = detox();
+    command.args(["eval", "-k", "1", "-n", "2", "--lang", "en", "--limit", "2", "-t", "1", "-m"]).arg(&path);
+    command.arg("-o").arg(folder.path().join("run")).assert().success();
 }
 
 #[test]

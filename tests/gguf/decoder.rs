@@ -36,7 +36,7 @@ impl Model {
         }
         let tensors = vec![
             ("token_embd.weight", vec![32, 16], TensorType::Q8_0),
-            ("blk.0.ffn_norm.weight", vec![32], TensorType::F32),
+            ("blk.1.ffn_norm.weight", vec![32], TensorType::F32),
             ("blk.0.ffn_down.weight", vec![64, 32], TensorType::Q4_0),
         ];
         Model { metadata, tensors }
@@ -370,7 +370,7 @@ fn rejects_an_alignment_below_that_of_cpu_buffers() {
 fn rejects_a_norm_that_is_not_f32() {
     let mut model = Model::new();
     model.tensors[1].2 = TensorType::F16;
-    model.assert_refused(&["blk.0.ffn_norm.weight", "expected type f32, found f16"]);
+    model.assert_refused(&["blk.1.ffn_norm.weight", "expected type f32, found f16"]);
 }
 
 #[test]

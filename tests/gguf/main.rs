@@ -6,4 +6,5 @@ mod dequantize;
 mod quantize;
 mod rejects;
 mod round_trip;
+mod rules;
 mod split;

@@ -193,6 +193,11 @@ pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
     check_heads(file, sizes)?;
     let arch = file.architecture()?;
     if sizes.n_head[0] == 0 {
+        // llama.cpp then rotates 0 dimensions in the layers that have heads, and never ends.
+        if arch == "plamo2" {
+            let key = file.arch_key("attention.head_count")?;
+            return Err(wrong_key(file, &key, "a number above 0 for the first layer", shown(file, &key)));
+        }
         return Ok(());
     }
     let Sizes { n_embd_head_k, n_embd_head_v, n_rot, .. } = *sizes;

@@ -29,17 +29,43 @@ use crate::error::{Error, Result};
 
 /// Checks the rules of single keys, and those of the tokenizer.
 pub(super) fn check_keys(file: &GgufFile) -> Result<()> {
+    let arch = file.architecture()?;
+    let prefix = format!("{arch}.");
+    if !file.metadata.iter().any(|(key, _)| key.starts_with(&prefix)) {
+        let key = "general.architecture";
+        return Err(wrong_key(
+            file,
+            key,
+            "the architecture that the other keys begin with",
+            shown(file, key),
+        ));
+    }
     tokenizer::check(file)?;
     keys::check(file)
 }
 
 /// Checks the rules of several keys and of tensors. [`check_keys`] comes first.
 pub(super) fn check_sizes(file: &GgufFile) -> Result<()> {
+    check_layers(file)?;
     let sizes = sizes::Sizes::read(file)?;
     attention::check(file, &sizes)?;
     recurrent::check(file, &sizes)?;
     types::check(file)?;
     shapes::check(file, &sizes)
+}
+
+/// Checks that `block_count` is the number of layers that have tensors. Layers that predict more tokens may have none.
+fn check_layers(file: &GgufFile) -> Result<()> {
+    let layer = |name: &str| name.strip_prefix("blk.")?.split_once('.')?.0.parse::<u32>().ok();
+    let last = file.tensors().iter().filter_map(|tensor| layer(tensor.name())).max();
+    let n_with_tensors = last.map_or(0, |last| last.saturating_add(1));
+    let n_nextn = file.u32_if_present(&file.arch_key("nextn_predict_layers")?)?.unwrap_or(0);
+    let n_layer = file.n_layer()?;
+    if (n_layer - n_nextn..=n_layer).contains(&n_with_tensors) {
+        return Ok(());
+    }
+    let expected = format!("{n_with_tensors}, the number of layers that have tensors");
+    Err(wrong_key(file, &file.arch_key("block_count")?, &expected, n_layer))
 }
 
 /// The error for a key.

@@ -320,7 +320,10 @@ fn check_row(file: &GgufFile, sizes: &Sizes, layer: Option<usize>, row: &Row) ->
     };
     let shape = axes.iter().map(|axis| axis.len(file, sizes, il)).collect::<Result<Vec<u64>>>()?;
     match file.tensor(&name) {
-        None if is_needed => Err(wrong_tensor(file, &name, &format!("shape {shape:?}"), "no such tensor")),
+        None if is_needed => {
+            let expected = format!("shape {shape:?} ({})", keys_of(axes, file.architecture()?));
+            Err(wrong_tensor(file, &name, &expected, "no such tensor"))
+        }
         None => Ok(()),
         Some(tensor) => {
             // Axes of one element at the end mean nothing to ggml.
@@ -332,7 +335,7 @@ fn check_row(file: &GgufFile, sizes: &Sizes, layer: Option<usize>, row: &Row) ->
                 false => Err(wrong_tensor(
                     file,
                     &name,
-                    &format!("shape {shape:?} from the metadata"),
+                    &format!("shape {shape:?} ({})", keys_of(axes, file.architecture()?)),
                     format!("{:?}", tensor.shape()),
                 )),
             }
@@ -340,7 +343,49 @@ fn check_row(file: &GgufFile, sizes: &Sizes, layer: Option<usize>, row: &Row) ->
     }
 }
 
+/// The keys that a shape comes from, for messages.
+fn keys_of(axes: &[Axis], arch: &str) -> String {
+    let mut keys: Vec<String> = Vec::new();
+    for name in axes.iter().flat_map(|axis| axis.keys()) {
+        let key = if name.starts_with("tokenizer.") { (*name).to_owned() } else { format!("{arch}.{name}") };
+        if !keys.contains(&key) {
+            keys.push(key);
+        }
+    }
+    format!("by {}", keys.join(", "))
+}
+
 impl Axis {
+    /// The keys it comes from: those without a default, and those that replace a default.
+    fn keys(self) -> &'static [&'static str] {
+        const HEAD: &str = "attention.head_count";
+        const HEAD_KV: &str = "attention.head_count_kv";
+        const KEY: &str = "attention.key_length";
+        const VALUE: &str = "attention.value_length";
+        match self {
+            Embd => &["embedding_length"],
+            Vocab => &["tokenizer.ggml.tokens"],
+            Positions => &["context_length"],
+            Ff | TwiceFf => &["feed_forward_length"],
+            Query => &[HEAD, KEY],
+            Key => &[HEAD_KV, KEY],
+            Values => &[HEAD_KV, VALUE],
+            QueryKeyValues => &[HEAD, HEAD_KV, KEY, VALUE],
+            AttentionOut => &[HEAD, VALUE],
+            Head => &[KEY, HEAD],
+            Heads => &[HEAD],
+            KeyHeads => &[HEAD_KV],
+            HalfRotated => &["rope.dimension_count"],
+            Experts => &["expert_count"],
+            Kernel => &["ssm.conv_kernel"],
+            Inner | TwiceInner => &["ssm.inner_size"],
+            State => &["ssm.state_size"],
+            Rank => &["ssm.time_step_rank"],
+            Step => &["embedding_length"],
+            StepAndStates => &["embedding_length", "ssm.state_size"],
+        }
+    }
+
     /// Its number of elements in layer `il`.
     fn len(self, file: &GgufFile, sizes: &Sizes, il: usize) -> Result<u64> {
         let ssm = |name: &str| -> Result<u64> { Ok(file.u32(&file.arch_key(name)?)?.into()) };
