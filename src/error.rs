@@ -79,16 +79,20 @@ pub enum Error {
     /// A prompt and its continuation do not fit in the context.
     #[error(
         "{}{n_prompt} tokens{}, but {} {n_ctx_seq}",
-        if prompt.is_empty() { "a text has ".to_owned() } else { format!("prompt {prompt:?} has ") },
+        match (prompt.as_str(), n_predict) {
+            ("", _) => "a text has ".to_owned(),
+            (_, 0) => format!("{prompt:?} has "),
+            _ => format!("prompt {prompt:?} has "),
+        },
         if *n_predict > 0 { format!(" and {n_predict} more would be generated") } else { String::new() },
         if *is_learned { "the model has learned positions only for" } else { "a sequence holds only" }
     )]
     PromptTooLong {
         /// The prompt's id.
         prompt: String,
-        /// Tokens in the prompt.
+        /// Tokens in the prompt, or in the whole text if it is only read.
         n_prompt: usize,
-        /// Tokens to generate.
+        /// Tokens to generate; 0 if the text is only read.
         n_predict: usize,
         /// Context of one sequence in the session, in tokens.
         n_ctx_seq: usize,
@@ -311,9 +315,9 @@ impl Error {
             Error::PromptTooLong { is_learned: true, n_predict: 1.., .. } => {
                 Some("shorten the text, or lower -n/--n-predict: -c/--ctx-size cannot add positions".into())
             }
-            Error::PromptTooLong { is_learned: true, .. } => {
-                Some("shorten the text: -c/--ctx-size cannot add positions".into())
-            }
+            Error::PromptTooLong { is_learned: true, n_ctx_seq, .. } => Some(format!(
+                "shorten the text (or use --max-tokens {n_ctx_seq}, where a command has it): -c/--ctx-size cannot add positions"
+            )),
             Error::PromptTooLong { .. } => Some(
                 "raise -c/--ctx-size, lower -np/--parallel or -n/--n-predict, or shorten the prompt".into(),
             ),

@@ -46,7 +46,8 @@ pub fn score(
     session.model().files().check_content()?;
     for request in requests {
         let longest = request.continuations.iter().map(Vec::len).max().unwrap_or(0);
-        session.check_fits(&request.id, request.prompt.len(), longest)?;
+        session.check_fits(&request.id, request.prompt.len(), 0)?;
+        session.check_fits(&request.id, request.prompt.len() + longest, 0)?;
     }
     session.context.clear();
     let mut logprobs: Vec<Vec<Vec<f64>>> =

@@ -71,8 +71,13 @@ impl Model {
         let handle = ModelHandle::load(&file, params);
         // llama.cpp opened the path again: this proves that it found the same bytes.
         file.check_unchanged()?;
-        let handle = handle.map_err(|reason| {
+        let handle = handle.map_err(|mut reason| {
             let version = super::llama_version();
+            if reason.contains("wrong number of tensors")
+                && let Some(name) = gguf::unexpected_tensor(&file)
+            {
+                reason.push_str(&format!("; tensor {name:?} does not belong to {architecture}"));
+            }
             refused(
                 format!(
                     "llama.cpp {version} refused it (architecture {architecture:?}){}",

@@ -83,6 +83,12 @@ pub fn check_decoder(file: &GgufFile) -> Result<()> {
     rules::check_sizes(file)
 }
 
+/// The first tensor that the file's architecture does not have, if this program knows the architecture.
+#[cfg(feature = "engine")]
+pub(crate) fn unexpected_tensor(file: &GgufFile) -> Option<&str> {
+    rules::unexpected(file)
+}
+
 /// Shorthand for [`Error::model`].
 fn reject(file: &GgufFile, reason: &str) -> Error {
     Error::model(file.path(), reason)

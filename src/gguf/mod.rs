@@ -51,6 +51,8 @@ pub use blocks::dequantize;
 #[cfg(feature = "engine")]
 pub use blocks::quantize;
 pub use decoder::check_decoder;
+#[cfg(feature = "engine")]
+pub(crate) use decoder::unexpected_tensor;
 pub use file_hash::{file_sha256, model_sha256};
 pub use file_type::file_type_name;
 pub use read::GgufFile;

@@ -22,6 +22,9 @@ const MAX_KEYS: u64 = 65_536;
 /// The most tensors accepted. Our limit: 512 for each of llama.cpp's `LLAMA_MAX_LAYERS` (512).
 const MAX_TENSORS: u64 = 512 * 512;
 
+/// The most bytes after the last tensor. Our limit: llama.cpp maps the whole file, and a sparse file has no end.
+const MAX_TRAILING_BYTES: u64 = 1 << 30;
+
 /// The smallest key with its value: a length, one letter, a type and one byte.
 const MIN_KEY_BYTES: u64 = 8 + 1 + 4 + 1;
 
@@ -130,6 +133,11 @@ fn parse_header<R: io::Read>(cursor: &mut Cursor<R>, len: u64) -> Result<Header,
     let data_offset = cursor.position().next_multiple_of(alignment);
     place_tensors(&mut tensors, data_offset, alignment, len)?;
     let data_end = tensors.last().map_or(cursor.position(), |last| last.offset + last.n_bytes);
+    if len.saturating_sub(data_end) > MAX_TRAILING_BYTES {
+        return Err(Fault::Reason(format!(
+            "its data ends after {data_end} bytes, but the file has {len}: it is not the file that was made"
+        )));
+    }
     Ok(Header { version, alignment, metadata, tensors, data_end })
 }
 

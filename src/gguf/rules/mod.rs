@@ -23,6 +23,9 @@ mod sizes;
 mod tokenizer;
 mod types;
 
+#[cfg(feature = "engine")]
+pub(super) use shapes::unexpected;
+
 use super::read::GgufFile;
 use super::{Array, Value};
 use crate::error::{Error, Result};

@@ -218,6 +218,15 @@ pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
     if file.f32_if_present(&epsilon)?.is_none() {
         return Err(wrong_key(file, &epsilon, "a finite f32 of at least 0", "nothing"));
     }
+    let nextn = file.arch_key("nextn_predict_layers")?;
+    if sizes.n_layer_main != file.n_layer()? as usize {
+        return Err(wrong_key(
+            file,
+            &nextn,
+            &format!("no such layers in {arch}"),
+            super::shown(file, &nextn),
+        ));
+    }
     check_heads(file, family, sizes)?;
     check_windows(file, arch)?;
     for row in family.outer.iter().copied().flatten() {
@@ -229,6 +238,22 @@ pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The first tensor that is not in the tables of the file's architecture; `None` for an architecture without tables.
+///
+/// llama.cpp refuses such a file without a name: "wrong number of tensors".
+#[cfg(feature = "engine")]
+pub(in crate::gguf) fn unexpected(file: &GgufFile) -> Option<&str> {
+    let arch = file.architecture().ok()?;
+    let family = FAMILIES.iter().find(|family| family.name == arch)?;
+    let is_in =
+        |tables: &[&[Row]], role: &str| tables.iter().copied().flatten().any(|(name, ..)| *name == role);
+    let mut names = file.tensors().iter().map(|tensor| tensor.name());
+    names.find(|name| match name.starts_with("blk.") {
+        true => !is_in(family.layer, super::types::role(name)),
+        false => !is_in(family.outer, name),
+    })
 }
 
 fn check_heads(file: &GgufFile, family: &Family, sizes: &Sizes) -> Result<()> {
@@ -255,7 +280,8 @@ fn check_heads(file: &GgufFile, family: &Family, sizes: &Sizes) -> Result<()> {
                 None => "attention.head_count",
             };
             let key = file.arch_key(name)?;
-            let expected = format!("heads that fill the width of {} in {arch}", sizes.n_embd);
+            let width = file.arch_key("embedding_length")?;
+            let expected = format!("heads that fill the {} of {width} in {arch}", sizes.n_embd);
             let found = format!("{} heads of {}", sizes.n_head[0], sizes.n_embd_head_k);
             return Err(wrong_key(file, &key, &expected, found));
         }
