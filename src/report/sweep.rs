@@ -6,7 +6,7 @@ use crate::eval::metric::{MetricId, MetricKind};
 use crate::eval::result::{Metric, find};
 use crate::report::grid::{Grid, Row};
 use crate::report::line_plot::{Series, line_plot};
-use crate::report::{csv, format, html as page, markdown, terminal};
+use crate::report::{csv, format, headline, html as page, markdown, terminal};
 use crate::study::sweep::{Kind, Point, Sweep};
 
 /// Columns: metrics; those of the scorer first.
@@ -85,6 +85,7 @@ pub fn to_terminal(sweep: &Sweep, colour: bool) -> String {
     terminal::push_table(&mut text, &settings_grid(sweep, 7), colour);
     text.push('\n');
     text.push_str(&terminal::wrapped(LEGEND, ""));
+    text.extend(headline::perplexity(&sweep.run).map(|note| terminal::wrapped(&note, "")));
     text.push('\n');
     text.push_str(&terminal::wrapped(&format!("{}.", sweep.reason), ""));
     terminal::push_warnings(&mut text, &sweep.warnings, colour);
@@ -100,6 +101,7 @@ pub fn to_markdown(sweep: &Sweep) -> String {
         markdown::push_table(&mut text, &grid);
     }
     markdown::paragraph(&mut text, LEGEND);
+    headline::perplexity(&sweep.run).iter().for_each(|note| markdown::paragraph(&mut text, note));
     text
 }
 

@@ -15,6 +15,7 @@ fn an_evaluation_writes_its_files_and_prints_a_row_per_language() {
     let names: Vec<String> = contents(&run).into_keys().collect();
     let expected = [
         "generations.jsonl",
+        "per_prompt.jsonl",
         "report.csv",
         "report.html",
         "report.json",

@@ -7,6 +7,7 @@ mod eval;
 mod export;
 mod formats;
 mod pairs;
+mod perplexity;
 mod real_model;
 mod resume;
 mod rows;

@@ -93,22 +93,23 @@ fn steered_sides_are_recorded_and_measured_with_the_unsteered_model() {
     }
     let both = run("both.jsonl", &["--steer-chosen", "--steer-rejected"]);
     assert!(!both.is_empty());
-    // The unsteered model's log-prob of steered texts, computed independently with `eval --base`.
-    let generations: Vec<String> = both
-        .iter()
-        .map(|row| {
-            serde_json::json!({"prompt": row["prompt"], "generated_text": row["rejected"]}).to_string() + "\n"
-        })
-        .collect();
-    let texts = folder.path().join("en.jsonl");
-    std::fs::write(&texts, generations.concat()).unwrap();
+    // The unsteered model's log-prob of the sampled tokens, computed independently with `eval --base`.
+    let texts = folder.path().join("g.jsonl");
+    let mut command = detox();
+    command.args(["generate", "--lang", "en", "--limit", "3", "-k", "8", "-n", "6", "-np", "2", "-t", "1"]);
+    command.args(["-s", "5", "-m"]).arg(tiny("llama.gguf")).arg("--steer").arg(&steer).arg("-o").arg(&texts);
+    command.assert().success();
     let judged = folder.path().join("judged");
     let mut command = detox();
     command.args(["eval", "-t", "1", "--generations"]).arg(&texts).arg("--base").arg(tiny("llama.gguf"));
-    command.arg("-o").arg(&judged).assert().success();
-    for (row, score) in both.iter().zip(rows(&judged.join("scores.jsonl"))) {
+    command.args(["--perplexity", "sampled", "-o"]).arg(&judged).assert().success();
+    let scores = rows(&judged.join("scores.jsonl"));
+    for row in &both {
+        let measured = &row["rejected_measured"];
+        let is_same = |s: &&Value| s["prompt_id"] == row["prompt_id"] && s["sample"] == measured["sample"];
+        let score = scores.iter().find(is_same).unwrap();
         let expected = score["base_logprob"].as_f64().unwrap() / score["base_n_tokens"].as_f64().unwrap();
-        let found = row["rejected_measured"]["logprob_per_token"].as_f64().unwrap();
+        let found = measured["logprob_per_token"].as_f64().unwrap();
         // 0.02: batches of another shape, with an F16 KV cache.
         assert!((found - expected).abs() < 0.02, "{found} {expected}");
     }

@@ -18,7 +18,9 @@ fn a_truncated_run_resumes_to_the_same_bytes() {
     let n_bytes = std::fs::metadata(whole.join("generations.jsonl")).unwrap().len() as usize;
     for n in [0, 1, n_bytes / 3, n_bytes / 2, n_bytes - 1, n_bytes] {
         small_eval(&broken).assert().success();
-        for name in ["report.json", "report.html", "report.md", "report.csv", "scores.jsonl"] {
+        for name in
+            ["report.json", "report.html", "report.md", "report.csv", "per_prompt.jsonl", "scores.jsonl"]
+        {
             std::fs::remove_file(broken.join(name)).unwrap();
         }
         cut(&broken.join("generations.jsonl"), n);

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use detox_gguf::Error;
 use detox_gguf::engine::logprob;
-use detox_gguf::engine::schedule::{self, Continuation, Finish, GenerateOptions, Request};
+use detox_gguf::engine::schedule::{self, Continuation, Finish, GenerateOptions, Request, Written};
 use detox_gguf::engine::{Model, Sampling, Session};
 
 use super::{open, options, session, uninterrupted};
@@ -109,6 +109,33 @@ fn the_log_probability_of_a_sample_equals_that_of_its_tokens_given_the_prompt() 
             // Twelve tokens, each within 0.005 of the other computation, because of the F16 cache.
             assert!((c.logprob - sum).abs() < 0.06, "{name}: {} {sum}", c.logprob);
         }
+    }
+}
+
+#[test]
+fn written_continuations_have_the_same_bits_when_they_are_decoded_again() {
+    for name in ["llama", "gpt2", "gemma3", "qwen3"] {
+        let model = open(name);
+        let requests = requests(&model);
+        let hot = Sampling { temperature: 1.5, top_p: 1.0, ..Sampling::PAPER };
+        let options = GenerateOptions { n_predict: 40, sampling: hot, ..OPTIONS };
+        // Fewer slots than continuations: slots are reused, and moved together at the end.
+        let found = generate(&mut session(&model, 7), &requests, &options);
+        assert!(found.iter().any(|c| c.finish == Finish::Stop), "{name}: some continuations stop early");
+        let written: Vec<Vec<Written<'_>>> = (0..requests.len())
+            .map(|i| {
+                let of_request = found.iter().filter(|c| c.request == i);
+                of_request.map(|c| Written { tokens: &c.tokens, finish: c.finish }).collect()
+            })
+            .collect();
+        let mut again = Vec::new();
+        schedule::replay(&mut session(&model, 7), &requests, &written, &uninterrupted(), |c| {
+            again.push(c);
+            Ok(())
+        })
+        .unwrap();
+        again.sort_by_key(|c| (c.request, c.sample));
+        assert_eq!(again, found, "{name}");
     }
 }
 

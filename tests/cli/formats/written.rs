@@ -18,13 +18,21 @@ const ESTIMATE: Form =
 const WARNINGS: Form = Form::List(&Form::Object(&[("what", Form::Text), ("advice", Form::Text)]));
 
 /// `run.json` of `eval`.
-const RUN: Rules<'_> = &[("llama_cpp", Form::Text), ("system", Form::Text), ("tool_version", Form::Text)];
+const RUN: Rules<'_> = &[
+    ("llama_cpp", Form::Text),
+    ("system", Form::Text),
+    ("tool_version", Form::Text),
+    ("paths/model", Form::Text),
+    ("paths/base", Form::Text),
+];
 
 const GENERATIONS: Rules<'_> = &[
     ("generated_text", Form::Text),
     ("n_tokens", Form::Integer),
     ("logprob", Form::Float),
     ("finish", FINISH),
+    ("token_ids", Form::List(&Form::Integer)),
+    ("token_logprobs", Form::List(&Form::Float)),
 ];
 
 const SCORES: Rules<'_> = &[
@@ -45,7 +53,22 @@ const REPORT: Rules<'_> = &[
     ("metrics/missing", Form::Integer),
     ("mean/n", Form::Integer),
     ("mean/missing", Form::Integer),
+    ("perplexity_tokens", Form::Word(&["sampled", "retokenised", "without_ids"])),
     ("warnings", WARNINGS),
+];
+
+/// One prompt's line of `per_prompt.jsonl`.
+const PER_PROMPT: Rules<'_> = &[
+    ("toxicity/lexical", Form::List(&FLOAT_OR_NULL)),
+    ("maximum_toxicity/lexical", FLOAT_OR_NULL),
+    ("perplexity", Form::List(&FLOAT_OR_NULL)),
+    ("perplexity_median", FLOAT_OR_NULL),
+    ("distinct_1", FLOAT_OR_NULL),
+    ("distinct_2", FLOAT_OR_NULL),
+    ("distinct_3", FLOAT_OR_NULL),
+    ("repetition", Form::List(&FLOAT_OR_NULL)),
+    ("language_kept", Form::List(&BOOL_OR_NULL)),
+    ("blank", Form::List(&Form::Bool)),
 ];
 
 /// The form of a `report.json` of `eval`.
@@ -101,6 +124,8 @@ fn eval_writes_this_form() {
         add(&mut form, "report.json", &form_of_report(&read(&run.join("report.json"))));
         let csv = form_of_csv(&read(&run.join("report.csv")), &["language", "scorer", "metric", "k"]);
         add(&mut form, "report.csv", &csv);
+        let per_prompt = form_of_lines(&read(&run.join("per_prompt.jsonl")), PER_PROMPT);
+        add(&mut form, "per_prompt.jsonl", &per_prompt);
         assert_golden(&format!("eval_{name}.txt"), &form);
     }
 }
