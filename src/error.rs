@@ -144,6 +144,17 @@ pub enum Error {
         hint: Option<String>,
     },
 
+    /// A computed number is NaN or infinite.
+    #[error("{what}: expected a finite number, found {found}")]
+    NotFinite {
+        /// The number.
+        what: String,
+        /// NaN or an infinity.
+        found: f64,
+        /// What to do about it, if known.
+        hint: Option<String>,
+    },
+
     /// Training diverged: a loss, gradient or parameter is NaN or infinite.
     #[error("training diverged: {reason}")]
     Training {
@@ -235,6 +246,11 @@ impl Error {
         Error::Refused { what: what.into(), reason: reason.into(), hint: None }
     }
 
+    /// An [`Error::NotFinite`] without a hint.
+    pub fn not_finite(what: impl Into<String>, found: impl Into<f64>) -> Error {
+        Error::NotFinite { what: what.into(), found: found.into(), hint: None }
+    }
+
     /// An [`Error::NoResult`] without a hint.
     pub fn no_result(reason: impl Into<String>) -> Error {
         Error::NoResult { reason: reason.into(), hint: None }
@@ -286,6 +302,7 @@ impl Error {
             | Error::DeviceMemory { hint, .. }
             | Error::RunFolder { hint, .. }
             | Error::Refused { hint, .. }
+            | Error::NotFinite { hint, .. }
             | Error::NoResult { hint, .. } => Some(hint),
             Error::Io { .. }
             | Error::Gguf { .. }
@@ -308,6 +325,7 @@ impl Error {
             | Error::DeviceMemory { hint, .. }
             | Error::RunFolder { hint, .. }
             | Error::Refused { hint, .. }
+            | Error::NotFinite { hint, .. }
             | Error::NoResult { hint, .. } => hint.clone(),
             Error::Gguf { .. } => Some(
                 "download or convert the file again, and compare its size and sha256 with the source".into(),

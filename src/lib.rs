@@ -25,6 +25,7 @@
 //! - [`plugin`] steers inside a program that runs llama.cpp itself, from Rust or C.
 //!
 //! - [`error`] is the error type of every module.
+//! - [`finite`] refuses NaN and infinities.
 //! - [`mod@file`] writes files atomically and resumes logs.
 //! - [`memory`] measures memory.
 //! - [`progress`] is the trait through which long work reports its progress.
@@ -47,6 +48,7 @@ pub mod error;
 #[cfg(feature = "engine")]
 pub mod eval;
 pub mod file;
+pub mod finite;
 pub mod gguf;
 pub mod graph;
 pub mod interp;

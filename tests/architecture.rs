@@ -89,8 +89,9 @@ fn every_relative_link_of_a_guide_leads_somewhere() {
 
 /// The modules of the crate from left to right, as docs/architecture.md draws them. Modules in one row never use one
 /// another.
-const LAYERS: [&[&str]; 13] = [
+const LAYERS: [&[&str]; 14] = [
     &["error"],
+    &["finite"],
     &["file", "memory"],
     &["text", "gguf"],
     &["progress"],

@@ -105,7 +105,7 @@ impl ActivationsCommand {
             n_predict: self.n_predict,
             languages: by_language(&rows),
         };
-        let files = [("json", json::to_json(&found)), ("csv", found.to_csv()), ("html", found.to_html())];
+        let files = [("json", json::to_json(&found)?), ("csv", found.to_csv()), ("html", found.to_html())];
         write_reports(&self.output, "activations", &files)?;
         print(&found.to_terminal(may_colour(&std::io::stdout())))?;
         eprintln!("report: {}", self.output.join("activations.html").display());

@@ -54,7 +54,7 @@ pub fn run(a: &Path, b: &Path, output: Option<&Path>, no_perplexity: bool) -> Re
             folder,
             "comparison",
             &[
-                ("json", json::to_json(&comparison)),
+                ("json", json::to_json(&comparison)?),
                 ("csv", csv::comparison_to_csv(&comparison)),
                 ("md", markdown::comparison_to_markdown(&comparison)),
                 ("html", html::comparison_to_html(&comparison, &excerpts)),

@@ -228,7 +228,7 @@ impl EvalArguments {
             folder,
             "report",
             &[
-                ("json", json::to_json(result)),
+                ("json", json::to_json(result)?),
                 ("csv", csv::to_csv(result)),
                 ("md", markdown::to_markdown(result)),
                 ("html", html::to_html(result, &excerpts)),

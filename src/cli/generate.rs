@@ -54,7 +54,7 @@ impl GenerateCommand {
         progress.start("continuations", plan.n_rows() as u64, 0);
         for unit in 0..plan.n_units() {
             let rows = plan.generate(&mut session, unit, interrupt, || progress.advance(1))?;
-            let lines = file::json_lines(&rows);
+            let lines = file::json_lines(&rows)?;
             match &mut output {
                 Some(output) => output.write_all(&lines)?,
                 None => print(&String::from_utf8_lossy(&lines))?,

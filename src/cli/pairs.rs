@@ -141,7 +141,7 @@ impl PairsCommand {
             return Err(Error::no_result("no two samples made a pair, so nothing was written")
                 .with_hint(format!("{hint}{coefficient}")));
         }
-        let lines = file::json_lines(&made.rows);
+        let lines = file::json_lines(&made.rows)?;
         match output {
             Some(mut output) => {
                 output.write_all(&lines)?;

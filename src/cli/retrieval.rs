@@ -91,7 +91,7 @@ impl RetrievalCommand {
             &mut Shown::new(),
             interrupt,
         )?;
-        let files = [("json", json::to_json(&report)), ("csv", report.to_csv()), ("html", report.to_html())];
+        let files = [("json", json::to_json(&report)?), ("csv", report.to_csv()), ("html", report.to_html())];
         write_reports(&self.output, "retrieval", &files)?;
         print(&report.to_terminal(may_colour(&std::io::stdout())))?;
         eprintln!("report: {}", self.output.join("retrieval.html").display());

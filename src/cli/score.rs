@@ -87,7 +87,7 @@ impl ScoreCommand {
             if batch.is_empty() {
                 break;
             }
-            let lines = file::json_lines(&texts::score_rows(batch, &scorers, language, &mut coverage));
+            let lines = file::json_lines(&texts::score_rows(batch, &scorers, language, &mut coverage))?;
             match &mut output {
                 Some(output) => output.write_all(&lines)?,
                 None => print(&String::from_utf8_lossy(&lines))?,

@@ -103,7 +103,7 @@ impl SweepCommand {
             &self.output,
             "sweep",
             &[
-                ("json", report_json::to_json(&sweep)),
+                ("json", report_json::to_json(&sweep)?),
                 ("csv", report::to_csv(&sweep)),
                 ("md", report::to_markdown(&sweep)),
                 ("html", report::to_html(&sweep)),

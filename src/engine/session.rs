@@ -5,6 +5,7 @@ use std::sync::Arc;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
+use crate::finite;
 use crate::graph::Architecture;
 use crate::graph::place::Phase;
 use crate::graph::recording::Recording;
@@ -473,25 +474,46 @@ impl Session {
         }
     }
 
-    /// The values of recording number `recording` for token `index` of the last batch.
+    /// The values of recording number `recording` for token `index` of the last batch, all finite.
     pub(super) fn recorded(&mut self, recording: usize, index: usize) -> Result<&[f32]> {
         let n_tokens = self.batch.len();
+        let hint = self.not_finite_hint();
+        let path = self.model.path().to_owned();
         let recordings = self.context.watch().map(|watch| watch.recordings()).unwrap_or_default();
-        recordings.get(recording).and_then(|r| r.row(index)).ok_or_else(|| Error::Decode {
+        let row = recordings.get(recording).and_then(|r| Some((r, r.row(index)?)));
+        let (recording, row) = row.ok_or_else(|| Error::Decode {
             n_tokens,
             reason: format!("recording {recording} has no values for token {index}"),
-        })
+        })?;
+        match finite::not_finite(row) {
+            Some((at, found)) => {
+                let reason = format!("{} holds {found} at index {at}", recording.place());
+                Err(Error::model(path, reason).with_hint(hint))
+            }
+            None => Ok(row),
+        }
+    }
+
+    /// What to do about a value that is not finite.
+    fn not_finite_hint(&self) -> &'static str {
+        if self.model.steering().steering().is_empty() {
+            "the file may be damaged: load it with --check-tensors, or download it again"
+        } else {
+            "lower the coefficients of the steering and the scales of the adapters; if the model alone gives the same \
+             error, its file may be damaged (--check-tensors)"
+        }
     }
 
     /// The error for a row of logits that defines no distribution.
     pub(super) fn no_distribution(&self) -> Error {
-        self.refusal("its logits contain NaN, or no finite value".into())
-            .with_hint("the file may be damaged: load it with --check-tensors, or download it again")
+        self.refusal("its logits contain NaN, or no finite value".into()).with_hint(self.not_finite_hint())
     }
 
-    /// Logits after every token of one sequence, shape `[tokens.len()][n_vocab]`.
+    /// Logits after every token of one sequence, shape `[tokens.len()][n_vocab]`, all finite.
     ///
     /// For comparison with a reference; evaluation never needs whole rows.
+    ///
+    /// Errors: [`Error::Model`] for a logit that is NaN or infinite, which a comparison would hide.
     pub fn logits(&mut self, tokens: &[Token]) -> Result<Vec<Vec<f32>>> {
         let mut of_sequences = self.logits_of_each(&[tokens])?;
         Ok(of_sequences.pop().unwrap_or_default())
@@ -526,7 +548,12 @@ impl Session {
             }
             self.decode_as(Phase::Prompt)?;
             for (i, &(slot, ..)) in chunk.iter().enumerate() {
-                rows[slot].push(self.row(i)?.to_vec());
+                let row = self.row(i)?;
+                if let Some((token, found)) = finite::not_finite(row) {
+                    let reason = format!("its logits contain NaN or infinite values: {found} for token {token}");
+                    return Err(self.refusal(reason).with_hint(self.not_finite_hint()));
+                }
+                rows[slot].push(row.to_vec());
             }
         }
         self.model.files().check_content()?;

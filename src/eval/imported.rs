@@ -299,7 +299,7 @@ mod tests {
             token_logprobs: Some(vec![-1.5, -1.0, -2.0]),
             vocabulary: Some("0123456789abcdef".into()),
         };
-        let line = String::from_utf8(crate::file::json_lines(&[&row])).unwrap();
+        let line = String::from_utf8(crate::file::json_lines(&[&row]).unwrap()).unwrap();
         assert_eq!(read("g.jsonl", &line, None).unwrap(), [row]);
     }
 

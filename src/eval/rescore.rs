@@ -62,7 +62,7 @@ pub fn rescore(
     let paths =
         ModelPaths { base: Some(base.to_string_lossy().into_owned()), ..there.paths.unwrap_or_default() };
     record::start(folder, &info, paths)?;
-    file::write_atomic(&folder.join("generations.jsonl"), &file::json_lines(&generations))?;
+    file::write_atomic(&folder.join("generations.jsonl"), &file::json_lines(&generations)?)?;
     let judge = Judge {
         base: Some((base, &files)),
         wrote_them: false,

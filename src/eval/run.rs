@@ -266,7 +266,7 @@ impl Run<'_> {
         info.settings.insert("n_generations".into(), json!(generations.len()));
         info.settings.insert("generations_sha256".into(), json!(hash_of_texts(texts)));
         record::start(self.folder, &info, self.paths(None))?;
-        file::write_atomic(&self.folder.join("generations.jsonl"), &file::json_lines(generations))?;
+        file::write_atomic(&self.folder.join("generations.jsonl"), &file::json_lines(generations)?)?;
         Ok(Continued { generations: generations.to_vec(), info, tokenizer, wrote_as_base: false })
     }
 

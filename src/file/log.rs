@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use super::atomic::{AtomicFile, write_atomic};
 use super::base_name;
 use crate::error::{Error, Result};
+use crate::finite;
 
 /// A JSON-lines log, appended to in units of several rows. What a crash left torn is dropped when it is reopened.
 #[derive(Debug)]
@@ -126,7 +127,7 @@ impl JsonLog {
 
     /// Appends a unit and waits until it is on disk.
     pub fn append<T: Serialize>(&mut self, unit: &[T]) -> Result<()> {
-        let bytes = json_lines(unit);
+        let bytes = json_lines(unit)?;
         // One write, so that an interruption truncates the unit and never interleaves it.
         let written = self.file.write_all(&bytes).and_then(|()| self.file.sync_data());
         match written {
@@ -236,14 +237,18 @@ impl Rest {
 }
 
 /// Formats rows as JSON lines.
-pub fn json_lines<T: Serialize>(rows: &[T]) -> Vec<u8> {
+///
+/// # Errors
+/// [`Error::NotFinite`] for a row with NaN or an infinity.
+pub fn json_lines<T: Serialize>(rows: &[T]) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     for row in rows {
+        finite::check_json(row)?;
         serde_json::to_writer(&mut bytes, row)
             .expect("rows are plain data with string keys, written to memory");
         bytes.push(b'\n');
     }
-    bytes
+    Ok(bytes)
 }
 
 #[cfg(test)]

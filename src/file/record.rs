@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::atomic::write_atomic;
 use super::temporary::is_internal;
 use crate::error::{Error, Result};
+use crate::finite;
 
 /// JSON pointers to the program's version in `run.json`: in a training run, and in any other run.
 const VERSION_POINTERS: [&str; 2] = ["/detox_gguf", "/run/tool_version"];
@@ -78,6 +79,7 @@ fn has_only_a_record(folder: &Path) -> Result<bool> {
 /// [`Error::RunFolder`] with the first setting that differs; [`Error::Io`].
 pub fn start_record<T: Serialize>(folder: &Path, record: &T) -> Result<()> {
     let path = folder.join("run.json");
+    finite::check_json(record)?;
     let text = serde_json::to_string_pretty(record).expect("settings are plain data") + "\n";
     let found = match read_record(folder) {
         Ok(Some(found)) => found,

@@ -8,6 +8,7 @@ use super::validate::{self, refuse};
 use super::{Array, Metadata, VERSION, Value, ValueType};
 use crate::error::{Error, Result};
 use crate::file::AtomicFile;
+use crate::finite;
 
 /// Name, shape and type of a tensor to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,7 +121,8 @@ impl GgufWriter {
     /// Appends f32 numbers to a tensor of type [`TensorType::F32`].
     ///
     /// # Errors
-    /// Same as [`GgufWriter::write`]; also if the current tensor has another type.
+    /// Same as [`GgufWriter::write`]; also if the current tensor has another type, and [`Error::NotFinite`] for NaN or
+    /// an infinity.
     pub fn write_f32s(&mut self, values: &[f32]) -> Result<()> {
         if let Some((spec, _)) = self.tensors.get(self.current)
             && spec.tensor_type != TensorType::F32
@@ -128,6 +130,11 @@ impl GgufWriter {
             let reason =
                 format!("tensor {:?}: expected data of type {}, found f32", spec.name, spec.tensor_type);
             return Err(refuse(&self.path, reason));
+        }
+        if let Some((at, found)) = finite::not_finite(values) {
+            let name = self.tensors.get(self.current).map_or("", |(spec, _)| &spec.name);
+            let what = format!("{}: tensor {name:?}, element {at}", self.path.display());
+            return Err(Error::not_finite(what, found));
         }
         for chunk in values.chunks(1 << 14) {
             self.write(&chunk.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>())?;

@@ -11,6 +11,17 @@ pub enum Place {
     FinalNorm,
 }
 
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Place::Embedding => f.write_str("the embedding of a token"),
+            Place::Block(il, InBlock::Neurons) => write!(f, "a neuron activation of layer {il}"),
+            Place::Block(il, InBlock::Output) => write!(f, "the residual stream after layer {il}"),
+            Place::FinalNorm => f.write_str("the residual stream after the final norm"),
+        }
+    }
+}
+
 /// A place in a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum InBlock {

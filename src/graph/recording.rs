@@ -21,6 +21,11 @@ impl Recording {
         Recording { place, columns, width: 0, values: Vec::new(), seen: Vec::new() }
     }
 
+    /// Where the values are read.
+    pub(crate) fn place(&self) -> Place {
+        self.place
+    }
+
     /// The values of token `index` of the last batch; `None` if its row was not seen.
     pub(crate) fn row(&self, index: usize) -> Option<&[f32]> {
         let is_seen = *self.seen.get(index)?;

@@ -218,11 +218,11 @@ mod tests {
             result.run.perplexity_tokens = Some(tokens);
             (comparison.a.perplexity_tokens, comparison.b.perplexity_tokens) = (Some(tokens), Some(tokens));
             for report in [
-                json::to_json(&result),
+                json::to_json(&result).unwrap(),
                 html::to_html(&result, &[]),
                 markdown::to_markdown(&result),
                 terminal::to_terminal(&result, false),
-                json::to_json(&comparison),
+                json::to_json(&comparison).unwrap(),
                 html::comparison_to_html(&comparison, &[]),
                 markdown::comparison_to_markdown(&comparison),
                 terminal::comparison_to_terminal(&comparison, false),

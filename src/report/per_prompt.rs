@@ -71,6 +71,6 @@ pub fn to_json_lines(run: &RunInfo, samples: &[Sample]) -> Result<String> {
             blank: samples.iter().map(|sample| sample.is_blank()).collect(),
         }
     });
-    let bytes = json_lines(&rows.collect::<Vec<_>>());
+    let bytes = json_lines(&rows.collect::<Vec<_>>())?;
     Ok(String::from_utf8(bytes).expect("JSON is UTF-8"))
 }

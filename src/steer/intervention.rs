@@ -281,7 +281,7 @@ impl Interventions {
             model: self.fingerprint.clone(),
             interventions: self.list.iter().map(InterventionForm::of).collect(),
         };
-        write_atomic(path, &json::to_bytes(&form))
+        write_atomic(path, &json::to_bytes(&form)?)
     }
 }
 

@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::finite;
 
 /// Size limit of a file. Chosen here: a hundred thousand neurons with thirty tokens each stay below it.
 const MAX_BYTES: u64 = 64 << 20;
@@ -93,11 +94,15 @@ pub(super) fn parse_kind<T: DeserializeOwned>(
 }
 
 /// Formats a file's content: indented, with a newline at the end.
-pub(super) fn to_bytes<T: Serialize>(form: &T) -> Vec<u8> {
+///
+/// # Errors
+/// [`Error::NotFinite`] for NaN or an infinity.
+pub(super) fn to_bytes<T: Serialize>(form: &T) -> Result<Vec<u8>> {
+    finite::check_json(form)?;
     let mut bytes =
         serde_json::to_vec_pretty(form).expect("plain data with string keys can be written to memory");
     bytes.push(b'\n');
-    bytes
+    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -188,7 +188,7 @@ impl NeuronFile {
             settings: self.settings.clone(),
             neurons: self.neurons.clone(),
         };
-        write_atomic(path, &json::to_bytes(&form))
+        write_atomic(path, &json::to_bytes(&form)?)
     }
 
     /// The neurons without their scores, in the file's order.

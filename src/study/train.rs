@@ -360,7 +360,7 @@ fn train_on<D: Device>(
         peak_rss_bytes: memory::peak_rss_bytes(),
         result: name.to_owned(),
     };
-    write_reports(output, "report", &[("json", to_json(&report)), ("html", report.to_html(&records))])?;
+    write_reports(output, "report", &[("json", to_json(&report)?), ("html", report.to_html(&records))])?;
     Ok(Trained { result, report, records })
 }
 

@@ -291,7 +291,7 @@ mod tests {
             random.fill_bytes(&mut bytes);
             let mut expected = vec![0f32; n_blocks * tensor_type.block_len() as usize];
             let mut found = expected.clone();
-            super::super::dequantize(tensor_type, &bytes, &mut expected).unwrap();
+            super::super::dequantize_raw(tensor_type, &bytes, &mut expected).unwrap();
             to_numbers(tensor_type, &bytes, &mut found).unwrap();
             for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
                 let is_equal = found.to_bits() == expected.to_bits() || found.is_nan() && expected.is_nan();

@@ -6,6 +6,7 @@
 #[cfg(feature = "engine")]
 use llama_cpp_sys_2 as sys;
 
+use crate::finite;
 use crate::gguf::TensorType;
 #[cfg(not(feature = "engine"))]
 use crate::gguf::blocks::decode;
@@ -13,8 +14,18 @@ use crate::gguf::blocks::decode;
 /// Dequantises the blocks in `bytes` into `values`.
 ///
 /// # Errors
-/// A message, if the type cannot be read, or if bytes and values are not the same whole number of blocks.
+/// A message, if the type cannot be read, if bytes and values are not the same whole number of blocks, or if a value
+/// is NaN or infinite.
 pub fn dequantize(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
+    dequantize_raw(tensor_type, bytes, values)?;
+    finite::fault(values).map_or(Ok(()), Err)
+}
+
+/// As [`dequantize`], without looking at the values: for tensors that were checked when they were loaded.
+///
+/// # Errors
+/// As [`dequantize`], except for the values.
+pub(crate) fn dequantize_raw(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
     if tensor_type.row_bytes(values.len() as u64) != Some(bytes.len() as u64) {
         return Err(format!(
             "expected the bytes of {} numbers of type {tensor_type}, found {} bytes",
@@ -130,6 +141,24 @@ mod tests {
         let bytes: Vec<u8> = [&ONE[..], &(0..32).collect::<Vec<u8>>()].concat();
         let shifted: Vec<u8> = [&[0][..], &bytes].concat();
         assert_eq!(numbers::<32>(TensorType::Q8_0, &bytes), numbers::<32>(TensorType::Q8_0, &shifted[1..]));
+    }
+
+    #[test]
+    fn rejects_values_that_are_not_finite_in_every_type_of_block() {
+        for &tensor_type in TensorType::ALL.iter().filter(|t| t.is_weight()) {
+            let block = vec![0xff; tensor_type.block_bytes() as usize];
+            let mut values = vec![0.0; tensor_type.block_len() as usize];
+            dequantize_raw(tensor_type, &block, &mut values).unwrap();
+            let is_bad = values.iter().any(|x| !x.is_finite());
+            let found = dequantize(tensor_type, &block, &mut values);
+            assert_eq!(found.is_err(), is_bad, "{tensor_type}");
+            // A scale of all ones is NaN. MXFP4 and NVFP4 have scales without NaN.
+            let has_nan = !["mxfp4", "nvfp4"].contains(&tensor_type.name());
+            assert!(is_bad || !has_nan, "{tensor_type}");
+        }
+        let infinite = [0x00, 0x7c, 0x00, 0x3c];
+        let error = dequantize(TensorType::F16, &infinite, &mut [0.0; 2]).unwrap_err();
+        assert_eq!(error, "expected finite numbers, found inf at 0");
     }
 
     #[test]

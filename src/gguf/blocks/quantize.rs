@@ -2,6 +2,8 @@
 
 use llama_cpp_sys_2 as sys;
 
+use super::dequantize_raw;
+use crate::finite;
 use crate::gguf::TensorType;
 
 impl TensorType {
@@ -28,14 +30,18 @@ impl TensorType {
     }
 }
 
+/// The largest magnitude in a quantised block: the largest F16, as a scale, times a code of 8 bits.
+///
+/// Far larger numbers overflow the sums of ggml's searches for scales, and an assertion ends the process.
+const MAX_IN_BLOCK: f32 = 65504.0 * 127.0;
+
 /// Quantises whole rows of `n_per_row` numbers. May be called from several threads.
 ///
-/// Quantised types are rounded without an importance matrix. F32, F16 and BF16 are rounded to nearest; a number too
-/// large for F16 becomes an infinity, as in ggml.
+/// Quantised types are rounded without an importance matrix. F32, F16 and BF16 are rounded to nearest.
 ///
 /// # Errors
-/// A message: the reason of [`TensorType::quantize_fault`], values that are not whole rows, or, for quantised types,
-/// values that are not finite.
+/// A message: the reason of [`TensorType::quantize_fault`], values that are not whole rows, values that are not finite,
+/// or values too large for the type or for the scale of its blocks.
 pub fn quantize(tensor_type: TensorType, values: &[f32], n_per_row: usize) -> Result<Vec<u8>, String> {
     if let Some(fault) = tensor_type.quantize_fault(n_per_row as u64) {
         return Err(fault);
@@ -43,19 +49,22 @@ pub fn quantize(tensor_type: TensorType, values: &[f32], n_per_row: usize) -> Re
     if !values.len().is_multiple_of(n_per_row) {
         return Err(format!("expected whole rows of {n_per_row} numbers, found {} numbers", values.len()));
     }
+    if let Some(fault) = finite::fault(values) {
+        return Err(fault);
+    }
     if tensor_type == TensorType::F32 {
         return Ok(values.iter().flat_map(|value| value.to_le_bytes()).collect());
-    }
-    if tensor_type.block_len() > 1
-        && let Some(at) = values.iter().position(|value| !value.is_finite())
-    {
-        return Err(format!("expected finite numbers, found {} at {at}", values[at]));
     }
     let too_many = || "too many numbers at once".to_owned();
     let n_rows = values.len() / n_per_row;
     let n_bytes = tensor_type.row_bytes(values.len() as u64).ok_or_else(too_many)? as usize;
     let (n_rows, n_per_row) =
         (i64::try_from(n_rows).map_err(|_| too_many())?, i64::try_from(n_per_row).map_err(|_| too_many())?);
+    if tensor_type.block_len() > 1
+        && let Some(at) = values.iter().position(|value| value.abs() > MAX_IN_BLOCK)
+    {
+        return Err(too_large(tensor_type, values, at));
+    }
     // Words, because ggml writes blocks as structs with fields of 16 bits and more.
     let mut words = vec![0u64; n_bytes.div_ceil(size_of::<u64>())];
     // SAFETY: `quantize_fault` has checked that ggml can quantise to the type without an importance matrix, and that
@@ -77,7 +86,21 @@ pub fn quantize(tensor_type: TensorType, values: &[f32], n_per_row: usize) -> Re
     }
     let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
     bytes.truncate(n_bytes);
-    Ok(bytes)
+    // The number itself, or the F16 scale of its block, can be too large for the type.
+    let mut read = vec![0.0; values.len()];
+    dequantize_raw(tensor_type, &bytes, &mut read)?;
+    match finite::not_finite(&read) {
+        Some((at, _)) => Err(too_large(tensor_type, values, at)),
+        None => Ok(bytes),
+    }
+}
+
+/// Describes the number at `at` that did not fit, or the largest of its block.
+fn too_large(tensor_type: TensorType, values: &[f32], at: usize) -> String {
+    let len = tensor_type.block_len() as usize;
+    let block = &values[at / len * len..][..len];
+    let largest = block.iter().copied().fold(0.0, |a: f32, b| if b.abs() > a.abs() { b } else { a });
+    format!("{largest:e} does not fit into type {tensor_type}")
 }
 
 #[cfg(test)]
@@ -163,7 +186,30 @@ mod tests {
         let mut values = [0.0; 32];
         values[7] = f32::NAN;
         assert!(refusal(&values, 32).contains("found NaN at 7"));
-        // Float types keep NaN.
-        assert!(quantize(TensorType::F16, &values, 32).is_ok());
+        let error = quantize(TensorType::F16, &values, 32).unwrap_err();
+        assert!(error.contains("found NaN at 7"), "{error}");
+    }
+
+    #[test]
+    fn rejects_numbers_too_large_for_the_type_or_the_scale_of_their_block() {
+        let types = TensorType::ALL.iter().filter(|t| t.is_weight() && !t.needs_importance_matrix());
+        for &tensor_type in types {
+            let mut values = vec![0.25; 2 * tensor_type.block_len() as usize];
+            // The largest that is passed to ggml, which must not end the process.
+            *values.last_mut().unwrap() = MAX_IN_BLOCK;
+            quantize(tensor_type, &values, values.len()).ok();
+            *values.last_mut().unwrap() = -1e30;
+            match quantize(tensor_type, &values, values.len()) {
+                Ok(bytes) => {
+                    let mut read = vec![0.0; values.len()];
+                    dequantize(tensor_type, &bytes, &mut read).unwrap();
+                }
+                Err(error) => assert_eq!(error, format!("-1e30 does not fit into type {tensor_type}")),
+            }
+            let wide = ["f32", "bf16"].contains(&tensor_type.name());
+            let scaled = ["f16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"].contains(&tensor_type.name());
+            let refused = quantize(tensor_type, &values, values.len()).is_err();
+            assert!(!(wide && refused) && !(scaled && !refused), "{tensor_type}");
+        }
     }
 }

@@ -112,7 +112,8 @@ impl Probe {
     /// Writes the probe, atomically.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Error::Io`]; [`Error::NotFinite`] for a vector that is not finite; [`Error::Input`] for an accuracy or AUC
+    /// outside 0 to 1.
     pub fn write(&self, path: &Path) -> Result<()> {
         let mut metadata = Metadata::new();
         metadata.set("general.architecture", Value::Str(ARCHITECTURE.into()));
@@ -124,6 +125,7 @@ impl Probe {
         metadata.set("probe.source", Value::Str(self.source.clone()));
         for (key, value) in [("probe.accuracy", self.accuracy), ("probe.auc", self.auc)] {
             if let Some(value) = value {
+                check_share(key, value).map_err(|reason| Error::input(path, None, reason))?;
                 metadata.set(key, Value::F32(value));
             }
         }
@@ -183,19 +185,23 @@ impl Probe {
             return Err(refuse(format!("tensor {WEIGHT:?}: expected shape [{n_embd}], found {found:?}")));
         }
         let mut weight = vec![0f32; n_embd as usize];
-        gguf::dequantize(tensor.tensor_type(), &file.read_tensor(tensor)?, &mut weight).map_err(refuse)?;
-        if weight.iter().any(|w| !w.is_finite()) || weight.iter().all(|&w| w == 0.0) {
-            return Err(refuse(
-                "expected a finite vector that is not zero, found one that is zero or not finite".into(),
-            ));
+        gguf::dequantize(tensor.tensor_type(), &file.read_tensor(tensor)?, &mut weight)
+            .map_err(|reason| refuse(format!("tensor {WEIGHT:?}: {reason}")))?;
+        if weight.iter().all(|&w| w == 0.0) {
+            return Err(refuse("expected a vector with a direction, found one of zeros".into()));
         }
+        let share = |key: &str| -> Result<Option<f32>> {
+            let value = file.f32_if_present(key)?;
+            value.map_or(Ok(()), |value| check_share(key, value)).map_err(refuse)?;
+            Ok(value)
+        };
         Ok(Probe {
             weight,
             place,
             fingerprint: Fingerprint::recorded_in(&file)?,
             source: file.str_if_present("probe.source")?.unwrap_or_default().to_owned(),
-            accuracy: file.f32_if_present("probe.accuracy")?,
-            auc: file.f32_if_present("probe.auc")?,
+            accuracy: share("probe.accuracy")?,
+            auc: share("probe.auc")?,
         })
     }
 
@@ -226,6 +232,14 @@ impl Probe {
             Some(fingerprint) => fingerprint.check(model, "probe vectors", path, force),
             None => Ok(()),
         }
+    }
+}
+
+/// Checks that a share is from 0 to 1.
+fn check_share(key: &str, value: f32) -> Result<(), String> {
+    match (0.0..=1.0).contains(&value) {
+        true => Ok(()),
+        false => Err(format!("key {key:?}: expected a number from 0 to 1, found {value}")),
     }
 }
 
@@ -272,10 +286,19 @@ mod tests {
     fn rejects_other_files_and_vectors_without_a_direction() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("probe.gguf");
-        for weight in [vec![0.0, 0.0], vec![f32::NAN, 1.0]] {
-            Probe { weight, ..probe() }.write(&path).unwrap();
-            assert!(Probe::read(&path).unwrap_err().to_string().contains("not finite"));
-        }
+        Probe { weight: vec![0.0, 0.0], ..probe() }.write(&path).unwrap();
+        assert!(Probe::read(&path).unwrap_err().to_string().contains("found one of zeros"));
+        // A probe with NaN, as another program might write it. This one does not.
+        probe().write(&path).unwrap();
+        let mut bytes = std::fs::read(&path).unwrap();
+        let at = bytes.windows(4).rposition(|four| four == (-2f32).to_le_bytes()).unwrap();
+        bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        let error = Probe::read(&path).unwrap_err().to_string();
+        assert!(error.contains("expected finite numbers, found NaN at 1"), "{error}");
+        assert!(Probe { weight: vec![f32::NAN, 1.0], ..probe() }.write(&path).is_err());
+        assert!(Probe { auc: Some(f32::NAN), ..probe() }.write(&path).is_err());
+        assert!(Probe { accuracy: Some(1.5), ..probe() }.write(&path).is_err());
         let model = format!("{}/gguf/tiny/llama.gguf", env!("CARGO_MANIFEST_DIR"));
         let error = Probe::read(Path::new(&model)).unwrap_err();
         assert!(error.to_string().contains("found \"llama\""), "{error}");

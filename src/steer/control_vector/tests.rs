@@ -12,7 +12,10 @@ fn write_raw(path: &Path, metadata: &[(&str, Value)], tensors: &[(&str, &[f32])]
         tensor_type: TensorType::F32,
     };
     let mut writer = GgufWriter::create(path, &all, tensors.iter().map(spec).collect()).unwrap();
-    tensors.iter().for_each(|(_, values)| writer.write_f32s(values).unwrap());
+    // As bytes, because `write_f32s` refuses NaN.
+    for (_, values) in tensors {
+        writer.write(&values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>()).unwrap();
+    }
     writer.finish().unwrap();
 }
 

@@ -123,7 +123,7 @@ fn rows_are_read_back_as_the_same_pairs() {
     let made = pair_up(&[prompt()], vec![screened(&[CLEAN, TOXIC], None, None)], &RULES);
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
-    std::fs::write(&path, crate::file::json_lines(&made.rows)).unwrap();
+    std::fs::write(&path, crate::file::json_lines(&made.rows).unwrap()).unwrap();
     let read = crate::train::data::preference_pair::read(&path, &Default::default()).unwrap();
     assert_eq!(read, made.rows.into_iter().map(|row| row.pair).collect::<Vec<_>>());
 }

@@ -17,6 +17,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::file::AtomicFile;
+use crate::finite;
 use crate::gguf::blocks::{dequantize, quantize};
 use crate::gguf::{GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, TensorType, Value};
 use crate::steer::bake::check_output;
@@ -240,25 +241,26 @@ impl<'a> Planned<'a> {
         let mut blocks = vec![0; tensor.row_bytes() as usize * rows.len()];
         base.read_tensor_at(tensor, tensor.row_bytes() * rows.start as u64, &mut blocks)?;
         let mut before = vec![0.0; n_weights];
-        dequantize(tensor.tensor_type(), &blocks, &mut before).map_err(refuse)?;
-        if let Some(at) = before.iter().position(|w| !w.is_finite()) {
-            let (found, row) = (before[at], rows.start + at / n_in);
-            return Err(refuse(format!("expected finite weights, found {found} in row {row}"))
-                .with_hint("the model is damaged; --check-tensors finds all such weights"));
-        }
+        dequantize(tensor.tensor_type(), &blocks, &mut before).map_err(|reason| {
+            refuse(reason).with_hint("the model is damaged; --check-tensors finds all such weights")
+        })?;
         let wanted = self.change_of_rows(rows.clone(), n_in);
+        if let Some((at, found)) = finite::not_finite(&wanted) {
+            let row = rows.start + at / n_in;
+            return Err(refuse(format!("the adapters change a weight of row {row} by {found}"))
+                .with_hint("lower the scale of the adapters (--lora-scaled)"));
+        }
 
-        let merged = self.requantise(&blocks, &before, &wanted).map_err(refuse)?;
+        let merged = self.requantise(&blocks, &before, &wanted).map_err(|reason| {
+            refuse(reason).with_hint(
+                "lower the scale of the adapters (--lora-scaled), or write the changed tensors in a type with a \
+                 wider range: --type f32 or bf16",
+            )
+        })?;
         let mut after = vec![0.0; n_weights];
         dequantize(self.tensor_type, &merged, &mut after).map_err(refuse)?;
         let mut change = Change { n_weights: n_weights as u64, ..Change::default() };
         for ((&before, &after), &wanted) in before.iter().zip(&after).zip(&wanted) {
-            if !after.is_finite() {
-                let reason = format!("{} does not fit into type {}", before + wanted, self.tensor_type);
-                return Err(refuse(reason).with_hint(
-                    "write the changed tensors in a type with a wider range: --type f32 or bf16",
-                ));
-            }
             let (wanted, made) = (f64::from(wanted), f64::from(after) - f64::from(before));
             change.n_moved += u64::from(made != 0.0);
             change.wanted += wanted * wanted;

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::gguf::TensorType;
-use crate::gguf::blocks::dequantize;
+use crate::gguf::blocks::dequantize_raw;
 use crate::gguf::blocks::product::{AlignedBytes, Blocks, Kernels};
 use crate::train::device::HostMatrix;
 
@@ -49,7 +49,7 @@ impl FileRows {
         let (len, n_bytes) = (self.tensor_type.block_len() as usize, self.tensor_type.block_bytes() as usize);
         let at = row * self.n_bytes;
         let bytes = &self.bytes.as_slice()[at + cols.start / len * n_bytes..at + cols.end / len * n_bytes];
-        dequantize(self.tensor_type, bytes, values)
+        dequantize_raw(self.tensor_type, bytes, values)
             .expect("`Matrix::new` has read a row of this type and length");
     }
 
@@ -92,7 +92,7 @@ impl Matrix {
             )));
         }
         let mut row = vec![0.0; n_in];
-        dequantize(tensor_type, &bytes[..n_bytes], &mut row).map_err(refuse)?;
+        dequantize_raw(tensor_type, &bytes[..n_bytes], &mut row).map_err(refuse)?;
         Ok(Matrix {
             n_in,
             n_out,
