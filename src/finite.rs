@@ -23,15 +23,7 @@ pub fn not_finite(values: &[f32]) -> Option<(usize, f32)> {
 
 /// Describes the first number that is NaN or infinite, for an error message.
 pub fn fault(values: &[f32]) -> Option<String> {
-    not_finite(values).map(|(at, found)| format!("expected finite numbers, found {found} at {at}"))
-}
-
-/// Returns `value`, or refuses it if it is NaN or infinite. `what` names it in the message.
-///
-/// # Errors
-/// [`Error::NotFinite`].
-pub fn finite(what: &str, value: f64) -> Result<f64> {
-    if value.is_finite() { Ok(value) } else { Err(Error::not_finite(what, value)) }
+    not_finite(values).map(|(at, found)| format!("expected finite numbers, found {found} at element {at}"))
 }
 
 /// Refuses a value with a number that JSON cannot hold: NaN or an infinity.
@@ -58,13 +50,13 @@ mod tests {
         }
         assert_eq!(not_finite(&[f32::MIN, 0.0, f32::MIN_POSITIVE]), None);
         assert_eq!(not_finite(&[]), None);
-        assert_eq!(fault(&[0.0, f32::NAN]).unwrap(), "expected finite numbers, found NaN at 1");
+        assert_eq!(fault(&[0.0, f32::NAN]).unwrap(), "expected finite numbers, found NaN at element 1");
     }
 
     #[test]
-    fn a_number_that_is_not_finite_is_named() {
-        assert_eq!(finite("AUC", 0.5).unwrap(), 0.5);
-        let error = finite("AUC", f64::NAN).unwrap_err();
-        assert_eq!(error.to_string(), "AUC: expected a finite number, found NaN");
+    fn a_value_that_json_cannot_hold_is_refused_by_its_path() {
+        check_json(&[0.5, 1e300]).unwrap();
+        let error = check_json(&[0.5, f64::NAN]).unwrap_err();
+        assert_eq!(error.to_string(), "[1]: expected a finite number, found NaN");
     }
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// How far two sets of logits for the same tokens are apart.
+/// How far two sets of logits for the same tokens are apart. NaN if a logit is, or if no token was compared.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Difference {
     /// Mean over tokens of the KL divergence of the second set from the first, in nats.
@@ -40,21 +40,31 @@ impl Sums {
     pub(super) fn add(&mut self, a: &[f32], b: &[f32]) {
         let kl = kl(a, b);
         self.kl += kl;
-        self.largest_kl = self.largest_kl.max(kl);
-        let largest = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        self.largest_logit_difference = self.largest_logit_difference.max(largest);
+        self.largest_kl = larger(self.largest_kl, kl);
+        let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+        self.largest_logit_difference = differences.fold(self.largest_logit_difference, larger);
         self.n_tokens += 1;
     }
 
-    /// The difference over all tokens added so far; zeros if there are none.
+    /// The difference over all tokens added so far; its mean is NaN if there are none, so that no check passes.
     pub(super) fn difference(self) -> Difference {
         Difference {
-            mean_kl: self.kl / self.n_tokens.max(1) as f64,
+            mean_kl: self.kl / self.n_tokens as f64,
             largest_kl: self.largest_kl,
             largest_logit_difference: self.largest_logit_difference,
             n_tokens: self.n_tokens,
         }
     }
+}
+
+/// The larger of two numbers, none of them negative; NaN if one is NaN, which `max` would drop.
+fn larger<T: PartialOrd>(a: T, b: T) -> T {
+    // A comparison with NaN is false: `a` stays if it is NaN, and `b` is taken if it is.
+    if a >= b || !is_number(&a) { a } else { b }
+}
+
+fn is_number<T: PartialOrd>(x: &T) -> bool {
+    x.partial_cmp(x).is_some()
 }
 
 /// The KL divergence of `softmax(q)` from `softmax(p)` in nats: the sum of p (ln p - ln q).
@@ -69,13 +79,28 @@ fn kl(p: &[f32], q: &[f32]) -> f64 {
         let (log_p, log_q) = (f64::from(p) - sum_p, f64::from(q) - sum_q);
         log_p.exp() * (log_p - log_q)
     });
-    // Rounding can push a sum of almost 0 below 0.
-    terms.sum::<f64>().max(0.0)
+    let sum = terms.sum::<f64>();
+    // Rounding can push a sum of almost 0 below 0. NaN stays NaN.
+    if sum < 0.0 { 0.0 } else { sum }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nan_anywhere_makes_the_difference_nan() {
+        let rows = [vec![1.0, 2.0], vec![3.0, 4.0]];
+        for at in 0..2 {
+            let mut other = rows.clone();
+            other[at][1] = f32::NAN;
+            for found in [compare(&rows, &other), compare(&other, &rows)] {
+                assert!(found.mean_kl.is_nan() && found.largest_kl.is_nan(), "{found:?}");
+                assert!(found.largest_logit_difference.is_nan(), "{found:?}");
+            }
+        }
+        assert!(compare(&[], &[]).mean_kl.is_nan(), "no token was compared");
+    }
 
     #[test]
     fn the_divergence_is_that_of_the_softmaxes() {

@@ -156,6 +156,9 @@ fn differences(compared: &LoadedBack) -> String {
     );
     text += &row("base: the adapter's effect", &compared.effect);
     text += &row("merged: lost in the merge", &compared.missed);
+    if let Some(rounding) = &compared.rounding {
+        text += &row("adapter: its own rounding by llama.cpp", rounding);
+    }
     match &compared.floor {
         Some(floor) => text += &row("noise floor (0.001 added to some neurons)", floor),
         None => text += "noise floor: unknown for this architecture\n",

@@ -96,6 +96,15 @@ impl ScoreCommand {
         if coverage.n_texts == 0 {
             return Err(Error::input(path, None, "expected texts, found none"));
         }
+        if coverage.n_missing == coverage.n_texts * scorers.len() {
+            let why = coverage.first_error.unwrap_or_default();
+            let reason = match coverage.n_texts {
+                1 => format!("expected a score, found none: {why}"),
+                n => format!("expected scores, found none for all {n} texts; the first: {why}"),
+            };
+            return Err(Error::no_result(reason)
+                .with_hint("give the language of the texts with --lang, if the scorer covers it"));
+        }
         if coverage.n_missing > 0 {
             eprintln!(
                 "{} of {} scores are missing; see \"errors\" in the output",

@@ -550,7 +550,8 @@ impl Session {
             for (i, &(slot, ..)) in chunk.iter().enumerate() {
                 let row = self.row(i)?;
                 if let Some((token, found)) = finite::not_finite(row) {
-                    let reason = format!("its logits contain NaN or infinite values: {found} for token {token}");
+                    let reason =
+                        format!("its logits contain NaN or infinite values: {found} for token {token}");
                     return Err(self.refusal(reason).with_hint(self.not_finite_hint()));
                 }
                 rows[slot].push(row.to_vec());

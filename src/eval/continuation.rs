@@ -60,9 +60,9 @@ impl Sample {
         fluency::perplexity(sum, n)
     }
 
-    /// The score by `scorer`; `None` if it is missing or not finite.
+    /// The score by `scorer`; `None` if it is missing.
     pub fn toxicity_by(&self, scorer: &str) -> Option<f64> {
-        self.toxicity.get(scorer).copied().flatten().filter(|score| score.is_finite())
+        self.toxicity.get(scorer).copied().flatten()
     }
 }
 
@@ -80,18 +80,13 @@ mod tests {
     fn a_missing_score_stays_missing_after_a_round_trip_through_json() {
         let sample = Sample {
             prompt_id: "1".into(),
-            toxicity: BTreeMap::from([
-                ("a".into(), None),
-                ("b".into(), Some(0.0)),
-                ("c".into(), Some(f64::NAN)),
-            ]),
+            toxicity: BTreeMap::from([("a".into(), None), ("b".into(), Some(0.0))]),
             ..Sample::default()
         };
         let text = serde_json::to_string(&sample).unwrap();
         let back: Sample = serde_json::from_str(&text).unwrap();
         assert_eq!(back.toxicity_by("a"), None);
         assert_eq!(back.toxicity_by("b"), Some(0.0));
-        assert_eq!(back.toxicity_by("c"), None, "NaN is written as null");
         assert_eq!(back.toxicity_by("d"), None, "a scorer that never ran");
     }
 

@@ -15,6 +15,7 @@ use crate::engine::Token;
 use crate::engine::schedule::Finish;
 use crate::error::{Error, Result};
 use crate::eval::generate::Generation;
+use crate::eval::metric::fluency;
 use crate::text::language;
 use crate::text::rows::{self, CONTINUATION, LANGUAGE, PROMPT_ID, Rows};
 
@@ -142,9 +143,13 @@ impl Reader<'_> {
         };
         let id = match PROMPT_ID.optional(&row, self.columns.prompt_id.as_deref()).map(|(_, value)| value) {
             Some(Value::String(id)) => Some(id.clone()),
-            Some(Value::Number(id)) => Some(id.to_string()),
-            Some(_) => return Err(self.fault(line, "expected \"prompt_id\" to be a string or a number")),
-            None => None,
+            Some(Value::Number(id)) => Some(self.id(id, line)?),
+            Some(Value::Null) | None => None,
+            Some(found) => {
+                let reason =
+                    format!("expected \"prompt_id\" to be a string or a whole number, found {found}");
+                return Err(self.fault(line, reason));
+            }
         };
         let continuation = CONTINUATION.find(&row, self.columns.continuation.as_deref());
         let continuation = continuation.map(|(name, value)| (name.to_owned(), value.clone()));
@@ -173,9 +178,9 @@ impl Reader<'_> {
         match (&text, &row["generations"]) {
             (Value::String(text), list) if list.is_null() || self.columns.continuation.is_some() => {
                 let sampled = self.sampled_tokens(&row, line)?;
-                let n_tokens = row["n_tokens"].as_u64().and_then(|n| u32::try_from(n).ok());
+                let n_tokens = self.count(&row["n_tokens"], line)?;
                 // A log-probability without its number of tokens gives no perplexity.
-                let logprob = row["logprob"].as_f64().filter(|l| l.is_finite() && n_tokens.is_some());
+                let logprob = self.logprob(&row["logprob"], n_tokens, line)?.filter(|_| n_tokens.is_some());
                 let finish = row.get("finish").map(|value| self.finish(value, line)).transpose()?;
                 self.push(
                     line,
@@ -229,6 +234,50 @@ impl Reader<'_> {
             return Err(self.fault(line, reason));
         }
         Ok(found)
+    }
+
+    /// The number of tokens, if the row has one.
+    fn count(&self, value: &Value, line: usize) -> Result<Option<u32>> {
+        if rows::is_missing(value) {
+            return Ok(None);
+        }
+        match rows::number(value) {
+            // pandas writes whole numbers as 3.0 if a row of the column has none.
+            Some(n) if n.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&n) => Ok(Some(n as u32)),
+            _ => {
+                let reason = format!("expected \"n_tokens\" to be a whole number from 0, found {value}");
+                Err(self.fault(line, reason))
+            }
+        }
+    }
+
+    /// The sum of the tokens' natural log-probs, if the row has one.
+    fn logprob(&self, value: &Value, n_tokens: Option<u32>, line: usize) -> Result<Option<f64>> {
+        if rows::is_missing(value) {
+            return Ok(None);
+        }
+        let Some(logprob) = rows::number(value).filter(|l| fluency::logprob_fault(*l).is_none()) else {
+            let reason = format!("expected \"logprob\" to be a number of at most 0, found {value}");
+            return Err(self.fault(line, reason).with_hint(
+                "it is the sum of the natural logarithms of the tokens' probabilities; leave it out if unknown",
+            ));
+        };
+        if n_tokens == Some(0) && logprob < 0.0 {
+            let reason = format!("expected \"logprob\" 0 for \"n_tokens\" 0, found {logprob}");
+            return Err(self.fault(line, reason));
+        }
+        Ok(Some(logprob))
+    }
+
+    /// A prompt's id that is a number.
+    fn id(&self, id: &serde_json::Number, line: usize) -> Result<String> {
+        match id.as_f64() {
+            _ if id.is_i64() || id.is_u64() => Ok(id.to_string()),
+            // pandas writes 7.0 for 7. Larger ids would not be exact.
+            Some(x) if x.fract() == 0.0 && x.abs() < 9e15 => Ok((x as i64).to_string()),
+            _ => Err(self
+                .fault(line, format!("expected \"prompt_id\" to be a string or a whole number, found {id}"))),
+        }
     }
 
     fn finish(&self, value: &Value, line: usize) -> Result<Option<Finish>> {
@@ -301,6 +350,48 @@ mod tests {
         };
         let line = String::from_utf8(crate::file::json_lines(&[&row]).unwrap()).unwrap();
         assert_eq!(read("g.jsonl", &line, None).unwrap(), [row]);
+    }
+
+    #[test]
+    fn rejects_numbers_that_no_continuation_can_have() {
+        for (field, word) in [
+            (r#""logprob":5,"n_tokens":3"#, "at most 0, found 5"),
+            (r#""logprob":0.5,"n_tokens":3"#, "at most 0, found 0.5"),
+            (r#""logprob":"NaN","n_tokens":3"#, "at most 0, found \"NaN\""),
+            (r#""logprob":"-3","n_tokens":3"#, "at most 0, found \"-3\""),
+            (r#""logprob":true,"n_tokens":3"#, "at most 0, found true"),
+            (r#""logprob":1e999,"n_tokens":3"#, "number out of range"),
+            (r#""logprob":-1e999,"n_tokens":3"#, "number out of range"),
+            (r#""logprob":-5,"n_tokens":0"#, "\"n_tokens\" 0"),
+            (r#""logprob":-5,"n_tokens":-3"#, "whole number from 0, found -3"),
+            (r#""n_tokens":2.5"#, "whole number from 0, found 2.5"),
+            (r#""n_tokens":4294967296"#, "whole number from 0, found 4294967296"),
+            (r#""n_tokens":"3""#, "whole number from 0, found \"3\""),
+            (r#""n_tokens":false"#, "whole number from 0, found false"),
+            (r#""prompt_id":1.5"#, "whole number, found 1.5"),
+            (r#""prompt_id":true"#, "whole number, found true"),
+            (r#""prompt_id":[1]"#, "whole number, found [1]"),
+        ] {
+            let content = format!("\n{{\"prompt\":\"a\",\"generated_text\":\"x\",{field}}}\n");
+            match read("f.jsonl", &content, Some("en")).unwrap_err() {
+                Error::Input { line: Some(2), reason, .. } => assert!(reason.contains(word), "{reason}"),
+                other => panic!("{field}: {other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn missing_numbers_and_whole_numbers_of_pandas_are_read() {
+        let row = |field: &str| {
+            let content = format!("{{\"prompt\":\"a\",\"generated_text\":\"x\",{field}}}");
+            read("f.jsonl", &content, Some("en")).unwrap().remove(0)
+        };
+        let found = row(r#""logprob":-6.0,"n_tokens":3.0,"prompt_id":7.0"#);
+        assert_eq!((found.logprob, found.n_tokens, found.prompt_id.as_str()), (Some(-6.0), Some(3), "7"));
+        let found = row(r#""logprob":null,"n_tokens":null,"prompt_id":null"#);
+        assert_eq!((found.logprob, found.n_tokens, found.prompt_id.as_str()), (None, None, "en/1"));
+        assert_eq!(row(r#""logprob":-6"#).logprob, None, "without a number of tokens");
+        assert_eq!(row(r#""logprob":0,"n_tokens":0"#).logprob, Some(0.0));
     }
 
     #[test]

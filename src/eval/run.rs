@@ -375,7 +375,7 @@ fn score_unit(
         })
         .collect();
     let scores: Vec<(String, Vec<Result<f64>>)> =
-        scorers.iter().map(|s| (s.info().name, s.toxicity_of_all(&texts))).collect();
+        scorers.iter().map(|s| (s.info().name, score::scores_of(&**s, &texts))).collect();
     let mut rows: Vec<ScoreRow> = unit
         .par_iter()
         .zip(logprobs)

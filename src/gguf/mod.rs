@@ -48,6 +48,7 @@ mod write;
 #[cfg(not(feature = "engine"))]
 pub(crate) use blocks::can_dequantize;
 pub use blocks::dequantize;
+pub(crate) use blocks::dequantize_raw;
 #[cfg(feature = "engine")]
 pub use blocks::quantize;
 pub use decoder::check_decoder;

@@ -74,6 +74,9 @@ pub fn project(
         // [n_rows][n_vectors]
         let logits = rows.dot(&vectors.t());
         for (best, of_vector) in best.iter_mut().zip(logits.axis_iter(Axis(1))) {
+            if let Some((row, &found)) = of_vector.iter().enumerate().find(|(_, logit)| !logit.is_finite()) {
+                return Err(Error::not_finite(format!("the projection on token {}", first + row), found));
+            }
             let tokens = of_vector.iter().enumerate();
             best.extend(tokens.map(|(i, &logit)| TokenLogit { token: (first + i) as Token, logit }));
             keep_best(best, top);

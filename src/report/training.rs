@@ -65,6 +65,12 @@ impl TrainingReport {
             _ => None,
         });
         warnings.extend(out_of_memory.map(|placement| self.out_of_memory(placement)));
+        if let Some(too_small) = self.agreement.too_small() {
+            warnings.push(Warning::new(
+                too_small,
+                "the result is kept, but may change nothing: train more steps, or raise --learning-rate",
+            ));
+        }
         if self.outcome.n_held_out == 0 {
             warnings.push(Warning::new(
                 "no pair was held out: the values of the last step were kept, even if they are not the best",

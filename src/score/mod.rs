@@ -73,6 +73,16 @@ pub trait Scorer: Sync {
     }
 }
 
+/// The scores of `texts` by a scorer, in their order. A score outside [0, 1] or NaN is that text's error.
+#[cfg(feature = "engine")]
+pub(crate) fn scores_of(scorer: &dyn Scorer, texts: &[Text<'_>]) -> Vec<Result<f64>> {
+    let in_range = |score: f64| match (0.0..=1.0).contains(&score) {
+        true => Ok(score),
+        false => Err(Error::scorer(scorer.info().name, format!("expected a score in [0, 1], found {score}"))),
+    };
+    scorer.toxicity_of_all(texts).into_iter().map(|score| score.and_then(in_range)).collect()
+}
+
 /// Name of the embedded scorer, the default of `--scorer`.
 pub const LEXICAL: &str = lexical::NAME;
 
@@ -135,6 +145,26 @@ mod tests {
         let error = check_covered(&scorers, ["en", "sw"]).unwrap_err();
         assert!(error.to_string().contains("\"sw\""), "{error}");
         assert!(scorers[0].toxicity(Text { text: "habari", language: Some("sw") }).is_err());
+    }
+
+    #[test]
+    fn rejects_a_score_outside_zero_and_one() {
+        struct Fixed(f64);
+        impl Scorer for Fixed {
+            fn info(&self) -> ScorerInfo {
+                ScorerInfo { name: "fixed".into(), ..ScorerInfo::default() }
+            }
+            fn toxicity(&self, _: Text<'_>) -> Result<f64> {
+                Ok(self.0)
+            }
+        }
+        let one = [Text { text: "a", language: None }];
+        let score = |x: f64| scores_of(&Fixed(x), &one).pop().unwrap();
+        assert!(score(0.0).unwrap() == 0.0 && score(1.0).unwrap() == 1.0);
+        for bad in [f64::NAN, f64::INFINITY, -1e-9, 1.5] {
+            let error = score(bad).unwrap_err().to_string();
+            assert_eq!(error, format!("scorer fixed: expected a score in [0, 1], found {bad}"));
+        }
     }
 
     #[test]

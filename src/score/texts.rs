@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::score::{Scorer, Text};
+use crate::score::{self, Scorer, Text};
 use crate::text::language;
 use crate::text::rows::{self, Column, LANGUAGE, TEXT, Wanted};
 
@@ -109,12 +109,14 @@ impl Iterator for Rows<'_> {
 }
 
 /// Counts of texts and of missing scores.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Coverage {
     /// Texts.
     pub n_texts: usize,
     /// Missing scores of all scorers.
     pub n_missing: usize,
+    /// Why the first of them is missing.
+    pub first_error: Option<String>,
 }
 
 /// Scores a batch of rows, and returns the rows with their scores.
@@ -138,8 +140,12 @@ pub fn score_rows(
         .collect();
     coverage.n_texts += texts.len();
     let scores: Vec<(String, Vec<Result<f64>>)> =
-        scorers.iter().map(|s| (s.info().name, scores_of(s.as_ref(), &texts))).collect();
-    coverage.n_missing += scores.iter().flat_map(|(_, s)| s).filter(|s| s.is_err()).count();
+        scorers.iter().map(|s| (s.info().name, scores_of(&**s, &texts))).collect();
+    let errors = || scores.iter().flat_map(|(_, s)| s).filter_map(|s| s.as_ref().err());
+    coverage.n_missing += errors().count();
+    if coverage.first_error.is_none() {
+        coverage.first_error = errors().next().map(Error::to_string);
+    }
 
     let mut first = 0;
     let mut scored = Vec::with_capacity(rows.len());
@@ -178,7 +184,7 @@ fn scores_of(scorer: &dyn Scorer, texts: &[(Option<&str>, Option<&str>)]) -> Vec
     let given: Vec<Text<'_>> = given
         .map(|(text, language)| Text { text: if text.is_empty() { " " } else { text }, language })
         .collect();
-    let mut scores = scorer.toxicity_of_all(&given).into_iter();
+    let mut scores = score::scores_of(scorer, &given).into_iter();
     let missing = || Err(Error::scorer(scorer.info().name, "the row has no text"));
     texts.iter().map(|(text, _)| text.and_then(|_| scores.next()).unwrap_or_else(missing)).collect()
 }
@@ -278,7 +284,8 @@ mod tests {
         assert_eq!(scored[1]["toxicity"], json!({"length": null}));
         assert!(scored[1]["errors"]["length"].as_str().unwrap().contains("has no text"));
         assert_eq!(scored[2]["toxicity"], json!({"length": 0.02}));
-        assert_eq!(coverage, Coverage { n_texts: 3, n_missing: 2 });
+        let first_error = Some("scorer length: not English".to_owned());
+        assert_eq!(coverage, Coverage { n_texts: 3, n_missing: 2, first_error });
     }
 
     #[test]

@@ -15,7 +15,8 @@ use std::collections::BTreeMap;
 use std::ops::{Div, Mul};
 
 use crate::error::{Error, Result};
-use crate::gguf::{GgufFile, TensorInfo, TensorType, Value};
+use crate::finite;
+use crate::gguf::{self, GgufFile, TensorInfo, TensorType, Value};
 use crate::graph::steering::LoraScaled;
 
 /// The tensor whose rows are looked up, so that its factors are transposed.
@@ -234,31 +235,30 @@ fn same_shape(found: &[u64], expected: &[u64]) -> bool {
     (0..n).all(|i| found.get(i).unwrap_or(&1) == expected.get(i).unwrap_or(&1))
 }
 
-/// Checks that the values of a float type are finite. Quantised types are not checked.
+/// Checks that all values are finite. Types that this build cannot read are not checked.
 fn check_finite(file: &GgufFile, tensor: &TensorInfo) -> Result<()> {
-    let is_finite: fn(&[u8]) -> bool = match tensor.tensor_type() {
-        TensorType::F32 => |bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).is_finite(),
-        // An exponent of all ones is infinity or NaN.
-        TensorType::F16 => |bytes| u16::from_le_bytes([bytes[0], bytes[1]]) & 0x7c00 != 0x7c00,
-        TensorType::BF16 => |bytes| u16::from_le_bytes([bytes[0], bytes[1]]) & 0x7f80 != 0x7f80,
-        _ => return Ok(()),
+    #[cfg(not(feature = "engine"))]
+    if !gguf::can_dequantize(tensor.tensor_type()) {
+        return Ok(());
+    }
+    let refuse = |reason: String| {
+        Error::input(file.path(), None, format!("tensor {:?}: {reason}", tensor.name()))
+            .with_hint("the training diverged, or the file is damaged")
     };
-    let width = tensor.tensor_type().block_bytes() as usize;
-    let mut chunk = vec![0; CHUNK_BYTES.min(tensor.n_bytes() as usize)];
-    let mut done = 0;
-    while done < tensor.n_bytes() {
-        let n = (tensor.n_bytes() - done).min(chunk.len() as u64) as usize;
-        file.read_tensor_at(tensor, done, &mut chunk[..n])?;
-        if let Some(i) = chunk[..n].chunks_exact(width).position(|bytes| !is_finite(bytes)) {
-            let at = done as usize / width + i;
-            let reason = format!(
-                "tensor {:?}: expected finite numbers, found NaN or infinity at element {at}",
-                tensor.name()
-            );
-            return Err(Error::input(file.path(), None, reason)
-                .with_hint("the training diverged, or the file is damaged"));
+    let (n_bytes, len) = (tensor.tensor_type().block_bytes(), tensor.tensor_type().block_len());
+    let n_blocks = tensor.n_bytes() / n_bytes;
+    let most = (CHUNK_BYTES as u64 / n_bytes).clamp(1, n_blocks.max(1));
+    let mut chunk = vec![0; (most * n_bytes) as usize];
+    let mut values = vec![0.0; (most * len) as usize];
+    for first in (0..n_blocks).step_by(most as usize) {
+        let n = most.min(n_blocks - first);
+        let (chunk, values) = (&mut chunk[..(n * n_bytes) as usize], &mut values[..(n * len) as usize]);
+        file.read_tensor_at(tensor, first * n_bytes, chunk)?;
+        gguf::dequantize_raw(tensor.tensor_type(), chunk, values).map_err(refuse)?;
+        if let Some((at, _)) = finite::not_finite(values) {
+            let at = first * len + at as u64;
+            return Err(refuse(format!("expected finite numbers, found NaN or infinity at element {at}")));
         }
-        done += n as u64;
     }
     Ok(())
 }
@@ -335,7 +335,8 @@ mod tests {
                 if let Some(first) = self.first.filter(|_| i == 0) {
                     // The high half of an f32 is its bf16. As an f16 it is not finite either.
                     let bits = first.to_le_bytes();
-                    let n = bytes.len().min(tensor_type.block_bytes() as usize);
+                    let is_float = tensor_type.block_len() == 1;
+                    let n = if is_float { tensor_type.block_bytes() as usize } else { 2 };
                     bytes[..n].copy_from_slice(&bits[4 - n..]);
                 }
                 writer.write(&bytes).unwrap();
@@ -513,7 +514,8 @@ mod tests {
     #[test]
     fn rejects_values_and_scales_that_are_not_finite() {
         let base = model("llama");
-        for tensor_type in [TensorType::F32, TensorType::F16, TensorType::BF16] {
+        // In Q8_0 the first value is the block's scale.
+        for tensor_type in [TensorType::F32, TensorType::F16, TensorType::BF16, TensorType::Q8_0] {
             for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut tensors = down();
                 tensors[0].2 = tensor_type;

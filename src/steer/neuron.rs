@@ -149,6 +149,7 @@ impl NeuronFile {
             NeuronFile { fingerprint: form.model, settings: form.settings, neurons: form.neurons }
         };
         check_list(&file.neurons()).map_err(|reason| Error::input(path, None, reason))?;
+        check_scores(&file.neurons).map_err(|reason| Error::input(path, None, reason))?;
         Ok(file)
     }
 
@@ -174,13 +175,7 @@ impl NeuronFile {
     /// that is not finite, which JSON cannot represent.
     pub fn write(&self, path: &Path) -> Result<()> {
         check_list(&self.neurons()).map_err(|reason| Error::input(path, None, reason))?;
-        for located in &self.neurons {
-            let scores = [located.cosine, located.norm, located.mean_activation];
-            if let Some(score) = scores.into_iter().flatten().find(|score| !score.is_finite()) {
-                let reason = format!("neuron {}: expected finite scores, found {score}", located.neuron);
-                return Err(Error::input(path, None, reason));
-            }
-        }
+        check_scores(&self.neurons).map_err(|reason| Error::input(path, None, reason))?;
         let form = Form {
             detox_gguf: KIND.to_owned(),
             format: json::FORMAT,
@@ -205,6 +200,26 @@ impl NeuronFile {
     pub fn check_against(&self, n_ff: &[u32], path: &Path) -> Result<()> {
         check_range(&self.neurons(), n_ff).map_err(|reason| Error::input(path, None, reason))
     }
+}
+
+/// Refuses scores that no neuron can have.
+fn check_scores(neurons: &[LocatedNeuron]) -> Result<(), String> {
+    for LocatedNeuron { neuron, cosine, norm, mean_activation, .. } in neurons {
+        // Rounding can bring a cosine just above 1.
+        let is_cosine = cosine.is_none_or(|x| x.abs() <= 1.0 + 1e-6);
+        let is_norm = norm.is_none_or(|x| x.is_finite() && x >= 0.0);
+        let is_activation = mean_activation.is_none_or(f64::is_finite);
+        let fault = [
+            (is_cosine, "a cosine from -1 to 1", cosine),
+            (is_norm, "a finite norm of at least 0", norm),
+            (is_activation, "a finite mean activation", mean_activation),
+        ];
+        if let Some((_, expected, found)) = fault.into_iter().find(|(is_right, ..)| !is_right) {
+            let found = found.unwrap_or(f64::NAN);
+            return Err(format!("neuron {neuron}: expected {expected}, found {found}"));
+        }
+    }
+    Ok(())
 }
 
 /// Refuses an empty list and a repeated neuron.

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::check::export::LoadedBack;
+use crate::check::export::{Applied, LoadedBack};
 use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, ModelOptions, SessionOptions, Token};
 use crate::error::{Error, Result};
@@ -87,12 +87,13 @@ pub fn export(
 
     let (merged, file) = merge_with_progress(request, &base, &adapters, &options, progress, interrupt)?;
     let unnamed = file.path_for_reading();
+    let (in_f32, _copies) = in_f32(request, &base, &adapters)?;
     drop(adapters);
     on_step(Step::Merged(&merged))?;
 
     let loaded_back = LoadedBack::compare(
         model,
-        loras,
+        Applied { given: loras, in_f32: &in_f32 },
         &unnamed,
         &request.model_options,
         &request.session_options,
@@ -104,7 +105,12 @@ pub fn export(
     let changed: Vec<(TensorType, TensorType)> = merged.tensors.iter().map(|t| (t.from, t.to)).collect();
     let advice = merged.advice();
     loaded_back.verdict(&changed, is_zero, request.allow_loss).map_err(|refusal| {
-        let mut hint = advice.clone().unwrap_or("use the adapter as it is, with --lora".into());
+        let mut hint = advice.clone().unwrap_or_else(|| match refusal.is_too_small {
+            true => {
+                "train the adapter for more steps or at a larger --learning-rate, or raise its scale".into()
+            }
+            false => "use the adapter as it is, with --lora".into(),
+        });
         if refusal.can_be_allowed {
             hint.push_str("; --allow-loss keeps the merged model anyway");
         }
@@ -129,6 +135,28 @@ fn read_adapters(request: &ExportRequest, base: &GgufFile) -> Result<Vec<(Adapte
         adapters.push((Adapter::read(&lora.path, base)?, lora.scale));
     }
     Ok(adapters)
+}
+
+/// The adapters for the comparison, each in F32. Those of other types are copied to files that have no name and last
+/// as long as the second value.
+fn in_f32(
+    request: &ExportRequest,
+    base: &GgufFile,
+    adapters: &[(Adapter, f32)],
+) -> Result<(Vec<LoraScaled>, Vec<AtomicFile>)> {
+    let mut copies = Vec::new();
+    let mut in_f32 = Vec::with_capacity(adapters.len());
+    for (lora, (adapter, _)) in request.loras.iter().zip(adapters) {
+        let file = GgufFile::open(&lora.path)?;
+        if file.tensors().iter().all(|tensor| tensor.tensor_type() == TensorType::F32) {
+            in_f32.push(lora.clone());
+            continue;
+        }
+        let copy = adapter.write_unnamed(&request.output, base, &Metadata::new())?;
+        in_f32.push(LoraScaled { path: copy.path_for_reading(), scale: lora.scale });
+        copies.push(copy);
+    }
+    Ok((in_f32, copies))
 }
 
 /// Runs [`merge_unnamed`] on the session's number of threads.

@@ -308,7 +308,7 @@ impl Screen<'_> {
         let covering: Vec<&dyn Scorer> =
             self.scorers.iter().map(AsRef::as_ref).filter(|s| s.info().covers(language)).collect();
         let scores: Vec<(String, Vec<Result<f64>>)> =
-            covering.iter().map(|s| (s.info().name, s.toxicity_of_all(&texts))).collect();
+            covering.iter().map(|s| (s.info().name, score::scores_of(&**s, &texts))).collect();
         let mut seen = HashSet::new();
         let is_repeated: Vec<bool> = samples.iter().map(|g| !seen.insert(&g.generated_text)).collect();
         let judged: Vec<Result<(Side, Sampled), Dropped>> = samples
@@ -344,7 +344,7 @@ impl Screen<'_> {
             return Err(Dropped::Duplicate);
         }
         let toxicity: Option<BTreeMap<String, f64>> =
-            toxicity.into_iter().map(|(name, t)| Some((name, t.filter(|t| t.is_finite())?))).collect();
+            toxicity.into_iter().map(|(name, t)| Some((name, t?))).collect();
         let toxicity = toxicity.filter(|by_scorer| !by_scorer.is_empty()).ok_or(Dropped::Unscored)?;
         let language_kept = self.identifier.language_kept(&generation.language, text);
         if language_kept == Some(false) {

@@ -18,6 +18,17 @@ pub fn perplexity(logprob: f64, n_tokens: u32) -> Option<f64> {
     (n_tokens > 0 && !logprob.is_nan()).then(|| (-logprob / f64::from(n_tokens)).exp())
 }
 
+/// Describes a log-probability that no continuation can have; `None` if it is possible.
+///
+/// The log-probs of certain tokens may exceed 0 by rounding. Minus infinity is that of an impossible token.
+pub fn logprob_fault(logprob: f64) -> Option<String> {
+    let is_possible = logprob <= MAX_LOGPROB;
+    (!is_possible).then(|| format!("expected a log-probability of at most 0, found {logprob}"))
+}
+
+/// The largest sum of log-probs: 0, and what rounding may add.
+const MAX_LOGPROB: f64 = 1e-3;
+
 /// Fraction of the 2-grams in one continuation that repeat an earlier one.
 ///
 /// That is 1 - distinct 2-grams / 2-grams: seq-rep-n of Welleck et al. 2020 (arXiv 1908.04319) with
@@ -40,6 +51,16 @@ mod tests {
         assert!((found - 8.0).abs() < 1e-12);
         assert_eq!(perplexity(0.0, 5), Some(1.0), "certain tokens");
         assert_eq!(perplexity(f64::NEG_INFINITY, 5), Some(f64::INFINITY), "an impossible token");
+    }
+
+    #[test]
+    fn a_log_probability_above_0_or_nan_is_impossible() {
+        for possible in [0.0, -0.1, 1e-9, f64::NEG_INFINITY] {
+            assert_eq!(logprob_fault(possible), None);
+        }
+        for impossible in [5.0, 0.01, f64::NAN, f64::INFINITY] {
+            assert!(logprob_fault(impossible).unwrap().contains("at most 0, found"), "{impossible}");
+        }
     }
 
     #[test]

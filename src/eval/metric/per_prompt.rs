@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::continuation::Sample;
 use crate::eval::metric::toxicity::{self, PromptToxicity};
 use crate::eval::metric::{Counted, MetricId, MetricKind, diversity, fluency};
@@ -37,7 +37,7 @@ pub struct PromptValues {
 /// The order of `samples` does not matter.
 ///
 /// # Errors
-/// [`crate::error::Error::Scorer`] for a score outside [0, 1].
+/// [`Error::Scorer`] for a score outside [0, 1], or a log-probability above 0 or NaN.
 pub fn by_language(
     samples: &[Sample],
     scorers: &[&str],
@@ -71,6 +71,10 @@ fn of_prompt(samples: &[&Sample], scorers: &[&str], threshold: f64) -> Result<Pr
         language_kept: (0, 0),
     };
     for sample in samples {
+        if let Some(fault) = sample.logprob.and_then(fluency::logprob_fault) {
+            let reason = format!("prompt {:?}: {fault}", sample.prompt_id);
+            return Err(Error::scorer("perplexity", reason));
+        }
         if let Some(kept) = sample.language_kept {
             values.language_kept.0 += usize::from(kept);
             values.language_kept.1 += 1;

@@ -25,7 +25,11 @@ pub fn dequantize(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> 
 ///
 /// # Errors
 /// As [`dequantize`], except for the values.
-pub(crate) fn dequantize_raw(tensor_type: TensorType, bytes: &[u8], values: &mut [f32]) -> Result<(), String> {
+pub(crate) fn dequantize_raw(
+    tensor_type: TensorType,
+    bytes: &[u8],
+    values: &mut [f32],
+) -> Result<(), String> {
     if tensor_type.row_bytes(values.len() as u64) != Some(bytes.len() as u64) {
         return Err(format!(
             "expected the bytes of {} numbers of type {tensor_type}, found {} bytes",
@@ -158,7 +162,7 @@ mod tests {
         }
         let infinite = [0x00, 0x7c, 0x00, 0x3c];
         let error = dequantize(TensorType::F16, &infinite, &mut [0.0; 2]).unwrap_err();
-        assert_eq!(error, "expected finite numbers, found inf at 0");
+        assert_eq!(error, "expected finite numbers, found inf at element 0");
     }
 
     #[test]

@@ -17,7 +17,6 @@ mod quantize;
 #[cfg(not(feature = "engine"))]
 pub(crate) use dequantize::can_dequantize;
 pub use dequantize::dequantize;
-#[cfg(feature = "engine")]
 pub(crate) use dequantize::dequantize_raw;
 #[cfg(feature = "engine")]
 pub use quantize::quantize;

@@ -185,9 +185,9 @@ mod tests {
         assert!(refusal(&[], 0).contains("found 0"));
         let mut values = [0.0; 32];
         values[7] = f32::NAN;
-        assert!(refusal(&values, 32).contains("found NaN at 7"));
+        assert!(refusal(&values, 32).contains("found NaN at element 7"));
         let error = quantize(TensorType::F16, &values, 32).unwrap_err();
-        assert!(error.contains("found NaN at 7"), "{error}");
+        assert!(error.contains("found NaN at element 7"), "{error}");
     }
 
     #[test]

@@ -295,7 +295,7 @@ mod tests {
         bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
         std::fs::write(&path, bytes).unwrap();
         let error = Probe::read(&path).unwrap_err().to_string();
-        assert!(error.contains("expected finite numbers, found NaN at 1"), "{error}");
+        assert!(error.contains("expected finite numbers, found NaN at element 1"), "{error}");
         assert!(Probe { weight: vec![f32::NAN, 1.0], ..probe() }.write(&path).is_err());
         assert!(Probe { auc: Some(f32::NAN), ..probe() }.write(&path).is_err());
         assert!(Probe { accuracy: Some(1.5), ..probe() }.write(&path).is_err());

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::file::sigmoid;
 use crate::engine::random::{random_stream, shuffle};
 use crate::error::{Error, Result};
+use crate::finite;
 
 /// Training options of a probe. The defaults are the paper's (Table 7).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -105,7 +106,8 @@ impl Adam {
 ///
 /// # Errors
 /// [`Error::Setting`] for an option out of range, a split that leaves one part without toxic or without
-/// benign texts, or a held-out loss that is not finite in any epoch.
+/// benign texts, or a held-out loss that is not finite in any epoch. [`Error::NotFinite`] for a feature that is NaN or
+/// infinite.
 ///
 /// # Panics
 /// If the numbers of labels and features differ, or features differ in length.
@@ -114,6 +116,11 @@ pub fn fit(features: &[Vec<f32>], is_toxic: &[bool], options: &ProbeOptions) -> 
     let n_embd = features.first().map_or(0, Vec::len);
     assert!(features.iter().all(|x| x.len() == n_embd), "features must have one length");
     check(is_toxic, options)?;
+    for (text, values) in features.iter().enumerate() {
+        if let Some((at, found)) = finite::not_finite(values) {
+            return Err(Error::not_finite(format!("feature {at} of text {}", text + 1), found));
+        }
+    }
     let (train, held_out) = split(is_toxic, options)?;
     let mut random = random_stream(options.seed, "probe order", 0);
     let mut weight = vec![0f64; n_embd];
@@ -143,19 +150,23 @@ pub fn fit(features: &[Vec<f32>], is_toxic: &[bool], options: &ProbeOptions) -> 
             best = Some((held_out_loss, epoch, weight.clone()));
         }
     }
-    let (_, best_epoch, weight) = best.ok_or_else(|| {
+    let best =
+        best.map(|(_, epoch, weight)| (epoch, weight.into_iter().map(|w| w as f32).collect::<Vec<f32>>()));
+    // f32 may be too small for a weight.
+    let best = best.filter(|(_, weight)| finite::not_finite(weight).is_none());
+    let (best_epoch, weight) = best.ok_or_else(|| {
         Error::setting(
             "--learning-rate",
-            "expected a finite held-out loss in some epoch, found none: the probe diverged",
+            "expected a finite held-out loss and finite weights in some epoch, found none: the probe diverged",
         )
     })?;
     let scores: Vec<(f64, bool)> =
-        held_out.iter().map(|&i| (dot(&weight, &features[i]), is_toxic[i])).collect();
+        held_out.iter().map(|&i| (score(&weight, &features[i]), is_toxic[i])).collect();
     let n_toxic = scores.iter().filter(|(_, is_toxic)| *is_toxic).count();
     let n = scores.len();
     let n_right = scores.iter().filter(|&&(z, is_toxic)| (z > 0.0) == is_toxic).count();
     Ok(Fit {
-        weight: weight.into_iter().map(|w| w as f32).collect(),
+        weight,
         best_epoch,
         epochs,
         n_train: train.len(),
@@ -214,6 +225,11 @@ fn split(is_toxic: &[bool], options: &ProbeOptions) -> Result<(Vec<usize>, Vec<u
         held_out.extend(of_label);
     }
     Ok((train, held_out))
+}
+
+/// The score of the finished probe.
+fn score(weight: &[f32], x: &[f32]) -> f64 {
+    weight.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum()
 }
 
 fn dot(weight: &[f64], x: &[f32]) -> f64 {
@@ -316,6 +332,16 @@ mod tests {
         assert_eq!(first.epochs[first.best_epoch - 1].held_out_loss, {
             first.epochs.iter().map(|e| e.held_out_loss).fold(f64::INFINITY, f64::min)
         });
+    }
+
+    #[test]
+    fn rejects_features_that_are_not_finite_and_names_the_text() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let (mut features, labels) = separable();
+            features[7][2] = bad;
+            let error = fit(&features, &labels, &ProbeOptions::default()).unwrap_err().to_string();
+            assert!(error.starts_with("feature 2 of text 8: expected a finite number, found"), "{error}");
+        }
     }
 
     #[test]

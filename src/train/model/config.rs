@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
 
 use crate::train::device::{Activation, Attention, Norm, NormKind, Rope, RopePairs};
+use crate::train::model::metadata_keys;
 
 /// How the model learns a token's position.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +31,8 @@ struct Family {
     parallel: bool,
     /// Embeddings are multiplied by sqrt(n_embd).
     scales_embedding: bool,
+    /// Optional keys `{arch}.…` that change the computation and that are implemented.
+    keys: &'static [&'static str],
 }
 
 const LLAMA: Family = Family {
@@ -40,6 +43,7 @@ const LLAMA: Family = Family {
     gated: true,
     parallel: false,
     scales_embedding: false,
+    keys: &[],
 };
 
 const GPT2: Family = Family {
@@ -54,7 +58,7 @@ const GPT2: Family = Family {
 /// The architectures that can be trained. Each is tested against PyTorch (`tests/train`).
 const FAMILIES: [Family; 7] = [
     LLAMA,
-    Family { name: "command-r", norm: NormKind::Layer, parallel: true, ..LLAMA },
+    Family { name: "command-r", norm: NormKind::Layer, parallel: true, keys: &["logit_scale"], ..LLAMA },
     GPT2,
     Family { name: "bloom", position: Position::Alibi, ..GPT2 },
     Family {
@@ -130,7 +134,7 @@ impl Config {
             let hint = format!("these can: {}", known.join(", "));
             return Err(Error::model(file.path(), reason).with_hint(hint));
         };
-        refuse_unknown_options(file)?;
+        metadata_keys::refuse_unknown(file, family.keys)?;
 
         let (n_layer, n_embd) = (file.n_layer()?, file.n_embd()?);
         let (n_head, n_head_kv) = (file.n_head()?, file.n_head_kv()?);
@@ -139,7 +143,11 @@ impl Config {
             NormKind::Rms => "attention.layer_norm_rms_epsilon",
             NormKind::Layer => "attention.layer_norm_epsilon",
         };
-        let norm = Norm { kind: family.norm, epsilon: file.f32(&file.arch_key(epsilon_key)?)? };
+        let epsilon = match positive(file, epsilon_key)? {
+            Some(epsilon) => epsilon,
+            None => file.f32(&file.arch_key(epsilon_key)?)?,
+        };
+        let norm = Norm { kind: family.norm, epsilon };
         let windows = windows(file, n_layer)?;
         let scaled_dim = match family.name {
             "gemma3" if n_layer == GEMMA3_27B_LAYERS => (n_embd / n_head) as f32,
@@ -158,7 +166,11 @@ impl Config {
             Position::Rope(pairs) => rope(file, pairs, head_dim, &windows, rope_factors)?,
             Position::Learned | Position::Alibi => vec![None; n_layer as usize],
         };
-        let logit_scale = file.f32_if_present(&file.arch_key("logit_scale")?)?;
+        let logit_scale = if family.keys.contains(&"logit_scale") {
+            positive_or_0(file, "logit_scale")?.unwrap_or(1.0)
+        } else {
+            1.0
+        };
         Ok(Config {
             architecture: architecture.to_owned(),
             n_layer: n_layer as usize,
@@ -171,7 +183,7 @@ impl Config {
             gated: family.gated,
             parallel: family.parallel,
             embedding_scale: if family.scales_embedding { (n_embd as f32).sqrt() } else { 1.0 },
-            logit_scale: logit_scale.filter(|&scale| scale != 0.0).unwrap_or(1.0),
+            logit_scale,
             attention: windows.iter().map(attention).collect(),
             rope,
             learned_positions: family.position == Position::Learned,
@@ -198,26 +210,24 @@ impl Config {
     }
 }
 
-/// Refuses metadata that would change the computation in a way the trainer does not implement.
-fn refuse_unknown_options(file: &GgufFile) -> Result<()> {
-    for (name, what) in [("expert_count", "experts"), ("attention.temperature_length", "scaled queries")] {
-        if file.u32_if_present(&file.arch_key(name)?)?.is_some_and(|n| n > 0) {
-            return Err(Error::model(file.path(), format!("models with {what} cannot be trained here")));
+/// The number under `{arch}.{name}`, if present.
+fn positive(file: &GgufFile, name: &str) -> Result<Option<f32>> {
+    let key = file.arch_key(name)?;
+    match file.f32_if_present(&key)? {
+        Some(found) if !(found.is_finite() && found > 0.0) => {
+            let reason = format!("key {key:?}: expected a finite number above 0, found {found}");
+            Err(Error::model(file.path(), reason))
         }
+        found => Ok(found),
     }
-    for name in [
-        "final_logit_softcapping",
-        "attention.scale",
-        "embedding_scale",
-        "residual_scale",
-        "attention.clamp_kqv",
-    ] {
-        let key = file.arch_key(name)?;
-        if file.f32_if_present(&key)?.is_some_and(|x| x != 0.0) {
-            return Err(Error::model(file.path(), format!("key {key:?} is not supported by the trainer")));
-        }
+}
+
+/// As [`positive`], with 0 for no number.
+fn positive_or_0(file: &GgufFile, name: &str) -> Result<Option<f32>> {
+    match file.f32_if_present(&file.arch_key(name)?)? {
+        Some(0.0) => Ok(None),
+        _ => positive(file, name),
     }
-    Ok(())
 }
 
 /// The size of an attention head, `default` if the metadata do not give it.
@@ -241,7 +251,6 @@ fn rope(
     windows: &[Option<usize>],
     factors: Option<&[f32]>,
 ) -> Result<Vec<Option<Rope>>> {
-    let number = |name: &str| -> Result<Option<f32>> { file.f32_if_present(&file.arch_key(name)?) };
     let n_rot = file.u32_if_present(&file.arch_key("rope.dimension_count")?)?.unwrap_or(head_dim as u32);
     let n_rot = n_rot as usize;
     if n_rot > head_dim || !n_rot.is_multiple_of(2) {
@@ -257,8 +266,8 @@ fn rope(
         let reason = format!("tensor \"rope_freqs.weight\": expected {expected} numbers, found {found}");
         return Err(Error::model(file.path(), reason));
     }
-    let base = number("rope.freq_base")?.unwrap_or(DEFAULT_ROPE_BASE);
-    let local_base = number("rope.freq_base_swa")?.unwrap_or(DEFAULT_ROPE_BASE);
+    let base = positive(file, "rope.freq_base")?.unwrap_or(DEFAULT_ROPE_BASE);
+    let local_base = positive(file, "rope.freq_base_swa")?.unwrap_or(DEFAULT_ROPE_BASE);
     let scale = rope_scale(file)?;
     let of_block = |window: &Option<usize>| {
         let (base, scale) = if window.is_some() { (local_base, 1.0) } else { (base, scale) };
@@ -300,12 +309,12 @@ fn windows(file: &GgufFile, n_layer: u32) -> Result<Vec<Option<usize>>> {
 /// The factor of the rotary frequencies of global layers.
 fn rope_scale(file: &GgufFile) -> Result<f64> {
     let factor = match file.f32_if_present(&file.arch_key("rope.scaling.factor")?)? {
-        Some(factor) => Some(factor),
-        None => file.f32_if_present(&file.arch_key("rope.scale_linear")?)?,
+        Some(_) => positive_or_0(file, "rope.scaling.factor")?,
+        None => positive_or_0(file, "rope.scale_linear")?,
     };
     match file.str_if_present(&file.arch_key("rope.scaling.type")?)? {
         Some("none") => Ok(1.0),
-        None | Some("linear") => Ok(factor.filter(|&f| f != 0.0).map_or(1.0, |f| 1.0 / f64::from(f))),
+        None | Some("linear") => Ok(factor.map_or(1.0, |f| 1.0 / f64::from(f))),
         Some(other) => Err(Error::model(
             file.path(),
             format!("rotary scaling {other:?} is not supported by the trainer"),

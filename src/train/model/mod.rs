@@ -7,6 +7,7 @@
 //! ```
 //!
 //! - [`config`] reads sizes and options from the GGUF's metadata.
+//! - `metadata_keys` refuses those that the trainer does not implement.
 //! - [`parameters`] holds the trained tensors and their gradients.
 //! - [`transformer`] loads the weights.
 //! - [`mod@forward`] computes log-probabilities, [`mod@backward`] the gradients of a loss of them.
@@ -25,6 +26,7 @@ pub mod forward;
 mod gemm;
 pub mod linear;
 pub mod low_rank;
+mod metadata_keys;
 pub mod parameters;
 pub mod pass;
 pub mod transformer;

@@ -7,6 +7,7 @@ use rand_core::SeedableRng;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::finite;
 use crate::gguf::{self, GgufFile, TensorInfo};
 
 use crate::train::device::{Device, HostMatrix};
@@ -116,10 +117,7 @@ pub fn read_numbers(file: &GgufFile, tensor: &TensorInfo) -> Result<Vec<f32>> {
     let mut values = vec![0.0; tensor.n_elements() as usize];
     let refuse = |reason: String| Error::gguf(file.path(), format!("tensor {:?}: {reason}", tensor.name()));
     gguf::dequantize(tensor.tensor_type(), &bytes, &mut values).map_err(refuse)?;
-    match values.iter().position(|x| !x.is_finite()) {
-        Some(at) => Err(refuse(format!("expected finite numbers, found {} at element {at}", values[at]))),
-        None => Ok(values),
-    }
+    Ok(values)
 }
 
 /// Refuses a matrix with a value that is not finite. Dequantises a row at a time to save memory.
@@ -130,13 +128,11 @@ fn check_finite(file: &GgufFile, tensor: &TensorInfo, bytes: &[u8]) -> Result<()
     rows.try_for_each_init(
         || vec![0.0; n],
         |values, (row, bytes)| {
-            gguf::dequantize(tensor.tensor_type(), bytes, values).map_err(refuse)?;
-            match values.iter().position(|x| !x.is_finite()) {
-                Some(at) => Err(refuse(format!(
-                    "expected finite numbers, found {} at element {}",
-                    values[at],
-                    row * n + at
-                ))),
+            gguf::dequantize_raw(tensor.tensor_type(), bytes, values).map_err(refuse)?;
+            match finite::not_finite(values) {
+                Some((at, found)) => {
+                    Err(refuse(format!("expected finite numbers, found {found} at element {}", row * n + at)))
+                }
                 None => Ok(()),
             }
         },

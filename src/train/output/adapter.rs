@@ -10,6 +10,7 @@ use std::path::Path;
 
 use crate::engine::steering::LoraScaled;
 use crate::error::{Error, Result};
+use crate::file::AtomicFile;
 use crate::gguf::dequantize;
 use crate::gguf::{GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, TensorType, Value};
 use crate::steer::{Fingerprint, lora};
@@ -145,6 +146,14 @@ impl Adapter {
     /// # Errors
     /// Those of [`Adapter::check`]; [`Error::Input`] for an adapter without matrices; [`Error::Io`].
     pub fn write(&self, path: &Path, base: &GgufFile, provenance: &Metadata) -> Result<()> {
+        self.write_unnamed(path, base, provenance)?.commit()
+    }
+
+    /// As [`Adapter::write`], but the file gets its name only by [`AtomicFile::commit`].
+    ///
+    /// # Errors
+    /// As [`Adapter::write`].
+    pub fn write_unnamed(&self, path: &Path, base: &GgufFile, provenance: &Metadata) -> Result<AtomicFile> {
         self.check(base)?;
         if self.factors.is_empty() {
             return Err(Error::input(path, None, "expected an adapter of at least one matrix, found none"));
@@ -166,7 +175,7 @@ impl Adapter {
             writer.write_f32s(&factors.a)?;
             writer.write_f32s(&factors.b)?;
         }
-        writer.finish()
+        writer.complete()
     }
 }
 

@@ -112,9 +112,10 @@ impl MergeReport {
         }
         let bits = |t: TensorType| t.block_bytes() * 8 / t.block_len();
         let finer = match self.tensors.iter().map(|t| bits(t.to)).min()? {
-            0..8 => "q8_0",
-            8..16 => "f16",
-            _ => "f32",
+            0..8 => ", or write the changed tensors in a finer type (--type q8_0)",
+            8..16 => ", or write the changed tensors in a finer type (--type f16)",
+            16..32 => ", or write the changed tensors in a finer type (--type f32)",
+            _ => "",
         };
         let noise = if error > 1.0 {
             format!(", with rounding noise {error:.1} times its size")
@@ -122,8 +123,7 @@ impl MergeReport {
             String::new()
         };
         Some(format!(
-            "{:.0}% of the change survived{noise}: to keep all of it, use the adapter as it is (--lora), or \
-             write the changed tensors in a finer type (--type {finer})",
+            "{:.0}% of the change survived{noise}: to keep all of it, use the adapter as it is (--lora){finer}",
             100.0 * survived
         ))
     }
