@@ -46,16 +46,20 @@ pub fn read_generations(
 ) -> Result<Vec<Generation>> {
     let of_name = path.file_stem().and_then(|s| s.to_str()).and_then(language_of_stem);
     let default_language = default_language.or(of_name);
-    let rows = Rows::open(path, "continuations")?.limited().collect::<Result<Vec<rows::Row>>>()?;
-    let mut reader =
-        Reader { path, default_language: None, columns, prompts: HashMap::new(), rows: Vec::new() };
-    let languages = match default_language {
-        Some(_) => Vec::new(),
-        None => reader.languages(&rows)?,
-    };
-    for (i, row) in rows.into_iter().enumerate() {
-        reader.default_language = languages.get(i).copied().or(default_language);
-        reader.row(row.fields, row.line)?;
+    let rows = Rows::open(path, "continuations")?.limited();
+    let mut reader = Reader { path, default_language, columns, prompts: HashMap::new(), rows: Vec::new() };
+    if default_language.is_some() {
+        for row in rows {
+            let row = row?;
+            reader.row(row.fields, row.line)?;
+        }
+    } else {
+        let rows = rows.collect::<Result<Vec<rows::Row>>>()?;
+        let languages = reader.languages(&rows)?;
+        for (row, language) in rows.into_iter().zip(languages) {
+            reader.default_language = Some(language);
+            reader.row(row.fields, row.line)?;
+        }
     }
     if reader.rows.is_empty() {
         return Err(Error::input(path, None, "expected continuations, found an empty file"));

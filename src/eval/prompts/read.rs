@@ -137,7 +137,10 @@ fn prompt(path: &Path, row: &rows::Row, columns: &PromptColumns, ignored: &mut I
         let reason = format!(
             "expected the whole prompt in the column {name:?}, found another part of it in {dropped:?}"
         );
-        let hint = format!("put both into one column, or read {name:?} alone with --prompt-column {name}");
+        let hint = format!(
+            "put both into one column, or read {name:?} alone with --prompt-column {}",
+            rows::argument(name)
+        );
         return Err(fail(reason, Some(hint)));
     }
     let id = key_of(fields, columns).map_err(|reason| fail(reason, None))?;

@@ -49,11 +49,17 @@ fn named(code: &str) -> String {
     super::find(code).map_or_else(|| code.to_owned(), |language| format!("{} ({code})", language.name))
 }
 
+/// The part of a text that is identified.
+fn start(text: &str) -> &str {
+    let end = text.char_indices().nth(500).map_or(text.len(), |(end, _)| end);
+    &text[..end]
+}
+
 fn identify(path: &Path, rows: &[(usize, &str)], hint: &str) -> Result<Vec<&'static str>> {
     let Some(&(first_line, _)) = rows.first() else { return Ok(Vec::new()) };
     let identifier = LanguageIdentifier::new();
     let of = |rows: &[(usize, &str)]| -> Vec<Option<&'static str>> {
-        rows.par_iter().map(|(_, text)| identifier.identify(text)).collect()
+        rows.par_iter().map(|(_, text)| identifier.identify(start(text))).collect()
     };
     let refuse = |line: usize, reason: String| {
         let known = known_codes().join(", ");
@@ -65,7 +71,7 @@ fn identify(path: &Path, rows: &[(usize, &str)], hint: &str) -> Result<Vec<&'sta
     decided.iter().flatten().for_each(|code| *counts.entry(code).or_default() += 1);
     let n_decided: usize = counts.values().sum();
     let leading = counts.iter().max_by_key(|(_, n)| **n).map(|(code, n)| (*code, *n));
-    let whole: Vec<&str> = sample.iter().map(|(_, text)| *text).collect();
+    let whole: Vec<&str> = sample.iter().take(100).map(|(_, text)| start(text)).collect();
     let of_whole = identifier.identify(&whole.join("\n"));
     let one = match leading {
         // Every row is too short; together they may be long enough.

@@ -232,8 +232,14 @@ const HARMLESS: [&str; 51] = [
     "insult",
 ];
 
-fn folded(name: &str) -> String {
-    name.trim().to_lowercase().replace([' ', '-'], "_")
+/// Whether two names are equal but for upper and lower case, and `-`, `_` and spaces.
+fn is_same(name: &str, known: &str) -> bool {
+    let fold = |byte: u8| match byte {
+        b' ' | b'-' => b'_',
+        byte => byte.to_ascii_lowercase(),
+    };
+    let name = name.trim();
+    name.len() == known.len() && name.bytes().map(fold).eq(known.bytes().map(fold))
 }
 
 impl Column {
@@ -247,10 +253,7 @@ impl Column {
             return lookup(row, name);
         }
         let exact = || self.names.iter().find_map(|name| row.get_key_value(*name));
-        let folded = || {
-            let mut names = self.names.iter().map(|name| name.to_lowercase());
-            names.find_map(|name| row.iter().find(|(key, _)| folded(key) == name))
-        };
+        let folded = || self.names.iter().find_map(|name| row.iter().find(|(key, _)| is_same(key, name)));
         exact().or_else(folded).map(|(name, value)| (name.as_str(), value))
     }
 
@@ -280,7 +283,7 @@ impl Column {
             ),
             None => (
                 format!("expected {} in a column such as {:?}, found {found}", self.noun, self.usual()),
-                format!("name the column with {}", self.flag),
+                format!("name the column with {} (a table starts with the names of its columns)", self.flag),
             ),
         }
     }
@@ -297,7 +300,7 @@ impl Column {
 
 fn lookup<'r>(row: &'r Map<String, Value>, name: &str) -> Option<(&'r str, &'r Value)> {
     let exact = row.get_key_value(name);
-    let found = exact.or_else(|| row.iter().find(|(key, _)| folded(key) == folded(name)));
+    let found = exact.or_else(|| row.iter().find(|(key, _)| is_same(key, name.trim())));
     found.map(|(name, value)| (name.as_str(), value))
 }
 
@@ -310,16 +313,24 @@ pub fn listed<'n>(names: impl Iterator<Item = &'n str>) -> String {
     }
 }
 
+/// A name as an argument for a shell.
+pub fn argument(name: &str) -> String {
+    let is_plain = |c: char| c.is_alphanumeric() || "_-.".contains(c);
+    match !name.is_empty() && !name.starts_with('-') && name.chars().all(is_plain) {
+        true => name.to_owned(),
+        false => format!("'{}'", name.replace('\'', "'\\''")),
+    }
+}
+
 /// Whether a column of this name holds text, for recognising a table by its header.
 pub(super) fn is_text_name(cell: &str) -> bool {
-    let name = folded(cell);
     let columns = [PROMPT, TEXT, LABELLED_TEXT, CONTINUATION, CHOSEN, REJECTED];
-    columns.iter().flat_map(|column| column.names).any(|known| known.to_lowercase() == name)
+    columns.iter().flat_map(|column| column.names).any(|known| is_same(cell, known))
 }
 
 /// The first column besides `used` that belongs to the prompt and has a value.
 pub fn dropped<'r>(row: &'r Map<String, Value>, used: &[&str]) -> Option<&'r str> {
-    let is_meant = |name: &str| !used.contains(&name) && MEANINGFUL.contains(&folded(name).as_str());
+    let is_meant = |name: &str| !used.contains(&name) && MEANINGFUL.iter().any(|known| is_same(name, known));
     let has_value = |value: &Value| match value {
         Value::Array(list) => !list.is_empty(),
         Value::Object(object) => !object.is_empty(),
@@ -338,11 +349,15 @@ pub struct Ignored {
 impl Ignored {
     /// Adds the columns of a row that are not `used`.
     pub fn add(&mut self, row: &Map<String, Value>, used: &[&str]) {
-        for name in row.keys().filter(|name| !used.contains(&name.as_str()) && !name.trim().is_empty()) {
-            let known = folded(name);
-            let is_harmless = HARMLESS.contains(&known.as_str()) || known.contains("annotation");
+        for (name, value) in row {
+            let is_known = self.unknown.contains(name) || self.harmless.contains(name);
+            if is_known || used.contains(&name.as_str()) || name.trim().is_empty() || is_missing(value) {
+                continue;
+            }
+            let is_harmless = HARMLESS.iter().any(|known| is_same(name, known))
+                || name.to_lowercase().contains("annotation");
             let set = if is_harmless { &mut self.harmless } else { &mut self.unknown };
-            if set.len() < 100 && !set.contains(name) {
+            if set.len() < 100 {
                 set.insert(name.clone());
             }
         }
@@ -382,6 +397,12 @@ mod tests {
         let given = row(json!({"x": "a", "prompt": "b"}));
         assert_eq!(PROMPT.find(&given, Some("X")).unwrap().0, "x");
         assert!(PROMPT.find(&given, Some("y")).is_none());
+    }
+
+    #[test]
+    fn a_name_with_spaces_is_quoted_in_a_hint() {
+        assert_eq!(argument("user_prompt"), "user_prompt");
+        assert_eq!(argument("User's prompt"), "'User'\\''s prompt'");
     }
 
     #[test]

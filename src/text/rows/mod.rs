@@ -41,13 +41,13 @@ use table::Table;
 pub use cell::{chat, is_message, is_missing, kind, label, number, text};
 pub use column::{
     BENIGN, CHOSEN, CONTINUATION, Column, ID, Ignored, LABEL, LABELLED_TEXT, LANGUAGE, PAIR_PROMPT, PROMPT,
-    PROMPT_ID, REJECTED, TEXT, TOXIC, dropped, listed,
+    PROMPT_ID, REJECTED, TEXT, TOXIC, argument, dropped, listed,
 };
 pub use sniff::{Form, Wanted, extension, uncompressed_name};
 
 /// Limits of a file whose rows are all kept in memory, so that an endless input is refused in time.
 const MAX_BYTES: usize = 2 << 30;
-const MAX_ROWS: usize = 5_000_000;
+const MAX_ROWS: usize = 2_000_000;
 
 /// A row of a file.
 #[derive(Debug, Clone, PartialEq)]

@@ -229,9 +229,12 @@ fn pair(
         let place = prompt.map_or("the answers".to_owned(), |(name, _)| format!("the column {name:?}"));
         let hint = match prompt {
             Some((name, _)) => {
-                format!("put both into one column, or read {name:?} alone with --prompt-column {name}")
+                format!(
+                    "put both into one column, or read {name:?} alone with --prompt-column {}",
+                    rows::argument(name)
+                )
             }
-            None => format!("name the prompt's column: --prompt-column {dropped}"),
+            None => format!("name the prompt's column: --prompt-column {}", rows::argument(dropped)),
         };
         return Err((
             format!("expected the whole prompt in {place}, found another part of it in {dropped:?}"),
