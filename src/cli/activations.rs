@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::file::{base_name, lock_folder};
 use crate::gguf::GgufFile;
 use crate::interp::activations::{
-    ActivationPrompt, Activations, PromptActivation, by_language, mean_over_neurons,
+    ActivationPrompt, Activations, MEASURED, PromptActivation, by_language, mean_over_neurons,
 };
 use crate::report::json;
 use crate::report::write::write_reports;
@@ -23,6 +23,11 @@ use super::{may_colour, print};
 
 /// Arguments of `activations`.
 #[derive(Debug, Args)]
+#[command(
+    after_help = "An activation is the neuron's own value after the non-linearity and gate, before any edit of that neuron. It \
+                  contains the effect of edits in earlier layers and of adapters. So a steering file gives the same numbers \
+                  by callback, as a control vector and baked into a model; for the value after an offset, add the offset."
+)]
 pub struct ActivationsCommand {
     /// Model A (GGUF)
     #[arg(short, long, value_name = "FILE")]
@@ -103,6 +108,7 @@ impl ActivationsCommand {
             b: model_b.map(|(_, name)| name),
             n_neurons: neurons.len(),
             n_predict: self.n_predict,
+            measured: MEASURED.into(),
             languages: by_language(&rows),
         };
         let files = [("json", json::to_json(&found)?), ("csv", found.to_csv()), ("html", found.to_html())];

@@ -40,7 +40,8 @@ pub struct LocateCommand {
     /// Number of tokens to generate after each prompt while measuring activations
     #[arg(short = 'n', long, value_name = "N", default_value_t = 20)]
     n_predict: usize,
-    /// Keep neurons whose mean activation is above X
+    /// Keep neurons whose mean activation is above X. With steering, it is measured before edits of the neurons
+    /// themselves
     #[arg(long, value_name = "X", default_value_t = 0.0, allow_negative_numbers = true)]
     min_activation: f64,
     /// Keep all ranked neurons, without running the model

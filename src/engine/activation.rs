@@ -26,6 +26,9 @@ pub struct PromptActivations {
 /// of the prompt's last token, then of every generated token but the last. This is the paper's protocol (section 4.2),
 /// as its script does it.
 ///
+/// If the model is steered, an activation is the neuron's own value before edits of that neuron. Edits of earlier layers
+/// are part of its input. So it does not depend on the way an edit is made: callback, control vector or bias.
+///
 /// The session must have been opened with [`Session::open_with_callback`]. `done` is called after every group of
 /// prompts, with the number of finished prompts.
 ///

@@ -38,7 +38,8 @@ impl ResidualPlace {
 
 /// The mean residual stream of each text at each place, `[texts][places][n_embd]`.
 ///
-/// The mean is over all tokens of a text, including BOS. The session must have been opened with
+/// The mean is over all tokens of a text, including BOS. If the model is steered, the residual stream after a block is
+/// the one that the next block receives: after all edits, by callback, control vector or bias. The session must have been opened with
 /// [`Session::open_with_callback`]. The graph ends at the last place, so no logits are computed. `done` is called
 /// after every batch, with the number of finished texts.
 ///

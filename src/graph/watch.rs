@@ -385,6 +385,10 @@ impl Watch {
     }
 
     /// Reads, edits and records a node that was computed; returns whether the graph should continue.
+    ///
+    /// A recording must not depend on the way an edit is made, so each place has one order. Neurons are recorded before
+    /// their edits, because a control vector or a bias that stands for an edit acts only later. The residual stream is
+    /// recorded after its edits, because it already contains the control vector.
     pub(crate) fn sees<N: Node>(&mut self, node: &mut N) -> Result<bool, String> {
         let Some(place) = self.place_of(node.name()) else { return Ok(true) };
         let shape = node.shape();
@@ -399,11 +403,18 @@ impl Watch {
         let is_edited = self.is_edited(place);
         with_values(node, is_edited, |values| -> Result<(), String> {
             self.read(place, &rows, values, width)?;
+            let before_edits = matches!(place, Place::Block(_, InBlock::Neurons));
+            if before_edits {
+                self.record(place, &rows, values, width)?;
+            }
             if is_edited {
                 self.edit(place, &rows, values, width)?;
                 self.progress.n_edited += 1;
             }
-            self.record(place, &rows, values, width)
+            if !before_edits {
+                self.record(place, &rows, values, width)?;
+            }
+            Ok(())
         })??;
         Ok(self.last_place() != Some(place))
     }

@@ -138,6 +138,9 @@ pub struct LanguageActivation {
     pub difference: Option<Interval>,
 }
 
+/// Where activations are measured, whichever way a model is steered: before edits of the neurons themselves.
+pub const MEASURED: &str = "before_edits";
+
 /// Mean activations by language, of one or two models.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Activations {
@@ -149,6 +152,9 @@ pub struct Activations {
     pub n_neurons: usize,
     /// Number of greedy tokens averaged over.
     pub n_predict: usize,
+    /// Where in the graph: [`MEASURED`]. Empty in older files, which did not say.
+    #[serde(default)]
+    pub measured: String,
     /// One entry per language.
     pub languages: Vec<LanguageActivation>,
 }

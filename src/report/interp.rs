@@ -2,7 +2,7 @@
 
 use maud::html;
 
-use crate::interp::activations::{Activations, Interval, LanguageActivation};
+use crate::interp::activations::{Activations, Interval, LanguageActivation, MEASURED};
 use crate::interp::retrieval::{Correlation, Retrieval};
 use crate::report::grid::{Grid, Row};
 use crate::report::line_plot::{Series, line_plot};
@@ -43,7 +43,9 @@ impl Activations {
 
     fn legend(&self) -> String {
         let b = self.b.as_ref().map_or(String::new(), |b| format!("; B: {b}"));
-        format!("A: {}{b}. [low, high]: 95% interval, bootstrap over prompts.", self.a)
+        let measured =
+            if self.measured == MEASURED { " Measured before edits of the neurons themselves." } else { "" };
+        format!("A: {}{b}. [low, high]: 95% interval, bootstrap over prompts.{measured}", self.a)
     }
 
     /// Formats a table of at most 80 columns.

@@ -111,24 +111,34 @@ fn a_sweep_resumes_and_writes_the_same_bytes_as_an_uninterrupted_one() {
 }
 
 #[test]
-fn assigning_a_lower_activation_lowers_the_recorded_one() {
+fn activations_of_a_steered_model_do_not_depend_on_the_way_it_is_steered() {
     let folder = tempfile::tempdir().unwrap();
     let neurons = folder.path().join("neurons.json");
     std::fs::write(&neurons, "[[0, 3], [1, 5]]").unwrap();
-    let intervention = folder.path().join("steer.json");
-    let mut command = detox();
-    command.args(["steer", "--assign", "-2", "-m"]).arg(tiny("gpt2.gguf"));
-    command.arg("--neurons").arg(&neurons).arg("-o").arg(&intervention).assert().success();
-    let output = folder.path().join("out");
-    let mut command = detox();
-    command.args(["activations", "--lang", "en,de", "--limit", "3", "-n", "4", "-t", "1", "-m"]);
-    command.arg(tiny("gpt2.gguf")).arg("--neurons").arg(&neurons).arg("--steer").arg(&intervention);
-    command.arg("-o").arg(&output).assert().success();
-    let found: serde_json::Value = serde_json::from_slice(&contents(&output)["activations.json"]).unwrap();
-    for language in found["languages"].as_array().unwrap() {
-        // Activations are recorded after the edit: -2 for every neuron at every step.
-        assert_eq!(language["b"]["value"], -2.0, "{language}");
-        assert!(language["a"]["value"].as_f64().unwrap() > -2.0);
+    // The callback edits layer 0 and a control vector layer 1. In the baked model both are biases.
+    let (intervention, baked) = (folder.path().join("steer.json"), folder.path().join("baked.gguf"));
+    for (file, flags) in [(&intervention, &[][..]), (&baked, &["--bake"][..])] {
+        let mut command = detox();
+        command.args(["steer", "--offset", "-2", "-m"]).arg(tiny("gpt2.gguf")).args(flags);
+        command.arg("--neurons").arg(&neurons).arg("-o").arg(file).assert().success();
+    }
+    let measure = |flag: &str, file: &Path| -> serde_json::Value {
+        let output = folder.path().join(flag.trim_start_matches('-'));
+        let mut command = detox();
+        command.args(["activations", "--lang", "en,de", "--limit", "3", "-n", "4", "-t", "1", "-m"]);
+        command.arg(tiny("gpt2.gguf")).arg("--neurons").arg(&neurons).arg(flag).arg(file);
+        command.arg("-o").arg(&output).assert().success();
+        let page = String::from_utf8(contents(&output)["activations.html"].clone()).unwrap();
+        assert!(page.contains("Measured before edits of the neurons themselves."));
+        serde_json::from_slice(&contents(&output)["activations.json"]).unwrap()
+    };
+    let (steered, other) = (measure("--steer", &intervention), measure("--model-b", &baked));
+    assert_eq!(steered["measured"], "before_edits");
+    let languages = |found: &serde_json::Value| found["languages"].as_array().unwrap().clone();
+    for (steered, other) in languages(&steered).iter().zip(languages(&other)) {
+        let value = |of: &serde_json::Value| of["b"]["value"].as_f64().unwrap();
+        assert!((value(steered) - value(&other)).abs() < 5e-3, "{steered} {other}");
+        assert_ne!(value(steered), steered["a"]["value"].as_f64().unwrap());
     }
 }
 

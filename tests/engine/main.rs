@@ -3,6 +3,7 @@
 mod generation;
 mod golden;
 mod intervention;
+mod measured;
 mod recording;
 mod refusals;
 mod steering;
