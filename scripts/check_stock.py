@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Check that stock llama.cpp and this program compute the same logits with this program's exports.
+"""Check that stock llama.cpp and this program compute the same log-probs with this program's exports.
 
 The exports are a control vector, a model with baked-in steering, and a trained LoRA adapter.
 
     pip install llama-cpp-python==0.3.36 gguf==0.17.1 numpy
-    cargo build --release --bins --example logits
+    cargo build --release --bins
     python scripts/check_stock.py [--target target/release]
 
-Uses the tiny models in gguf/tiny, which are F32. The largest difference of any logit must be below 1e-3.
+Uses the tiny models in gguf/tiny, which are F32. The largest difference of any log-prob must be below 1e-3.
 """
 
 import argparse
@@ -30,12 +30,18 @@ TOLERANCE = 1e-3
 
 
 def ours(target: Path, model: Path, *steer: str) -> np.ndarray:
-    command = [target / "examples" / "logits", model, ",".join(map(str, TOKENS)), *steer]
-    return np.array(json.loads(subprocess.check_output(command, stderr=subprocess.DEVNULL)))
+    """Log-probs after the last token."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "logprobs.npy"
+        exact = ["-fa", "off", "-ctk", "f32", "-ctv", "f32", "-t", "1"]
+        ids = ",".join(map(str, TOKENS))
+        command = [target / "detox-gguf", "logits", "-m", model, "--ids", ids, *exact, *steer, "-o", output]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        return np.load(output)[-1]
 
 
 def stock(model: Path, control_vector: Path | None, n_layer: int, n_embd: int, lora: Path | None = None) -> np.ndarray:
-    """Logits after the last token, computed only with llama.cpp's C API."""
+    """Log-probs after the last token, computed only with llama.cpp's C API."""
     llama_cpp.llama_backend_init()
     loaded = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
     params = llama_cpp.llama_context_default_params()
@@ -63,7 +69,7 @@ def stock(model: Path, control_vector: Path | None, n_layer: int, n_embd: int, l
     logits = np.array(llama_cpp.llama_get_logits_ith(context, -1)[:n_vocab])
     llama_cpp.llama_free(context)
     llama_cpp.llama_model_free(loaded)
-    return logits
+    return logits - np.logaddexp.reduce(logits.astype(np.float64))
 
 
 def main() -> int:
@@ -81,7 +87,7 @@ def main() -> int:
             make = [program, "steer", "-m", model, "--neurons", neurons, "--offset", str(OFFSET), "-o"]
             subprocess.run([*make, steer], check=True, stderr=subprocess.DEVNULL)
             plain = ours(args.target, model)
-            rows = [("control vector", ours(args.target, model, str(steer), "1"), stock(model, steer, n_layer, n_embd))]
+            rows = [("control vector", ours(args.target, model, "--steer", str(steer)), stock(model, steer, n_layer, n_embd))]
             if name in ("llama", "gpt2", "bloom"):
                 subprocess.run([*make, baked, "--bake"], check=True, stderr=subprocess.DEVNULL)
                 rows.append(("baked model", rows[0][1], stock(baked, None, n_layer, n_embd)))

@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::Serialize;
+
 use crate::check::bounds;
 use crate::check::difference::{Difference, compare};
 use crate::check::logits::{exact_options, logits, nudges};
@@ -16,7 +18,7 @@ use crate::gguf::{GgufFile, TensorType, check_decoder};
 /// llama.cpp rounds what it multiplies with an adapter: to 8 bits for Q8_0 and Q4_0, to F16 for F16. A merge has the
 /// adapter's numbers without that rounding. So the comparison uses the same numbers in F32, and the bounds need no
 /// allowance for the types of the adapters.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct LoadedBack {
     /// The adapters' effect: the base alone against the base with adapters.
     pub effect: Difference,

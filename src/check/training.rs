@@ -198,7 +198,7 @@ pub fn agreement(
     n_threads: usize,
 ) -> Result<Agreement> {
     let options = exact_options(&SessionOptions { n_threads: Some(n_threads), ..SessionOptions::default() });
-    let model_options = ModelOptions { n_gpu_layers: 0, check_tensors: false };
+    let model_options = ModelOptions { n_gpu_layers: 0, ..ModelOptions::default() };
     let path = if method == MethodName::Full { result } else { base.path() };
     let model = Model::open(path, &model_options)?;
     let steering = steering(&model, method, result)?;

@@ -71,6 +71,9 @@ pub struct EngineArguments {
     /// Check the model's tensors for invalid values (NaN, infinity) while loading
     #[arg(long)]
     pub check_tensors: bool,
+    /// Normalise texts to Unicode NFC before tokenising, as Hugging Face does for some models (Qwen, Command R)
+    #[arg(long)]
+    pub nfc: bool,
 }
 
 /// Data types of the KV cache, under llama.cpp's names.
@@ -109,7 +112,7 @@ pub enum FlashAttentionArgument {
 impl EngineArguments {
     /// Options for loading the model.
     pub fn model_options(&self) -> ModelOptions {
-        ModelOptions { n_gpu_layers: self.n_gpu_layers, check_tensors: self.check_tensors }
+        ModelOptions { n_gpu_layers: self.n_gpu_layers, check_tensors: self.check_tensors, nfc: self.nfc }
     }
 
     /// Options for opening a session.

@@ -43,6 +43,9 @@ pub struct ExportCommand {
     /// Keep the merged model even if it loses more than half of the adapters' effect
     #[arg(long)]
     allow_loss: bool,
+    /// Print a row for each changed tensor, not only for each kind
+    #[arg(long)]
+    per_tensor: bool,
     /// Number of threads [default: all cores]
     #[arg(short = 't', long, value_name = "N")]
     threads: Option<usize>,
@@ -61,17 +64,18 @@ impl ExportCommand {
             tensor_type: self.tensor_type.as_deref().map(parse_type).transpose()?,
             force: self.force,
             allow_loss: self.allow_loss,
-            model_options: ModelOptions { n_gpu_layers: self.n_gpu_layers, check_tensors: false },
+            model_options: ModelOptions { n_gpu_layers: self.n_gpu_layers, ..ModelOptions::default() },
             session_options: SessionOptions { n_threads: self.threads, ..SessionOptions::default() },
         };
         let mut print_step = |step: Step<'_>| match step {
-            Step::Merged(report) => print(&table(report)),
+            Step::Merged(report) => print(&table(report, self.per_tensor)),
             Step::Compared(compared) => print(&differences(compared)),
         };
         let exported = export(&request, &mut Shown::new(), &mut print_step, interrupt)?;
         if let Some(advice) = exported.advice {
             print(&format!("{advice}\n"))?;
         }
+        eprintln!("record of each tensor: {}", exported.record.display());
         eprintln!("model: {}", self.output.display());
         Ok(())
     }
@@ -107,10 +111,11 @@ fn parse_type(name: &str) -> Result<TensorType> {
     }
 }
 
-/// One row for each tensor name and type, over all blocks, and a row for all tensors.
-fn table(report: &MergeReport) -> String {
-    let mut kinds: BTreeMap<(&str, String), (usize, Change)> = BTreeMap::new();
-    for tensor in &report.tensors {
+/// One row for each tensor name and type, over all blocks, or for each tensor; and a row for all tensors.
+fn table(report: &MergeReport, per_tensor: bool) -> String {
+    // The first part of the key keeps single tensors in the order of the file.
+    let mut kinds: BTreeMap<(usize, &str, String), (usize, Change)> = BTreeMap::new();
+    for (i, tensor) in report.tensors.iter().enumerate() {
         let name = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
         let of_block = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).map(|(_, name)| name);
         let types = if tensor.from == tensor.to {
@@ -118,25 +123,27 @@ fn table(report: &MergeReport) -> String {
         } else {
             format!("{} to {}", tensor.from, tensor.to)
         };
-        let (n, change) = kinds.entry((of_block.unwrap_or(name), types)).or_default();
+        let key = if per_tensor { (i, name, types) } else { (0, of_block.unwrap_or(name), types) };
+        let (n, change) = kinds.entry(key).or_default();
         *n += 1;
         change.add(&tensor.change);
     }
+    let width = kinds.keys().map(|(_, name, _)| name.len()).max().unwrap_or(0).max(16);
     let row = |name: &str, n: usize, types: &str, change: &Change| {
         let share = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{:.1}%", 100.0 * x));
         let noise = change.relative_error().map_or("-".to_owned(), |x| format!("{x:.3}"));
         format!(
-            "{name:<16}{n:>7} {types:<14}{:>10.3e}{:>10}{:>10}{noise:>10}\n",
+            "{name:<width$}{n:>7} {types:<14}{:>10.3e}{:>10}{:>10}{noise:>10}\n",
             change.norm(),
             share(change.survived()),
             share(Some(change.moved()))
         )
     };
     let mut text = format!(
-        "{:<16}{:>7} {:<14}{:>10}{:>10}{:>10}{:>10}\n",
+        "{:<width$}{:>7} {:<14}{:>10}{:>10}{:>10}{:>10}\n",
         "changed", "tensors", "type", "norm", "survived", "moved", "error"
     );
-    for ((name, types), (n, change)) in &kinds {
+    for ((_, name, types), (n, change)) in &kinds {
         text += &row(name, *n, types, change);
     }
     text + &row("all", report.tensors.len(), "", &report.total)

@@ -10,6 +10,7 @@ mod export;
 mod generate;
 mod interrupt;
 mod locate;
+mod logits;
 mod pairs;
 mod probe;
 mod progress;
@@ -18,6 +19,7 @@ mod score;
 mod steer;
 mod steering;
 mod sweep;
+mod tokenize;
 mod train;
 
 use std::ffi::OsString;
@@ -77,6 +79,10 @@ enum Command {
     Pairs(Box<pairs::PairsCommand>),
     /// Train a model to be less toxic, on preference pairs (DPO)
     Train(Box<train::TrainCommand>),
+    /// Print the token ids of a text
+    Tokenize(tokenize::TokenizeCommand),
+    /// Print or write a model's log-probs of every next token of a text
+    Logits(Box<logits::LogitsCommand>),
     /// Measure the speed of this build
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -109,6 +115,8 @@ pub fn main() -> ExitCode {
         Command::Retrieval(command) => command.run(&interrupt),
         Command::Pairs(command) => command.run(&interrupt),
         Command::Train(command) => command.run(&interrupt),
+        Command::Tokenize(command) => command.run(),
+        Command::Logits(command) => command.run(&interrupt),
         Command::Bench(command) => command.run(&interrupt),
     };
     match result {

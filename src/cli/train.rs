@@ -37,6 +37,9 @@ pub struct TrainCommand {
     /// Folder for the result, checkpoints and report. Interrupted? Run the same command again
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
+    /// Also write the adapter before the first step (initial.gguf), to replay the run elsewhere
+    #[arg(long)]
+    save_initial: bool,
     /// What to train
     #[arg(long, value_enum, default_value = "lora")]
     method: MethodArgument,
@@ -156,6 +159,9 @@ struct RecipeArguments {
     /// Do not append the end-of-text token to answers
     #[arg(long)]
     no_eos: bool,
+    /// Normalise texts to Unicode NFC before tokenising, as Hugging Face does for some models (Qwen, Command R)
+    #[arg(long)]
+    nfc: bool,
     /// Random seed of the held-out split, the order of the pairs and the initial adapter
     #[arg(short = 's', long, value_name = "SEED", default_value_t = 0)]
     seed: u64,
@@ -202,6 +208,7 @@ impl TrainCommand {
             max_prompt: recipe.max_prompt,
             max_length: recipe.max_length,
             append_eos: !recipe.no_eos,
+            nfc: recipe.nfc,
             n_threads: self.compute.threads.unwrap_or(default.settings.n_threads),
             seed: recipe.seed,
             device: self.device.device,
@@ -213,6 +220,7 @@ impl TrainCommand {
             columns: self.columns.columns(),
             settings,
             compute,
+            save_initial: self.save_initial,
             ..default
         }
     }

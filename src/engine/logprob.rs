@@ -6,7 +6,9 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 
+use super::session::PROMPT_SLOT;
 use super::{Session, Token, sample};
+use crate::graph::place::Phase;
 
 /// A prompt and the continuations to score after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,6 +80,40 @@ pub fn score(
     run(session, requests, &mut tasks, most_rows, &mut logprobs, interrupt)?;
     session.model().files().check_content()?;
     Ok(logprobs)
+}
+
+/// The log-probabilities of every possible next token, after each token of one text.
+///
+/// `each` is called for each position from 0, with the natural log-probabilities of the token that follows it, shape
+/// `[n_vocab]`. Only a few rows are in memory at a time.
+///
+/// Errors: [`Error::PromptTooLong`] before anything runs; [`Error::Interrupted`]; [`Error::Decode`]; [`Error::Model`]
+/// if logits are NaN; those of `each`.
+pub fn distributions(
+    session: &mut Session,
+    tokens: &[Token],
+    interrupt: &AtomicBool,
+    mut each: impl FnMut(usize, &[f32]) -> Result<()>,
+) -> Result<()> {
+    session.check_fits("the text", tokens.len(), 0)?;
+    session.context.clear();
+    let row_bytes = session.model().n_vocab() * size_of::<f32>();
+    let most_rows = (MOST_LOGIT_BYTES / row_bytes.max(1)).clamp(1, session.context.n_batch());
+    for (chunk, first) in tokens.chunks(most_rows).zip((0..).step_by(most_rows)) {
+        if interrupt.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        session.batch.clear();
+        for (i, &token) in chunk.iter().enumerate() {
+            session.batch.push(token, first + i, PROMPT_SLOT, true);
+        }
+        session.decode_as(Phase::Prompt)?;
+        for i in 0..chunk.len() {
+            let row = sample::log_softmax(session.row(i)?).ok_or_else(|| session.no_distribution())?;
+            each(first + i, &row)?;
+        }
+    }
+    Ok(())
 }
 
 /// Decodes all continuations in `tasks`, and clears it.

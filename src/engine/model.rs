@@ -98,7 +98,7 @@ impl Model {
         let steering =
             LoadedSteering { steering: Steering::default(), loras: Vec::new(), model: handle.clone() };
         Ok(Model {
-            vocabulary: Vocabulary::new(handle.clone(), &file),
+            vocabulary: Vocabulary::new(handle.clone(), &file).with_nfc(options.nfc),
             handle,
             architecture,
             n_layer,

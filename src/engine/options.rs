@@ -7,11 +7,13 @@ pub struct ModelOptions {
     pub n_gpu_layers: i32,
     /// Check every tensor for NaN and infinity while loading (`--check-tensors`).
     pub check_tensors: bool,
+    /// Normalise every text to Unicode NFC before it is tokenised (`--nfc`).
+    pub nfc: bool,
 }
 
 impl Default for ModelOptions {
     fn default() -> Self {
-        ModelOptions { n_gpu_layers: -1, check_tensors: false }
+        ModelOptions { n_gpu_layers: -1, check_tensors: false, nfc: false }
     }
 }
 

@@ -94,6 +94,14 @@ pub fn logprob(logits: &[f32], token: Token) -> Option<f64> {
     Some(f64::from(logit) - log_sum_exp(logits, Peaks::of(logits)?.top))
 }
 
+/// The natural log-probabilities of all tokens under one row of logits, shape `[n_vocab]`.
+///
+/// Returns `None` as [`logprob`] does.
+pub fn log_softmax(logits: &[f32]) -> Option<Vec<f32>> {
+    let sum = log_sum_exp(logits, Peaks::of(logits)?.top);
+    Some(logits.iter().map(|&logit| (f64::from(logit) - sum) as f32).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

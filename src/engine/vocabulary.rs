@@ -1,12 +1,15 @@
 //! A model's tokenizer, and the text of its tokens.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 use crate::gguf::{self, GgufFile, Value};
+use crate::text::nfc;
 
 use super::Token;
 use super::ffi::{LoadParams, ModelHandle};
@@ -20,7 +23,19 @@ pub struct Vocabulary {
     path: PathBuf,
     eos: Option<Token>,
     hash: Arc<str>,
+    /// Whether texts are normalised to NFC before they are tokenised.
+    nfc: bool,
+    /// `tokenizer.ggml.pre`, if it is one of [`NFC_TOKENIZERS`].
+    expects_nfc: Option<&'static str>,
+    /// Whether a text that is not NFC was already reported.
+    has_warned: Arc<AtomicBool>,
 }
+
+/// Pre-tokenizers (`tokenizer.ggml.pre`) whose tokenizer in Hugging Face normalises text to NFC. llama.cpp does not.
+///
+/// Source: the normalizer in the `tokenizer.json` of Qwen 2, 2.5, 3 and 3.5, Command R, MPT (that of GPT-NeoX) and OLMo,
+/// and the Python tokenizer of StableLM 2.
+const NFC_TOKENIZERS: [&str; 6] = ["qwen2", "qwen35", "command-r", "mpt", "olmo", "stablelm2"];
 
 impl Vocabulary {
     /// Loads the vocabulary of the GGUF at `path`.
@@ -47,7 +62,40 @@ impl Vocabulary {
         // that id may be any word, so it is not used as the EOS.
         let is_named = file.metadata().get("tokenizer.ggml.eos_token_id").is_some();
         let eos = handle.eos().filter(|_| is_named);
-        Vocabulary { handle, path: file.path().to_path_buf(), eos, hash: hash_of(file).into() }
+        let pre = file.str_if_present("tokenizer.ggml.pre").ok().flatten();
+        Vocabulary {
+            handle,
+            path: file.path().to_path_buf(),
+            eos,
+            hash: hash_of(file).into(),
+            nfc: false,
+            expects_nfc: NFC_TOKENIZERS.into_iter().find(|&known| pre.as_deref() == Some(known)),
+            has_warned: Arc::default(),
+        }
+    }
+
+    /// The same vocabulary. With `nfc` it normalises texts to NFC before it tokenizes them.
+    pub fn with_nfc(self, nfc: bool) -> Vocabulary {
+        Vocabulary { nfc, ..self }
+    }
+
+    /// Logs a warning, once, if some of a run's texts are not NFC and Hugging Face would tokenize them differently.
+    ///
+    /// Returns the number of such texts. It is 0 if texts are normalised, and for tokenizers without a normalizer.
+    pub fn check_nfc<'a>(&self, texts: impl IntoIterator<Item = &'a str>) -> usize {
+        let Some(pre) = self.expects_nfc.filter(|_| !self.nfc) else { return 0 };
+        let (mut n, mut n_other) = (0, 0);
+        for text in texts {
+            n += 1;
+            n_other += usize::from(!nfc::is_nfc(text));
+        }
+        if n_other > 0 && !self.has_warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                "{n_other} of {n} texts are not in Unicode's NFC form. Hugging Face normalises them before this \
+                 model's tokenizer ({pre}), and llama.cpp does not, so their tokens differ. --nfc normalises them"
+            );
+        }
+        n_other
     }
 
     /// The file it was loaded from.
@@ -86,27 +134,40 @@ impl Vocabulary {
     /// Special tokens are not parsed: `<s>` is plain text. No EOS is added, even if the metadata asks for one, because
     /// a text that has ended cannot be continued.
     pub fn tokenize_prompt(&self, text: &str) -> Result<Vec<Token>> {
-        let mut tokens = self.tokenize(text, true)?;
-        if tokens.last().copied() == self.handle.added_end() {
+        self.tokenize(text, true, false)
+    }
+
+    /// Tokenizes a piece of text, without BOS or EOS.
+    pub fn tokenize_text(&self, text: &str) -> Result<Vec<Token>> {
+        self.tokenize(text, false, false)
+    }
+
+    /// Tokenizes a text: the one place through which every text passes.
+    ///
+    /// With `add_bos` it gets a BOS if the metadata asks for one. With `parse_special`, `<s>` is the token and not three
+    /// letters. No EOS is added.
+    ///
+    /// # Errors
+    /// [`Error::Model`] for a text that is longer than llama.cpp can count.
+    pub fn tokenize(&self, text: &str, add_bos: bool, parse_special: bool) -> Result<Vec<Token>> {
+        let text = if self.nfc { nfc::to_nfc(text) } else { Cow::Borrowed(text) };
+        let mut tokens = self.handle.tokenize(&text, add_bos, parse_special).ok_or_else(|| {
+            Error::model(&self.path, format!("its tokenizer cannot take a text of {} bytes", text.len()))
+        })?;
+        if add_bos && tokens.last().copied() == self.handle.added_end() {
             tokens.pop();
         }
         Ok(tokens)
     }
 
-    /// Tokenizes a piece of text, without BOS or EOS.
-    pub fn tokenize_text(&self, text: &str) -> Result<Vec<Token>> {
-        self.tokenize(text, false)
-    }
-
-    fn tokenize(&self, text: &str, add_special: bool) -> Result<Vec<Token>> {
-        self.handle.tokenize(text, add_special, false).ok_or_else(|| {
-            Error::model(&self.path, format!("its tokenizer cannot take a text of {} bytes", text.len()))
-        })
-    }
-
     /// The bytes of one token; empty for control tokens.
     pub fn piece(&self, token: Token) -> Vec<u8> {
-        self.handle.piece(token)
+        self.handle.piece(token, false)
+    }
+
+    /// Like [`Vocabulary::piece`], but with the name of a control token, such as `<s>`.
+    pub fn piece_or_name(&self, token: Token) -> Vec<u8> {
+        self.handle.piece(token, true)
     }
 
     /// The text of one token, with invalid UTF-8 replaced; empty for control tokens.

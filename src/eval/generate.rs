@@ -114,6 +114,7 @@ impl Plan {
         at_least_one("-k/--samples", options.k as usize)?;
         at_least_one("-n/--n-predict", options.n_predict)?;
         check_samples(options.k, options.n_predict)?;
+        model.vocabulary().check_nfc(prompts.iter().map(|p| p.text.as_str()));
         let requests: Vec<Request> = prompts
             .iter()
             .map(|p| Ok(Request { id: p.id.clone(), tokens: model.tokenize_prompt(&p.text)? }))

@@ -458,7 +458,7 @@ fn model_info(model: &Model, progress: &mut dyn Progress) -> Result<ModelInfo> {
 
 /// The settings that can change the last bits of a logit.
 pub(super) fn engine_settings(model_options: &ModelOptions, options: &SessionOptions) -> Map<String, Value> {
-    object(json!({
+    let mut settings = object(json!({
         "parallel": options.n_parallel,
         "ctx_size": options.n_ctx,
         "batch_size": options.n_batch,
@@ -469,7 +469,12 @@ pub(super) fn engine_settings(model_options: &ModelOptions, options: &SessionOpt
         "cache_type_k": options.cache_type_k,
         "cache_type_v": options.cache_type_v,
         "n_gpu_layers": model_options.n_gpu_layers,
-    }))
+    }));
+    // Left out if off, so that runs of older versions resume.
+    if model_options.nfc {
+        settings.insert("nfc".into(), json!(true));
+    }
+    settings
 }
 
 fn model_settings(

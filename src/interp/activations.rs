@@ -82,6 +82,7 @@ pub fn mean_activations(
     let request = |p: &ActivationPrompt<'_>| {
         Ok(Request { id: p.id.to_owned(), tokens: model.tokenize_prompt(p.text)? })
     };
+    model.vocabulary().check_nfc(prompts.iter().map(|p| p.text));
     let requests: Vec<Request> = prompts.iter().map(request).collect::<Result<_>>()?;
     let longest = requests.iter().map(|r| r.tokens.len()).max().unwrap_or(0);
     let mut session = Session::open_with_callback(model, options, longest + n_predict)?;

@@ -27,6 +27,7 @@ pub fn mean_residual_streams(
     interrupt: &AtomicBool,
 ) -> Result<Vec<Vec<Vec<f32>>>> {
     check_max_tokens(max_tokens)?;
+    model.vocabulary().check_nfc(texts.iter().copied());
     let mut n_truncated = 0;
     let tokens = texts.iter().map(|text| {
         let mut tokens = model.tokenize_prompt(text)?;

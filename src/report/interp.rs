@@ -251,6 +251,7 @@ mod tests {
             b: Some("m.gguf with <x>".into()),
             n_neurons: 36,
             n_predict: 20,
+            measured: MEASURED.into(),
             languages: vec![LanguageActivation {
                 language: "en".into(),
                 n_prompts: 16,

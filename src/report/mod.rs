@@ -21,6 +21,7 @@ pub mod json;
 pub mod line_plot;
 pub mod markdown;
 pub mod neurons;
+pub mod npy;
 pub mod pairs;
 pub mod per_prompt;
 pub mod plot;

@@ -243,7 +243,7 @@ impl Curves {
         let steps: Vec<StepRecord> = records
             .iter()
             .filter_map(|record| match record {
-                Record::Step(step) => Some(*step),
+                Record::Step(step) => Some(step.clone()),
                 Record::Evaluation(_) | Record::Placement(_) => None,
             })
             .collect();
@@ -328,6 +328,7 @@ mod tests {
             device: "cuda:0".into(),
             n_trained: 1,
             outcome: Outcome {
+                held_out_indices: vec![3],
                 ending: Ending::Finished,
                 n_steps: 500,
                 n_train: 400,

@@ -5,19 +5,22 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use serde::Serialize;
+
 use crate::check::export::{Applied, LoadedBack};
 use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, ModelOptions, SessionOptions, Token};
 use crate::error::{Error, Result};
 use crate::eval::prompts::PromptSource;
-use crate::file::{AtomicFile, base_name};
+use crate::file::{AtomicFile, base_name, write_atomic};
 use crate::gguf::{self, GgufFile, Metadata, TensorType, Value, file_sha256};
 use crate::progress::Progress;
+use crate::report::json::to_json;
 use crate::steer::bake::check_output;
 use crate::steer::{Fingerprint, lora};
 use crate::train::output::Adapter;
 use crate::train::output::merge::{MergeOptions, merge_unnamed};
-use crate::train::output::merge_report::MergeReport;
+use crate::train::output::merge_report::{MergeReport, MergeSummary, TensorSummary};
 
 /// The merged model is compared on one prompt in each of these languages: four scripts, in seconds.
 const LANGUAGES: [&str; 5] = ["en", "de", "ru", "ar", "zh"];
@@ -61,6 +64,42 @@ pub struct Exported {
     pub loaded_back: LoadedBack,
     /// How to lose less, if much was lost.
     pub advice: Option<String>,
+    /// The JSON record next to the output ([`record_path`]).
+    pub record: PathBuf,
+}
+
+/// What the record of an export contains.
+#[derive(Debug, Serialize)]
+struct ExportRecord<'a> {
+    /// The program's version; also marks the file as such a record.
+    detox_gguf_export: &'static str,
+    model: String,
+    loras: Vec<String>,
+    /// All changed tensors together.
+    total: MergeSummary,
+    tensors: Vec<TensorSummary>,
+    compared: &'a LoadedBack,
+}
+
+/// The path of the record of an export: next to the output, with the ending `.export.json`.
+pub fn record_path(output: &Path) -> PathBuf {
+    output.with_extension("export.json")
+}
+
+/// Refuses to replace a file that is not the record of an earlier export.
+fn check_record(path: &Path) -> Result<()> {
+    let is_record = |text: &str| {
+        serde_json::from_str(text)
+            .is_ok_and(|json: serde_json::Value| json.get("detox_gguf_export").is_some())
+    };
+    match std::fs::read_to_string(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Ok(text) if is_record(&text) => Ok(()),
+        _ => {
+            let reason = format!("{} would be replaced, and is not the record of an export", path.display());
+            Err(Error::setting("-o/--output", reason).with_hint("choose another name for the output"))
+        }
+    }
 }
 
 /// Merges adapters into a copy of a model, loads it back, compares it, and keeps it only if it is close enough.
@@ -81,6 +120,8 @@ pub fn export(
     let base = GgufFile::open(model)?;
     gguf::check_decoder(&base)?;
     check_output(&base, output)?;
+    let record = record_path(output);
+    check_record(&record)?;
     let adapters = read_adapters(request, &base)?;
     let is_zero = adapters.iter().all(|(adapter, scale)| *scale == 0.0 || adapter.is_zero());
     let options = MergeOptions { tensor_type: request.tensor_type, provenance: provenance(&base, loras)? };
@@ -117,8 +158,17 @@ pub fn export(
         Error::input(output, None, format!("not written: {}", refusal.reason)).with_hint(hint)
     })?;
     file.commit()?;
+    let content = ExportRecord {
+        detox_gguf_export: crate::version(),
+        model: base_name(model),
+        loras: loras.iter().map(|lora| format!("{} x {}", base_name(&lora.path), lora.scale)).collect(),
+        total: merged.summary(),
+        tensors: merged.tensor_summaries(),
+        compared: &loaded_back,
+    };
+    write_atomic(&record, to_json(&content)?.as_bytes())?;
     let advice = advice.filter(|_| !loaded_back.is_close());
-    Ok(Exported { merge: merged, loaded_back, advice })
+    Ok(Exported { merge: merged, loaded_back, advice, record })
 }
 
 /// Checks and reads the adapters, each with its scale.

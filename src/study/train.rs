@@ -41,7 +41,7 @@ use crate::train::device::cpu::Cpu;
 use crate::train::device::name::{DeviceName, Frozen};
 use crate::train::model::config::Config;
 use crate::train::output::artifact;
-use crate::train::recipe::method::Method;
+use crate::train::recipe::method::{Method, MethodName};
 use crate::train::recipe::products::Products;
 use crate::train::recipe::settings::{Identity, Settings};
 use crate::train::run::metrics::Record;
@@ -69,7 +69,12 @@ pub struct TrainRequest {
     pub settings: Settings,
     /// How to compute.
     pub compute: ComputeOptions,
+    /// Also write the adapter before the first step, as [`INITIAL_ADAPTER`].
+    pub save_initial: bool,
 }
+
+/// The file in the run's folder with the adapter before the first step. It changes nothing yet, since B is zero.
+pub const INITIAL_ADAPTER: &str = "initial.gguf";
 
 /// Choices that affect speed and memory; `None` lets the program choose.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -106,6 +111,7 @@ impl TrainRequest {
             output: output.into(),
             settings: Settings { n_threads, ..Settings::paper() },
             compute: ComputeOptions::default(),
+            save_initial: false,
         }
     }
 }
@@ -205,6 +211,12 @@ impl Prepared {
         let settings = resolve(request, &base);
         settings.validate()?;
         artifact::check(&base, settings.method)?;
+        if request.save_initial && settings.method != MethodName::Lora {
+            let reason = "only --method lora has an initial adapter";
+            return Err(Error::setting("--save-initial", reason).with_hint(
+                "leave it out: a control vector starts as zeros, and full training as the model",
+            ));
+        }
         let config = Config::read(&base, None)?;
         if let Method::Lora(options) = settings.method() {
             options.check(&base)?;
@@ -213,7 +225,7 @@ impl Prepared {
             Some(path) => (preference_pair::read(path, &request.columns)?, base_name(path)),
             None => (preference_pair::own(), "the program's own pairs".into()),
         };
-        let vocabulary = Vocabulary::open(&request.model)?;
+        let vocabulary = Vocabulary::open(&request.model)?.with_nfc(settings.nfc);
         let tokenized = tokens::tokenize(&vocabulary, &pairs, &settings.limits())?;
         let token_pairs: Vec<TokenPair> = tokenized.pairs.iter().map(|(_, pair)| pair.clone()).collect();
         if token_pairs.is_empty() {
@@ -268,7 +280,6 @@ fn open_gpu(
 ) -> Result<(crate::train::device::cuda::Cuda, bool)> {
     use crate::train::data::pack::Packed;
     use crate::train::device::limits::check_kernels;
-    use crate::train::recipe::method::MethodName;
     use crate::train::run::placement::{Needs, Wanted};
     let has_frozen = prepared.settings.method != MethodName::Full;
     check_kernels(&prepared.base, &prepared.config.attention, &prepared.config.rope, has_frozen)?;
@@ -326,6 +337,10 @@ fn train_on<D: Device>(
     }
     if checkpointing {
         progress.say("recomputing activations to save memory (--checkpointing)");
+    }
+    if request.save_initial {
+        let provenance = provenance(&model_sha256, &prepared.pairs_sha256, settings, None);
+        artifact::write(&trainer, base, settings, &output.join(INITIAL_ADAPTER), &provenance)?;
     }
     let files = RunFiles::of(output);
     let (outcome, records) = run(&mut trainer, token_pairs, settings, &files, interrupt, progress)

@@ -3,6 +3,7 @@
 pub mod chat_markers;
 #[cfg(feature = "rows")]
 pub mod language;
+pub mod nfc;
 pub mod normalise;
 #[cfg(feature = "rows")]
 pub mod rows;

@@ -43,7 +43,8 @@ fn a_merged_model_is_compared_with_base_and_adapter_and_runs() {
             table.lines().filter(|l| !l.contains("survived:")).all(|l| l.chars().count() <= 80),
             "{table}"
         );
-        assert_eq!(n_files(folder.path()), 1);
+        // The model and the record next to it.
+        assert_eq!(n_files(folder.path()), 2);
         let merged = GgufFile::open(&output).unwrap();
         let made_of = merged.str("detox_gguf.merged").unwrap();
         assert!(made_of.starts_with("llama-lora.gguf (sha256 ") && made_of.ends_with(" x 1"), "{made_of}");

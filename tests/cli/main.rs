@@ -16,6 +16,7 @@ mod steering;
 #[path = "../support/real_model.rs"]
 mod support;
 mod train;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

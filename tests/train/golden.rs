@@ -95,6 +95,7 @@ fn numbers(tensors: &GgufFile, name: &str) -> Vec<f32> {
 
 fn token_pairs(pairs: &[GoldenPair]) -> Vec<TokenPair> {
     let pair = |p: &GoldenPair| TokenPair {
+        index: 0,
         prompt: p.prompt.clone(),
         chosen: p.chosen.clone(),
         rejected: p.rejected.clone(),

@@ -76,7 +76,10 @@ fn assert_same(whole: &Path, other: &Path, what: &str) {
 }
 
 fn steps(records: &[Record]) -> Vec<StepRecord> {
-    records.iter().filter_map(|r| if let Record::Step(step) = r { Some(*step) } else { None }).collect()
+    records
+        .iter()
+        .filter_map(|r| if let Record::Step(step) = r { Some(step.clone()) } else { None })
+        .collect()
 }
 
 fn evaluations(records: &[Record]) -> Vec<EvaluationRecord> {

@@ -199,8 +199,8 @@ impl ModelHandle {
         None
     }
 
-    /// The bytes of one token; empty for control tokens.
-    pub(in crate::engine) fn piece(&self, token: Token) -> Vec<u8> {
+    /// The bytes of one token. Those of a control token are its name if `show_control`, and otherwise empty.
+    pub(in crate::engine) fn piece(&self, token: Token, show_control: bool) -> Vec<u8> {
         if !self.holds(token) {
             return Vec::new();
         }
@@ -214,7 +214,7 @@ impl ModelHandle {
                     bytes.as_mut_ptr().cast(),
                     bytes.len() as i32,
                     0,
-                    false,
+                    show_control,
                 )
             };
             bytes.resize(n.unsigned_abs() as usize, 0);

@@ -36,6 +36,8 @@ pub use crate::train::recipe::limits::Limits;
 /// A preference pair as tokens; neither list is empty.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct TokenPair {
+    /// Its position among all pairs read, from 0.
+    pub index: usize,
     /// Starts with BOS if the model's metadata ask for it.
     pub prompt: Vec<Token>,
     /// The chosen answer. Ends with EOS unless truncated or [`Limits::append_eos`] is off.
@@ -159,10 +161,12 @@ pub fn tokenize(vocabulary: &Vocabulary, pairs: &[PreferencePair], limits: &Limi
             .with_hint("train without it: --no-eos"));
         }
     };
+    vocabulary.check_nfc(pairs.iter().flat_map(|p| [p.prompt.as_str(), &p.chosen, &p.rejected]));
     let found: Vec<Result<Truncated, Skip>> = pairs
         .par_iter()
-        .map(|pair| {
-            Ok(split_answers(vocabulary, pair)?
+        .enumerate()
+        .map(|(index, pair)| {
+            Ok(split_answers(vocabulary, index, pair)?
                 .and_then(|pair| truncate(pair, vocabulary.bos(), eos, limits)))
         })
         .collect::<Result<_>>()?;
@@ -180,7 +184,11 @@ pub fn tokenize(vocabulary: &Vocabulary, pairs: &[PreferencePair], limits: &Limi
 }
 
 /// Step 1 of the [module's steps](self), and BOS.
-fn split_answers(vocabulary: &Vocabulary, pair: &PreferencePair) -> Result<Result<TokenPair, Skip>> {
+fn split_answers(
+    vocabulary: &Vocabulary,
+    index: usize,
+    pair: &PreferencePair,
+) -> Result<Result<TokenPair, Skip>> {
     let mut prompt = vocabulary.tokenize_prompt(&pair.prompt)?;
     let whole = |answer: &str| vocabulary.tokenize_prompt(&format!("{}{answer}", pair.prompt));
     let (mut chosen, mut rejected) = (whole(&pair.chosen)?, whole(&pair.rejected)?);
@@ -195,7 +203,7 @@ fn split_answers(vocabulary: &Vocabulary, pair: &PreferencePair) -> Result<Resul
     prompt.truncate(n_prompt);
     chosen.drain(..n_prompt);
     rejected.drain(..n_prompt);
-    Ok(Ok(TokenPair { prompt, chosen, rejected }))
+    Ok(Ok(TokenPair { index, prompt, chosen, rejected }))
 }
 
 /// A pair within the limits, perhaps truncated.

@@ -89,7 +89,40 @@ pub struct MergeSummary {
     pub moved: f64,
 }
 
+/// A [`TensorChange`] for JSON.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct TensorSummary {
+    /// Its name.
+    pub name: String,
+    /// Its type in the base.
+    pub from: String,
+    /// Its type in the merged model.
+    pub to: String,
+    /// [`Change::norm`].
+    pub norm: f64,
+    /// [`Change::survived`].
+    pub survived: Option<f64>,
+    /// [`Change::relative_error`].
+    pub relative_error: Option<f64>,
+    /// [`Change::moved`].
+    pub moved: f64,
+}
+
 impl MergeReport {
+    /// The figures of each tensor.
+    pub fn tensor_summaries(&self) -> Vec<TensorSummary> {
+        let summary = |tensor: &TensorChange| TensorSummary {
+            name: tensor.name.clone(),
+            from: tensor.from.to_string(),
+            to: tensor.to.to_string(),
+            norm: tensor.change.norm(),
+            survived: tensor.change.survived(),
+            relative_error: tensor.change.relative_error(),
+            moved: tensor.change.moved(),
+        };
+        self.tensors.iter().map(summary).collect()
+    }
+
     /// The figures of all tensors together.
     pub fn summary(&self) -> MergeSummary {
         MergeSummary {

@@ -66,6 +66,9 @@ pub struct Settings {
     pub max_length: usize,
     /// Whether answers end with the end-of-text token.
     pub append_eos: bool,
+    /// Whether texts are normalised to Unicode NFC before they are tokenised.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub nfc: bool,
     /// Precision of the CPU's products with frozen matrices.
     pub products: Products,
     /// CPU threads. Sums are split among them, so their number affects the last bits.
@@ -120,6 +123,7 @@ impl Settings {
             max_prompt: limits.max_prompt,
             max_length: limits.max_length,
             append_eos: limits.append_eos,
+            nfc: false,
             products: Products::Exact,
             n_threads: 1,
             max_rows: 512,

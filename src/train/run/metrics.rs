@@ -48,7 +48,7 @@ impl PairMeans {
 }
 
 /// One optimizer step.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
     /// Number of the step, from 1.
     pub step: u64,
@@ -67,6 +67,9 @@ pub struct StepRecord {
     pub tokens: u64,
     /// Pairs processed.
     pub pairs: u64,
+    /// Positions of these pairs among all pairs read, from 0, in the order used. Empty in older files.
+    #[serde(default)]
+    pub pair_indices: Vec<usize>,
 }
 
 /// One evaluation on the held-out pairs.
@@ -153,7 +156,7 @@ impl PlacementRecord {
 }
 
 /// A line of `metrics.jsonl`.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Record {
     /// An evaluation.

@@ -23,6 +23,9 @@ pub struct Outcome {
     pub n_train: usize,
     /// Held-out pairs.
     pub n_held_out: usize,
+    /// Positions of the held-out pairs among all pairs read, from 0. Empty in older files.
+    #[serde(default)]
+    pub held_out_indices: Vec<usize>,
     /// The step whose values were kept, and its held-out loss; `None` without held-out pairs.
     pub best: Option<(u64, f64)>,
     /// Wall-clock seconds of all steps and evaluations.

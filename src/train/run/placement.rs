@@ -100,7 +100,12 @@ impl<'a> Needs<'a> {
             // An answer's last token has no row, so a pair's two answers have one token more than the pair has rows.
             let n_answers = n_rows / n_pairs + usize::from(i < n_rows % n_pairs) + 1;
             let n_chosen = n_answers / 2;
-            TokenPair { prompt: tokens(1), chosen: tokens(n_chosen), rejected: tokens(n_answers - n_chosen) }
+            TokenPair {
+                index: 0,
+                prompt: tokens(1),
+                chosen: tokens(n_chosen),
+                rejected: tokens(n_answers - n_chosen),
+            }
         };
         (0..n_pairs).map(pair).collect()
     }

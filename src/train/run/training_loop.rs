@@ -68,6 +68,7 @@ pub fn run<D: Device>(
         n_steps: state.step,
         n_train: train.len(),
         n_held_out: held_out.len(),
+        held_out_indices: held_out.iter().map(|&i| pairs[i].index).collect(),
         best: state.best,
         seconds: state.seconds,
     };
@@ -252,8 +253,8 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
             let stepped = self.step(&batch, &schedule, train.len(), progress);
             let record = self.save_if_the_device_failed(stepped, progress)?;
             self.state.seconds += record.step_seconds;
-            self.record(Record::Step(record))?;
             progress.note(&note(&record));
+            self.record(Record::Step(record))?;
             progress.advance(1);
         }
     }
@@ -286,6 +287,7 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
             step_seconds: started.elapsed().as_secs_f64(),
             tokens: batch.iter().map(|pair| n_rows(pair) as u64).sum(),
             pairs: batch.len() as u64,
+            pair_indices: batch.iter().map(|pair| pair.index).collect(),
         })
     }
 
@@ -342,7 +344,7 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
 
     /// Appends a line to `metrics.jsonl`.
     pub(super) fn record(&mut self, record: Record) -> Result<()> {
-        self.log.append(&[record])?;
+        self.log.append(std::slice::from_ref(&record))?;
         self.records.push(record);
         self.state.n_records = self.records.len();
         Ok(())

@@ -22,7 +22,7 @@ fn pair(prompt: &str, chosen: &str, rejected: &str) -> PreferencePair {
 }
 
 fn tokens(prompt: &[Token], chosen: &[Token], rejected: &[Token]) -> TokenPair {
-    TokenPair { prompt: prompt.to_vec(), chosen: chosen.to_vec(), rejected: rejected.to_vec() }
+    TokenPair { index: 0, prompt: prompt.to_vec(), chosen: chosen.to_vec(), rejected: rejected.to_vec() }
 }
 
 /// The tokens of a pair that must not be skipped.
@@ -201,7 +201,8 @@ fn a_vocabulary_opened_alone_equals_that_of_the_model() {
 
 /// Pairs with the given prompts, one token each.
 fn pairs_of_prompts(prompts: impl IntoIterator<Item = usize>) -> Vec<TokenPair> {
-    let pair = |prompt| TokenPair { prompt: vec![prompt as Token], chosen: vec![1], rejected: vec![2] };
+    let pair =
+        |prompt| TokenPair { index: 0, prompt: vec![prompt as Token], chosen: vec![1], rejected: vec![2] };
     prompts.into_iter().map(pair).collect()
 }
 

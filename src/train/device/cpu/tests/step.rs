@@ -12,6 +12,7 @@ use crate::train::run::trainer::{Side, Trainer};
 #[test]
 fn a_step_reads_no_buffer_before_it_is_written() {
     let pair = |prompt: &[i32], chosen: &[i32], rejected: &[i32]| TokenPair {
+        index: 0,
         prompt: prompt.to_vec(),
         chosen: chosen.to_vec(),
         rejected: rejected.to_vec(),
