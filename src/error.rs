@@ -251,6 +251,15 @@ impl Error {
         Error::NotFinite { what: what.into(), found: found.into(), hint: None }
     }
 
+    /// A number of a training run that is not finite, as [`Error::Training`]. Other errors stay as they are.
+    #[must_use]
+    pub fn as_divergence(self) -> Error {
+        match self {
+            Error::NotFinite { what, found, .. } => Error::Training { reason: format!("{what} is {found}") },
+            other => other,
+        }
+    }
+
     /// An [`Error::NoResult`] without a hint.
     pub fn no_result(reason: impl Into<String>) -> Error {
         Error::NoResult { reason: reason.into(), hint: None }

@@ -10,6 +10,7 @@ use crate::check::logits::{exact_options, logits, nudges};
 use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, ModelOptions, SessionOptions, Steering, Token};
 use crate::error::{Error, Result};
+use crate::finite;
 use crate::gguf::{GgufFile, TensorType};
 use crate::steer::{ControlVectorFile, control_vector};
 use crate::train::data::pack::Packed;
@@ -151,7 +152,7 @@ impl Expected {
     /// Computes the logits of the first of `pairs`: as many as fit into 16 MiB, and at least one.
     ///
     /// # Errors
-    /// Those of the device.
+    /// [`Error::Training`] for a logit that is not finite; those of the device.
     pub fn of<D: Device>(trainer: &Trainer<D>, rounding: Rounding, pairs: &[&TokenPair]) -> Result<Expected> {
         let logits_of = |side, batch: &Batch<D>| trainer.transformer.logits(&trainer.pass(side), batch);
         let row_bytes = 4 * trainer.transformer.config.n_vocab;
@@ -169,12 +170,22 @@ impl Expected {
             let mut packed = Packed::default();
             packed.push(&pair.prompt, &pair.chosen, &pair.rejected);
             let batch = Batch::new(trainer.device(), packed)?;
-            expected.policy.extend(logits_of(Side::Policy, &batch)?);
+            expected.policy.extend(finite(logits_of(Side::Policy, &batch)?)?);
             if let Some(reference) = &mut expected.reference {
-                reference.extend(logits_of(Side::Reference, &batch)?);
+                reference.extend(finite(logits_of(Side::Reference, &batch)?)?);
             }
         }
         Ok(expected)
+    }
+}
+
+/// Returns the trainer's logits, or refuses NaN and infinities.
+fn finite(rows: Vec<Vec<f32>>) -> Result<Vec<Vec<f32>>> {
+    match rows.iter().find_map(|row| finite::not_finite(row)) {
+        Some((token, found)) => {
+            Err(Error::Training { reason: format!("the logit of token {token} is {found}") })
+        }
+        None => Ok(rows),
     }
 }
 

@@ -353,7 +353,7 @@ fn train_on<D: Device>(
     let name = artifact::file_name(settings.method);
     let result = output.join(name);
     let provenance = provenance(&model_sha256, &prepared.pairs_sha256, settings, outcome.best);
-    artifact::write(&trainer, base, settings, &result, &provenance)?;
+    artifact::write(&trainer, base, settings, &result, &provenance).map_err(Error::as_divergence)?;
     let compared: Vec<&TokenPair> = token_pairs.iter().take(COMPARED_PAIRS).collect();
     let expected = Expected::of(&trainer, settings.rounding(), &compared)?;
     let (device, n_trained) = (trainer.describe(), trainer.parameters.n_values());

@@ -265,3 +265,32 @@ fn rejects_a_folder_with_scores_of_other_continuations() {
     assert_eq!(code, 1);
     assert!(text.contains("holds another run"), "{text}");
 }
+
+#[test]
+fn rejects_a_model_whose_values_are_not_finite_wherever_they_are_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let bad = folder.path().join("nan.gguf");
+    let mut bytes = std::fs::read(tiny("llama.gguf")).unwrap();
+    let base = detox_gguf::gguf::GgufFile::open(tiny("llama.gguf")).unwrap();
+    let norm = base.tensor("output_norm.weight").unwrap();
+    let at = norm.offset() as usize;
+    bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(&bad, bytes).unwrap();
+    let bad = bad.to_str().unwrap();
+    let output = folder.path().join("out");
+    let output = output.to_str().unwrap();
+    for (arguments, part) in [
+        (
+            &["probe", "--limit", "30", "--epochs", "1"][..],
+            "the residual stream after the final norm holds NaN",
+        ),
+        (&["generate", "-k", "1", "-n", "1", "--lang", "en", "--limit", "1"], "its logits contain NaN"),
+        (&["train", "--max-steps", "1"], "tensor \"output_norm.weight\": expected finite numbers, found NaN"),
+    ] {
+        let mut command = detox();
+        command.args(arguments).args(["-t", "1", "-m", bad, "-o", output]);
+        let (code, text) = failure(&mut command);
+        assert!(code == 1 && text.contains(part), "{text}");
+        assert!(!std::path::Path::new(output).is_file(), "{arguments:?}");
+    }
+}

@@ -88,6 +88,36 @@ fn an_adapter_of_zeros_leaves_all_tensors_as_they_are() {
     }
 }
 
+#[test]
+fn a_merge_whose_numbers_overflow_is_refused_and_leaves_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("merged.gguf");
+    let lora = tiny("llama-lora.gguf");
+    for (scale, part) in [("1e25", "NaN or infinite values"), ("3e38", "--lora-scaled")] {
+        let mut command = detox();
+        command.args(["export", "-t", "1", "-m"]).arg(tiny("llama.gguf"));
+        command.args(["--lora-scaled", &format!("{}:{scale}", lora.display()), "-o"]).arg(&output);
+        let (code, stderr) = failure(&mut command);
+        assert_eq!(code, 1, "{stderr}");
+        assert!(stderr.contains(part) && stderr.contains("hint: ") && stderr.contains("lower"), "{stderr}");
+        assert_eq!(n_files(folder.path()), 0);
+    }
+}
+
+#[test]
+fn an_effect_too_small_to_measure_is_said_to_be_that() {
+    let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let base = tiny("llama.gguf");
+    let lora = scaled_adapter(work.path(), &base, 1e-20);
+    let output = folder.path().join("merged.gguf");
+    let (code, stderr) = failure(&mut export(&base, &lora, &output));
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("too small to tell from the model's own rounding"), "{stderr}");
+    assert!(stderr.contains("--allow-loss keeps the merged model anyway"), "{stderr}");
+    assert!(!output.exists());
+    export(&base, &lora, &output).arg("--allow-loss").assert().success();
+}
+
 #[cfg(unix)]
 #[test]
 fn a_full_disk_leaves_no_file() {

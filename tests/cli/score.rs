@@ -45,3 +45,20 @@ fn rejects_an_empty_input_and_a_missing_file() {
     assert_eq!(code, 1);
     assert!(text.contains("cannot read no/such.txt"), "{text}");
 }
+
+#[test]
+fn rejects_a_file_without_a_single_score() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = folder.path().join("scored.jsonl");
+    let input = "{\"text\": \"habari\", \"language\": \"sw\"}\n{\"text\": \"yako\", \"language\": \"sw\"}\n";
+    let (code, text) = super::failure(detox().arg("score").arg("-o").arg(&output).write_stdin(input));
+    assert_eq!(code, 1, "{text}");
+    assert!(
+        text.contains("expected scores, found none for all 2 texts; the first: scorer lexical"),
+        "{text}"
+    );
+    assert!(!output.exists());
+    // One score is enough.
+    let input = format!("{input}{{\"text\": \"hello\", \"language\": \"en\"}}\n");
+    detox().arg("score").arg("-o").arg(&output).write_stdin(input).assert().success();
+}

@@ -33,6 +33,21 @@ fn train(model: &str, output: &Path) -> Command {
 }
 
 #[test]
+fn a_change_too_small_to_check_is_said_to_be_that_and_the_result_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    for model in ["llama.gguf", "llama-q8_0.gguf"] {
+        let run = folder.path().join(model);
+        let mut command = train(model, &run);
+        command.args(["--rank", "4", "--max-steps", "1", "--learning-rate", "1e-20", "--max-length", "64"]);
+        let output = command.args(["--max-prompt", "32"]).assert().success().get_output().clone();
+        let text = String::from_utf8(output.stdout).unwrap().replace("\n  ", " ");
+        assert!(text.contains("the trained change is too small to tell from rounding"), "{text}");
+        assert!(text.contains("train more steps, or raise --learning-rate"), "{text}");
+        assert!(run.join("adapter.gguf").exists());
+    }
+}
+
+#[test]
 fn a_run_writes_its_result_its_metrics_and_a_report_with_curves() {
     let folder = tempfile::tempdir().unwrap();
     for (method, result) in [("lora", "adapter.gguf"), ("vector", "steer.gguf"), ("full", "model.gguf")] {

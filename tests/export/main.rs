@@ -2,6 +2,7 @@
 
 mod adapter;
 mod library;
+mod loaded_back;
 mod merge;
 #[path = "../support/split.rs"]
 mod split;

@@ -1,7 +1,7 @@
 //! Rejects models, weights and settings that cannot be trained, by name.
 
 use detox_gguf::error::Error;
-use detox_gguf::gguf::GgufFile;
+use detox_gguf::gguf::{GgufFile, GgufWriter, TensorSpec, Value};
 use detox_gguf::train::output::artifact;
 use detox_gguf::train::recipe::method::MethodName;
 use detox_gguf::train::recipe::settings::Settings;
@@ -147,4 +147,56 @@ fn rejects_pairs_longer_than_the_table_of_positions() {
     );
     // A model without such a table has no limit.
     train("llama", &settings, &pairs, &folder.path().join("llama"), &interrupt, &mut Silent).unwrap();
+}
+
+/// A copy of a tiny model with another key.
+fn with_key(name: &str, key: &str, value: Value, path: &std::path::Path) -> GgufFile {
+    let base = GgufFile::open(tiny(name)).unwrap();
+    let mut metadata = base.metadata().clone();
+    metadata.set(key, value);
+    let spec = |t: &detox_gguf::gguf::TensorInfo| TensorSpec {
+        name: t.name().to_owned(),
+        shape: t.shape().to_vec(),
+        tensor_type: t.tensor_type(),
+    };
+    let specs = base.tensors().iter().map(spec).collect();
+    let mut writer = GgufWriter::create(path, &metadata, specs).unwrap();
+    base.tensors().iter().for_each(|t| writer.write(&base.read_tensor(t).unwrap()).unwrap());
+    writer.finish().unwrap();
+    GgufFile::open(path).unwrap()
+}
+
+#[test]
+fn rejects_keys_that_change_the_computation_and_are_not_implemented() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("other.gguf");
+    for (name, key, value) in [
+        ("llama", "llama.logit_scale", Value::F32(0.0625)),
+        ("llama", "llama.residual_scale", Value::F32(0.22)),
+        ("llama", "llama.embedding_scale", Value::F32(12.0)),
+        ("llama", "llama.attention.scale", Value::F32(0.1)),
+        ("llama", "llama.attention.causal", Value::Bool(false)),
+        ("qwen2", "qwen2.attn_logit_softcapping", Value::F32(50.0)),
+        ("gemma3", "gemma3.final_logit_softcapping", Value::F32(30.0)),
+        ("qwen3", "qwen3.rope.scaling.attn_factor", Value::F32(0.8)),
+        ("bloom", "bloom.attention.clamp_kqv", Value::F32(8.0)),
+        ("gpt2", "gpt2.expert_count", Value::U32(8)),
+        ("command-r", "command-r.logit_scale", Value::F32(f32::NAN)),
+        ("llama", "llama.rope.freq_base", Value::F32(f32::INFINITY)),
+    ] {
+        let model = with_key(name, key, value, &path);
+        let error = load(&model, &small_settings()).unwrap_err();
+        assert!(matches!(error, Error::Model { .. }) && error.to_string().contains(key), "{key}: {error}");
+    }
+    for (name, key, value) in [
+        ("llama", "llama.logit_scale", Value::F32(1.0)),
+        ("llama", "llama.final_logit_softcapping", Value::F32(0.0)),
+        ("llama", "llama.attention.causal", Value::Bool(true)),
+        ("llama", "llama.attention.sliding_window", Value::U32(4096)),
+        ("llama", "llama.key_of_another_program", Value::F32(3.0)),
+        ("llama", "granite.logit_scale", Value::F32(8.0)),
+        ("command-r", "command-r.logit_scale", Value::F32(0.25)),
+    ] {
+        load(&with_key(name, key, value, &path), &small_settings()).unwrap();
+    }
 }

@@ -46,7 +46,7 @@ pub struct State {
 /// If `previous` is given, the checkpoint that was at `path` is kept there.
 ///
 /// # Errors
-/// [`Error::Io`], and those of the device.
+/// [`Error::Io`]; [`Error::Training`] for a value that is not finite; and those of the device.
 pub fn save<D: Device>(
     path: &Path,
     previous: Option<&Path>,
@@ -75,7 +75,7 @@ pub fn save<D: Device>(
     let mut write = |values: Vec<f32>| {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         sha256.update(&bytes);
-        writer.write(&bytes)
+        writer.write_f32s(&values).map_err(Error::as_divergence)
     };
     for value in &trainer.parameters.values {
         write(trainer.device().download(value)?)?;
