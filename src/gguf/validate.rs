@@ -82,7 +82,10 @@ pub(super) fn validate(path: &Path) -> Result<Validated> {
 /// The hint for a file whose name says that it is a piece of a file: a part of a download, or the output of `split`.
 fn piece(path: &Path) -> Option<&'static str> {
     let name = path.file_name()?.to_string_lossy().to_ascii_lowercase();
-    let (_, end) = name.rsplit_once(".gguf")?;
+    let (stem, end) = name.rsplit_once(".gguf")?;
+    if stem.is_empty() {
+        return None;
+    }
     match end {
         "" => None,
         ".part" | ".partial" | ".download" | ".crdownload" | ".incomplete" | ".tmp" | ".aria2" => {
@@ -225,15 +228,18 @@ fn place_tensors(
     let mut expected = 0u64;
     let mut data_end = data_offset;
     let mut first_missing = None;
+    let mut previous: Option<String> = None;
     for tensor in tensors {
         let name = &tensor.name;
         if tensor.offset != expected {
             let what = if !tensor.offset.is_multiple_of(alignment) {
                 format!("not a multiple of the alignment {alignment}")
-            } else if tensor.offset < expected {
-                "it overlaps another tensor".into()
             } else {
-                "there is a gap before it".into()
+                let previous = previous.as_deref().unwrap_or("the list of tensors");
+                match tensor.offset < expected {
+                    true => format!("it overlaps {previous:?}, whose type or shape may be wrong"),
+                    false => format!("there is a gap after {previous:?}"),
+                }
             };
             let found = tensor.offset;
             return Err(Fault::Reason(format!(
@@ -248,6 +254,7 @@ fn place_tensors(
         }
         expected = (expected + tensor.n_bytes).checked_next_multiple_of(alignment).ok_or_else(overflow)?;
         tensor.offset = position;
+        previous = Some(tensor.name.clone());
     }
     match first_missing {
         None => Ok(()),

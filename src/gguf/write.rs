@@ -160,7 +160,7 @@ impl GgufWriter {
         let mut file = self.file.into_inner().map_err(|e| Error::io("write", &path)(e.into_error()))?;
         file.sync()?;
         validate::validate(&file.path_for_reading()).map_err(|error| match error {
-            Error::Gguf { reason, .. } => refuse(&path, reason),
+            Error::Gguf { reason, .. } | Error::Input { reason, .. } => refuse(&path, reason),
             other => other,
         })?;
         Ok(file)

@@ -69,6 +69,9 @@ fn rejects_keys_that_llama_cpp_asserts_against() {
         ("command-r", "rope.dimension_count", Value::U32(7)),
         ("gemma3", "rope.dimension_count", Value::U32(0)),
         ("gemma3", "rope.dimension_count", Value::U32(1 << 31)),
+        ("gemma3", "rope.dimension_count_swa", Value::U32(3)),
+        ("gemma3", "attention.key_length_swa", Value::U32(8)),
+        ("llama", "nextn_predict_layers", Value::U32(1)),
         ("gemma3", "rope.freq_base", Value::F32(f32::NAN)),
         ("bloom", "attention.key_length", Value::U32(8)),
         ("gpt2", "attention.value_length", Value::U32(8)),
@@ -143,7 +146,7 @@ fn rejects_tensors_of_another_type_or_shape_by_name() {
     }
     let mut tiny = Tiny::read("llama");
     tiny.tensor("blk.0.ffn_down.weight").0.shape.reverse();
-    assert_names(&tiny.verdict(), &["blk.0.ffn_down.weight", "llama.feed_forward_length", "found [64, 128]"]);
+    assert_names(&tiny.verdict(), &["blk.0.ffn_down.weight", "llama.feed_forward_length", "found [64, 96]"]);
     let mut tiny = Tiny::read("qwen3");
     tiny.tensor("blk.1.attn_q_norm.weight").0.name = "blk.1.other.weight".into();
     assert_names(&tiny.verdict(), &["blk.1.attn_q_norm.weight", "no such tensor"]);

@@ -227,7 +227,36 @@ pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
             return Err(wrong_key(file, &key, &expected, n_rot));
         }
     }
+    check_windowed(file, arch, sizes)?;
     check_sections(file, arch)
+}
+
+/// The sizes of layers with a window, which default to those of the others.
+fn check_windowed(file: &GgufFile, arch: &str, sizes: &Sizes) -> Result<()> {
+    let number = |name: &str, default: u64| -> Result<(String, u64)> {
+        let key = file.arch_key(name)?;
+        let found = file.u32_if_present(&key)?.map_or(default, u64::from);
+        Ok((key, found))
+    };
+    let (_, n_key) = number("attention.key_length_swa", sizes.n_embd_head_k)?;
+    let (value_key, n_value) = number("attention.value_length_swa", sizes.n_embd_head_v)?;
+    let (rotated_key, n_rot) = number("rope.dimension_count_swa", sizes.n_rot)?;
+    if EQUAL_WIDTHS.contains(&arch) && n_key != n_value {
+        let expected = format!("{n_key}, as attention.key_length_swa in {arch}");
+        return Err(wrong_key(file, &value_key, &expected, n_value));
+    }
+    if NOT_ROTATED.contains(&arch) || file.metadata.get(&rotated_key).is_none() {
+        return Ok(());
+    }
+    let is_whole = WHOLE_HEAD_ROTATED.contains(&arch);
+    if n_rot == 0 || n_rot % 2 != 0 || n_rot > n_key || is_whole && n_rot != n_key {
+        let expected = match is_whole {
+            true => format!("{n_key}, the width of a head"),
+            false => format!("an even number from 2 to {n_key}, the width of a head"),
+        };
+        return Err(wrong_key(file, &rotated_key, &expected, n_rot));
+    }
+    Ok(())
 }
 
 /// `ggml_mul_mat` asserts that key heads divide the heads when the graph is built.

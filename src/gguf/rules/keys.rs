@@ -39,11 +39,7 @@ const MAX: u32 = i32::MAX as u32;
 const ROPE_SCALING_TYPES: &[&str] = &["none", "linear", "yarn", "longrope"];
 
 /// Keys without an architecture, all optional.
-const GENERAL: &[(&str, Rule)] = &[
-    ("general.name", Text),
-    ("general.file_type", Count(0, u32::MAX)),
-    ("general.quantization_version", Count(0, u32::MAX)),
-];
+const GENERAL: &[(&str, Rule)] = &[("general.name", Text), ("general.file_type", Count(0, u32::MAX))];
 
 /// Keys `{arch}.{name}` that llama.cpp requires of every language model.
 const REQUIRED: &[(&str, Rule)] = &[

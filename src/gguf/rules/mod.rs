@@ -51,6 +51,7 @@ pub(super) fn check_keys(file: &GgufFile) -> Result<()> {
 pub(super) fn check_sizes(file: &GgufFile) -> Result<()> {
     check_layers(file)?;
     let sizes = sizes::Sizes::read(file)?;
+    shapes::check_outer(file, &sizes)?;
     attention::check(file, &sizes)?;
     recurrent::check(file, &sizes)?;
     types::check(file)?;

@@ -210,10 +210,22 @@ const FAMILIES: &[Family] = &[
     Family { same_heads: false, layer: &[NORMS, PLAMO2], ..family("plamo2", false, RMS) },
 ];
 
-/// Checks the keys and tensors of an architecture in the tables.
+/// The tables of the file's architecture, if there are any.
+fn family_of(file: &GgufFile) -> Option<&'static Family> {
+    let arch = file.architecture().ok()?;
+    FAMILIES.iter().find(|family| family.name == arch)
+}
+
+/// Checks the tensors outside of the layers: first, because all other sizes are compared with the model's width.
+pub(super) fn check_outer(file: &GgufFile, sizes: &Sizes) -> Result<()> {
+    let tables = family_of(file).map_or(&[][..], |family| family.outer);
+    tables.iter().copied().flatten().try_for_each(|row| check_row(file, sizes, None, row))
+}
+
+/// Checks the keys of an architecture in the tables, and the tensors of its layers.
 pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
-    let arch = file.architecture()?;
-    let Some(family) = FAMILIES.iter().find(|family| family.name == arch) else { return Ok(()) };
+    let Some(family) = family_of(file) else { return Ok(()) };
+    let arch = family.name;
     let epsilon = file.arch_key(family.epsilon)?;
     if file.f32_if_present(&epsilon)?.is_none() {
         return Err(wrong_key(file, &epsilon, "a finite f32 of at least 0", "nothing"));
@@ -229,9 +241,6 @@ pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
     }
     check_heads(file, family, sizes)?;
     check_windows(file, arch)?;
-    for row in family.outer.iter().copied().flatten() {
-        check_row(file, sizes, None, row)?;
-    }
     for il in 0..sizes.n_layer_main {
         for row in family.layer.iter().copied().flatten() {
             check_row(file, sizes, Some(il), row)?;
@@ -245,8 +254,7 @@ pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
 /// llama.cpp refuses such a file without a name: "wrong number of tensors".
 #[cfg(feature = "engine")]
 pub(in crate::gguf) fn unexpected(file: &GgufFile) -> Option<&str> {
-    let arch = file.architecture().ok()?;
-    let family = FAMILIES.iter().find(|family| family.name == arch)?;
+    let family = family_of(file)?;
     let is_in =
         |tables: &[&[Row]], role: &str| tables.iter().copied().flatten().any(|(name, ..)| *name == role);
     let mut names = file.tensors().iter().map(|tensor| tensor.name());

@@ -5,9 +5,18 @@ use super::super::{TensorInfo, TensorType};
 use super::wrong_tensor;
 use crate::error::{Error, Result};
 
-/// Parts of names of tensors that are no operand of a product of matrices, and must be f32 in any shape.
-const F32_ONLY: &[&str] =
-    &["norm.weight", "norm", ".bias", "ssm_conv1d.weight", "ssm_a", "ssm_d", "rope_freqs.weight"];
+/// Ends of the roles of tensors that are no operand of a product of matrices, and must be f32 in any shape.
+const F32_ONLY: &[&str] = &[
+    "norm.weight",
+    "norm",
+    ".bias",
+    "ssm_conv1d.weight",
+    "ssm_a",
+    "ssm_d",
+    "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
+];
 
 /// Beginnings of the roles of tensors that are multiplied, or whose rows are looked up.
 const WEIGHTS: &[&str] = &["token_embd.", "position_embd.", "output.", "attn_", "ffn_", "ssm_"];
@@ -23,7 +32,8 @@ pub(super) fn check(file: &GgufFile) -> Result<()> {
 fn check_tensor(file: &GgufFile, tensor: &TensorInfo) -> Result<()> {
     let (name, found) = (tensor.name(), tensor.tensor_type());
     let role = role(name);
-    let is_vector = tensor.shape().len() == 1 || tensor.shape()[1..].iter().all(|&n| n == 1);
+    // The router of a single shared expert is a vector that is multiplied.
+    let is_vector = tensor.shape().len() == 1 && !role.contains("gate_inp");
     let is_f32_only = F32_ONLY.iter().any(|end| role.ends_with(end));
     let is_known = is_f32_only || WEIGHTS.iter().any(|start| role.starts_with(start));
     if found != TensorType::F32 && (is_f32_only || is_vector && is_known) {
