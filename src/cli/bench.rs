@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use clap::{Args, Subcommand};
 use comfy_table::{CellAlignment, Table, presets};
 
-use crate::engine::bench::{self, BenchRow, SteeringRow};
+use crate::engine::bench::{self, BenchRow, SteeringRow, check_runs};
 use crate::engine::{self, Model, Sampling};
 use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
@@ -55,9 +55,7 @@ pub struct BenchLocate {
 
 impl BenchLocate {
     fn run(&self, interrupt: &AtomicBool) -> Result<()> {
-        if self.runs == 0 {
-            return Err(Error::setting("--runs", "expected at least 1, found 0"));
-        }
+        check_runs(self.runs)?;
         let times = locate::bench(&GgufFile::open(&self.model)?, self.runs, interrupt)?;
         print(&format!(
             "read and dequantise {:.2} s, rank {:.2} s, ratio {:.2}\n",

@@ -26,6 +26,10 @@ extern "C" fn on_assertion(text: *const c_char) {
         put_subject();
         put(b"llama.cpp stopped: ");
         put(without_build_path(text));
+        if is_about_memory(text) {
+            put(b"\nhint: memory ran out: lower -np/--parallel, -c/--ctx-size or -b/--batch-size, or raise the memory limit (ulimit -v)\n");
+            return;
+        }
         put(b"\nhint: llama.cpp does not support this model with these flags. Try -np 1 and fewer flags, or another file of the model; -v shows llama.cpp's log\n");
     })
 }
@@ -35,6 +39,13 @@ fn without_build_path(text: &[u8]) -> &[u8] {
     const FOLDER: &[u8] = b"/llama.cpp/";
     let found = text.windows(FOLDER.len()).position(|window| window == FOLDER);
     found.map_or(text, |at| &text[at + FOLDER.len()..])
+}
+
+/// Whether an assertion failed because an allocation did.
+fn is_about_memory(text: &[u8]) -> bool {
+    const WORDS: [&[u8]; 4] =
+        [b"mem_buffer", b"failed to allocate", b"out of memory", b"insufficient memory"];
+    WORDS.iter().any(|word| text.windows(word.len()).any(|window| window == *word))
 }
 
 /// Writes to standard error, bypassing all buffers and locks.

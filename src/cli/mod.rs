@@ -25,6 +25,7 @@ mod train;
 use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -181,9 +182,18 @@ fn may_colour(stream: &impl IsTerminal) -> bool {
     stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
+/// Whether standard output was closed when the program started.
+///
+/// Rust then opens `/dev/null` in its place, so writing would succeed and lose the output.
+pub static STDOUT_WAS_CLOSED: AtomicBool = AtomicBool::new(false);
+
 /// Prints to standard output. Returns an error if that fails, where `print!` would panic.
 fn print(text: &str) -> Result<()> {
     use std::io::Write;
+    if STDOUT_WAS_CLOSED.load(Ordering::Relaxed) {
+        let closed = std::io::Error::other("it is closed");
+        return Err(Error::io("write", "<stdout>")(closed));
+    }
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io("write", "<stdout>"))
 }

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, Steering};
 use crate::error::Result;
-use crate::gguf::GgufFile;
+use crate::gguf::{GgufFile, WatchedFile};
 use crate::steer::argument::parse_scaled;
 use crate::steer::compile::{self, CompileOptions, Compiled, Route};
 use crate::steer::record::record;
@@ -114,6 +114,10 @@ impl SteeringArguments {
         if self.is_empty() {
             return Ok(Steered::default());
         }
+        // The files are read and hashed one after the other: both must see the same bytes.
+        let files = self.files()?;
+        let files = files.iter().filter(|file| file.is_file()).map(|file| WatchedFile::open(file));
+        let files = files.collect::<Result<Vec<_>>>()?;
         let (sources, loras) = (self.sources()?, self.loras()?);
         let options = self.compile_options(Route::Cheapest);
         let Compiled { steering, choices } =
@@ -121,7 +125,9 @@ impl SteeringArguments {
         for choice in choices {
             eprintln!("steering: {choice}");
         }
-        Ok(Steered { steering, by: record(&sources, &loras, options.layer_range)? })
+        let by = record(&sources, &loras, options.layer_range)?;
+        files.iter().try_for_each(WatchedFile::check_path)?;
+        Ok(Steered { steering, by })
     }
 
     /// Loads the model at `path` and applies the steering.

@@ -59,13 +59,29 @@ pub fn bench(
         .collect()
 }
 
+/// The most runs of a benchmark, whose times are kept for the median.
+const MOST_RUNS: usize = 10_000;
+
+/// Checks the number of timed runs of a benchmark.
+///
+/// # Errors
+/// [`Error::Setting`].
+pub fn check_runs(n_runs: usize) -> Result<()> {
+    match (1..=MOST_RUNS).contains(&n_runs) {
+        true => Ok(()),
+        false => {
+            Err(Error::setting("--runs", format!("expected a number from 1 to {MOST_RUNS}, found {n_runs}")))
+        }
+    }
+}
+
 fn check_counts(n_prompt: usize, n_predict: usize, n_runs: usize) -> Result<()> {
-    for (flag, n) in [("--n-prompt", n_prompt), ("-n/--n-predict", n_predict), ("--runs", n_runs)] {
+    for (flag, n) in [("--n-prompt", n_prompt), ("-n/--n-predict", n_predict)] {
         if n == 0 {
             return Err(Error::setting(flag, "expected at least 1, found 0"));
         }
     }
-    Ok(())
+    check_runs(n_runs)
 }
 
 #[allow(clippy::too_many_arguments, reason = "flat named parameters of one measurement, from one caller")]

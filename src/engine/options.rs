@@ -1,5 +1,21 @@
 //! Options of models and sessions: llama.cpp's flags, with llama.cpp's meanings.
 
+use crate::error::{Error, Result};
+
+/// ggml's own limit, `GGML_MAX_N_THREADS`.
+pub(super) const MOST_THREADS: usize = 512;
+
+/// Checks a number of threads, given with `flag`.
+///
+/// # Errors
+/// [`Error::Setting`].
+pub fn check_threads(flag: &str, n: usize) -> Result<()> {
+    match (1..=MOST_THREADS).contains(&n) {
+        true => Ok(()),
+        false => Err(Error::setting(flag, format!("expected a number from 1 to {MOST_THREADS}, found {n}"))),
+    }
+}
+
 /// How to load a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ModelOptions {

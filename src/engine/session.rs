@@ -15,14 +15,11 @@ use crate::memory;
 
 use super::ffi::{self, Batch, ContextHandle, ContextParams, SequenceState};
 use super::model::{LoadedSteering, Model};
-use super::options::SessionOptions;
+use super::options::{MOST_THREADS, SessionOptions, check_threads};
 use super::{Token, sample};
 
 /// More sequences than this decode no faster on a CPU, measured with `bench generate`.
 const MOST_PARALLEL: usize = 100;
-
-/// ggml's own limit, `GGML_MAX_N_THREADS`.
-const MOST_THREADS: usize = 512;
 
 /// llama.cpp counts the tokens of a batch and of a context in 31 bits.
 const MOST_TOKENS: usize = i32::MAX as usize;
@@ -51,7 +48,7 @@ impl SessionOptions {
                 quarter / (self.kv_bytes_per_cell(model) * n_ctx_seq.next_multiple_of(CELLS)).max(1);
             // With -c the sequences share the given context.
             let of_context = self.n_ctx.map_or(MOST_PARALLEL, |n_ctx| n_ctx / n_ctx_seq.max(1));
-            MOST_PARALLEL.min(of_memory).min(of_context).max(1)
+            MOST_PARALLEL.min(of_memory).min(of_context).min(self.n_batch).max(1)
         });
         if n_parallel > 1 && !model.shares_batches(self) { 1 } else { n_parallel }
     }
@@ -140,7 +137,8 @@ impl SessionOptions {
         let n_ctx = n_ctx_seq.checked_next_multiple_of(CELLS).and_then(|n| n.checked_mul(n_seq_max));
         Ok(ContextParams {
             n_ctx: n_ctx.and_then(|n| u32::try_from(n).ok()).ok_or_else(too_large)?,
-            n_batch: u32::try_from(self.n_batch).map_err(|_| too_large())?,
+            // llama.cpp asserts that a batch has room for every sequence, the prompt slot included.
+            n_batch: u32::try_from(self.n_batch.max(n_seq_max)).map_err(|_| too_large())?,
             n_ubatch: u32::try_from(self.n_ubatch).map_err(|_| too_large())?,
             n_seq_max: u32::try_from(n_seq_max).map_err(|_| too_large())?,
             n_threads: n_threads as i32,
@@ -149,13 +147,6 @@ impl SessionOptions {
             cache_type_k: self.cache_type_k,
             cache_type_v: self.cache_type_v,
         })
-    }
-}
-
-fn check_threads(flag: &str, n: usize) -> Result<()> {
-    match (1..=MOST_THREADS).contains(&n) {
-        true => Ok(()),
-        false => Err(Error::setting(flag, format!("expected 1 to {MOST_THREADS}, found {n}"))),
     }
 }
 

@@ -113,7 +113,6 @@ impl Plan {
         };
         at_least_one("-k/--samples", options.k as usize)?;
         at_least_one("-n/--n-predict", options.n_predict)?;
-        check_samples(options.k, options.n_predict)?;
         model.vocabulary().check_nfc(prompts.iter().map(|p| p.text.as_str()));
         let requests: Vec<Request> = prompts
             .iter()
@@ -137,6 +136,7 @@ impl Plan {
                 is_learned: model.n_positions() == Some(n_ctx_train),
             });
         }
+        check_samples(options.k, options.n_predict.min(session_options.n_ctx.unwrap_or(n_ctx_seq)))?;
         let n_parallel = session_options.resolve_parallel(model, n_ctx_seq);
         let prompts_per_unit = prompts_per_unit(n_parallel, options.k as usize);
         Ok(Plan { prompts, requests, options, prompts_per_unit, n_ctx_seq })

@@ -75,6 +75,8 @@ pub fn rescore(
         let old = scores[rows].iter().cloned();
         Ok(old.zip(logprobs).map(|(row, base)| ScoreRow { base, ..row }).collect())
     })?;
+    // Once more before the report, which names the model by its hash.
+    files.check_content()?;
     info.perplexity_tokens = record::perplexity_tokens(&info, &generations, &scores);
     let samples = record::join(folder, generations, scores)?;
     let result = summarize::summarize(info, &samples)?;

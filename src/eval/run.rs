@@ -165,7 +165,9 @@ pub fn evaluate(
         Source::File { path, generations } => run.import(path, generations, tokenizer, progress)?,
     };
     let scores = run.score_all(&continued, progress)?;
-    let Continued { generations, mut info, .. } = continued;
+    let Continued { generations, mut info, model_files, .. } = continued;
+    // Once more before the report, which names them by their hashes.
+    model_files.iter().chain(&run.base_files).try_for_each(|files| files.check_content())?;
     info.perplexity_tokens = record::perplexity_tokens(&info, &generations, &scores);
     let samples = record::join(folder, generations, scores)?;
     let result = summarize::summarize(info, &samples)?;
@@ -196,6 +198,8 @@ struct Continued {
     tokenizer: TextTokenizer,
     /// Whether the base model wrote them, unsteered.
     wrote_as_base: bool,
+    /// The files of the model that wrote them, if it ran.
+    model_files: Option<ModelFiles>,
 }
 
 impl Run<'_> {
@@ -234,7 +238,8 @@ impl Run<'_> {
         info.perplexity_model = info.perplexity_model.or(Some(own_judge));
         record::start(self.folder, &info, self.paths(Some(path)))?;
         let generations = self.generate(&plan, &mut session, progress)?;
-        Ok(Continued { generations, info, tokenizer, wrote_as_base })
+        let model_files = Some(model.files().clone());
+        Ok(Continued { generations, info, tokenizer, wrote_as_base, model_files })
     }
 
     /// Takes continuations made elsewhere.
@@ -247,7 +252,9 @@ impl Run<'_> {
     ) -> Result<Continued> {
         let tokenizer = match (tokenizer, self.base()) {
             (Some(tokenizer), _) => tokenizer,
-            (None, Some((base, files))) => TextTokenizer::of_model(&scoring::reopen(base, files, &self.request.model_options)?),
+            (None, Some((base, files))) => {
+                TextTokenizer::of_model(&scoring::reopen(base, files, &self.request.model_options)?)
+            }
             (None, None) => {
                 return Err(Error::setting(
                     "--generations",
@@ -267,7 +274,8 @@ impl Run<'_> {
         info.settings.insert("generations_sha256".into(), json!(hash_of_texts(texts)));
         record::start(self.folder, &info, self.paths(None))?;
         file::write_atomic(&self.folder.join("generations.jsonl"), &file::json_lines(generations)?)?;
-        Ok(Continued { generations: generations.to_vec(), info, tokenizer, wrote_as_base: false })
+        let generations = generations.to_vec();
+        Ok(Continued { generations, info, tokenizer, wrote_as_base: false, model_files: None })
     }
 
     /// The files of the models, as they were given.

@@ -52,7 +52,9 @@ impl Judge<'_> {
         let model = reopen(path, files, self.model_options)?;
         let tokens = perplexity::tokens_of(wanted, &model, generations)?;
         if tokens == PerplexityTokens::Retokenised {
-            model.vocabulary().check_nfc(generations.iter().flat_map(|g| [g.prompt.as_str(), &g.generated_text]));
+            model
+                .vocabulary()
+                .check_nfc(generations.iter().flat_map(|g| [g.prompt.as_str(), &g.generated_text]));
         }
         BaseModel::open(&model, generations, tokens, self.n_predict, self.session_options).map(Some)
     }

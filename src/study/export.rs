@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::Serialize;
 
 use crate::check::export::{Applied, LoadedBack};
+use crate::engine::options::check_threads;
 use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, ModelOptions, SessionOptions, Token};
 use crate::error::{Error, Result};
 use crate::eval::prompts::PromptSource;
 use crate::file::{AtomicFile, base_name, write_atomic};
-use crate::gguf::{self, GgufFile, Metadata, TensorType, Value, file_sha256};
+use crate::gguf::{self, GgufFile, Metadata, TensorType, Value, WatchedFile, file_sha256};
 use crate::progress::Progress;
 use crate::report::json::to_json;
 use crate::steer::bake::check_output;
@@ -117,11 +118,13 @@ pub fn export(
     interrupt: &AtomicBool,
 ) -> Result<Exported> {
     let ExportRequest { model, loras, output, .. } = request;
+    check_threads("-t/--threads", request.session_options.resolve_threads())?;
     let base = GgufFile::open(model)?;
     gguf::check_decoder(&base)?;
     check_output(&base, output)?;
     let record = record_path(output);
     check_record(&record)?;
+    let watched = loras.iter().map(|lora| WatchedFile::open(&lora.path)).collect::<Result<Vec<_>>>()?;
     let adapters = read_adapters(request, &base)?;
     let is_zero = adapters.iter().all(|(adapter, scale)| *scale == 0.0 || adapter.is_zero());
     let options = MergeOptions { tensor_type: request.tensor_type, provenance: provenance(&base, loras)? };
@@ -157,6 +160,9 @@ pub fn export(
         }
         Error::input(output, None, format!("not written: {}", refusal.reason)).with_hint(hint)
     })?;
+    // Its metadata names the adapters by their hashes.
+    watched.iter().try_for_each(WatchedFile::check_path)?;
+    base.files().check_content()?;
     file.commit()?;
     let content = ExportRecord {
         detox_gguf_export: crate::version(),

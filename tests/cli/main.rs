@@ -11,6 +11,7 @@ mod perplexity;
 mod real_model;
 mod resume;
 mod rows;
+mod runtime;
 mod score;
 mod steering;
 #[path = "../support/real_model.rs"]

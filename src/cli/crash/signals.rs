@@ -9,7 +9,8 @@ use super::{put, put_subject};
 use crate::engine::{UsedFile, files_in_use};
 
 /// Signals of a crash.
-const SIGNALS: [c_int; 5] = [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT];
+const SIGNALS: [c_int; 6] =
+    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGABRT, libc::SIGXCPU];
 
 /// Rust's own handler of SIGSEGV, which recognises a stack overflow. Written once, before any handler is installed.
 static mut RUST_HANDLER: MaybeUninit<libc::sigaction> = MaybeUninit::zeroed();
@@ -32,6 +33,8 @@ pub(super) fn install() {
         for signal in SIGNALS {
             libc::sigaction(signal, &action, ptr::null_mut());
         }
+        // A file beyond `ulimit -f` is then an error of `write`, which names the file.
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
     #[cfg(target_os = "linux")]
     exceptions::install();
@@ -41,9 +44,15 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
     if signal == libc::SIGSEGV && !ASKED_RUST.swap(true, Ordering::SeqCst) {
         ask_rust(signal, info, context);
     }
-    let is_overflow = signal == libc::SIGABRT && ASKED_RUST.load(Ordering::SeqCst);
-    // SAFETY: the system passes the signal's information, which is valid during the handler.
-    let address = unsafe { address_of(info) };
+    // SAFETY: the system passes the signal's information and context, which are valid during the handler.
+    let (address, stack) = unsafe { (address_of(info), stack_pointer(context)) };
+    let is_overflow = match signal {
+        // Rust's handler found an overflow, and aborted.
+        libc::SIGABRT => ASKED_RUST.load(Ordering::SeqCst),
+        // C++ code can step over the page that Rust watches.
+        libc::SIGSEGV => stack.is_some_and(|stack| address.abs_diff(stack) < 1 << 20),
+        _ => false,
+    };
     die(&|| {
         match signal {
         libc::SIGBUS => put_bus_error(address),
@@ -58,6 +67,10 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
         libc::SIGILL => put_end(
             b"the program met an instruction that this CPU does not have (SIGILL)",
             b"use a build for this CPU",
+        ),
+        libc::SIGXCPU => put_end(
+            b"the limit of CPU time was reached (SIGXCPU)",
+            b"raise it (ulimit -t), and run the same command again: eval, sweep and train resume",
         ),
         libc::SIGFPE => put_end(
             b"llama.cpp divided by zero (SIGFPE)",
@@ -89,6 +102,30 @@ fn ask_rust(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
 unsafe fn address_of(info: *mut libc::siginfo_t) -> usize {
     // SAFETY: by the contract above; for the signals handled here the field is an address or unused.
     unsafe { info.as_ref().map_or(0, |info| info.si_addr() as usize) }
+}
+
+/// The stack pointer at the time of the signal, where its place in the context is known.
+///
+/// # Safety
+/// `context` is null, or the context that the system passed to the running handler.
+unsafe fn stack_pointer(context: *mut c_void) -> Option<usize> {
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    {
+        // SAFETY: by the contract above, on this system it is a `ucontext_t`.
+        let context = unsafe { context.cast::<libc::ucontext_t>().as_ref() }?;
+        Some(context.uc_mcontext.gregs[libc::REG_RSP as usize] as usize)
+    }
+    #[cfg(all(target_os = "linux", target_arch = "aarch64"))]
+    {
+        // SAFETY: by the contract above, on this system it is a `ucontext_t`.
+        let context = unsafe { context.cast::<libc::ucontext_t>().as_ref() }?;
+        Some(context.uc_mcontext.sp as usize)
+    }
+    #[cfg(not(all(target_os = "linux", any(target_arch = "x86_64", target_arch = "aarch64"))))]
+    {
+        let _ = context;
+        None
+    }
 }
 
 /// `error: `, the files in use, `reason`, and a hint.

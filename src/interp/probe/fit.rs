@@ -9,6 +9,9 @@ use crate::engine::random::{random_stream, shuffle};
 use crate::error::{Error, Result};
 use crate::finite;
 
+/// The most epochs: their losses are kept.
+const MOST_EPOCHS: usize = 1_000_000;
+
 /// Training options of a probe. The defaults are the paper's (Table 7).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct ProbeOptions {
@@ -125,7 +128,7 @@ pub fn fit(features: &[Vec<f32>], is_toxic: &[bool], options: &ProbeOptions) -> 
     let mut random = random_stream(options.seed, "probe order", 0);
     let mut weight = vec![0f64; n_embd];
     let mut adam = Adam::new(n_embd, options.learning_rate);
-    let mut epochs = Vec::with_capacity(options.n_epochs);
+    let mut epochs = Vec::new();
     let mut best: Option<(f64, usize, Vec<f64>)> = None;
     let mut order = train.clone();
     for epoch in 1..=options.n_epochs {
@@ -199,6 +202,9 @@ pub fn check(is_toxic: &[bool], options: &ProbeOptions) -> Result<()> {
         if n == 0 {
             return refuse(flag, "expected at least 1, found 0".into());
         }
+    }
+    if options.n_epochs > MOST_EPOCHS {
+        return refuse("--epochs", format!("expected at most {MOST_EPOCHS}, found {}", options.n_epochs));
     }
     split(is_toxic, options).map(drop)
 }

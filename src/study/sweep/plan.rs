@@ -23,6 +23,9 @@ pub const OFFSETS: [f32; 5] = [-1.0, -2.0, -3.0, -4.0, -5.0];
 /// Default coefficients. The baseline is coefficient 0.
 pub const COEFFICIENTS: [f32; 5] = [0.25, 0.5, 1.0, 1.5, 2.0];
 
+/// The most controls of a setting. Each is a run of its own.
+const MOST_CONTROLS: u32 = 1000;
+
 /// Random controls for each setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Controls {
@@ -43,6 +46,16 @@ pub struct Plan {
     pub choices: Vec<String>,
 }
 
+impl Controls {
+    fn check(&self) -> Result<()> {
+        if self.n_draws <= MOST_CONTROLS {
+            return Ok(());
+        }
+        let reason = format!("expected at most {MOST_CONTROLS}, found {}", self.n_draws);
+        Err(Error::setting("--controls", reason))
+    }
+}
+
 impl Plan {
     /// Plans a sweep of offsets on chosen neurons, with random neurons of the same layers as controls.
     ///
@@ -59,6 +72,7 @@ impl Plan {
         controls: Controls,
         force: bool,
     ) -> Result<Plan> {
+        controls.check()?;
         let n_ff = model.n_ff_per_layer()?;
         let options = CompileOptions { force, ..CompileOptions::default() };
         let compile_offset = |neurons: &[Neuron], offset: f32| -> Result<Compiled> {
@@ -100,6 +114,7 @@ impl Plan {
         controls: Controls,
         options: CompileOptions,
     ) -> Result<Plan> {
+        controls.check()?;
         // Compiled alone, so that the adapters are checked even if no setting uses them.
         let loras =
             compile(model, &[], loras, &CompileOptions { layer_range: None, ..options })?.steering.loras;

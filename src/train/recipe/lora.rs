@@ -87,9 +87,16 @@ impl LoraOptions {
             );
             return Err(Error::setting("--targets", reason).with_hint("leave embed and output out"));
         }
-        if !model.tensors().iter().any(|tensor| self.trains(tensor.name())) {
-            return Err(Error::setting("--targets", "this model has none of these matrices"));
+        let trained = model.tensors().iter().filter(|tensor| self.trains(tensor.name()));
+        // A higher rank adds parameters and nothing else.
+        match trained.flat_map(|tensor| tensor.shape()).max() {
+            None => Err(Error::setting("--targets", "this model has none of these matrices")),
+            Some(&most) if self.rank as u64 > most => {
+                let reason =
+                    format!("expected at most {most}, the longest side of a matrix, found {}", self.rank);
+                Err(Error::setting("--rank", reason))
+            }
+            Some(_) => Ok(()),
         }
-        Ok(())
     }
 }

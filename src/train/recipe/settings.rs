@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::engine::options::check_threads;
 use crate::error::{Error, Result};
 
 use crate::train::device::name::{DeviceName, Frozen, Rounding};
@@ -154,7 +155,6 @@ impl Settings {
             ("--max-steps", self.max_steps.unwrap_or(1)),
             ("--eval-every", self.eval_every),
             ("--patience", u64::from(self.patience)),
-            ("-t/--threads", self.n_threads as u64),
             ("--ubatch-size", self.max_rows as u64),
         ];
         for (flag, found) in from_one {
@@ -162,6 +162,7 @@ impl Settings {
                 return Err(Error::setting(flag, "expected at least 1, found 0"));
             }
         }
+        check_threads("-t/--threads", self.n_threads)?;
         if !(0.0..1.0).contains(&self.held_out) {
             let reason = format!("expected a fraction from 0 to less than 1, found {}", self.held_out);
             return Err(Error::setting("--held-out", reason));

@@ -1,7 +1,7 @@
 //! One training step: a model, its trained parameters, and the optimizer.
 
 use crate::error::{Error, Result};
-use crate::gguf::GgufFile;
+use crate::gguf::{GgufFile, ModelFiles};
 
 use crate::train::data::pack::Packed;
 use crate::train::data::tokens::TokenPair;
@@ -39,6 +39,8 @@ pub struct Trainer<D: Device> {
     has_reference: bool,
     may_checkpoint: bool,
     is_torn: bool,
+    /// The files that the weights come from.
+    pub files: ModelFiles,
 }
 
 impl<D: Device> Trainer<D> {
@@ -70,6 +72,7 @@ impl<D: Device> Trainer<D> {
             has_reference,
             may_checkpoint: true,
             is_torn: false,
+            files: file.files(),
         })
     }
 

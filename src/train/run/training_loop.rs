@@ -228,6 +228,10 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
         let mut order = EpochOrder::default();
         loop {
             let step = self.state.step;
+            if let Err(changed) = self.trainer.files.check_content() {
+                self.save()?;
+                return Err(changed);
+            }
             let is_due = step.is_multiple_of(self.settings.eval_every) || step == n_steps;
             let mut stops = interrupt.load(Ordering::Relaxed);
             if step > self.state.evaluated_at && is_due && !stops {
