@@ -349,9 +349,17 @@ impl Error {
                 "raise -c/--ctx-size, lower -np/--parallel or -n/--n-predict, or shorten the prompt".into(),
             ),
             Error::Training { .. } => Some("lower --learning-rate, and choose a new folder with -o".into()),
-            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("free some space and run the same command again".into())
-            }
+            Error::Io { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                    Some("free some space and run the same command again".into())
+                }
+                io::ErrorKind::FileTooLarge => Some(
+                    "raise the limit on the size of files (`ulimit -f`) and run the same command again"
+                        .into(),
+                ),
+                io::ErrorKind::ReadOnlyFilesystem => Some("choose a folder that can be written to".into()),
+                _ => None,
+            },
             _ => None,
         }
     }

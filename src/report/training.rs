@@ -149,7 +149,10 @@ impl TrainingReport {
                 ),
             );
         }
-        row("speed", format!("{:.2} pairs/s (median)", self.pairs_per_second));
+        // 0 if the metrics of all steps were lost.
+        if self.pairs_per_second > 0.0 {
+            row("speed", format!("{:.2} pairs/s (median)", self.pairs_per_second));
+        }
         if let Some(bytes) = self.peak_rss_bytes {
             row("peak memory", format!("{:.2} GiB", bytes as f64 / f64::from(1 << 30)));
         }

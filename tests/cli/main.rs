@@ -5,6 +5,8 @@ mod compare;
 mod directions;
 mod eval;
 mod export;
+#[cfg(unix)]
+mod files;
 mod formats;
 mod pairs;
 mod perplexity;

@@ -64,6 +64,7 @@ fn a_run_writes_its_result_its_metrics_and_a_report_with_curves() {
             "report.html",
             "report.json",
             "run.json",
+            "run.json.bak",
             result,
         ];
         expected.sort_unstable();

@@ -428,21 +428,126 @@ fn a_run_that_failed_to_write_resumes() {
 }
 
 #[test]
-fn rejects_metrics_shorter_than_the_checkpoint_says() {
+fn a_run_continues_without_its_metrics() {
     let folder = tempfile::tempdir().unwrap();
     let pairs = own_pairs("llama", 16);
     train_whole("llama", &small_settings(), &pairs, folder.path());
-    cut(&folder.path().join("metrics.jsonl"), 1);
-    let ended =
-        train("llama", &small_settings(), &pairs, folder.path(), &AtomicBool::new(false), &mut Silent);
-    let error = ended.err().unwrap();
-    assert!(matches!(error, Error::RunFolder { .. }), "{error}");
-    assert!(
-        error
-            .to_string()
-            .contains("metrics.jsonl: expected at least 10 lines, as its checkpoint says, found 9"),
-        "{error}"
-    );
+    let metrics = folder.path().join("metrics.jsonl");
+    let before = std::fs::read_to_string(&metrics).unwrap();
+    let lines: Vec<&str> = before.lines().collect();
+    let zeroed = lines[1].len() + 1;
+    let damaged = [
+        // The last line is cut off, one in the middle is garbage, and one is zeroed with its end.
+        (before[..before.len() - 1].to_owned(), lines[..lines.len() - 1].join("\n")),
+        (before.replace(lines[1], "x"), before.replace(&format!("{}\n", lines[1]), "")),
+        (
+            before.replace(&format!("{}\n", lines[1]), &"\0".repeat(zeroed)),
+            [&lines[..1], &lines[3..]].concat().join("\n"),
+        ),
+        (String::new(), String::new()),
+    ];
+    for (damaged, kept) in damaged {
+        std::fs::write(&metrics, &damaged).unwrap();
+        train_whole("llama", &small_settings(), &pairs, folder.path());
+        assert_eq!(std::fs::read_to_string(&metrics).unwrap().trim_end(), kept.trim_end());
+    }
+    std::fs::remove_file(&metrics).unwrap();
+    train_whole("llama", &small_settings(), &pairs, folder.path());
+}
+
+/// Damages a file in each of several ways: zeroed in the middle, cut off, empty.
+fn damages(path: &Path) -> Vec<Vec<u8>> {
+    let whole = std::fs::read(path).unwrap();
+    let mut zeroed = whole.clone();
+    let n = whole.len();
+    zeroed[n - 1400..n - 900].fill(0);
+    assert!(zeroed != whole);
+    vec![zeroed, vec![0; n], whole[..n / 2].to_vec(), Vec::new()]
+}
+
+#[test]
+fn a_damaged_checkpoint_falls_back_to_the_one_before_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let [whole, kept] = ["whole", "kept"].map(|name| folder.path().join(name));
+    let pairs = enough_pairs("llama");
+    train_whole("llama", &settings(), &pairs, &whole);
+    assert!(!whole.join("checkpoint-previous.gguf").exists(), "a finished run needs one only");
+    let interrupt = AtomicBool::new(false);
+    let mut at_step = |step| {
+        if step == 9 {
+            interrupt.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+    };
+    let mut at_part = |_| {};
+    let mut progress = Watching::new(&mut at_step, &mut at_part);
+    let ended = train("llama", &settings(), &pairs, &kept, &interrupt, &mut progress);
+    assert!(matches!(ended.err(), Some(Error::Interrupted)));
+    let mut damages: Vec<Option<Vec<u8>>> =
+        damages(&kept.join("checkpoint.gguf")).into_iter().map(Some).collect();
+    // Killed between the two renames of a save.
+    damages.push(None);
+    for (i, damaged) in damages.into_iter().enumerate() {
+        let stopped = folder.path().join(i.to_string());
+        copy(&kept, &stopped);
+        match damaged {
+            Some(damaged) => std::fs::write(stopped.join("checkpoint.gguf"), damaged).unwrap(),
+            None => std::fs::remove_file(stopped.join("checkpoint.gguf")).unwrap(),
+        }
+        train_whole("llama", &settings(), &pairs, &stopped);
+        assert_same(&whole, &stopped, "damaged");
+    }
+}
+
+#[test]
+fn rejects_a_damaged_checkpoint_with_hints_that_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, damaged) = (folder.path().join("whole"), folder.path().join("damaged"));
+    let pairs = own_pairs("llama", 16);
+    train_whole("llama", &small_settings(), &pairs, &whole);
+    train_whole("llama", &small_settings(), &pairs, &damaged);
+    let refusal = || {
+        train("llama", &small_settings(), &pairs, &damaged, &AtomicBool::new(false), &mut Silent)
+            .err()
+            .unwrap()
+    };
+    for name in ["checkpoint.gguf", "best.gguf"] {
+        for bytes in damages(&damaged.join(name)) {
+            std::fs::write(damaged.join(name), bytes).unwrap();
+            let error = refusal();
+            assert!(matches!(error, Error::RunFolder { .. }), "{error}");
+            assert!(error.to_string().contains(&format!("{name}: the checkpoint is damaged")), "{error}");
+            assert!(error.hint().unwrap().starts_with(&format!("delete {name} and repeat the command")));
+            assert_eq!(metrics(&whole), metrics(&damaged), "nothing is lost");
+        }
+        std::fs::remove_file(damaged.join(name)).unwrap();
+        let ended = train_whole("llama", &small_settings(), &pairs, &damaged);
+        match name {
+            "checkpoint.gguf" => assert_same(&whole, &damaged, name),
+            _ => assert_eq!(ended.outcome.best, None, "the values are those of the last step"),
+        }
+    }
+}
+
+#[test]
+fn missing_references_of_a_full_run_are_computed_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, damaged) = (folder.path().join("whole"), folder.path().join("damaged"));
+    let settings = Settings { method: MethodName::Full, ..small_settings() };
+    let pairs = own_pairs("llama", 16);
+    for run in [&whole, &damaged] {
+        train_whole("llama", &settings, &pairs, run);
+    }
+    let path = damaged.join("reference.jsonl");
+    let before = std::fs::read_to_string(&path).unwrap();
+    let second = before.lines().nth(1).unwrap();
+    std::fs::write(&path, before.replace(second, "x")).unwrap();
+    train_whole("llama", &settings, &pairs, &damaged);
+    let sorted = |text: &str| -> Vec<String> {
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
+    };
+    assert_eq!(sorted(&std::fs::read_to_string(&path).unwrap()), sorted(&before));
 }
 
 #[test]

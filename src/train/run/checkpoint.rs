@@ -87,7 +87,7 @@ pub fn save<D: Device>(
     }
     writer.write(&sha256.finalize())?;
     let file = writer.complete()?;
-    if let Some(previous) = previous.filter(|_| path.exists()) {
+    if let Some(previous) = previous.filter(|_| path.is_file()) {
         std::fs::rename(path, previous).map_err(Error::io("rename", path))?;
     }
     file.commit()
