@@ -1,5 +1,6 @@
 //! Ctrl-C, SIGTERM and SIGHUP: the work stops cleanly, and the program exits with 128 plus the signal's number.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
@@ -38,12 +39,12 @@ pub fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
             seen.store(true, Ordering::SeqCst);
             let Some(grace) = grace else {
                 let again = if signal == SIGINT { "press Ctrl-C again" } else { "send SIGTERM again" };
-                eprintln!("interrupted: finishing the current step ({again} to exit now)");
+                say(&format!("interrupted: finishing the current step ({again} to exit now)"));
                 return;
             };
             std::thread::spawn(move || {
                 std::thread::sleep(grace);
-                eprintln!("error: {}", Error::Interrupted);
+                say(&format!("error: {}", Error::Interrupted));
                 exit();
             });
         }
@@ -52,6 +53,11 @@ pub fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
         tracing::warn!("cannot handle Ctrl-C, which will exit without cleaning up: {error}");
     }
     flag
+}
+
+/// Prints to standard error. Unlike `eprintln!`, does not panic if that is closed.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Exits at once. Temporary files and locks are removed, since nothing unwinds.

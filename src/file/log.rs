@@ -62,6 +62,9 @@ impl JsonLog {
             kept.append(&mut unit);
             n_bytes = lines.n_bytes;
         }
+        if damage.is_none() && lines.next_row::<T>()?.is_some() {
+            damage = Some((kept.len() + 1, format!("this run has only {} rows", kept.len()), 1));
+        }
         if let Some((line, reason, n_rows)) = damage {
             let rest = Rest { start: n_bytes, line, reason };
             rest.drop_from::<T>(path, n_rows)?;
@@ -214,7 +217,7 @@ impl Rest {
             format!("dropped the last {n_bytes} bytes")
         };
         tracing::warn!(
-            "{}:{line}: the row is damaged ({reason}); kept all units before it; {kept}; they are made again",
+            "{}:{line}: the row is damaged ({reason}); kept all units before it; {kept}",
             path.display()
         );
         Ok(())
@@ -275,6 +278,9 @@ mod tests {
         file.append(&[3u32, 4]).unwrap();
         drop(file);
         assert_eq!(open(&path, &[2, 2]).1, [1, 2, 3, 4]);
+        fs::write(&path, "1\n2\n3\n4\n\0\0\0").unwrap();
+        assert_eq!(open(&path, &[2, 2]).1, [1, 2, 3, 4]);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "1\n2\n3\n4\n");
         // Cut off in the second unit, in a line and in a character; zeroed; and garbage.
         let torn: [&[u8]; 8] = [
             b"1\n2\n3\n",

@@ -135,7 +135,11 @@ fn a_sweep_that_an_older_version_left_unfinished_resumes() {
         assert_keeps_old_version(&old.join(run).join("run.json"), &stderr);
     }
     let mut found = crate::contents(&old.join("baseline"));
-    assert_eq!(found.remove("run.json.bak").as_ref(), found.get("run.json"), "the copy, which it did not have");
+    assert_eq!(
+        found.remove("run.json.bak").as_ref(),
+        found.get("run.json"),
+        "the copy, which it did not have"
+    );
     assert!(found == baseline, "the finished run");
     assert_completed("sweep/chosen_-1", &old.join("chosen_-1"), &today.join("chosen_-1"));
     for run in ["baseline", "chosen_-1", "chosen_-2", "control_0_-1", "control_0_-2"] {
