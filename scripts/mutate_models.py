@@ -10,6 +10,8 @@ A copy may run (exit 0) or be refused (exit 1 with a message). Anything else is 
 or a run of more than `--timeout` seconds. The exit code is 1 if there was one. With `--unnamed`, refusals that do not
 name the key or tensor are printed too; some are right, since a fault can show in another place.
 
+`--as xverse` renames the architecture first: the tiny llama also runs as mistral3, xverse, smollm3 and others.
+
 The default models are gguf/tiny/*.gguf. Their keys do not cover everything, so keys that llama.cpp reads for these
 architectures are added (`EXTRA_KEYS`). `--sample N --seed S` runs a random part.
 """
@@ -170,6 +172,13 @@ def tensor_mutations(model: Gguf):
                 yield name, f"shape {new}", reshape
 
 
+def rename(model: Gguf, arch: bytes) -> None:
+    old = model.keys[b"general.architecture"][1] + b"."
+    model.keys = {arch + b"." + key[len(old):] if key.startswith(old) else key: value
+                  for key, value in model.keys.items()}
+    model.keys[b"general.architecture"] = (STR, arch)
+
+
 def n_elements(shape: list[int]) -> int:
     n = 1
     for ne in shape:
@@ -200,6 +209,7 @@ def main() -> int:
     parser.add_argument("--only", help="only keys and tensors whose name contains this")
     parser.add_argument("--sample", type=int, help="run only this many mutations of each model, chosen at random")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--as", dest="arch", help="rename the architecture of every model first")
     parser.add_argument("--unnamed", action="store_true", help="also print refusals that do not name the key or tensor")
     options = parser.parse_args()
     models = options.models or sorted(p for p in (ROOT / "gguf/tiny").glob("*.gguf") if "-lora" not in p.name)
@@ -211,6 +221,8 @@ def main() -> int:
                    "-k", "1", "-n", "1", "-t", "1"]
         for path in models:
             model = Gguf(path)
+            if options.arch:
+                rename(model, options.arch.encode())
             mutations = [*key_mutations(model), *tensor_mutations(model)]
             mutations = [m for m in mutations if not options.only or options.only in m[0]]
             if options.sample:

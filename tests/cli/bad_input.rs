@@ -129,12 +129,12 @@ fn rejects_texts_beyond_learned_positions_in_every_command() {
     let run = |arguments: &[&std::ffi::OsStr]| failure(detox().args(arguments).args(["-t", "1"]));
     let os = std::ffi::OsStr::new;
     let (prompts, generations) = (path("en.txt"), path("g.jsonl"));
-    let (contrast, output) = (path("c.jsonl"), path("out"));
+    let (contrast, output, vector) = (path("c.jsonl"), path("out"), path("out.gguf"));
     let generate = [os("generate"), os("-m"), model.as_os_str(), os("--prompts"), prompts.as_os_str()];
     let with_context = [&generate[..], &[os("-c"), os("4096"), os("-np"), os("1")]].concat();
     let base = [os("--base"), model.as_os_str(), os("-o"), output.as_os_str()];
     let eval = [&[os("eval"), os("--generations"), generations.as_os_str()][..], &base].concat();
-    let from = [os("--contrast"), contrast.as_os_str(), os("-o"), output.as_os_str()];
+    let from = [os("--contrast"), contrast.as_os_str(), os("-o"), vector.as_os_str()];
     let steer = [&[os("steer"), os("-m"), model.as_os_str()][..], &from].concat();
     let bench = [os("bench"), os("generate"), os("-m"), model.as_os_str(), os("-n"), os("300")];
     for arguments in [&generate[..], &with_context, &eval, &steer, &bench] {

@@ -153,6 +153,25 @@ fn rejects_tensors_of_another_type_or_shape_by_name() {
 }
 
 #[test]
+fn rejects_heads_that_the_projections_do_not_fit_in_other_architectures() {
+    let renamed = |n_head: u32| {
+        let mut tiny = Tiny::read("llama");
+        let mut metadata = Metadata::new();
+        for (key, value) in tiny.metadata.iter() {
+            metadata.set(key.replacen("llama.", "xverse.", 1), value.clone());
+        }
+        metadata.set("general.architecture", Value::Str("xverse".into()));
+        metadata.set("xverse.attention.head_count", Value::U32(n_head));
+        metadata.set("xverse.attention.key_length", Value::U32(16));
+        metadata.set("xverse.attention.value_length", Value::U32(16));
+        tiny.metadata = metadata;
+        tiny.verdict()
+    };
+    assert_eq!(renamed(4), "");
+    assert_names(&renamed(6), &["blk.0.attn_", "heads of 16", "xverse.attention.head_count"]);
+}
+
+#[test]
 fn rejects_an_architecture_that_the_keys_do_not_belong_to() {
     for name in ["", "gpt-2", "no\0name", &"x".repeat(70_000)] {
         let message = Tiny::read("gpt2").with("general.architecture", Value::Str(name.into())).verdict();

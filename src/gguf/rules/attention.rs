@@ -3,7 +3,7 @@
 use super::super::Value;
 use super::super::read::GgufFile;
 use super::sizes::Sizes;
-use super::{shown, wrong_key};
+use super::{shown, wrong_key, wrong_tensor};
 use crate::error::Result;
 
 /// Architectures whose graph asserts that keys and values have the same width
@@ -162,6 +162,11 @@ const WHOLE_HEAD_ROTATED: &[&str] = &[
     "xverse",
 ];
 
+/// Architectures of [`EQUAL_WIDTHS`] whose projections are not one row for each dimension of a head: gates are among
+/// the rows, or some layers have another kind of attention.
+const OTHER_PROJECTIONS: &[&str] =
+    &["cogvlm", "graniteswitch", "minimax-01", "minimax-m3", "qwen35", "qwen35moe", "qwen3next", "qwen4exp"];
+
 /// Architectures without rotation (`LLAMA_ROPE_TYPE_NONE` in `llama_model_rope_type`).
 const NOT_ROTATED: &[&str] = &[
     "gpt2",
@@ -228,7 +233,47 @@ pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
         }
     }
     check_windowed(file, arch, sizes)?;
-    check_sections(file, arch)
+    check_sections(file, arch)?;
+    if EQUAL_WIDTHS.contains(&arch) && !OTHER_PROJECTIONS.contains(&arch) {
+        check_projections(file, sizes)?;
+    }
+    Ok(())
+}
+
+/// The graph reshapes queries, keys and values to heads, and asserts that all elements find a place.
+fn check_projections(file: &GgufFile, sizes: &Sizes) -> Result<()> {
+    let has_other_widths = |name: &str| -> Result<bool> {
+        Ok(file.metadata.get(&file.arch_key(&format!("attention.{name}_swa"))?).is_some())
+    };
+    if has_other_widths("key_length")? || has_other_widths("value_length")? {
+        return Ok(());
+    }
+    let (head_key, head_kv_key) =
+        (file.arch_key("attention.head_count")?, file.arch_key("attention.head_count_kv")?);
+    let width = sizes.n_embd_head_k;
+    for (il, (n_head, n_head_kv)) in sizes.n_head.iter().zip(&sizes.n_head_kv).enumerate() {
+        if *n_head == 0 || *n_head_kv == 0 {
+            continue;
+        }
+        for (role, axis, n_heads, key) in [
+            ("attn_q", 1, *n_head, &head_key),
+            ("attn_k", 1, *n_head_kv, &head_kv_key),
+            ("attn_v", 1, *n_head_kv, &head_kv_key),
+            ("attn_qkv", 1, n_head + 2 * n_head_kv, &head_key),
+            ("attn_output", 0, *n_head, &head_key),
+        ] {
+            let name = format!("blk.{il}.{role}.weight");
+            let Some(tensor) = file.tensor(&name) else { continue };
+            let found = tensor.shape().get(axis).copied().unwrap_or(1);
+            let wanted = n_heads.saturating_mul(width);
+            if found != wanted {
+                let axis = ["rows of", "rows, as many as"][axis];
+                let expected = format!("{axis} {wanted}: {n_heads} heads of {width} (by {key})");
+                return Err(wrong_tensor(file, &name, &expected, format!("{:?}", tensor.shape())));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The sizes of layers with a window, which default to those of the others.
@@ -238,11 +283,11 @@ fn check_windowed(file: &GgufFile, arch: &str, sizes: &Sizes) -> Result<()> {
         let found = file.u32_if_present(&key)?.map_or(default, u64::from);
         Ok((key, found))
     };
-    let (_, n_key) = number("attention.key_length_swa", sizes.n_embd_head_k)?;
+    let (key_key, n_key) = number("attention.key_length_swa", sizes.n_embd_head_k)?;
     let (value_key, n_value) = number("attention.value_length_swa", sizes.n_embd_head_v)?;
     let (rotated_key, n_rot) = number("rope.dimension_count_swa", sizes.n_rot)?;
     if EQUAL_WIDTHS.contains(&arch) && n_key != n_value {
-        let expected = format!("{n_key}, as attention.key_length_swa in {arch}");
+        let expected = format!("{n_key}, as {key_key:?} in {arch}");
         return Err(wrong_key(file, &value_key, &expected, n_value));
     }
     if NOT_ROTATED.contains(&arch) || file.metadata.get(&rotated_key).is_none() {
