@@ -38,7 +38,7 @@ struct EvalArguments {
     #[arg(long, value_name = "DIR", requires = "base")]
     rescore: Option<PathBuf>,
     /// Column with the continuation in --generations [default: generated_text, continuation, completion or similar]
-    #[arg(long, value_name = "NAME", requires = "generations")]
+    #[arg(long, value_name = "NAME")]
     text_column: Option<String>,
     /// The former name of `compare`
     #[arg(long, num_args = 2, value_names = ["DIR", "DIR"], hide = true)]
@@ -242,6 +242,10 @@ impl EvalArguments {
     }
 
     fn request(&self) -> Result<EvalRequest> {
+        if self.text_column.is_some() && self.generations.is_none() {
+            return Err(Error::setting("--text-column", "expected continuations to read it from, found none")
+                .with_hint("give them with --generations"));
+        }
         let mut base = self.measure.base.clone();
         let source = match (&self.model, &self.generations) {
             (_, Some(path)) => self.imported(path)?,
