@@ -243,8 +243,11 @@ impl EvalArguments {
 
     fn request(&self) -> Result<EvalRequest> {
         if self.text_column.is_some() && self.generations.is_none() {
-            return Err(Error::setting("--text-column", "expected continuations to read it from, found none")
-                .with_hint("give them with --generations"));
+            return Err(Error::setting(
+                "--text-column",
+                "expected continuations to read it from, found none",
+            )
+            .with_hint("give them with --generations"));
         }
         let mut base = self.measure.base.clone();
         let source = match (&self.model, &self.generations) {

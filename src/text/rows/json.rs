@@ -209,7 +209,7 @@ impl<'a> Json<'a> {
                 break;
             }
             raw.push(byte);
-            if raw.len() % 4096 == 0 {
+            if raw.len().is_multiple_of(4096) {
                 self.bytes.check_length(raw.len())?;
             }
             if in_string {

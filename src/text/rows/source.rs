@@ -230,7 +230,8 @@ fn decode<'a>(path: &Path, mut source: Source<'a>) -> Result<Source<'a>> {
     }
     if sample.starts_with(b"\xEF\xBB\xBF") {
         source.input.read_exact(&mut [0; 3]).map_err(Error::io("read", path))?;
-        source.sample.drain(..3);
+        // Again, so that the sample is full unless it is the whole text.
+        return peek(path, source.input);
     }
     Ok(source)
 }

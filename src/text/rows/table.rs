@@ -120,7 +120,7 @@ impl<'a> Table<'a> {
                     .with_hint("double the quotation marks inside a quoted cell: \"a \"\"word\"\" here\""));
             }
             cell.extend(next);
-            if cell.len() % 4096 == 0 {
+            if cell.len().is_multiple_of(4096) {
                 self.bytes.check_length(*n_bytes + cell.len())?;
             }
         }
@@ -144,7 +144,7 @@ impl<'a> Table<'a> {
                         .with_hint("double the quotation marks inside a quoted cell, and close it"));
                 }
             }
-            if cell.len() % 4096 == 0 {
+            if cell.len().is_multiple_of(4096) {
                 self.bytes.check_length(n_bytes + cell.len())?;
             }
         }
