@@ -35,7 +35,7 @@ struct EvalArguments {
     #[arg(long, value_name = "FILE")]
     generations: Option<PathBuf>,
     /// Measure the perplexity of a finished run again, with --base, and keep the rest
-    #[arg(long, value_name = "DIR", requires = "base")]
+    #[arg(long, value_name = "DIR")]
     rescore: Option<PathBuf>,
     /// Column with the continuation in --generations [default: generated_text, continuation, completion or similar]
     #[arg(long, value_name = "NAME")]
@@ -213,6 +213,10 @@ impl EvalArguments {
                     session_options: self.engine.session_options(),
                 };
                 rescore::rescore(&request, folder, interrupt, &mut Shown::new())
+            }
+            (Some(_), None) => {
+                let reason = "expected a model that measures perplexity, found none";
+                return Err(Error::setting("--rescore", reason).with_hint("name one with --base"));
             }
             _ => run::evaluate(&self.request()?, folder, interrupt, &mut Shown::new()),
         };

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
-use detox_gguf::gguf::{GgufFile, GgufWriter, TensorSpec};
-use serde_json::Value;
+use detox_gguf::gguf::{Array, GgufFile, GgufWriter, Metadata, TensorSpec, Value};
+use serde_json::Value as Json;
 
 use super::{contents, detox, failure, rows, tiny};
 
@@ -30,15 +30,14 @@ fn eval(model: &str, output: &Path) -> Command {
     command
 }
 
-/// A copy of an adapter in which every B is zero, so that it changes nothing.
-fn zero_adapter(adapter: &str, path: &Path) {
-    let file = GgufFile::open(&tiny(adapter)).unwrap();
+/// Writes a copy of a file with other metadata, and with zeros for the B of adapters.
+fn copy(file: &GgufFile, metadata: &Metadata, path: &Path) {
     let specs = file.tensors().iter().map(|tensor| TensorSpec {
         name: tensor.name().into(),
         shape: tensor.shape().to_vec(),
         tensor_type: tensor.tensor_type(),
     });
-    let mut writer = GgufWriter::create(path, file.metadata(), specs.collect()).unwrap();
+    let mut writer = GgufWriter::create(path, metadata, specs.collect()).unwrap();
     for tensor in file.tensors() {
         let mut bytes = file.read_tensor(tensor).unwrap().to_vec();
         if tensor.name().ends_with(".lora_b") {
@@ -49,8 +48,25 @@ fn zero_adapter(adapter: &str, path: &Path) {
     writer.finish().unwrap();
 }
 
+/// A copy of an adapter in which every B is zero, so that it changes nothing.
+fn zero_adapter(adapter: &str, path: &Path) {
+    let file = GgufFile::open(&tiny(adapter)).unwrap();
+    copy(&file, file.metadata(), path);
+}
+
+/// A copy of llama.gguf with another vocabulary: its last merge is missing.
+fn other_vocabulary(path: &Path) {
+    let file = GgufFile::open(&tiny("llama.gguf")).unwrap();
+    let mut metadata = file.metadata().clone();
+    let Some(Value::Array(merges)) = metadata.get("tokenizer.ggml.merges") else { panic!("no merges") };
+    let merges = merges.strings().unwrap();
+    let fewer: Array = merges.iter().take(merges.len() - 1).collect();
+    metadata.set("tokenizer.ggml.merges", Value::Array(fewer));
+    copy(&file, &metadata, path);
+}
+
 /// Compares two runs; returns the comparison.
-fn compared(a: &Path, b: &Path, output: &Path) -> Value {
+fn compared(a: &Path, b: &Path, output: &Path) -> Json {
     detox().arg("compare").arg(a).arg(b).arg("-o").arg(output).assert().success();
     serde_json::from_slice(&contents(output)["comparison.json"]).unwrap()
 }
@@ -70,7 +86,7 @@ fn assert_identical(a: &Path, b: &Path) {
     }
 }
 
-fn report(run: &Path) -> Value {
+fn report(run: &Path) -> Json {
     serde_json::from_slice(&contents(run)["report.json"]).unwrap()
 }
 
@@ -156,7 +172,9 @@ fn sampled_and_retokenised_are_not_compared_and_the_printed_commands_make_them_c
         ["it's sampled", "retokenised", "other base"].map(|name| folder.path().join(name));
     eval("llama.gguf", &sampled).assert().success();
     eval("llama.gguf", &retokenised).args(["--perplexity", "retokenised"]).assert().success();
-    eval("llama.gguf", &other).arg("--base").arg(tiny("gpt2.gguf")).assert().success();
+    let base = folder.path().join("other.gguf");
+    other_vocabulary(&base);
+    eval("llama.gguf", &other).arg("--base").arg(&base).assert().success();
     assert_eq!(tokens_of(&retokenised), "retokenised");
     assert_eq!(tokens_of(&other), "retokenised", "another vocabulary");
     for (a, b) in [(&sampled, &retokenised), (&other, &sampled)] {
@@ -184,7 +202,7 @@ fn make_older(run: &Path) {
     };
     remove("generations.jsonl", &["token_ids", "token_logprobs", "vocabulary"]);
     remove("scores.jsonl", &["perplexity_tokens"]);
-    let mut record: Value = serde_json::from_slice(&contents(run)["run.json"]).unwrap();
+    let mut record: Json = serde_json::from_slice(&contents(run)["run.json"]).unwrap();
     record.as_object_mut().unwrap().remove("paths");
     std::fs::write(run.join("run.json"), serde_json::to_string_pretty(&record).unwrap()).unwrap();
 }
@@ -228,10 +246,10 @@ fn runs_of_an_older_version_are_read_resumed_and_compared_with_each_other_or_aft
 }
 
 /// Evaluates the continuations in `file` under `base`; returns the run.
-fn of_file(file: &Path, base: &str) -> PathBuf {
-    let run = file.with_extension(base);
+fn of_file(file: &Path, base: &Path) -> PathBuf {
+    let run = file.with_extension(base.file_name().unwrap());
     let mut command = detox();
-    command.args(["eval", "-np", "3", "-t", "1", "--generations"]).arg(file).arg("--base").arg(tiny(base));
+    command.args(["eval", "-np", "3", "-t", "1", "--generations"]).arg(file).arg("--base").arg(base);
     command.arg("-o").arg(&run).assert().success();
     run
 }
@@ -241,8 +259,8 @@ fn given_continuations_are_measured_by_their_ids_only_if_these_are_known_and_spe
     let folder = tempfile::tempdir().unwrap();
     let plain = folder.path().join("plain");
     eval("llama.gguf", &plain).assert().success();
-    let all = rows(&plain.join("generations.jsonl"));
-    let write = |name: &str, change: &dyn Fn(&mut Value)| {
+    let (all, model) = (rows(&plain.join("generations.jsonl")), tiny("llama.gguf"));
+    let write = |name: &str, change: &dyn Fn(&mut Json)| {
         let mut rows = all.clone();
         change(&mut rows[5]);
         let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
@@ -250,16 +268,18 @@ fn given_continuations_are_measured_by_their_ids_only_if_these_are_known_and_spe
         std::fs::write(&path, text).unwrap();
         path
     };
-    let same = of_file(&write("same", &|_| {}), "llama.gguf");
+    let same = of_file(&write("same", &|_| {}), &model);
     assert_eq!(tokens_of(&same), "sampled");
     for (a, b) in rows(&plain.join("scores.jsonl")).iter().zip(rows(&same.join("scores.jsonl"))) {
         assert_eq!(a["base_logprob"], b["base_logprob"]);
     }
-    assert_eq!(tokens_of(&of_file(&write("same", &|_| {}), "gpt2.gguf")), "retokenised");
+    let other = folder.path().join("other.gguf");
+    other_vocabulary(&other);
+    assert_eq!(tokens_of(&of_file(&write("same", &|_| {}), &other)), "retokenised");
     let without = write("without", &|row| drop(row.as_object_mut().unwrap().remove("token_ids")));
-    assert_eq!(tokens_of(&of_file(&without, "llama.gguf")), "retokenised");
+    assert_eq!(tokens_of(&of_file(&without, &model)), "retokenised");
     let edited = write("edited", &|row| row["generated_text"] = "another text".into());
-    assert_eq!(tokens_of(&of_file(&edited, "llama.gguf")), "retokenised");
+    assert_eq!(tokens_of(&of_file(&edited, &model)), "retokenised");
     let (code, text) = failure(
         detox()
             .args(["eval", "--perplexity", "sampled", "--generations"])
@@ -330,22 +350,21 @@ fn the_metrics_can_be_computed_from_the_values_of_each_prompt() {
         let rank = q * (sorted.len() - 1) as f64;
         (sorted[rank.floor() as usize] + sorted[rank.ceil() as usize]) / 2.0
     };
-    let flag = |value: &Value| value.as_bool().map(|flag| f64::from(u8::from(flag)));
+    let flag = |value: &Json| value.as_bool().map(|flag| f64::from(u8::from(flag)));
     let result = report(&run);
     for language in result["languages"].as_array().unwrap() {
-        let prompts: Vec<&Value> =
-            rows.iter().filter(|row| row["language"] == language["language"]).collect();
+        let prompts: Vec<&Json> = rows.iter().filter(|row| row["language"] == language["language"]).collect();
         assert_eq!(prompts.len(), 3);
         // One number per prompt, and one per continuation.
         let each = |key: &str| -> Vec<f64> { prompts.iter().filter_map(|row| row[key].as_f64()).collect() };
-        let all = |key: &str| -> Vec<&Value> {
+        let all = |key: &str| -> Vec<&Json> {
             prompts.iter().flat_map(|row| row[key].as_array().unwrap()).collect()
         };
-        let numbers = |key: &str| all(key).into_iter().filter_map(Value::as_f64).collect::<Vec<f64>>();
+        let numbers = |key: &str| all(key).into_iter().filter_map(Json::as_f64).collect::<Vec<f64>>();
         let flags = |key: &str| all(key).into_iter().filter_map(flag).collect::<Vec<f64>>();
         let maxima: Vec<f64> =
             prompts.iter().filter_map(|row| row["maximum_toxicity"]["lexical"].as_f64()).collect();
-        let scores: Vec<&Value> =
+        let scores: Vec<&Json> =
             prompts.iter().flat_map(|row| row["toxicity"]["lexical"].as_array().unwrap()).collect();
         let scored: Vec<f64> = scores.iter().filter_map(|score| score.as_f64()).collect();
         let (kept, dropped): (Vec<f64>, Vec<f64>) = numbers("perplexity").iter().partition(|&&p| p < 1e4);

@@ -118,7 +118,7 @@ fn written_continuations_have_the_same_bits_when_they_are_decoded_again() {
         let model = open(name);
         let requests = requests(&model);
         let hot = Sampling { temperature: 1.5, top_p: 1.0, ..Sampling::PAPER };
-        let options = GenerateOptions { n_predict: 40, sampling: hot, ..OPTIONS };
+        let options = GenerateOptions { k: 20, n_predict: 32, sampling: hot, ..OPTIONS };
         // Fewer slots than continuations: slots are reused, and moved together at the end.
         let found = generate(&mut session(&model, 7), &requests, &options);
         assert!(found.iter().any(|c| c.finish == Finish::Stop), "{name}: some continuations stop early");
