@@ -104,7 +104,7 @@ pub struct GenerateStats {
 /// Where the tokens of a continuation come from.
 enum Origin<'a> {
     /// They are sampled.
-    Sampled { random: ChaCha8Rng, options: &'a GenerateOptions },
+    Sampled { random: Box<ChaCha8Rng>, options: &'a GenerateOptions },
     /// They were sampled before.
     Written(Written<'a>),
 }
@@ -205,7 +205,7 @@ pub fn generate(
     }
     let waiting = (0..requests.len()).flat_map(|r| (0..options.k).map(move |s| (r, s)));
     let origin = |request: usize, sample: u32| {
-        let random = random_stream(options.seed, &requests[request].id, sample);
+        let random = Box::new(random_stream(options.seed, &requests[request].id, sample));
         Origin::Sampled { random, options }
     };
     run(session, requests, Box::new(waiting), &origin, interrupt, &mut done)

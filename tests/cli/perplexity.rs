@@ -50,13 +50,13 @@ fn copy(file: &GgufFile, metadata: &Metadata, path: &Path) {
 
 /// A copy of an adapter in which every B is zero, so that it changes nothing.
 fn zero_adapter(adapter: &str, path: &Path) {
-    let file = GgufFile::open(&tiny(adapter)).unwrap();
+    let file = GgufFile::open(tiny(adapter)).unwrap();
     copy(&file, file.metadata(), path);
 }
 
 /// A copy of llama.gguf with another vocabulary: its last merge is missing.
 fn other_vocabulary(path: &Path) {
-    let file = GgufFile::open(&tiny("llama.gguf")).unwrap();
+    let file = GgufFile::open(tiny("llama.gguf")).unwrap();
     let mut metadata = file.metadata().clone();
     let Some(Value::Array(merges)) = metadata.get("tokenizer.ggml.merges") else { panic!("no merges") };
     let merges = merges.strings().unwrap();
@@ -161,7 +161,8 @@ fn follow(hint: &str) -> String {
         assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).unwrap()
     };
-    commands.iter().map(run).last().unwrap()
+    let outputs: Vec<String> = commands.iter().map(run).collect();
+    outputs.last().unwrap().clone()
 }
 
 #[cfg(unix)]
