@@ -1,9 +1,9 @@
 //! A model's tokenizer, and the text of its tokens.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use sha2::{Digest, Sha256};
 
@@ -27,9 +27,10 @@ pub struct Vocabulary {
     nfc: bool,
     /// `tokenizer.ggml.pre`, if it is one of [`NFC_TOKENIZERS`].
     expects_nfc: Option<&'static str>,
-    /// Whether a text that is not NFC was already reported.
-    has_warned: Arc<AtomicBool>,
 }
+
+/// The warnings of [`Vocabulary::check_nfc`] that were logged.
+static LOGGED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 
 /// Pre-tokenizers (`tokenizer.ggml.pre`) whose tokenizer in Hugging Face normalises text to NFC. llama.cpp does not.
 ///
@@ -70,7 +71,6 @@ impl Vocabulary {
             hash: hash_of(file).into(),
             nfc: false,
             expects_nfc: NFC_TOKENIZERS.into_iter().find(|&known| pre.as_deref() == Some(known)),
-            has_warned: Arc::default(),
         }
     }
 
@@ -79,9 +79,9 @@ impl Vocabulary {
         Vocabulary { nfc, ..self }
     }
 
-    /// Logs a warning, once, if some of a run's texts are not NFC and Hugging Face would tokenize them differently.
+    /// Logs a warning if some of a run's texts are not NFC and Hugging Face would tokenize them differently.
     ///
-    /// Returns the number of such texts. It is 0 if texts are normalised, and for tokenizers without a normalizer.
+    /// The same warning is logged once in a process, although several models may read the same texts. Returns the number of such texts. It is 0 if texts are normalised, and for tokenizers without a normalizer.
     pub fn check_nfc<'a>(&self, texts: impl IntoIterator<Item = &'a str>) -> usize {
         let Some(pre) = self.expects_nfc.filter(|_| !self.nfc) else { return 0 };
         let (mut n, mut n_other) = (0, 0);
@@ -89,11 +89,13 @@ impl Vocabulary {
             n += 1;
             n_other += usize::from(!nfc::is_nfc(text));
         }
-        if n_other > 0 && !self.has_warned.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                "{n_other} of {n} texts are not in Unicode's NFC form. Hugging Face normalises them before this \
-                 model's tokenizer ({pre}), and llama.cpp does not, so their tokens differ. --nfc normalises them"
-            );
+        let warning = format!(
+            "{n_other} of {n} texts are not in Unicode's NFC form. Hugging Face normalises them before this model's \
+             tokenizer ({pre}), and llama.cpp does not, so their tokens differ. --nfc normalises them"
+        );
+        let is_new = || LOGGED.lock().is_ok_and(|mut logged| logged.insert(warning.clone()));
+        if n_other > 0 && is_new() {
+            tracing::warn!("{warning}");
         }
         n_other
     }

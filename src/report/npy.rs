@@ -8,9 +8,11 @@ pub fn header(descr: &str, shape: &[usize]) -> Vec<u8> {
     const START: usize = 10;
     /// NumPy aligns the values to this.
     const ALIGNMENT: usize = 64;
-    let axes: String = shape.iter().map(|n| format!("{n}, ")).collect();
-    let mut text =
-        format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}), }}", axes.trim_end());
+    let mut axes = shape.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    if shape.len() == 1 {
+        axes.push(','); // as Python writes a tuple of one
+    }
+    let mut text = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({axes}), }}");
     let n_bytes = (START + text.len() + 1).next_multiple_of(ALIGNMENT);
     text.extend(std::iter::repeat_n(' ', n_bytes - START - text.len() - 1));
     text.push('\n');

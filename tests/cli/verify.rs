@@ -30,9 +30,9 @@ fn npy<const N: usize>(file: &Path, descr: &str, shape: [usize; N]) -> Vec<[u8; 
     let bytes = std::fs::read(file).unwrap();
     let n_header = 10 + usize::from(u16::from_le_bytes([bytes[8], bytes[9]]));
     let header = std::str::from_utf8(&bytes[10..n_header]).unwrap();
-    let shape_text: String = shape.iter().map(|n| format!("{n}, ")).collect();
-    let expected =
-        format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({}), }}", shape_text.trim_end());
+    let axes = shape.map(|n| n.to_string()).join(", ");
+    let axes = if N == 1 { format!("{axes},") } else { axes };
+    let expected = format!("{{'descr': '{descr}', 'fortran_order': False, 'shape': ({axes}), }}");
     assert!(bytes.starts_with(b"\x93NUMPY\x01\x00") && header.starts_with(&expected), "{header}");
     assert_eq!(bytes.len() - n_header, 4 * shape.iter().product::<usize>());
     bytes[n_header..].chunks_exact(4).map(|value| value.try_into().unwrap()).collect()
@@ -219,10 +219,15 @@ fn every_command_that_reads_texts_warns_once_and_normalises_with_nfc() {
     write("pairs.jsonl", pair(DECOMPOSED, " is fine") + &pair("A house", " is here"));
     write("neurons.json", "[[1, 5]]".into());
     let prompts = ["--prompts", "prompts.jsonl"];
+    let model_b = ["--model-b", "qwen2.gguf"];
     let commands: [(&str, Vec<&str>, &str); 4] = [
         ("eval", [&["-k", "2", "-n", "2"], &prompts[..]].concat(), "1 of 2 texts"),
         ("generate", [&["-k", "1", "-n", "2"], &prompts[..]].concat(), "1 of 2 texts"),
-        ("activations", [&["-n", "2", "--neurons", "neurons.json"], &prompts[..]].concat(), "1 of 2 texts"),
+        (
+            "activations",
+            [&["-n", "2", "--neurons", "neurons.json"], &model_b[..], &prompts[..]].concat(),
+            "1 of 2 texts",
+        ),
         (
             "train",
             ["--pairs", "pairs.jsonl", "--max-steps", "1", "--rank", "2", "--held-out", "0"].to_vec(),
