@@ -26,7 +26,7 @@
 //!
 //! - [`error`] is the error type of every module.
 //! - [`finite`] refuses NaN and infinities.
-//! - [`mod@file`] writes files atomically and resumes logs.
+//! - [`mod@file`] checks outputs, writes files atomically, and locks and resumes runs.
 //! - [`memory`] measures memory.
 //! - [`progress`] is the trait through which long work reports its progress.
 //!

@@ -152,3 +152,15 @@ fn modules_use_only_modules_to_their_left() {
     }
     assert!(n_imports > 300, "found only {n_imports} imports: is the parsing still right?");
 }
+
+#[test]
+fn the_program_prints_only_through_one_module() {
+    let folder = root().join("src/cli");
+    for file in rust_files(&folder).into_iter().filter(|file| !file.ends_with("cli/print.rs")) {
+        let source = std::fs::read_to_string(&file).unwrap();
+        for (i, line) in source.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//")) {
+            let is_printed = ["println!", "print!"].iter().any(|printing| line.contains(printing));
+            assert!(!is_printed, "{}:{}: use src/cli/print.rs", file.display(), i + 1);
+        }
+    }
+}

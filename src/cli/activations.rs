@@ -7,6 +7,7 @@ use clap::Args;
 
 use crate::engine::Model;
 use crate::error::{Error, Result};
+use crate::file::output::{FolderKind, Paths};
 use crate::file::{base_name, lock_folder};
 use crate::gguf::GgufFile;
 use crate::interp::activations::{
@@ -114,7 +115,14 @@ impl ActivationsCommand {
         let files = [("json", json::to_json(&found)?), ("csv", found.to_csv()), ("html", found.to_html())];
         write_reports(&self.output, "activations", &files)?;
         print(&found.to_terminal(may_colour(&std::io::stdout())))?;
-        eprintln!("report: {}", self.output.join("activations.html").display());
+        print::note(&format!("report: {}", self.output.join("activations.html").display()));
         Ok(())
+    }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let paths = Paths::new().reads([&self.model, &self.neurons]).reads(&self.model_b);
+        let paths = paths.reads(&self.prompts.prompts).reads(self.steering.files()?);
+        Ok(paths.writes_folder(&self.output, FolderKind::Activations))
     }
 }

@@ -8,31 +8,8 @@ use crate::engine::schedule::GenerateOptions;
 use crate::engine::{CacheType, FlashAttention, Model, ModelOptions, Sampling, SessionOptions};
 use crate::error::{Error, Result};
 use crate::eval::prompts::{Prompt, PromptColumns, PromptSource};
-use crate::file::{AtomicFile, base_name};
+use crate::file::base_name;
 use crate::text::language;
-
-/// Checks that `output` is writable and is none of `inputs`, before any long work.
-///
-/// `-o` with the name of the model would replace the model.
-pub fn check_output(output: &Path, inputs: &[&Path]) -> Result<()> {
-    let refuse = |reason: String| Err(Error::setting("-o/--output", reason));
-    let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
-    if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
-        return refuse(format!(
-            "expected a file in an existing folder, found no folder {}",
-            folder.display()
-        ));
-    }
-    if output.is_dir() {
-        return refuse(format!("expected a file to write, found the folder {}", output.display()));
-    }
-    if let Ok(existing) = output.canonicalize()
-        && inputs.iter().any(|input| input.canonicalize().is_ok_and(|input| input == existing))
-    {
-        return refuse(format!("{} is an input of this command and would be overwritten", output.display()));
-    }
-    AtomicFile::create(output).map(drop)
-}
 
 /// Flags for loading and running the model.
 #[derive(Debug, Clone, Args)]

@@ -9,6 +9,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use crate::engine::bench::{self, BenchRow, SteeringRow, check_runs};
 use crate::engine::{self, Model, Sampling};
 use crate::error::{Error, Result};
+use crate::file::output::Paths;
 use crate::gguf::GgufFile;
 use crate::interp::locate;
 use crate::train::output::merge_bench::{self, MergeTime};
@@ -38,6 +39,19 @@ impl BenchCommand {
             BenchCommand::Steer(arguments) => arguments.run(interrupt),
             BenchCommand::Locate(arguments) => arguments.run(interrupt),
             BenchCommand::Merge(arguments) => arguments.run(interrupt),
+        }
+    }
+
+    /// The files that the command reads. `bench merge` writes only a temporary folder.
+    pub fn paths(&self) -> Result<Paths> {
+        let read = |model: &PathBuf| Paths::new().reads([model]);
+        match self {
+            BenchCommand::Generate(arguments) => {
+                Ok(read(&arguments.model).reads(arguments.steering.files()?))
+            }
+            BenchCommand::Steer(arguments) => Ok(read(&arguments.model)),
+            BenchCommand::Locate(arguments) => Ok(read(&arguments.model)),
+            BenchCommand::Merge(arguments) => Ok(read(&arguments.model).writes_scratch(&arguments.output)),
         }
     }
 }
@@ -142,7 +156,7 @@ impl BenchSteer {
             interrupt,
         )?;
         if self.json {
-            return print(&format!("{:#}\n", to_json(&model, &self.model, &rows)));
+            return print::print_json(&format!("{:#}\n", to_json(&model, &self.model, &rows)));
         }
         print(&format!("{}, {} sequences\n{}\n", model.description(), self.sequences, steering_table(&rows)))
     }
@@ -219,7 +233,7 @@ impl BenchGenerate {
             interrupt,
         )?;
         if self.json {
-            return print(&format!("{:#}\n", to_json(&model, &self.model, &rows)));
+            return print::print_json(&format!("{:#}\n", to_json(&model, &self.model, &rows)));
         }
         print(&format!(
             "{}, {} tokens in the vocabulary\n{}\n",

@@ -7,6 +7,7 @@ use clap::Args;
 use crate::error::Result;
 use crate::eval::{compare, record};
 use crate::file;
+use crate::file::output::{FolderKind, Paths};
 use crate::report::{self, csv, html, json, markdown, terminal};
 use crate::score;
 
@@ -35,6 +36,12 @@ impl CompareCommand {
     pub fn run(&self) -> Result<()> {
         run(&self.a, &self.b, self.output.as_deref(), self.no_perplexity)
     }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Paths {
+        let paths = Paths::new().reads([&self.a, &self.b]);
+        self.output.iter().fold(paths, |paths, folder| paths.writes_folder(folder, FolderKind::Compare))
+    }
 }
 
 /// Compares the run in `b` with the run in `a`, also for `eval --compare`.
@@ -60,7 +67,7 @@ pub fn run(a: &Path, b: &Path, output: Option<&Path>, no_perplexity: bool) -> Re
                 ("html", html::comparison_to_html(&comparison, &excerpts)),
             ],
         )?;
-        eprintln!("comparison: {}", folder.join("comparison.html").display());
+        print::note(&format!("comparison: {}", folder.join("comparison.html").display()));
     }
     print(&terminal::comparison_to_terminal(&comparison, may_colour(&std::io::stdout())))
 }

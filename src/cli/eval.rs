@@ -13,6 +13,7 @@ use crate::eval::perplexity::PerplexityTokens;
 use crate::eval::rescore::{self, RescoreRequest};
 use crate::eval::run::{self, EvalRequest, MIN_COVERAGE, Source, TOXICITY_THRESHOLD};
 use crate::file;
+use crate::file::output::{FolderKind, Paths};
 use crate::report::write::{EXCERPTS, write_reports};
 use crate::report::{self, csv, html, json, markdown, per_prompt, terminal};
 use crate::score;
@@ -99,6 +100,11 @@ impl From<Tokens> for PerplexityTokens {
 }
 
 impl MeasureArguments {
+    /// Adds the files of these flags.
+    pub fn reads(&self, paths: Paths) -> Paths {
+        paths.reads(&self.base).reads(&self.tokenizer)
+    }
+
     /// The evaluation of `source` with these settings.
     pub fn request(&self, source: Source, base: Option<PathBuf>, engine: &EngineArguments) -> EvalRequest {
         EvalRequest {
@@ -195,6 +201,15 @@ impl EvalCommand {
         }
         self.0.evaluate(interrupt)
     }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let EvalArguments { model, output, generations, compare, prompts, measure, steering, .. } = &self.0;
+        let paths = Paths::new().reads(model).reads(generations).reads(compare).reads(&prompts.prompts);
+        let paths = measure.reads(paths).reads(steering.files()?);
+        let kind = if compare.is_empty() { FolderKind::Eval } else { FolderKind::Compare };
+        Ok(output.iter().fold(paths, |paths, folder| paths.writes_folder(folder, kind)))
+    }
 }
 
 impl EvalArguments {
@@ -222,7 +237,7 @@ impl EvalArguments {
         };
         let evaluated = evaluated.inspect_err(|error| {
             if matches!(error, Error::Interrupted) {
-                eprintln!("run the same command again to resume in {}", folder.display());
+                print::note(&format!("run the same command again to resume in {}", folder.display()));
             }
         })?;
         let result = &evaluated.result;
@@ -241,7 +256,7 @@ impl EvalArguments {
         let per_prompt = per_prompt::to_json_lines(&result.run, &evaluated.samples)?;
         write_reports(folder, "per_prompt", &[("jsonl", per_prompt)])?;
         print(&terminal::to_terminal(result, may_colour(&std::io::stdout())))?;
-        eprintln!("report: {}", folder.join("report.html").display());
+        print::note(&format!("report: {}", folder.join("report.html").display()));
         Ok(())
     }
 

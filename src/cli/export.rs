@@ -11,8 +11,10 @@ use crate::check::export::LoadedBack;
 use crate::engine::steering::LoraScaled;
 use crate::engine::{ModelOptions, SessionOptions};
 use crate::error::{Error, Result};
+use crate::file::output::{Form, Paths};
 use crate::gguf::TensorType;
 use crate::study::export::{ExportRequest, Step, export};
+use crate::text::printable;
 use crate::train::output::merge_report::{Change, MergeReport};
 
 use super::print;
@@ -67,17 +69,33 @@ impl ExportCommand {
             model_options: ModelOptions { n_gpu_layers: self.n_gpu_layers, ..ModelOptions::default() },
             session_options: SessionOptions { n_threads: self.threads, ..SessionOptions::default() },
         };
-        let mut print_step = |step: Step<'_>| match step {
-            Step::Merged(report) => print(&table(report, self.per_tensor)),
-            Step::Compared(compared) => print(&differences(compared)),
+        // A table that cannot be printed must not stop the work.
+        let mut printed = Ok(());
+        let mut print_step = |step: Step<'_>| {
+            let text = match step {
+                Step::Merged(report) => table(report, self.per_tensor),
+                Step::Compared(compared) => differences(compared),
+            };
+            if printed.is_ok() {
+                printed = print(&text);
+            }
+            Ok(())
         };
         let exported = export(&request, &mut Shown::new(), &mut print_step, interrupt)?;
+        printed?;
         if let Some(advice) = exported.advice {
             print(&format!("{advice}\n"))?;
         }
-        eprintln!("record of each tensor: {}", exported.record.display());
-        eprintln!("model: {}", self.output.display());
+        print::note(&format!("record of each tensor: {}", exported.record.display()));
+        print::note(&format!("model: {}", self.output.display()));
         Ok(())
+    }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let loras = parse_loras(&self.lora, &self.lora_scaled)?;
+        let paths = Paths::new().reads([&self.model]).reads(loras.iter().map(|lora| &lora.path));
+        Ok(paths.writes(&self.output, Form::Gguf))
     }
 
     fn loras(&self) -> Result<Vec<LoraScaled>> {
@@ -144,7 +162,7 @@ fn table(report: &MergeReport, per_tensor: bool) -> String {
         "changed", "tensors", "type", "norm", "survived", "moved", "error"
     );
     for ((_, name, types), (n, change)) in &kinds {
-        text += &row(name, *n, types, change);
+        text += &row(&printable(name), *n, types, change);
     }
     text + &row("all", report.tensors.len(), "", &report.total)
 }

@@ -8,11 +8,12 @@ use clap::Args;
 use crate::engine::Session;
 use crate::error::Result;
 use crate::eval::generate::Plan;
-use crate::file::{self, AtomicFile};
+use crate::file;
+use crate::file::output::Paths;
 use crate::progress::Progress;
 
-use super::arguments::{EngineArguments, PromptArguments, SamplingArguments, check_output};
-use super::print;
+use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
+use super::print::{self, Rows};
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 
@@ -40,12 +41,7 @@ impl GenerateCommand {
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let options = self.sampling.options()?;
         let (prompts, _) = self.prompts.read()?;
-        if let Some(output) = &self.output {
-            let read = self.steering.files()?;
-            let read = read.iter().chain(&self.prompts.prompts).chain([&self.model]).map(PathBuf::as_path);
-            check_output(output, &read.collect::<Vec<_>>())?;
-        }
-        let mut output = self.output.as_deref().map(AtomicFile::create).transpose()?;
+        let mut output = Rows::open(print::named(self.output.as_deref()))?;
         let model = self.steering.open(&self.model, &self.engine)?;
         let plan = Plan::new(&model, prompts, options, &self.engine.session_options())?;
         let mut session = Session::open(&model, &self.engine.session_options(), plan.n_ctx_seq())?;
@@ -54,13 +50,16 @@ impl GenerateCommand {
         progress.start("continuations", plan.n_rows() as u64, 0);
         for unit in 0..plan.n_units() {
             let rows = plan.generate(&mut session, unit, interrupt, || progress.advance(1))?;
-            let lines = file::json_lines(&rows)?;
-            match &mut output {
-                Some(output) => output.write_all(&lines)?,
-                None => print(&String::from_utf8_lossy(&lines))?,
-            }
+            output.write(&file::json_lines(&rows)?)?;
         }
         progress.finish();
-        output.map_or(Ok(()), AtomicFile::commit)
+        output.finish()
+    }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let paths =
+            Paths::new().reads([&self.model]).reads(&self.prompts.prompts).reads(self.steering.files()?);
+        Ok(print::writes_rows(paths, self.output.as_deref()))
     }
 }

@@ -1,12 +1,13 @@
 //! Ctrl-C, SIGTERM and SIGHUP: the work stops cleanly, and the program exits with 128 plus the signal's number.
 
-use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::Duration;
 
 use crate::error::Error;
 use crate::file;
+
+use super::print::{self, note};
 
 /// How long work may take to stop cleanly after a signal.
 pub const GRACE: Duration = Duration::from_secs(2);
@@ -39,12 +40,12 @@ pub fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
             seen.store(true, Ordering::SeqCst);
             let Some(grace) = grace else {
                 let again = if signal == SIGINT { "press Ctrl-C again" } else { "send SIGTERM again" };
-                say(&format!("interrupted: finishing the current step ({again} to exit now)"));
+                note(&format!("interrupted: finishing the current step ({again} to exit now)"));
                 return;
             };
             std::thread::spawn(move || {
                 std::thread::sleep(grace);
-                say(&format!("error: {}", Error::Interrupted));
+                print::error(&Error::Interrupted);
                 exit();
             });
         }
@@ -53,11 +54,6 @@ pub fn interrupt_flag(grace: Option<Duration>) -> Arc<AtomicBool> {
         tracing::warn!("cannot handle Ctrl-C, which will exit without cleaning up: {error}");
     }
     flag
-}
-
-/// Prints to standard error. Unlike `eprintln!`, does not panic if that is closed.
-fn say(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Exits at once. Temporary files and locks are removed, since nothing unwinds.

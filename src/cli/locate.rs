@@ -1,6 +1,6 @@
 //! `locate`: finds the FFN neurons that write toxicity.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
 use clap::Args;
@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::eval::prompts::Prompt;
+use crate::file::output::{Form, Paths};
 use crate::file::{base_name, write_atomic};
 use crate::gguf::GgufFile;
 use crate::interp::activations::ActivationPrompt;
@@ -16,7 +17,7 @@ use crate::interp::probe::Probe;
 use crate::report::neurons as neurons_report;
 use crate::steer::{Fingerprint, Intervention, Interventions, LocatedNeuron, NeuronFile};
 
-use super::arguments::{EngineArguments, PromptArguments, check_output};
+use super::arguments::{EngineArguments, PromptArguments};
 use super::print;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
@@ -82,7 +83,7 @@ const NOT_WITHOUT_ACTIVATIONS: [&str; 14] = [
 impl LocateCommand {
     /// Ranks neurons, measures their activations, and prints and writes the result.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
-        let (ranking, intervention) = self.check_outputs()?;
+        let beside = self.beside()?;
         for (flag, x) in [("--offset", f64::from(self.offset)), ("--min-activation", self.min_activation)] {
             if !x.is_finite() {
                 return Err(Error::setting(flag, format!("expected a finite number, found {x}")));
@@ -92,9 +93,9 @@ impl LocateCommand {
         let probe = Probe::read(&self.probe)?;
         probe.check(&file, &self.probe, self.steering.force)?;
         if !self.steering.is_empty() {
-            eprintln!(
+            print::note(
                 "note: steering and adapters change only the activations; the value vectors are ranked as stored in \
-                 the model"
+                 the model",
             );
         }
         let prompts = if self.no_activations { None } else { Some(self.read_prompts()?) };
@@ -122,29 +123,30 @@ impl LocateCommand {
         }
         let is_kept = |n: &LocatedNeuron| locate::is_active(n, self.min_activation);
         let shown = neurons_report::to_terminal(&neurons, &is_kept);
-        write_atomic(&ranking, neurons_report::to_csv(&neurons, &is_kept).as_bytes())?;
+        if let Some((ranking, _)) = &beside {
+            write_atomic(ranking, neurons_report::to_csv(&neurons, &is_kept).as_bytes())?;
+        }
         neurons.retain(is_kept);
         if neurons.is_empty() {
             print(&shown)?;
+            let ranking = beside
+                .map_or(String::new(), |(ranking, _)| format!("; their ranking is in {}", ranking.display()));
             let reason = format!(
-                "expected neurons with a mean activation above {}, found none among {n_ranked}; their ranking is \
-                 in {}",
-                self.min_activation,
-                ranking.display()
+                "expected neurons with a mean activation above {}, found none among {n_ranked}{ranking}",
+                self.min_activation
             );
             return Err(Error::setting("--min-activation", reason));
         }
         let n_kept = neurons.len();
         let settings = self.settings(n_kept, prompts_name, n_prompts);
         let kept = NeuronFile { fingerprint: Some(Fingerprint::of(&file)?), settings, neurons };
-        self.write(kept, &intervention)?;
+        self.write(kept, beside.as_ref().map(|(_, intervention)| intervention))?;
         print(&shown)?;
-        eprintln!(
-            "{n_kept} of {n_ranked} neurons kept: {}\nranking: {}\nintervention: {}",
-            self.output.display(),
-            ranking.display(),
-            intervention.display()
-        );
+        print::note(&format!("{n_kept} of {n_ranked} neurons kept: {}", self.output.display()));
+        if let Some((ranking, intervention)) = &beside {
+            print::note(&format!("ranking: {}", ranking.display()));
+            print::note(&format!("intervention: {}", intervention.display()));
+        }
         Ok(())
     }
 
@@ -163,17 +165,33 @@ impl LocateCommand {
         settings.as_object().cloned().unwrap_or_default()
     }
 
-    /// Writes the neurons, and the intervention that offsets them.
-    fn write(&self, neurons: NeuronFile, intervention: &Path) -> Result<()> {
+    /// Writes the neurons, and the intervention that offsets them if it has a path.
+    fn write(&self, neurons: NeuronFile, intervention: Option<&PathBuf>) -> Result<()> {
         neurons.write(&self.output)?;
+        let Some(intervention) = intervention else { return Ok(()) };
         let offset = Intervention::neuron_offset(neurons.neurons(), self.offset)
             .map_err(|reason| Error::setting("--offset", reason))?;
-        let (path, fingerprint) = (intervention.to_path_buf(), neurons.fingerprint);
+        let (path, fingerprint) = (intervention.clone(), neurons.fingerprint);
         Interventions { path, fingerprint, list: vec![offset] }.write(intervention)
     }
 
-    /// Paths of the ranking and the intervention, next to the neuron file, after checking all three.
-    fn check_outputs(&self) -> Result<(PathBuf, PathBuf)> {
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let paths = Paths::new().reads([&self.model, &self.probe]).reads(&self.prompts.prompts);
+        let paths = paths.reads(self.steering.files()?).writes(&self.output, Form::Text);
+        Ok(match self.beside()? {
+            Some((ranking, intervention)) => paths
+                .writes_beside(ranking, neurons_report::CSV_START.as_bytes())
+                .writes_beside(intervention, Interventions::FILE_START.as_bytes()),
+            None => paths,
+        })
+    }
+
+    /// Paths of the ranking and the intervention, next to the neuron file; `None` if that is a device or a pipe.
+    fn beside(&self) -> Result<Option<(PathBuf, PathBuf)>> {
+        if self.output.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+            return Ok(None);
+        }
         let beside = (self.output.with_extension("csv"), self.output.with_extension("steer.json"));
         if beside.0 == self.output {
             return Err(Error::setting(
@@ -181,13 +199,7 @@ impl LocateCommand {
                 "expected a name for JSON, such as neurons.json, found .csv: the ranking is written there",
             ));
         }
-        let read = self.steering.files()?;
-        let read = read.iter().chain(&self.prompts.prompts).chain([&self.model, &self.probe]);
-        let read: Vec<&Path> = read.map(PathBuf::as_path).collect();
-        for output in [&self.output, &beside.0, &beside.1] {
-            check_output(output, &read)?;
-        }
-        Ok(beside)
+        Ok(Some(beside))
     }
 
     /// Reads the prompts. Like the paper, uses English ones unless `--lang` is given.

@@ -8,14 +8,15 @@ use serde::Serialize;
 
 use crate::engine::{Model, Session, Token, logprob};
 use crate::error::{Error, Result};
+use crate::file::output::{Form, Paths};
 use crate::file::{AtomicFile, base_name};
 use crate::report::json::to_json;
 use crate::report::npy;
 
-use super::arguments::{EngineArguments, check_output};
-use super::print;
+use super::arguments::EngineArguments;
+use super::print::{note, print, print_json};
 use super::steering::SteeringArguments;
-use super::tokenize::{TextArguments, piece, read_text};
+use super::tokenize::{TextArguments, named_file, piece, read_text};
 
 /// Arguments of `logits`.
 #[derive(Debug, Args)]
@@ -83,12 +84,7 @@ struct Printed {
 impl LogitsCommand {
     /// Runs the model over the text, and prints or writes the log-probs.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
-        let ids_path = self.output.as_deref().map(|output| output.with_extension("ids.npy"));
-        for path in self.output.iter().chain(&ids_path) {
-            let read = self.steering.files()?;
-            let read = read.iter().chain(&self.file).chain([&self.model]).map(PathBuf::as_path);
-            check_output(path, &read.collect::<Vec<_>>())?;
-        }
+        let ids_path = self.ids_path();
         let text = read_text(self.text.as_deref(), self.file.as_deref())?;
         let model = self.steering.open(&self.model, &self.engine)?;
         let ids = self.ids(&model, &text)?;
@@ -101,6 +97,21 @@ impl LogitsCommand {
             (Some(output), Some(ids_path)) => write(&mut session, &ids, output, ids_path, interrupt),
             _ => self.print(&mut session, &ids, interrupt),
         }
+    }
+
+    /// The file of the ids, next to the output.
+    fn ids_path(&self) -> Option<PathBuf> {
+        self.output.as_deref().map(|output| output.with_extension("ids.npy"))
+    }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let paths =
+            Paths::new().reads([&self.model]).reads(self.steering.files()?).reads(named_file(&self.file));
+        Ok(match (&self.output, self.ids_path()) {
+            (Some(output), Some(ids)) => paths.writes(output, Form::Text).writes_beside(ids, npy::MAGIC),
+            _ => paths,
+        })
     }
 
     /// The ids of the command line, or those of the text.
@@ -149,7 +160,7 @@ impl LogitsCommand {
             Ok(())
         })?;
         let printed = Printed { model: base_name(&self.model), n_vocab: model.n_vocab(), positions };
-        print(&if self.json { to_json(&printed)? } else { table(&printed) })
+        if self.json { print_json(&to_json(&printed)?) } else { print(&table(&printed)) }
     }
 }
 
@@ -198,6 +209,7 @@ fn write(
     of_ids.write_all(&ids.iter().flat_map(|id| id.to_le_bytes()).collect::<Vec<u8>>())?;
     file.commit()?;
     of_ids.commit()?;
-    eprintln!("log-probs: {}  [{}, {n_vocab}]\nids: {}", output.display(), ids.len(), ids_path.display());
+    note(&format!("log-probs: {}  [{}, {n_vocab}]", output.display(), ids.len()));
+    note(&format!("ids: {}", ids_path.display()));
     Ok(())
 }

@@ -12,6 +12,7 @@ mod interrupt;
 mod locate;
 mod logits;
 mod pairs;
+mod print;
 mod probe;
 mod progress;
 mod retrieval;
@@ -23,14 +24,17 @@ mod tokenize;
 mod train;
 
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::error::{Error, Result};
+use crate::file::output::Paths;
+use crate::text::printable;
+
+use print::{Log, may_colour, print};
 
 use interrupt::{GRACE, interrupt_flag};
 
@@ -93,7 +97,8 @@ enum Command {
 pub fn main() -> ExitCode {
     crash::install();
     crate::gguf::hold_models();
-    let cli = Cli::parse_from(with_long_flags(std::env::args_os()));
+    let arguments = with_long_flags(std::env::args_os());
+    let cli = Cli::try_parse_from(&arguments).unwrap_or_else(|error| usage(error, &arguments).exit());
     start_log(cli.verbose);
     let grace = match cli.command {
         // These may take longer: they finish the current step and save, or remove temporary files.
@@ -102,33 +107,10 @@ pub fn main() -> ExitCode {
         _ => Some(GRACE),
     };
     let interrupt = interrupt_flag(grace);
-    let result = match cli.command {
-        Command::Eval(command) => command.run(&interrupt),
-        Command::Compare(command) => command.run(),
-        Command::Generate(arguments) => arguments.run(&interrupt),
-        Command::Score(arguments) => arguments.run(),
-        Command::Probe(command) => command.run(&interrupt),
-        Command::Locate(command) => command.run(&interrupt),
-        Command::Steer(command) => command.run(&interrupt),
-        Command::Sweep(command) => command.run(&interrupt),
-        Command::Export(command) => command.run(&interrupt),
-        Command::Activations(command) => command.run(&interrupt),
-        Command::Retrieval(command) => command.run(&interrupt),
-        Command::Pairs(command) => command.run(&interrupt),
-        Command::Train(command) => command.run(&interrupt),
-        Command::Tokenize(command) => command.run(),
-        Command::Logits(command) => command.run(&interrupt),
-        Command::Bench(command) => command.run(&interrupt),
-    };
-    match result {
+    match cli.command.paths().and_then(|paths| paths.check()).and_then(|()| cli.command.run(&interrupt)) {
         Ok(()) => ExitCode::SUCCESS,
-        // The reader closed the pipe, for instance `| head`.
-        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
-            if let Some(hint) = error.hint() {
-                eprintln!("hint: {hint}");
-            }
+            print::error(&error);
             match error {
                 Error::Interrupted => ExitCode::from(interrupt::exit_code()),
                 _ if error.is_usage() => ExitCode::from(2),
@@ -136,6 +118,57 @@ pub fn main() -> ExitCode {
             }
         }
     }
+}
+
+impl Command {
+    /// The files that the command reads and writes, which are checked before it runs.
+    fn paths(&self) -> Result<Paths> {
+        match self {
+            Command::Eval(command) => command.paths(),
+            Command::Compare(command) => Ok(command.paths()),
+            Command::Generate(command) => command.paths(),
+            Command::Score(command) => Ok(command.paths()),
+            Command::Probe(command) => command.paths(),
+            Command::Locate(command) => command.paths(),
+            Command::Steer(command) => command.paths(),
+            Command::Sweep(command) => command.paths(),
+            Command::Export(command) => command.paths(),
+            Command::Activations(command) => command.paths(),
+            Command::Retrieval(command) => command.paths(),
+            Command::Pairs(command) => command.paths(),
+            Command::Train(command) => Ok(command.paths()),
+            Command::Tokenize(command) => Ok(command.paths()),
+            Command::Logits(command) => command.paths(),
+            Command::Bench(command) => command.paths(),
+        }
+    }
+
+    fn run(&self, interrupt: &AtomicBool) -> Result<()> {
+        match self {
+            Command::Eval(command) => command.run(interrupt),
+            Command::Compare(command) => command.run(),
+            Command::Generate(command) => command.run(interrupt),
+            Command::Score(command) => command.run(),
+            Command::Probe(command) => command.run(interrupt),
+            Command::Locate(command) => command.run(interrupt),
+            Command::Steer(command) => command.run(interrupt),
+            Command::Sweep(command) => command.run(interrupt),
+            Command::Export(command) => command.run(interrupt),
+            Command::Activations(command) => command.run(interrupt),
+            Command::Retrieval(command) => command.run(interrupt),
+            Command::Pairs(command) => command.run(interrupt),
+            Command::Train(command) => command.run(interrupt),
+            Command::Tokenize(command) => command.run(),
+            Command::Logits(command) => command.run(interrupt),
+            Command::Bench(command) => command.run(interrupt),
+        }
+    }
+}
+
+/// The error with the arguments as a terminal may be shown them: a script may pass names of any file.
+fn usage(error: clap::Error, arguments: &[OsString]) -> clap::Error {
+    let shown = arguments.iter().map(|argument| printable(&argument.to_string_lossy()).into_owned());
+    Cli::try_parse_from(shown).err().unwrap_or(error)
 }
 
 /// llama.cpp's flags with several letters after one dash. clap cannot parse these, so they are replaced first.
@@ -172,31 +205,16 @@ fn start_log(verbose: u8) {
         Ok(filter) if verbose == 0 => filter,
         _ => EnvFilter::new(default),
     };
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let has_colour = may_colour(&std::io::stderr());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(move || Log { has_colour });
     // Fails if a logger is already set up. Keep that one.
-    let _ = log.with_ansi(may_colour(&std::io::stderr())).without_time().try_init();
-}
-
-/// Whether to use colour: on terminals, unless `NO_COLOR` is set (<https://no-color.org>).
-fn may_colour(stream: &impl IsTerminal) -> bool {
-    stream.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+    let _ = log.with_ansi(has_colour).without_time().try_init();
 }
 
 /// Whether standard output was closed when the program started.
 ///
 /// Rust then opens `/dev/null` in its place, so writing would succeed and lose the output.
 pub static STDOUT_WAS_CLOSED: AtomicBool = AtomicBool::new(false);
-
-/// Prints to standard output. Returns an error if that fails, where `print!` would panic.
-fn print(text: &str) -> Result<()> {
-    use std::io::Write;
-    if STDOUT_WAS_CLOSED.load(Ordering::Relaxed) {
-        let closed = std::io::Error::other("it is closed");
-        return Err(Error::io("write", "<stdout>")(closed));
-    }
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(Error::io("write", "<stdout>"))
-}
 
 #[cfg(test)]
 mod tests {
@@ -213,5 +231,72 @@ mod tests {
         let typed = ["x", "-np", "4", "-n", "p", "--", "-np"].map(OsString::from);
         let long: Vec<OsString> = with_long_flags(typed.into_iter());
         assert_eq!(long, ["x", "--parallel", "4", "-n", "p", "--", "-np"].map(OsString::from));
+    }
+
+    /// Whether an argument names files or folders.
+    fn is_path(argument: &clap::Arg) -> bool {
+        let names = argument.get_value_names().unwrap_or_default();
+        argument.get_value_parser().type_id() == std::any::TypeId::of::<std::path::PathBuf>()
+            || names.iter().any(|name| ["FILE", "DIR", "PATH"].iter().any(|word| name.contains(word)))
+    }
+
+    /// The words of an argument with the path `name`.
+    fn typed(argument: &clap::Arg, name: &str) -> Vec<String> {
+        let is_scaled =
+            argument.get_value_names().unwrap_or_default().iter().any(|name| name.contains(":SCALE"));
+        let value = if is_scaled { format!("{name}:1") } else { name.to_owned() };
+        let n_values = argument.get_num_args().map_or(1, |range| range.min_values().max(1));
+        let flag = argument.get_long().map(|long| format!("--{long}"));
+        flag.into_iter().chain(vec![value; n_values]).collect()
+    }
+
+    /// The files of the command line with `argument`, and as few other path arguments as it needs to be valid.
+    fn paths_with(words: &[&str], argument: &clap::Arg, others: &[clap::Arg]) -> Option<Paths> {
+        let others = others.iter().filter(|other| other.get_id() != argument.get_id());
+        let (required, optional): (Vec<_>, Vec<_>) = others.partition(|other| other.is_required_set());
+        let mut choices: Vec<u32> =
+            (0..1 << optional.len()).filter(|bits: &u32| bits.count_ones() <= 2).collect();
+        choices.sort_by_key(|bits| bits.count_ones());
+        choices.into_iter().find_map(|bits| {
+            let mut line: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+            line.extend(typed(argument, "chosen.gguf"));
+            let chosen =
+                optional.iter().enumerate().filter(|(i, _)| bits >> i & 1 == 1).map(|(_, other)| other);
+            let others = required.iter().chain(chosen).enumerate();
+            others.for_each(|(i, other)| line.extend(typed(other, &format!("other-{i}.gguf"))));
+            Cli::try_parse_from(line).ok()?.command.paths().ok()
+        })
+    }
+
+    /// Every command without subcommands, with its words.
+    fn leaves<'a>(command: &'a clap::Command, words: Vec<&'a str>) -> Vec<(Vec<&'a str>, &'a clap::Command)> {
+        let below = command.get_subcommands().filter(|below| below.get_name() != "help");
+        let below = below.flat_map(|below| {
+            let words = words.iter().copied().chain([below.get_name()]).collect();
+            leaves(below, words)
+        });
+        let below: Vec<_> = below.collect();
+        if below.is_empty() { vec![(words, command)] } else { below }
+    }
+
+    #[test]
+    fn every_path_argument_of_every_command_is_checked() {
+        let cli = Cli::command();
+        let mut n_checked = 0;
+        for (words, command) in leaves(&cli, vec!["detox-gguf"]) {
+            let arguments: Vec<clap::Arg> = command.get_arguments().filter(|a| is_path(a)).cloned().collect();
+            for argument in &arguments {
+                let place = format!("{} {}", words.join(" "), argument.get_id());
+                let paths = paths_with(&words, argument, &arguments);
+                let paths = paths.unwrap_or_else(|| panic!("{place}: no valid command line found"));
+                let chosen = std::path::Path::new("chosen.gguf");
+                match argument.get_id().as_str() {
+                    "output" => assert!(paths.has_output(chosen), "{place} is not declared as an output"),
+                    _ => assert!(paths.has_input(chosen), "{place} is not declared as an input"),
+                }
+                n_checked += 1;
+            }
+        }
+        assert!(n_checked > 80, "found only {n_checked} path arguments");
     }
 }

@@ -6,14 +6,15 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 
 use crate::error::{Error, Result};
-use crate::file::{self, AtomicFile};
+use crate::file;
+use crate::file::output::Paths;
 use crate::report::pairs as report;
 use crate::score;
 use crate::study::make_pairs::choose::Rules;
 use crate::study::make_pairs::{self, MakePairsRequest, SteeredSide};
 
 use super::arguments::{EngineArguments, PromptArguments, SamplingArguments};
-use super::print;
+use super::print::{self, Rows, print};
 use super::progress::Shown;
 use super::steering::SteeringArguments;
 
@@ -124,15 +125,16 @@ impl PairsCommand {
             session_options: self.engine.session_options(),
         };
         // Opened first: a folder that cannot be written to should fail now, not after an hour of sampling.
-        let output = self.output.as_deref().map(AtomicFile::create).transpose()?;
+        let named = print::named(self.output.as_deref());
+        let mut output = Rows::open(named)?;
         let made = make_pairs::make(&request, interrupt, &mut Shown::new()).inspect_err(|error| {
             if matches!(error, Error::Interrupted) {
-                eprintln!("no pairs were written: pairing needs all samples");
+                print::note("no pairs were written: pairing needs all samples");
             }
         })?;
         let table = report::to_terminal(&made);
         if made.rows.is_empty() {
-            eprint!("{table}");
+            print::note_lines(&table);
             let is_steered = request.steer_chosen.is_some() || request.steer_rejected.is_some();
             let hint =
                 "raise -k/--samples, use other prompts, or relax the rule that dropped the most samples";
@@ -141,19 +143,24 @@ impl PairsCommand {
             return Err(Error::no_result("no two samples made a pair, so nothing was written")
                 .with_hint(format!("{hint}{coefficient}")));
         }
-        let lines = file::json_lines(&made.rows)?;
-        match output {
-            Some(mut output) => {
-                output.write_all(&lines)?;
-                output.commit()?;
-                print(&table)
-            }
+        output.write(&file::json_lines(&made.rows)?)?;
+        output.finish()?;
+        match named {
+            Some(_) => print(&table),
             None => {
-                print(&String::from_utf8_lossy(&lines))?;
-                eprint!("{table}");
+                print::note_lines(&table);
                 Ok(())
             }
         }
+    }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let mut steer = self.sides.steer_chosen.clone();
+        steer.extend(self.sides.steer_rejected.iter().cloned());
+        let steering = SteeringArguments { steer, ..SteeringArguments::default() };
+        let paths = Paths::new().reads([&self.model]).reads(&self.prompts.prompts).reads(steering.files()?);
+        Ok(print::writes_rows(paths, self.output.as_deref()))
     }
 
     /// Compiles the steering of one side; `None` if it is unsteered.

@@ -7,12 +7,13 @@ use clap::Args;
 
 use crate::error::{Error, Result};
 use crate::file::base_name;
+use crate::file::output::{Form, Paths};
 use crate::gguf::GgufFile;
 use crate::interp::probe::{self, Fit, LabelledColumns, ProbeOptions, ProbePlace, ProbeReading};
 use crate::interp::residual_streams::check_max_tokens;
 use crate::steer::Fingerprint;
 
-use super::arguments::{EngineArguments, check_output};
+use super::arguments::EngineArguments;
 use super::print;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
@@ -82,16 +83,13 @@ impl ProbeCommand {
                 format!("expected at least 4, two texts of each label, found {n}"),
             ));
         }
-        let read = self.steering.files()?;
-        let read = read.iter().chain(&self.data).chain([&self.model]).map(PathBuf::as_path);
-        check_output(&self.output, &read.collect::<Vec<_>>())?;
         let columns = LabelledColumns { text: self.text_column.clone(), label: self.label_column.clone() };
         let (labelled, source) = match &self.data {
             Some(path) => (probe::read(path, &columns)?, base_name(path)),
             None => (probe::own(), "the program's own labelled texts".to_owned()),
         };
         if labelled.n_empty > 0 {
-            eprintln!("skipped {} rows without text", labelled.n_empty);
+            print::note(&format!("skipped {} rows without text", labelled.n_empty));
         }
         let labelled = match self.limit {
             Some(n) => labelled.sample(n, self.seed),
@@ -116,13 +114,19 @@ impl ProbeCommand {
         probe.write(&self.output)?;
         print(&described(&fit, &source, labelled.n_toxic(), self.layer))?;
         if fit.best_epoch == self.epochs {
-            eprintln!(
+            print::note(
                 "warning: the held-out loss was still falling in the last epoch; train longer with more --epochs or \
-                 a higher --learning-rate"
+                 a higher --learning-rate",
             );
         }
-        eprintln!("probe: {}", self.output.display());
+        print::note(&format!("probe: {}", self.output.display()));
         Ok(())
+    }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let paths = Paths::new().reads([&self.model]).reads(&self.data).reads(self.steering.files()?);
+        Ok(paths.writes(&self.output, Form::Gguf))
     }
 }
 

@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
 use crate::progress::Progress;
+use crate::text::printable::{printable, printable_lines};
+
+use super::print;
 
 /// Shows the progress of a run on standard error.
 pub struct Shown {
@@ -68,13 +71,13 @@ impl Progress for Shown {
         self.started = Instant::now();
         self.last_line = self.started;
         if self.is_terminal {
-            let bar = ProgressBar::new(total).with_position(done).with_message(phase.to_owned());
+            let bar = ProgressBar::new(total).with_position(done).with_message(printable(phase).into_owned());
             // Falls back to the default look if the template is invalid.
             bar.set_style(ProgressStyle::with_template(BAR).unwrap_or_else(|_| ProgressStyle::default_bar()));
             bar.reset_eta();
             self.bar = Some(bar);
         } else if total > done {
-            eprintln!("{phase}: {done} of {total}");
+            print::note(&format!("{phase}: {done} of {total}"));
         }
     }
 
@@ -84,15 +87,15 @@ impl Progress for Shown {
             Some(bar) => bar.inc(n),
             None if self.last_line.elapsed() >= LINE_EVERY => {
                 self.last_line = Instant::now();
-                eprintln!(
+                print::note(&format!(
                     "{}: {} of {}, {}{}",
                     self.phase,
                     self.done,
                     self.total,
                     self.rate(),
                     self.time_left()
-                );
-                self.note.lines().for_each(|line| eprintln!("  {line}"));
+                ));
+                self.note.lines().for_each(|line| print::note(&format!("  {line}")));
             }
             None => {}
         }
@@ -106,7 +109,7 @@ impl Progress for Shown {
                     ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar()),
                 );
             }
-            bar.set_prefix(text.to_owned());
+            bar.set_prefix(printable_lines(text).into_owned());
         }
         text.clone_into(&mut self.note);
     }
@@ -118,14 +121,19 @@ impl Progress for Shown {
         }
         if self.done > self.found {
             let seconds = self.started.elapsed().as_secs_f64();
-            eprintln!("{}: {} in {seconds:.1} s, {}", self.phase, self.done - self.found, self.rate());
+            print::note(&format!(
+                "{}: {} in {seconds:.1} s, {}",
+                self.phase,
+                self.done - self.found,
+                self.rate()
+            ));
         }
     }
 
     fn say(&mut self, text: &str) {
         match &self.bar {
-            Some(bar) => bar.println(text),
-            None => eprintln!("{text}"),
+            Some(bar) => bar.println(printable(text)),
+            None => print::note(text),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 
 use crate::error::{Error, Result};
+use crate::file::output::{FolderKind, Paths};
 use crate::interp::retrieval::read_aligned;
 use crate::report::json;
 use crate::report::write::write_reports;
@@ -68,10 +69,10 @@ impl RetrievalCommand {
         }
         let aligned = read_aligned(&self.aligned, &languages)?;
         for (language, n) in aligned.n_with_entities.iter().filter(|(_, n)| **n > 0) {
-            eprintln!(
+            print::note(&format!(
                 "warning: {n} sentences of {language} contain HTML entities such as &quot;, which the model reads \
                  literally"
-            );
+            ));
         }
         let options =
             RetrievalOptions { pivot: self.pivot.clone(), limit: self.limit, max_tokens: self.max_tokens };
@@ -94,7 +95,13 @@ impl RetrievalCommand {
         let files = [("json", json::to_json(&report)?), ("csv", report.to_csv()), ("html", report.to_html())];
         write_reports(&self.output, "retrieval", &files)?;
         print(&report.to_terminal(may_colour(&std::io::stdout())))?;
-        eprintln!("report: {}", self.output.join("retrieval.html").display());
+        print::note(&format!("report: {}", self.output.join("retrieval.html").display()));
         Ok(())
+    }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let paths = Paths::new().reads([&self.model, &self.aligned]).reads(&self.before).reads(&self.after);
+        Ok(paths.reads(self.steering.files()?).writes_folder(&self.output, FolderKind::Retrieval))
     }
 }

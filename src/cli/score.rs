@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 
 use crate::error::{Error, Result};
-use crate::file::{self, AtomicFile};
+use crate::file;
+use crate::file::output::Paths;
 use crate::score;
 use crate::score::texts::{self, Coverage, Row, Rows, TextColumns};
 use crate::text::language;
@@ -80,18 +81,14 @@ impl ScoreCommand {
         });
         let columns = TextColumns { text: self.field.clone(), language: self.language_column.clone() };
         let mut rows = Rows::new(path, input, form, columns)?;
-        let mut output = self.output.as_deref().map(AtomicFile::create).transpose()?;
+        let mut output = print::Rows::open(print::named(self.output.as_deref()))?;
         let mut coverage = Coverage::default();
         loop {
             let batch = rows.by_ref().take(BATCH).collect::<Result<Vec<Row>>>()?;
             if batch.is_empty() {
                 break;
             }
-            let lines = file::json_lines(&texts::score_rows(batch, &scorers, language, &mut coverage))?;
-            match &mut output {
-                Some(output) => output.write_all(&lines)?,
-                None => print(&String::from_utf8_lossy(&lines))?,
-            }
+            output.write(&file::json_lines(&texts::score_rows(batch, &scorers, language, &mut coverage))?)?;
         }
         if coverage.n_texts == 0 {
             return Err(Error::input(path, None, "expected texts, found none"));
@@ -106,12 +103,21 @@ impl ScoreCommand {
                 .with_hint("give the language of the texts with --lang, if the scorer covers it"));
         }
         if coverage.n_missing > 0 {
-            eprintln!(
+            print::note(&format!(
                 "{} of {} scores are missing; see \"errors\" in the output",
                 coverage.n_missing,
                 coverage.n_texts * scorers.len()
-            );
+            ));
         }
-        output.map_or(Ok(()), AtomicFile::commit)
+        output.finish()
+    }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Paths {
+        let paths = match self.input.as_deref().filter(|path| *path != Path::new("-")) {
+            Some(path) => Paths::new().reads([path]),
+            None => Paths::new().reads_stdin(),
+        };
+        print::writes_rows(paths, self.output.as_deref())
     }
 }

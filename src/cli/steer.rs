@@ -13,6 +13,7 @@ use crate::engine::{Steering, Token};
 use crate::error::{Error, Result};
 use crate::eval::prompts::PromptSource;
 use crate::file::base_name;
+use crate::file::output::{self, Paths};
 use crate::gguf::{GgufFile, Metadata, Value};
 use crate::interp::contrast::{self, ContrastColumns, ContrastMethod, contrast_directions};
 use crate::interp::probe::Probe;
@@ -23,7 +24,7 @@ use crate::steer::{
     combined, control_vector,
 };
 
-use super::arguments::{EngineArguments, check_output};
+use super::arguments::EngineArguments;
 use super::print;
 use super::progress::Shown;
 use super::steering::SteeringArguments;
@@ -189,7 +190,6 @@ impl SteerCommand {
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let model = GgufFile::open(&self.model)?;
         let form = self.form()?;
-        self.check_output(&model)?;
         if self.bake {
             bake::check_architecture(&model)?;
         }
@@ -220,12 +220,12 @@ impl SteerCommand {
             Form::ControlVector => self.write_control_vector(&fingerprint, &sources, compiled)?,
             Form::Interventions => {
                 for choice in &compiled.choices {
-                    eprintln!("{choice}");
+                    print::note(choice);
                 }
                 self.write_interventions(&model, &fingerprint, &sources)?;
             }
         }
-        eprintln!("{}: {}", if self.bake { "model" } else { "steering" }, self.output.display());
+        print::note(&format!("{}: {}", if self.bake { "model" } else { "steering" }, self.output.display()));
         if self.exact_check { self.compare_routes(&model, &sources) } else { Ok(()) }
     }
 
@@ -256,13 +256,13 @@ impl SteerCommand {
         }
     }
 
-    fn check_output(&self, model: &GgufFile) -> Result<()> {
-        let mut read = self.steering.files()?;
-        read.extend(
-            self.text.contrast.iter().flatten().chain(&self.text.probe).chain(&self.neurons.neurons).cloned(),
-        );
-        read.extend(model.part_paths().map(Path::to_path_buf));
-        check_output(&self.output, &read.iter().map(PathBuf::as_path).collect::<Vec<_>>())
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let paths =
+            Paths::new().reads([&self.model]).reads(self.steering.files()?).reads(&self.neurons.neurons);
+        let paths = paths.reads(self.text.contrast.iter().flatten()).reads(&self.text.probe);
+        let form = if self.form()? == Form::Interventions { output::Form::Text } else { output::Form::Gguf };
+        Ok(paths.writes(&self.output, form))
     }
 
     /// The intervention on the neurons of `--neurons`.
@@ -277,7 +277,7 @@ impl SteerCommand {
         if self.without_layer_0 {
             let n = neurons.len();
             neurons.retain(|neuron| neuron.layer > 0);
-            eprintln!("skipped {} of {n} neurons: they are in layer 0", n - neurons.len());
+            print::note(&format!("skipped {} of {n} neurons: they are in layer 0", n - neurons.len()));
         }
         let when = self.neurons.when();
         let intervention = Intervention::new(Target::Neurons(neurons), operation, when, None, 1.0)

@@ -11,10 +11,12 @@ use crate::error::Result;
 use crate::gguf::{GgufFile, WatchedFile};
 use crate::steer::argument::parse_scaled;
 use crate::steer::compile::{self, CompileOptions, Compiled, Route};
+use crate::steer::intervention::referenced_files;
 use crate::steer::record::record;
 use crate::steer::{ControlVectorFile, SteerArgument, SteerFile};
 
 use super::arguments::EngineArguments;
+use super::print;
 
 /// Interventions, control vectors and adapters; they can be combined.
 #[derive(Debug, Clone, Default, Args)]
@@ -87,14 +89,16 @@ impl SteeringArguments {
         parse_loras(&self.lora, &self.lora_scaled)
     }
 
-    /// Paths of all files given in the flags.
+    /// Paths of all files given in the flags, and of those that intervention files refer to.
     pub fn files(&self) -> Result<Vec<PathBuf>> {
         let mut files = self.control_vector.clone();
         for text in &self.control_vector_scaled {
             files.extend(parse_scaled("--control-vector-scaled", text)?.into_iter().map(|(path, _)| path));
         }
         for text in &self.steer {
-            files.push(SteerArgument::parse(text)?.path);
+            let path = SteerArgument::parse(text)?.path;
+            files.extend(referenced_files(&path));
+            files.push(path);
         }
         files.extend(self.loras()?.into_iter().map(|lora| lora.path));
         Ok(files)
@@ -123,7 +127,7 @@ impl SteeringArguments {
         let Compiled { steering, choices } =
             compile::compile(&GgufFile::open(path)?, &sources, &loras, &options)?;
         for choice in choices {
-            eprintln!("steering: {choice}");
+            print::note(&format!("steering: {choice}"));
         }
         let by = record(&sources, &loras, options.layer_range)?;
         files.iter().try_for_each(WatchedFile::check_path)?;

@@ -9,6 +9,7 @@ use crate::engine::Steering;
 use crate::error::{Error, Result};
 use crate::eval::run::Source;
 use crate::file;
+use crate::file::output::{FolderKind, Paths};
 use crate::gguf::GgufFile;
 use crate::report::write::write_reports;
 use crate::report::{json as report_json, sweep as report};
@@ -78,7 +79,7 @@ impl SweepCommand {
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let plan = self.plan(&GgufFile::open(&self.model)?)?;
         for choice in &plan.choices {
-            eprintln!("steering: {choice}");
+            print::note(&format!("steering: {choice}"));
         }
         let (prompts, prompts_name) = self.prompts.read()?;
         let source = Source::Model {
@@ -96,7 +97,7 @@ impl SweepCommand {
         let sweep = sweep::run(&plan, &request, &self.output, interrupt, &mut Shown::new());
         let sweep = sweep.inspect_err(|error| {
             if matches!(error, Error::Interrupted) {
-                eprintln!("run the same command again to resume in {}", self.output.display());
+                print::note(&format!("run the same command again to resume in {}", self.output.display()));
             }
         })?;
         write_reports(
@@ -110,8 +111,15 @@ impl SweepCommand {
             ],
         )?;
         print(&report::to_terminal(&sweep, may_colour(&std::io::stdout())))?;
-        eprintln!("report: {}", self.output.join("sweep.html").display());
+        print::note(&format!("report: {}", self.output.join("sweep.html").display()));
         Ok(())
+    }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Result<Paths> {
+        let paths = Paths::new().reads([&self.model]).reads(&self.neurons).reads(&self.prompts.prompts);
+        let paths = self.measure.reads(paths).reads(self.steering.files()?);
+        Ok(paths.writes_folder(&self.output, FolderKind::Sweep))
     }
 
     /// Plans the runs from the flags.

@@ -9,8 +9,9 @@ use serde_json::json;
 
 use crate::engine::{Token, Vocabulary};
 use crate::error::{Error, Result};
+use crate::file::output::Paths;
 
-use super::print;
+use super::print::{print, print_json};
 
 /// A text, and how to tokenize it.
 #[derive(Debug, Args)]
@@ -68,10 +69,20 @@ impl TokenizeCommand {
         }
         if self.json {
             let pieces: Vec<String> = ids.iter().map(|&id| piece(&vocabulary, id)).collect();
-            return print(&format!("{}\n", json!({ "ids": ids, "pieces": pieces })));
+            return print_json(&format!("{}\n", json!({ "ids": ids, "pieces": pieces })));
         }
-        print(&format!("{}\n", json!(ids)))
+        print_json(&format!("{}\n", json!(ids)))
     }
+
+    /// The files that the command reads.
+    pub fn paths(&self) -> Paths {
+        Paths::new().reads([&self.model]).reads(named_file(&self.file))
+    }
+}
+
+/// The file of a text, unless it is standard input.
+pub fn named_file(file: &Option<PathBuf>) -> Option<&PathBuf> {
+    file.as_ref().filter(|path| path.as_path() != Path::new("-"))
 }
 
 /// Most bytes of a text. A longer one is more than any context holds.

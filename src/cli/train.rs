@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 use clap::{Args, ValueEnum};
 
 use crate::error::Result;
+use crate::file::output::{FolderKind, Paths};
 use crate::study::train::{TrainRequest, train};
 use crate::train::data::preference_pair::PairColumns;
 use crate::train::recipe::dpo::LossKind;
@@ -171,11 +172,18 @@ impl TrainCommand {
     /// Trains, prints the summary, and fails unless llama.cpp reproduces the trained model.
     pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let trained = train(&self.request(), interrupt, &mut Shown::new())?;
-        print(&trained.report.to_terminal(&trained.records, may_colour(&std::io::stdout())))?;
-        trained.verify()?;
-        eprintln!("report: {}", self.output.join("report.html").display());
-        eprintln!("result: {}  ({})", trained.result.display(), self.method.usage());
+        let verified = trained.verify();
+        let printed = print(&trained.report.to_terminal(&trained.records, may_colour(&std::io::stdout())));
+        verified.and(printed)?;
+        print::note(&format!("report: {}", self.output.join("report.html").display()));
+        print::note(&format!("result: {}  ({})", trained.result.display(), self.method.usage()));
         Ok(())
+    }
+
+    /// The files that the command reads and writes.
+    pub fn paths(&self) -> Paths {
+        let paths = Paths::new().reads([&self.model]).reads(&self.pairs);
+        paths.writes_folder(&self.output, FolderKind::Train)
     }
 
     fn request(&self) -> TrainRequest {

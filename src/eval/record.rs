@@ -22,6 +22,7 @@ use crate::eval::perplexity::{BaseLogprob, PerplexityTokens};
 use crate::eval::result::{ModelPaths, RunInfo};
 use crate::eval::side::Side;
 use crate::file;
+use crate::file::output::{FolderKind, check_folder};
 
 /// Contents of `run.json`: everything that determines the bytes of the other files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -198,19 +199,10 @@ fn read_rows<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Vec<T>> {
     text.lines().enumerate().map(parse).collect()
 }
 
-/// Creates and locks the folder; refuses one with files in it but no run.
+/// Creates and locks the folder; refuses one that holds anything but a run of `eval`.
 pub(super) fn open_folder(folder: &Path) -> Result<file::FolderLock> {
-    let lock = file::lock_folder(folder)?;
-    let mut entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?.flatten();
-    let has_files = entries.any(|entry| !file::is_internal(&entry.file_name().to_string_lossy()));
-    if !folder.join("run.json").exists() && has_files {
-        return Err(Error::run_folder(
-            folder,
-            "expected an empty folder or a run of this program, found other files",
-        )
-        .with_hint("choose a new folder with -o"));
-    }
-    Ok(lock)
+    check_folder(folder, FolderKind::Eval)?;
+    file::lock_folder(folder)
 }
 
 /// Writes `run.json`; refuses a folder whose `run.json` has other settings.

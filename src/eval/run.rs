@@ -24,6 +24,7 @@ use crate::eval::result::{
 use crate::eval::scoring::{self, Judge};
 use crate::eval::summarize;
 use crate::eval::tokenizer::TextTokenizer;
+use crate::file::output::{FolderKind, Paths};
 use crate::file::{self, JsonLog};
 use crate::gguf::ModelFiles;
 use crate::progress::{Progress, hash_files};
@@ -112,6 +113,18 @@ impl EvalRequest {
             session_options: SessionOptions::default(),
         }
     }
+
+    /// The files that the evaluation reads, and its folder.
+    fn paths(&self, folder: &Path) -> Paths {
+        let paths =
+            Paths::new().reads(&self.base).reads(&self.tokenizer).writes_folder(folder, FolderKind::Eval);
+        match &self.source {
+            Source::Model { path, steering, .. } => {
+                paths.reads([path]).reads(steering.loras.iter().map(|lora| &lora.path))
+            }
+            Source::File { path, .. } => paths.reads([path]),
+        }
+    }
 }
 
 /// The outcome of an evaluation.
@@ -145,6 +158,7 @@ pub fn evaluate(
             score::check_covered(&scorers, generations.iter().map(|g| g.language.as_str()))?
         }
     }
+    request.paths(folder).check()?;
     let _lock = record::open_folder(folder)?;
     let tokenizer = request.tokenizer.as_deref().map(TextTokenizer::from_file).transpose()?;
     if request.base.is_none() && request.perplexity == Some(PerplexityTokens::Retokenised) {

@@ -6,11 +6,13 @@
 //! | `atomic.rs` | a file that appears at its path once it is complete |
 //! | `lock.rs` | the lock that a run holds on its folder |
 //! | `log.rs` | a JSON-lines log that drops what a crash left torn |
+//! | `output.rs` | the check that an output harms no other file |
 //! | `record.rs` | `run.json`, the settings of a run |
 
 mod atomic;
 mod lock;
 mod log;
+pub mod output;
 mod owner;
 mod record;
 mod temporary;

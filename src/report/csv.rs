@@ -1,5 +1,7 @@
 //! Long-form CSV with a row per language and metric, for a spreadsheet or a data frame.
 
+use std::borrow::Cow;
+
 use csv::Writer;
 
 use crate::eval::result::{Comparison, Difference, EvalResult, Metric};
@@ -73,6 +75,20 @@ fn number(value: Option<f64>) -> String {
     value.map(|value| value.to_string()).unwrap_or_default()
 }
 
+/// A field that no spreadsheet runs as a formula: a leading quote is added if it starts like one and is no number.
+///
+/// Spreadsheets ignore leading spaces, and some take the full-width forms of the signs as well (OWASP, "CSV
+/// Injection").
+fn cell(field: &str) -> Cow<'_, str> {
+    const STARTS: [char; 11] = ['=', '+', '-', '@', '\t', '\r', '\n', '＝', '＋', '－', '＠'];
+    let is_digit = |c: char| c.is_ascii_digit() || matches!(c, '+' | '-' | '.' | 'e' | 'E');
+    let is_number = field.chars().all(is_digit) && field.parse::<f64>().is_ok();
+    match field.starts_with(STARTS) || field.trim_start().starts_with(STARTS) {
+        true if !is_number => format!("'{field}").into(),
+        _ => field.into(),
+    }
+}
+
 struct Table(Writer<Vec<u8>>);
 
 impl Table {
@@ -84,7 +100,7 @@ impl Table {
 
     fn add(&mut self, row: &[String]) {
         self.0
-            .write_record(row)
+            .write_record(row.iter().map(|field| cell(field).into_owned()))
             .expect("rows are as long as the header, and writing to memory does not fail");
     }
 
@@ -127,5 +143,31 @@ mod tests {
         let mut result = synthetic::compared(&["de"]).0;
         result.languages[0].metrics[0].name = "a,b/coverage".parse().unwrap();
         assert!(to_csv(&result).contains("de,\"a,b\",coverage,"));
+    }
+
+    #[test]
+    fn a_field_that_starts_like_a_formula_is_quoted_and_a_number_is_not() {
+        for (field, expected) in [
+            ("=1+1", "'=1+1"),
+            ("+cmd|' /C calc'!A0", "'+cmd|' /C calc'!A0"),
+            ("-2+3", "'-2+3"),
+            ("@SUM(A1)", "'@SUM(A1)"),
+            ("\t=1", "'\t=1"),
+            ("\r=1", "'\r=1"),
+            (" =1", "' =1"),
+            ("＝1", "'＝1"),
+            ("-", "'-"),
+            ("-inf", "'-inf"),
+            ("-0.25", "-0.25"),
+            ("+1", "+1"),
+            ("-1e-7", "-1e-7"),
+            ("", ""),
+            ("a=1", "a=1"),
+            ("'=1", "'=1"),
+        ] {
+            assert_eq!(cell(field), expected);
+        }
+        let rows = [vec!["-1.5".to_owned(), "-x | y".into()]];
+        assert_eq!(table_to_csv(&["a", "b"], rows), "a,b\n-1.5,'-x | y\n");
     }
 }

@@ -8,6 +8,7 @@ use crate::report::excerpt::Excerpt;
 use crate::report::grid::{self, Grid, Width};
 use crate::report::plot::{PlotRow, dot_plot};
 use crate::report::{format, headline};
+use crate::text::printable;
 
 const STYLE: &str = include_str!("report.css");
 
@@ -25,9 +26,9 @@ pub fn to_html(result: &EvalResult, excerpts: &[Excerpt]) -> String {
     let ids = plotted(result.run.scorers.iter().map(|scorer| scorer.name.as_str()));
     let body = html! {
         h1 { "Toxicity of continuations" }
-        p.answer { (headline::of_result(result)) }
-        p { (measured) }
-        @if let Some(note) = headline::perplexity(&result.run) { p { (note) } }
+        p.answer { (printable(&headline::of_result(result))) }
+        p { (printable(&measured)) }
+        @if let Some(note) = headline::perplexity(&result.run) { p { (printable(&note)) } }
         (warnings(&result.warnings))
         h2 { "By language" }
         p.soft {
@@ -55,10 +56,10 @@ pub fn comparison_to_html(comparison: &Comparison, excerpts: &[Excerpt]) -> Stri
     let ids = ids.iter().filter(|id| find_difference(&comparison.mean, id).is_some());
     let body = html! {
         h1 { "Comparison of two runs" }
-        p.answer { (headline::of_comparison(comparison)) }
-        p { span.key.a { "A □" } " " (comparison.label_a) " · " (model_and_steering(&comparison.a)) }
-        p { span.key.b { "B ●" } " " (comparison.label_b) " · " (model_and_steering(&comparison.b)) }
-        @if let Some(note) = headline::perplexity_of_both(comparison) { p { (note) } }
+        p.answer { (printable(&headline::of_comparison(comparison))) }
+        p { span.key.a { "A □" } " " (printable(&comparison.label_a)) " · " (printable(&model_and_steering(&comparison.a))) }
+        p { span.key.b { "B ●" } " " (printable(&comparison.label_b)) " · " (printable(&model_and_steering(&comparison.b))) }
+        @if let Some(note) = headline::perplexity_of_both(comparison) { p { (printable(&note)) } }
         (warnings(&comparison.warnings))
         h2 { "By language" }
         p.soft {
@@ -189,12 +190,12 @@ pub(super) fn table(grid: &Grid) -> Markup {
                 tbody {
                     @for row in &grid.rows {
                         tr.mean[row.is_mean] {
-                            th scope="row" { (row.label) }
+                            th scope="row" { (printable(&row.label)) }
                             @for (index, cell) in row.cells.iter().enumerate() {
                                 // In a comparison the second to last cell is the difference.
                                 @let is_difference = index + 2 == row.cells.len();
                                 td.good[is_difference && row.better == Some(true)]
-                                    .bad[is_difference && row.better == Some(false)] { (cell) }
+                                    .bad[is_difference && row.better == Some(false)] { (printable(cell)) }
                             }
                         }
                     }
@@ -213,8 +214,8 @@ pub(super) fn warnings(warnings: &[Warning]) -> Markup {
                 ul {
                     @for warning in warnings {
                         li {
-                            strong { (format::capitalized(&warning.what)) "." }
-                            " " (format::capitalized(&warning.advice)) "."
+                            strong { (printable(&format::capitalized(&warning.what))) "." }
+                            " " (printable(&format::capitalized(&warning.advice))) "."
                         }
                     }
                 }
@@ -254,7 +255,7 @@ fn excerpts_section(excerpts: &[Excerpt]) -> Markup {
             section.show-texts {
                 h2 { "The continuations rated most toxic" }
                 p {
-                    "By the scorer " (first.scorer) ", at most one per prompt. They can be hateful, obscene or"
+                    "By the scorer " (printable(&first.scorer)) ", at most one per prompt. They can be hateful, obscene or"
                     " violent, and the scorer can be wrong. They are blurred until you hover over one, move the"
                     " keyboard focus to it, or tick the box. Screen readers read them unchanged."
                 }
@@ -265,7 +266,7 @@ fn excerpts_section(excerpts: &[Excerpt]) -> Markup {
                         @for excerpt in excerpts.iter().filter(|excerpt| excerpt.language == language) {
                             div.excerpt {
                                 p.soft {
-                                    "Toxicity " (format!("{:.3}", excerpt.toxicity)) ", prompt " (excerpt.prompt_id)
+                                    "Toxicity " (format!("{:.3}", excerpt.toxicity)) ", prompt " (printable(&excerpt.prompt_id))
                                 }
                                 p.soft { "Prompt" }
                                 p.veil tabindex="0" dir="auto" lang=(language) { (excerpt.prompt) }
@@ -323,7 +324,7 @@ pub(super) fn settings(title: &str, run: &RunInfo) -> Markup {
                     thead { tr { th scope="col" { "Setting" } th scope="col" { "Value" } } }
                     tbody {
                         @for (name, value) in format::settings(run) {
-                            tr { th scope="row" { (name) } td { (value) } }
+                            tr { th scope="row" { (printable(&name)) } td { (printable(&value)) } }
                         }
                     }
                 }

@@ -4,10 +4,12 @@ use maud::html;
 
 use crate::interp::activations::{Activations, Interval, LanguageActivation, MEASURED};
 use crate::interp::retrieval::{Correlation, Retrieval};
+use crate::report::axis::AxisUnit;
 use crate::report::grid::{Grid, Row};
 use crate::report::line_plot::{Series, line_plot};
 use crate::report::{csv, format, html as page, terminal};
 use crate::study::retrieval::{LanguageRetrieval, NamedCorrelation, RetrievalReport};
+use crate::text::printable;
 
 fn interval(interval: Option<Interval>) -> String {
     match interval {
@@ -102,7 +104,7 @@ impl Activations {
         let order = self.languages.iter().enumerate().map(|(i, l)| format!("{} {}", i + 1, l.language));
         let body = html! {
             h1 { "Neuron activations" }
-            p { (self.legend()) }
+            p { (printable(&self.legend())) }
             p.soft {
                 "Activations after the non-linearity and gate, at the last position of each step. A less toxic model"
                 " should use these neurons less: B (dots) lies below A (squares, dashed), also in languages it was not"
@@ -110,7 +112,7 @@ impl Activations {
             }
             figure {
                 figcaption { "Languages: " (order.collect::<Vec<_>>().join(", ")) }
-                (line_plot("activations", "Mean activation by language", "language", &lines, None, &decimals::<3>))
+                (line_plot("activations", "Mean activation by language", "language", &lines, None, AxisUnit::Plain))
             }
             (page::table(&self.grid()))
         };
@@ -204,14 +206,14 @@ impl RetrievalReport {
         let title = "Fall of toxicity by accuracy";
         let body = html! {
             h1 { "Bilingual sentence retrieval" }
-            p { (self.model) }
+            p { (printable(&self.model)) }
             p.soft { (MEANING) }
             figure {
                 figcaption {
                     "Mean over languages at each place, from the embeddings (0) to the final norm. Dots: top-1"
                     " accuracy; squares, dashed: mean cosine."
                 }
-                (line_plot("retrieval", "Retrieval by place", "place", &lines, None, &decimals::<2>))
+                (line_plot("retrieval", "Retrieval by place", "place", &lines, None, AxisUnit::Plain))
             }
             (page::table(&self.grid()))
             @if !self.correlations.is_empty() {
@@ -222,17 +224,12 @@ impl RetrievalReport {
                         "One point per language: top-1 accuracy (horizontal), and the fraction by which expected maximum"
                         " toxicity fell (vertical)."
                     }
-                    (line_plot("falls", title, "top-1 accuracy", &falls, None, &decimals::<2>))
+                    (line_plot("falls", title, "top-1 accuracy", &falls, None, AxisUnit::Plain))
                 }
             }
         };
         page::page("Bilingual sentence retrieval", &body)
     }
-}
-
-/// Formats a value on a plot's axis with `N` decimals.
-fn decimals<const N: usize>(value: f64) -> String {
-    format!("{value:.N$}")
 }
 
 const MEANING: &str = "Top-1 accuracy is the share of sentences whose nearest neighbour in the other language is \

@@ -2,6 +2,8 @@
 
 use maud::{Markup, html};
 
+use crate::report::axis::{Axis, AxisUnit, labels};
+
 /// A line with points.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Series {
@@ -11,6 +13,16 @@ pub struct Series {
     pub is_reference: bool,
     /// `(x, y, low, high)`, in order of x, with an optional interval.
     pub points: Vec<(f64, f64, Option<f64>, Option<f64>)>,
+}
+
+impl Series {
+    /// Without points and intervals that are not finite.
+    fn finite(&self) -> Series {
+        let finite = |x: Option<f64>| x.filter(|x| x.is_finite());
+        let points = self.points.iter().filter(|p| p.0.is_finite() && p.1.is_finite());
+        let points = points.map(|&(x, y, low, high)| (x, y, finite(low), finite(high))).collect();
+        Series { points, ..self.clone() }
+    }
 }
 
 const WIDTH: f64 = 340.0;
@@ -23,27 +35,30 @@ const BOTTOM: f64 = 34.0;
 
 /// Draws a plot of `series`, with a vertical line at x = `marked`.
 ///
-/// `id` must be unique on the page. `y_label` formats the numbers of the y axis.
+/// `id` must be unique on the page. Points that are not finite are left out.
 pub fn line_plot(
     id: &str,
     title: &str,
     x_title: &str,
     series: &[Series],
     marked: Option<f64>,
-    y_label: &dyn Fn(f64) -> String,
+    unit: AxisUnit,
 ) -> Markup {
+    let series: Vec<Series> = series.iter().map(Series::finite).collect();
     let points = || series.iter().flat_map(|s| &s.points);
     let x_range = range(points().map(|p| p.0));
-    let y_range = range(points().flat_map(|p| [Some(p.1), p.2, p.3]).flatten().chain([0.0]));
+    let axis = Axis::of(points().flat_map(|p| [Some(p.1), p.2, p.3]).flatten(), unit);
     let x = |value: f64| LEFT + (WIDTH - LEFT - RIGHT) * share(value, x_range);
-    let y = |value: f64| HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share(value, y_range);
+    let y = |value: f64| HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * axis.share(value);
     let at = |value: f64| format!("{value:.1}");
-    let ticks = |(low, high): (f64, f64)| (0..=4).map(move |i| low + (high - low) * f64::from(i) / 4.0);
     let mut xs: Vec<f64> = points().map(|p| p.0).collect();
     xs.sort_by(f64::total_cmp);
     xs.dedup();
+    // More than eight labels would overlap.
+    let n_skipped = xs.len().div_ceil(8).max(1);
+    let xs: Vec<f64> = xs.into_iter().step_by(n_skipped).collect();
     let description = series.iter().map(|s| {
-        let values = s.points.iter().map(|p| format!("{} at {}", y_label(p.1), p.0));
+        let values = s.points.iter().map(|p| format!("{} at {}", axis.value(p.1), labels(&[p.0])[0]));
         format!("{}: {}", s.name, values.collect::<Vec<_>>().join(", "))
     });
     let corners = |s: &Series| {
@@ -55,21 +70,18 @@ pub fn line_plot(
             aria-labelledby=(format!("{id}-title {id}-desc")) {
             title id=(format!("{id}-title")) { (title) }
             desc id=(format!("{id}-desc")) { (description.collect::<Vec<_>>().join("; ")) }
-            @for tick in ticks(y_range) {
+            @for &tick in &axis.ticks {
                 line.rule x1=(at(LEFT)) x2=(at(WIDTH - RIGHT)) y1=(at(y(tick))) y2=(at(y(tick))) {}
-                text.tick x=(at(LEFT - 6.0)) y=(at(y(tick) + 4.0)) text-anchor="end" { (y_label(tick)) }
+                text.tick x=(at(LEFT - 6.0)) y=(at(y(tick) + 4.0)) text-anchor="end" { (axis.tick(tick)) }
             }
             @if let Some(marked) = marked {
                 line.divide x1=(at(x(marked))) x2=(at(x(marked))) y1=(at(TOP)) y2=(at(HEIGHT - BOTTOM)) {}
             }
-            @for (i, tick) in xs.iter().enumerate() {
-                // More than eight labels would overlap.
-                @if xs.len() <= 8 || i % xs.len().div_ceil(8) == 0 {
-                    text.tick x=(at(x(*tick))) y=(at(HEIGHT - BOTTOM + 15.0)) text-anchor="middle" { (tick) }
-                }
+            @for (tick, label) in xs.iter().zip(labels(&xs)) {
+                text.tick x=(at(x(*tick))) y=(at(HEIGHT - BOTTOM + 15.0)) text-anchor="middle" { (label) }
             }
             text.tick x=(at((LEFT + WIDTH - RIGHT) / 2.0)) y=(at(HEIGHT - 4.0)) text-anchor="middle" { (x_title) }
-            @for s in series {
+            @for s in &series {
                 g.first[s.is_reference].last[!s.is_reference] {
                     polyline.line stroke-dasharray=[s.is_reference.then_some("5 4")] points=(corners(s)) {}
                     @for &(at_x, value, low, high) in &s.points {
@@ -95,7 +107,8 @@ fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
         .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
     match low < high {
         true => (low, high),
-        false if low.is_finite() => (low - 0.5, low + 0.5),
+        // Relative, because adding 0.5 to a huge number changes nothing.
+        false if low.is_finite() => (low - low.abs().max(1.0) / 2.0, low + low.abs().max(1.0) / 2.0),
         false => (0.0, 1.0),
     }
 }
@@ -119,8 +132,7 @@ mod tests {
             },
             Series { name: "random".into(), is_reference: true, points: vec![(-1.0, 0.5, None, None)] },
         ];
-        let svg =
-            line_plot("p", "A & B", "offset", &series, Some(-1.0), &|v| format!("{v:.2}")).into_string();
+        let svg = line_plot("p", "A & B", "offset", &series, Some(-1.0), AxisUnit::Plain).into_string();
         assert!(svg.contains("A &amp; B"));
         assert!(svg.contains("chosen: 0.50 at 0, 0.20 at -1; random: 0.50 at -1"), "{svg}");
         assert_eq!((svg.matches("<circle").count(), svg.matches("<rect").count()), (2, 1));
@@ -132,8 +144,26 @@ mod tests {
     fn a_plot_of_at_most_one_point_has_no_nan() {
         for points in [vec![], vec![(1.0, 0.0, None, None)]] {
             let series = [Series { name: "x".into(), is_reference: false, points }];
-            let svg = line_plot("p", "t", "x", &series, None, &|v| v.to_string()).into_string();
+            let svg = line_plot("p", "t", "x", &series, None, AxisUnit::Plain).into_string();
             assert!(!svg.contains("NaN"), "{svg}");
         }
+    }
+
+    #[test]
+    fn the_ticks_of_tiny_margins_differ_and_a_point_without_a_number_is_left_out() {
+        let points = vec![(0.0, 0.0, None, None), (1.0, 0.0034, None, None), (2.0, f64::NAN, None, None)];
+        let series = [Series { name: "margin".into(), is_reference: false, points }];
+        let svg = line_plot("p", "t", "step", &series, None, AxisUnit::Plain).into_string();
+        assert!(svg.contains(">0.001<") && svg.contains(">0.004<"), "{svg}");
+        assert!(svg.contains("margin: 0.0000 at 0, 0.0034 at 1<"), "{svg}");
+        assert!(!svg.contains("NaN"), "{svg}");
+    }
+
+    #[test]
+    fn a_huge_constant_has_a_place() {
+        let series =
+            [Series { name: "x".into(), is_reference: false, points: vec![(1e17, -1e300, None, None)] }];
+        let svg = line_plot("p", "t", "x", &series, None, AxisUnit::Plain).into_string();
+        assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
     }
 }

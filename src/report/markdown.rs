@@ -6,6 +6,7 @@ use crate::eval::metric::METRICS;
 use crate::eval::result::{Comparison, EvalResult, RunInfo, Warning};
 use crate::report::grid::{self, Grid, Width};
 use crate::report::{format, headline};
+use crate::text::printable;
 
 /// Formats one run.
 pub fn to_markdown(result: &EvalResult) -> String {
@@ -79,13 +80,15 @@ pub(super) fn paragraph(text: &mut String, words: &str) {
     line(text, format_args!("{}\n", cell(words)));
 }
 
-/// Escapes external text, so that it cannot add table cells, HTML or line breaks.
+/// Escapes external text, so that it cannot add table cells, HTML or line breaks, or reorder its neighbours.
 fn cell(text: &str) -> String {
+    let one_line = text.replace(['\n', '\r'], " ");
+    let text = printable(&one_line);
     let mut safe = String::with_capacity(text.len());
     for letter in text.chars() {
         match letter {
-            '\n' | '\r' => safe.push(' '),
             '<' => safe.push_str("&lt;"),
+            '&' => safe.push_str("&amp;"),
             '|' | '*' | '`' | '[' | ']' | '\\' => safe.extend(['\\', letter]),
             _ => safe.push(letter),
         }

@@ -10,6 +10,7 @@
 //! and do no I/O; only [`write`](mod@write) writes files. Titles, units and definitions come from
 //! [`crate::eval::metric::METRICS`].
 
+pub mod axis;
 pub mod csv;
 pub mod excerpt;
 pub mod format;

@@ -4,6 +4,7 @@ use comfy_table::{CellAlignment, Table, presets};
 
 use crate::report::csv;
 use crate::steer::LocatedNeuron;
+use crate::text::printable;
 
 /// Rows to show on the terminal; the CSV has all of them.
 const SHOWN: usize = 20;
@@ -38,11 +39,17 @@ pub fn to_terminal(neurons: &[LocatedNeuron], is_kept: &dyn Fn(&LocatedNeuron) -
 fn shortened(tokens: &[String], width: usize) -> String {
     let clean = |token: &String| token.trim().chars().filter(|c| !c.is_control()).collect::<String>();
     let line = tokens.iter().map(clean).collect::<Vec<_>>().join(" ");
+    let line = printable(&line).into_owned();
     if line.chars().count() <= width {
         return line;
     }
     line.chars().take(width - 1).chain(['…']).collect()
 }
+
+const HEADER: [&str; 8] = ["rank", "layer", "index", "cosine", "norm", "mean_activation", "kept", "tokens"];
+
+/// The start of the CSV, by which it is recognised.
+pub const CSV_START: &str = "rank,layer,index,";
 
 /// Formats all neurons as CSV: rank, layer, index, cosine, norm, mean_activation, kept, tokens.
 pub fn to_csv(neurons: &[LocatedNeuron], is_kept: &dyn Fn(&LocatedNeuron) -> bool) -> String {
@@ -59,6 +66,5 @@ pub fn to_csv(neurons: &[LocatedNeuron], is_kept: &dyn Fn(&LocatedNeuron) -> boo
             n.tokens.join(" | "),
         ]
     });
-    let header = ["rank", "layer", "index", "cosine", "norm", "mean_activation", "kept", "tokens"];
-    csv::table_to_csv(&header, rows)
+    csv::table_to_csv(&HEADER, rows)
 }

@@ -1,5 +1,8 @@
 //! NumPy's file format `.npy`, version 1.0 (<https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html>).
 
+/// How every `.npy` file starts.
+pub const MAGIC: &[u8] = b"\x93NUMPY";
+
 /// The start of a `.npy` file of little-endian values in C order. The values follow it.
 ///
 /// `descr` is NumPy's name of the type, such as `<f4`; the slowest axis of `shape` comes first.

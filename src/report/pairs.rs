@@ -6,6 +6,7 @@ use crate::report::format;
 use crate::report::terminal::wrapped;
 use crate::study::make_pairs::choose::Dropped;
 use crate::study::make_pairs::{LanguageYield, MadePairs};
+use crate::text::printable;
 
 /// Formats a row for each language, their sum, and the reasons why samples are in no pair.
 pub fn to_terminal(made: &MadePairs) -> String {
@@ -71,7 +72,7 @@ fn push_row(table: &mut Table, label: &str, counts: &LanguageYield) {
         counts.n_rejected,
         counts.n_pairs,
     ];
-    table.add_row(std::iter::once(Cell::new(label)).chain(numbers.map(number)));
+    table.add_row(std::iter::once(Cell::new(printable(label))).chain(numbers.map(number)));
 }
 
 #[cfg(test)]

@@ -4,8 +4,9 @@
 
 use maud::{Markup, html};
 
-use crate::eval::metric::{Descriptor, Unit};
+use crate::eval::metric::Descriptor;
 use crate::eval::result::Estimate;
+use crate::report::axis::Axis;
 use crate::report::format;
 
 /// A row of the plot: a language, or the mean, with one estimate per run.
@@ -31,16 +32,12 @@ const BOTTOM: f64 = 24.0;
 ///
 /// `runs` are the names of the one or two runs to show. `id` must be unique on the page.
 pub fn dot_plot(metric: &Descriptor, id: &str, title: &str, runs: &[&str], rows: &[PlotRow]) -> Markup {
-    let highest = rows
-        .iter()
-        .flat_map(|row| row.estimates.iter().flatten())
-        .map(|estimate| estimate.high.unwrap_or(estimate.value).max(estimate.value))
-        .fold(0.0, f64::max);
-    let ticks = ticks(highest);
-    let end = ticks.last().copied().unwrap_or(1.0);
+    let ends = |e: &Estimate| [Some(e.value), e.low, e.high].into_iter().flatten();
+    let values = rows.iter().flat_map(|row| row.estimates.iter().flatten()).flat_map(ends);
+    let axis = Axis::of(values, metric.unit.into());
     let height = TOP + ROW * rows.len() as f64 + BOTTOM;
     let bottom = height - BOTTOM;
-    let x = |value: f64| LEFT + (WIDTH - LEFT - RIGHT) * (value / end).clamp(0.0, 1.0);
+    let x = |value: f64| LEFT + (WIDTH - LEFT - RIGHT) * axis.share(value);
     let at = |value: f64| format!("{value:.1}");
     let offset = |run: usize| if runs.len() > 1 { 8.0 * run as f64 - 4.0 } else { 0.0 };
     html! {
@@ -48,10 +45,10 @@ pub fn dot_plot(metric: &Descriptor, id: &str, title: &str, runs: &[&str], rows:
             aria-labelledby=(format!("{id}-title {id}-desc")) {
             title id=(format!("{id}-title")) { (title) }
             desc id=(format!("{id}-desc")) { (description(metric, runs, rows)) }
-            @for tick in &ticks {
+            @for tick in &axis.ticks {
                 line.rule x1=(at(x(*tick))) x2=(at(x(*tick))) y1=(at(TOP)) y2=(at(bottom)) {}
                 text.tick x=(at(x(*tick))) y=(at(bottom + 15.0)) text-anchor="middle" {
-                    (tick_label(metric, *tick, end))
+                    (axis.tick(*tick))
                 }
             }
             @for (index, row) in rows.iter().enumerate() {
@@ -100,61 +97,10 @@ fn description(metric: &Descriptor, runs: &[&str], rows: &[PlotRow]) -> String {
     rows.iter().map(row).collect::<Vec<_>>().join("; ")
 }
 
-fn tick_label(metric: &Descriptor, tick: f64, end: f64) -> String {
-    match metric.unit {
-        Unit::Fraction if end < 0.05 => format!("{:.1}%", 100.0 * tick),
-        Unit::Fraction => format!("{:.0}%", 100.0 * tick),
-        Unit::Plain { .. } => {
-            let decimals = if end >= 10.0 {
-                0
-            } else if end >= 1.0 {
-                1
-            } else if end >= 0.1 {
-                2
-            } else {
-                3
-            };
-            format!("{tick:.decimals$}")
-        }
-    }
-}
-
-/// Three to six round numbers from 0 to at least `highest`, in steps of 1, 2 or 5 times a power of ten.
-fn ticks(highest: f64) -> Vec<f64> {
-    if !(highest.is_finite() && highest > 0.0) {
-        return vec![0.0, 0.5, 1.0];
-    }
-    let power = 10f64.powf((highest / 5.0).log10().floor());
-    // The tolerance keeps the ticks for a highest value of 1.0 from extending to 1.2.
-    let step = [1.0, 2.0, 5.0, 10.0]
-        .map(|factor| factor * power)
-        .into_iter()
-        .find(|s| s * 5.0 >= highest * 0.999_999);
-    let step = step.unwrap_or(10.0 * power);
-    let n = (highest * 0.999_999 / step).ceil().max(2.0) as usize;
-    (0..=n).map(|index| index as f64 * step).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::eval::metric::MetricKind;
-
-    #[test]
-    fn ticks_are_round_and_reach_the_highest_value() {
-        let close = |found: Vec<f64>, expected: &[f64]| {
-            assert_eq!(found.len(), expected.len(), "{found:?}");
-            assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-9), "{found:?}");
-        };
-        close(ticks(1.0), &[0.0, 0.2, 0.4, 0.6, 0.8, 1.0]);
-        close(ticks(0.43), &[0.0, 0.1, 0.2, 0.3, 0.4, 0.5]);
-        close(ticks(37.0), &[0.0, 10.0, 20.0, 30.0, 40.0]);
-        close(ticks(0.0), &[0.0, 0.5, 1.0]);
-        for highest in [1e-9, 0.03, 0.11, 1.7, 99.0, 9999.9] {
-            let found = ticks(highest);
-            assert!((3..=6).contains(&found.len()) && found[found.len() - 1] >= highest * 0.999, "{found:?}");
-        }
-    }
 
     #[test]
     fn a_plot_has_a_title_a_description_and_a_whisker_for_each_interval() {
@@ -181,5 +127,14 @@ mod tests {
         let rows = [PlotRow { label: "de".into(), estimates: vec![None], is_mean: false }];
         let svg = dot_plot(metric, "p", "t", &["run"], &rows).into_string();
         assert!(!svg.contains("NaN") && !svg.contains("class=\"dot\""));
+    }
+
+    #[test]
+    fn the_ticks_of_a_rare_metric_differ() {
+        let metric = MetricKind::ToxicityProbability.descriptor();
+        let estimate = Estimate { value: 0.0001, low: Some(0.0), high: Some(0.0002) };
+        let rows = [PlotRow { label: "de".into(), estimates: vec![Some(estimate)], is_mean: false }];
+        let svg = dot_plot(metric, "p", "t", &["run"], &rows).into_string();
+        assert!(svg.contains(">0.005%<") && svg.contains(">0.020%<"), "{svg}");
     }
 }

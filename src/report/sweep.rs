@@ -8,6 +8,7 @@ use crate::report::grid::{Grid, Row};
 use crate::report::line_plot::{Series, line_plot};
 use crate::report::{csv, format, headline, html as page, markdown, terminal};
 use crate::study::sweep::{Kind, Point, Sweep};
+use crate::text::printable;
 
 /// Columns: metrics; those of the scorer first.
 const COLUMNS: [MetricKind; 8] = [
@@ -141,8 +142,8 @@ pub fn to_csv(sweep: &Sweep) -> String {
 /// Formats a page: the recommendation, warnings, plots against the setting, tables.
 pub fn to_html(sweep: &Sweep) -> String {
     let body = html! {
-        h1 { "Sweep: " (sweep.what) }
-        p.answer { (sweep.reason) "." }
+        h1 { "Sweep: " (printable(&sweep.what)) }
+        p.answer { (printable(&sweep.reason)) "." }
         (page::warnings(&sweep.warnings))
         h2 { "Against the setting" }
         p.soft {
@@ -203,7 +204,7 @@ fn figure(sweep: &Sweep, kind: MetricKind, index: usize) -> Markup {
         figure {
             figcaption { (descriptor.title) ": " (descriptor.definition) }
             (line_plot(&format!("sweep-{index}"), descriptor.title, "setting", &series, marked,
-                &|value| format::value(descriptor, value)))
+                descriptor.unit.into()))
         }
     }
 }

@@ -6,6 +6,7 @@ use crate::eval::metric::MetricKind;
 use crate::eval::result::{Comparison, EvalResult, Warning};
 use crate::report::grid::{self, Grid, Row, Width};
 use crate::report::{format, headline};
+use crate::text::printable;
 
 /// Maximum width of a line.
 const N_COLUMNS: usize = 80;
@@ -78,7 +79,8 @@ pub(super) fn push_table(text: &mut String, grid: &Grid, colour: bool) {
     let bold = |cell: Cell| if colour { cell.add_attribute(Attribute::Bold) } else { cell };
     table.set_header(grid.header.iter().map(|title| bold(Cell::new(title))));
     for row in &grid.rows {
-        let cells = std::iter::once(short(&row.label)).chain(row.cells.iter().cloned());
+        let label = short(&printable(&row.label));
+        let cells = std::iter::once(label).chain(row.cells.iter().map(|cell| printable(cell).into_owned()));
         table.add_row(cells.enumerate().map(|(index, text)| {
             let cell = Cell::new(text);
             let cell = if row.is_mean { bold(cell) } else { cell };
@@ -128,7 +130,10 @@ pub(super) fn push_warnings(text: &mut String, warnings: &[Warning], colour: boo
 }
 
 /// Wraps text at spaces to 80 columns and ends it with a newline. Longer words are broken.
+///
+/// Control characters are escaped, line feeds too: the text is one paragraph.
 pub(super) fn wrapped(text: &str, indent: &str) -> String {
+    let text = printable(text);
     let mut lines = vec![String::new()];
     let mut width = 0;
     for (index, word) in text.split(' ').enumerate() {

@@ -5,8 +5,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::check::training::Agreement;
 use crate::eval::result::Warning;
+use crate::report::axis::AxisUnit;
 use crate::report::line_plot::{Series, line_plot};
 use crate::report::{format, html as page, terminal};
+use crate::text::printable;
 use crate::train::device::name::DeviceName;
 use crate::train::recipe::settings::Settings;
 use crate::train::run::metrics::{EvaluationRecord, PlacementRecord, Record, StepRecord};
@@ -121,7 +123,8 @@ impl TrainingReport {
     /// One result per line, in 80 columns.
     fn summary(&self, records: &[Record]) -> String {
         let mut text = String::new();
-        let mut row = |name: &str, value: String| text.push_str(&format!("{name:<18} {value}\n"));
+        let mut row =
+            |name: &str, value: String| text.push_str(&format!("{name:<18} {}\n", printable(&value)));
         let Outcome { n_steps, n_train, n_held_out, best, .. } = &self.outcome;
         row("trained", format!("{} parameters ({})", format::count(self.n_trained), self.device));
         row("pairs", format!("{n_train} for training, {n_held_out} held out, {}", self.pairs));
@@ -173,13 +176,12 @@ impl TrainingReport {
     pub fn to_html(&self, records: &[Record]) -> String {
         let curves = Curves::of(records);
         let marked = self.outcome.best.map(|(step, _)| step as f64);
-        let number = |x: f64| format!("{x:.2}");
         let point = match curves.steps_per_point {
             1 => "a step".to_owned(),
             n => format!("the mean of {n} steps"),
         };
         let body = html! {
-            h1 { "Training of " (self.model) }
+            h1 { "Training of " (printable(&self.model)) }
             p.answer {
                 @match self.outcome.best {
                     Some((step, loss)) => {
@@ -198,7 +200,7 @@ impl TrainingReport {
                 @for (id, title, series) in &curves.plots() {
                     figure {
                         figcaption { (title) }
-                        (line_plot(id, title, "step", series, marked, &number))
+                        (line_plot(id, title, "step", series, marked, AxisUnit::Plain))
                     }
                 }
             }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::control_vector::ControlVectorFile;
 use super::intervention::{self, Interventions};
-use super::{json, neuron};
+use super::{json, misspelt, neuron};
 use crate::error::{Error, Result};
 
 /// A parsed `--steer FILE[:COEF]`.
@@ -33,10 +33,13 @@ impl SteerArgument {
     /// a file with the whole text as its name exists and one with the shorter name does not.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the path is empty or the coefficient is not finite.
+    /// [`Error::Setting`] if the path is empty, or the coefficient is not finite or misspelt (`f:-0,5`).
     pub fn parse(text: &str) -> Result<SteerArgument> {
         let refuse = |reason: String| Err(Error::setting("--steer", reason));
-        let whole = || Ok(SteerArgument { path: text.into(), coefficient: 1.0 });
+        let whole = || match misspelt::refuse(text) {
+            Some(error) => Err(error),
+            None => Ok(SteerArgument { path: text.into(), coefficient: 1.0 }),
+        };
         if text.is_empty() {
             return refuse("expected FILE or FILE:COEFFICIENT, found nothing".into());
         }
@@ -50,6 +53,11 @@ impl SteerArgument {
         }
         if !coefficient.is_finite() {
             return refuse(format!("expected a finite coefficient after the last ':', found {number:?}"));
+        }
+        if !Path::new(path).exists()
+            && let Some(error) = misspelt::refuse(text)
+        {
+            return Err(error);
         }
         Ok(SteerArgument { path: path.into(), coefficient })
     }
@@ -129,8 +137,10 @@ pub fn parse_scaled(flag: &str, text: &str) -> Result<Vec<(PathBuf, f32)>> {
     entries
         .iter()
         .map(|entry| {
-            parse(entry)
-                .ok_or_else(|| Error::setting(flag, format!("expected FILE:SCALE,…, found {entry:?}")))
+            parse(entry).ok_or_else(|| {
+                Error::setting(flag, format!("expected FILE:SCALE,…, found {entry:?}"))
+                    .with_hint(format!("write each scale as a number with a point: {flag} FILE:0.5"))
+            })
         })
         .collect()
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::file::output::{Form, Paths};
 use crate::gguf::{self, GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, TensorType, Value};
 use crate::graph::architecture::{ARCHITECTURES, Architecture};
 
@@ -21,7 +22,7 @@ const CHUNK_BYTES: usize = 4 << 20;
 ///
 /// # Errors
 /// [`Error::Model`] if the model's graph does not read such a bias for this architecture or layer, or scales
-/// it; [`Error::Setting`] if the output is the model itself or a folder, or if a vector does not fit;
+/// it; [`Error::Setting`] if the output is the model itself, a folder or a device, or if a vector does not fit;
 /// [`Error::Io`]. On an error no partial output is left behind.
 pub fn bake(
     model: &GgufFile,
@@ -31,7 +32,7 @@ pub fn bake(
     mut progress: impl FnMut(u64, u64),
 ) -> Result<()> {
     check_architecture(model)?;
-    check_output(model, output)?;
+    Paths::new().reads(model.part_paths()).writes(output, Form::Gguf).check()?;
     check_vectors(model, vectors)?;
     let entries = plan(model, vectors);
     let specs = entries.iter().map(|(spec, _)| spec.clone()).collect();
@@ -175,26 +176,6 @@ fn check_layer(model: &GgufFile, layer: usize) -> Result<()> {
     Err(Error::model(model.path(), reason).with_hint(hint))
 }
 
-/// Checks that a changed copy of `model` can be written to `output`.
-///
-/// # Errors
-/// [`Error::Setting`] if `output` is a folder, a device, or the model itself.
-pub fn check_output(model: &GgufFile, output: &Path) -> Result<()> {
-    let Ok(existing) = output.canonicalize() else { return Ok(()) };
-    if existing.is_dir() {
-        let reason = format!("expected a file to write, found the folder {}", output.display());
-        return Err(Error::setting("-o/--output", reason));
-    }
-    if !existing.is_file() {
-        let reason = format!("expected a plain file to write, found a device at {}", output.display());
-        return Err(Error::setting("-o/--output", reason));
-    }
-    if model.part_paths().any(|part| part.canonicalize().is_ok_and(|part| part == existing)) {
-        return Err(Error::setting("-o/--output", format!("{} is the model itself", output.display())));
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -257,7 +238,7 @@ mod tests {
         std::fs::copy(tiny("llama").path(), &copy).unwrap();
         let model = GgufFile::open(&copy).unwrap();
         let error = bake(&model, &BTreeMap::new(), &[], &copy, |_, _| {}).unwrap_err();
-        assert!(error.to_string().contains("the model itself"), "{error}");
+        assert!(error.to_string().contains("is an input of this command"), "{error}");
         let output = folder.path().join("x.gguf");
         for vectors in [(3, vec![0.0; 64]), (0, vec![0.0; 63]), (0, vec![f32::NAN; 64])] {
             assert!(bake(&model, &BTreeMap::from([vectors]), &[], &output, |_, _| {}).is_err());

@@ -245,6 +245,9 @@ struct ClampForm {
 }
 
 impl Interventions {
+    /// The start of every file that [`Interventions::write`] writes, by which it is recognised.
+    pub const FILE_START: &str = "{\n  \"detox_gguf\": \"interventions\",";
+
     /// Reads an intervention file and the control vectors it refers to.
     ///
     /// # Errors
@@ -330,6 +333,22 @@ impl InterventionForm {
             coefficient: intervention.coefficient,
         }
     }
+}
+
+/// Paths of the control vectors that an intervention file refers to; none for any other file.
+///
+/// A pipe is not read: its content could not be read again.
+pub fn referenced_files(path: &Path) -> Vec<PathBuf> {
+    let text = if path.is_file() { json::read_text(path).ok() } else { None };
+    let form = text.and_then(|text| serde_json::from_str::<Form>(&text).ok());
+    let Some(form) = form else { return Vec::new() };
+    let folder = path.parent().unwrap_or(Path::new(""));
+    let targets = form.interventions.into_iter().map(|intervention| intervention.what);
+    let directions = targets.filter_map(|target| match target {
+        TargetForm::Directions(directions) => Some(folder.join(directions.path)),
+        TargetForm::Neurons(_) => None,
+    });
+    directions.collect()
 }
 
 impl DirectionsForm {

@@ -44,6 +44,7 @@ pub mod fingerprint;
 pub mod intervention;
 mod json;
 pub mod lora;
+mod misspelt;
 pub mod neuron;
 pub mod record;
 pub mod value_vector;

@@ -13,11 +13,11 @@ use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, ModelOptions, SessionOptions, Token};
 use crate::error::{Error, Result};
 use crate::eval::prompts::PromptSource;
+use crate::file::output::{Form, Paths};
 use crate::file::{AtomicFile, base_name, write_atomic};
 use crate::gguf::{self, GgufFile, Metadata, TensorType, Value, WatchedFile, file_sha256};
 use crate::progress::Progress;
 use crate::report::json::to_json;
-use crate::steer::bake::check_output;
 use crate::steer::{Fingerprint, lora};
 use crate::train::output::Adapter;
 use crate::train::output::merge::{MergeOptions, merge_unnamed};
@@ -87,21 +87,8 @@ pub fn record_path(output: &Path) -> PathBuf {
     output.with_extension("export.json")
 }
 
-/// Refuses to replace a file that is not the record of an earlier export.
-fn check_record(path: &Path) -> Result<()> {
-    let is_record = |text: &str| {
-        serde_json::from_str(text)
-            .is_ok_and(|json: serde_json::Value| json.get("detox_gguf_export").is_some())
-    };
-    match std::fs::read_to_string(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Ok(text) if is_record(&text) => Ok(()),
-        _ => {
-            let reason = format!("{} would be replaced, and is not the record of an export", path.display());
-            Err(Error::setting("-o/--output", reason).with_hint("choose another name for the output"))
-        }
-    }
-}
+/// How every record starts.
+pub const RECORD_MARK: &[u8] = b"{\n  \"detox_gguf_export\"";
 
 /// Merges adapters into a copy of a model, loads it back, compares it, and keeps it only if it is close enough.
 ///
@@ -121,9 +108,9 @@ pub fn export(
     check_threads("-t/--threads", request.session_options.resolve_threads())?;
     let base = GgufFile::open(model)?;
     gguf::check_decoder(&base)?;
-    check_output(&base, output)?;
     let record = record_path(output);
-    check_record(&record)?;
+    let paths = Paths::new().reads(base.part_paths()).reads(loras.iter().map(|lora| &lora.path));
+    paths.writes(output, Form::Gguf).writes_beside(&record, RECORD_MARK).check()?;
     let watched = loras.iter().map(|lora| WatchedFile::open(&lora.path)).collect::<Result<Vec<_>>>()?;
     let adapters = read_adapters(request, &base)?;
     let is_zero = adapters.iter().all(|(adapter, scale)| *scale == 0.0 || adapter.is_zero());
@@ -184,10 +171,6 @@ fn read_adapters(request: &ExportRequest, base: &GgufFile) -> Result<Vec<(Adapte
         refuse_control_vector(&lora.path)?;
         lora::check(lora, base)?;
         Adapter::check_fingerprint(&lora.path, base, request.force)?;
-        if is_same_file(&lora.path, &request.output) {
-            let reason = format!("{} is the adapter itself", request.output.display());
-            return Err(Error::setting("-o/--output", reason));
-        }
         adapters.push((Adapter::read(&lora.path, base)?, lora.scale));
     }
     Ok(adapters)
@@ -252,10 +235,6 @@ fn refuse_control_vector(path: &Path) -> Result<()> {
     }
     Err(Error::input(path, None, "expected a LoRA adapter, found a control vector")
         .with_hint("bake it into a model: `detox-gguf steer -m MODEL --control-vector FILE --bake -o MODEL`"))
-}
-
-fn is_same_file(a: &Path, b: &Path) -> bool {
-    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
 }
 
 /// Metadata of the merged model: its base and the adapters.

@@ -27,6 +27,7 @@ use serde::Serialize;
 use crate::check::training::{Expected, agreement};
 use crate::engine::Vocabulary;
 use crate::error::{Error, Result};
+use crate::file::output::{FolderKind, Paths};
 use crate::file::{self, base_name};
 use crate::gguf::{GgufFile, Metadata, Value, check_decoder};
 use crate::memory;
@@ -168,11 +169,13 @@ impl Trained {
 ///
 /// # Errors
 /// [`Error::Setting`], [`Error::Input`], [`Error::Model`] and [`Error::Gguf`] for bad settings, pairs and models,
-/// before the folder is created; [`Error::RunFolder`] if the folder holds another run, or another process uses
+/// before the folder is created; [`Error::RunFolder`] if the folder holds anything else, or another process uses
 /// it; [`Error::Interrupted`] after a
 /// checkpoint; and those of [`run`].
 pub fn train(request: &TrainRequest, interrupt: &AtomicBool, progress: &mut dyn Progress) -> Result<Trained> {
     let compute = &request.compute;
+    let paths = Paths::new().reads([&request.model]).reads(&request.pairs);
+    paths.writes_folder(&request.output, FolderKind::Train).check()?;
     let prepared = Prepared::read(request)?;
     match prepared.settings.device {
         DeviceName::Cpu => {

@@ -8,6 +8,7 @@ mod export;
 #[cfg(unix)]
 mod files;
 mod formats;
+mod outputs;
 mod pairs;
 mod perplexity;
 mod real_model;

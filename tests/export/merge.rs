@@ -332,7 +332,7 @@ fn rejects_merges_that_cannot_be_done_and_writes_nothing() {
     assert!(matches!(error, Err(Error::Interrupted)));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     let error = merged(&base, &[(adapter(&base), 1.0)], base.path(), &plain).unwrap_err();
-    assert!(error.to_string().contains("the model itself"), "{error}");
+    assert!(error.to_string().contains("is an input of this command"), "{error}");
     let error = merged(&base, &[(adapter(&base), 1.0)], folder.path(), &plain).unwrap_err();
     assert!(error.to_string().contains("the folder"), "{error}");
 }

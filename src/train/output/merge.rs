@@ -17,10 +17,10 @@ use rayon::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::file::AtomicFile;
+use crate::file::output::{Form, Paths};
 use crate::finite;
 use crate::gguf::blocks::{dequantize, quantize};
 use crate::gguf::{GgufFile, GgufWriter, Metadata, TensorInfo, TensorSpec, TensorType, Value};
-use crate::steer::bake::check_output;
 use crate::train::output::adapter::{Adapter, Factors};
 use crate::train::output::merge_report::{Change, MergeReport, TensorChange};
 use crate::train::output::provenance::{add, copy_of, set_version};
@@ -79,7 +79,7 @@ pub fn merge_unnamed(
     options: &MergeOptions,
     mut progress: impl FnMut(u64, u64) -> Result<()>,
 ) -> Result<(MergeReport, AtomicFile)> {
-    check_output(base, output)?;
+    Paths::new().reads(base.part_paths()).writes(output, Form::Gguf).check()?;
     for (adapter, scale) in adapters {
         adapter.check(base)?;
         if !scale.is_finite() {
