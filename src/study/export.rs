@@ -131,7 +131,15 @@ pub fn export(
         prompts,
         interrupt,
     )
-    .map_err(|error| error.with_path(&unnamed, output))?;
+    .map_err(|error| match error {
+        // Name the file that the user asked for, not the temporary one.
+        Error::Model { path, reason, .. } if path == unnamed => {
+            Error::input(output, None, format!("not written: merged with these adapters, {reason}")).with_hint(
+                "lower the scale of the adapters (--lora-scaled); if a scale of 0 fails too, the model is damaged",
+            )
+        }
+        other => other.with_path(&unnamed, output),
+    })?;
     on_step(Step::Compared(&loaded_back))?;
     let changed: Vec<(TensorType, TensorType)> = merged.tensors.iter().map(|t| (t.from, t.to)).collect();
     let advice = merged.advice();

@@ -90,9 +90,17 @@ fn an_adapter_of_zeros_leaves_all_tensors_as_they_are() {
 
 #[test]
 fn a_merge_whose_numbers_overflow_is_refused_and_leaves_no_file() {
-    let folder = tempfile::tempdir().unwrap();
+    let (folder, work) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let output = folder.path().join("merged.gguf");
-    let lora = tiny("llama-lora.gguf");
+    // Keys that fit into F32, but not into llama.cpp's default cache in F16.
+    let base = GgufFile::open(tiny("llama.gguf")).unwrap();
+    let name = "blk.0.attn_k.weight";
+    let &[n_in, n_out] = base.tensor(name).unwrap().shape() else { panic!("{name} is not a matrix") };
+    let (n_in, n_out) = (n_in as usize, n_out as usize);
+    let factors =
+        Factors { name: name.into(), n_in, n_out, rank: 1, a: vec![1.5; n_in], b: vec![1.5; n_out] };
+    let lora = work.path().join("lora.gguf");
+    Adapter { alpha: 0.0, factors: vec![factors] }.write(&lora, &base, &Metadata::new()).unwrap();
     for (scale, part) in [("1e25", "NaN or infinite values"), ("3e38", "--lora-scaled")] {
         let mut command = detox();
         command.args(["export", "-t", "1", "-m"]).arg(tiny("llama.gguf"));
