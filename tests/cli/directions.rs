@@ -78,7 +78,7 @@ fn rejects_invalid_pairs_and_names_the_line() {
         (String::new(), "pairs.jsonl", "at least one pair"),
         (format!("{good}{{\"toxic\": \"a\"}}\n"), "pairs.jsonl:2", "benign"),
         (format!("{good}{{\"toxic\": \" \", \"benign\": \"b\"}}\n"), "pairs.jsonl:2", "an empty one"),
-        (format!("{good}\n{{\"toxic\": \"a\", "), "pairs.jsonl:3", "expected an object"),
+        (format!("{good}\n{{\"toxic\": \"a\", "), "pairs.jsonl:3", "expected JSON"),
     ] {
         std::fs::write(&path, &content).unwrap();
         let mut command = detox();
