@@ -47,9 +47,9 @@ impl Sizes {
         };
         let n_embd = u64::from(file.n_embd()?);
         let (mut n_embd_head_k, mut n_embd_head_v, mut n_rot) = (0, 0, 0);
-        if n_head[0] > 0 {
-            n_embd_head_k = number("attention.key_length")?.unwrap_or(n_embd / n_head[0]);
-            n_embd_head_v = number("attention.value_length")?.unwrap_or(n_embd / n_head[0]);
+        if let Some(width) = n_embd.checked_div(n_head[0]) {
+            n_embd_head_k = number("attention.key_length")?.unwrap_or(width);
+            n_embd_head_v = number("attention.value_length")?.unwrap_or(width);
             n_rot = number("rope.dimension_count")?.unwrap_or(n_embd_head_k);
         } else if file.architecture()? == "plamo2" {
             n_embd_head_k = number("attention.key_length")?.unwrap_or(0);
