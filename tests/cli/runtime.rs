@@ -1,6 +1,7 @@
 //! What happens when a model changes while it runs, when llama.cpp crashes, and when flags ask for the impossible.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -36,7 +37,8 @@ fn a_model_that_is_overwritten_while_it_runs_ends_the_run_without_a_report() {
     let mut bytes = fs::read(&path).unwrap();
     let half = bytes.len() / 2;
     bytes[half..].reverse();
-    fs::write(&path, bytes).unwrap();
+    // In place, as `dd conv=notrunc` and `rsync --inplace` write: a file that is truncated first sends a signal.
+    fs::OpenOptions::new().write(true).open(&path).unwrap().write_all(&bytes).unwrap();
     let (code, message) = ended(child);
     assert_eq!(code, 1, "{message}");
     assert!(message.contains("error: m.gguf: the file was changed while it was in use"), "{message}");
