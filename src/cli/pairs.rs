@@ -156,10 +156,13 @@ impl PairsCommand {
 
     /// The files that the command reads and writes.
     pub fn paths(&self) -> Result<Paths> {
-        let mut steer = self.sides.steer_chosen.clone();
-        steer.extend(self.sides.steer_rejected.iter().cloned());
-        let steering = SteeringArguments { steer, ..SteeringArguments::default() };
-        let paths = Paths::new().reads([&self.model]).reads(&self.prompts.prompts).reads(steering.files()?);
+        let mut paths = Paths::new().reads([&self.model]).reads(&self.prompts.prompts);
+        for (flag, files) in
+            [("--steer-chosen", &self.sides.steer_chosen), ("--steer-rejected", &self.sides.steer_rejected)]
+        {
+            let steering = SteeringArguments { steer: files.clone(), ..SteeringArguments::default() };
+            paths = paths.reads(steering.files().map_err(|error| of_flag(flag, error))?);
+        }
         Ok(print::writes_rows(paths, self.output.as_deref()))
     }
 
@@ -173,10 +176,7 @@ impl PairsCommand {
         if arguments.is_empty() {
             return Ok(None);
         }
-        let steered = arguments.compile(&self.model).map_err(|error| match error {
-            Error::Setting { reason, hint, .. } => Error::Setting { setting: flag.to_owned(), reason, hint },
-            other => other,
-        })?;
+        let steered = arguments.compile(&self.model).map_err(|error| of_flag(flag, error))?;
         let words = steered.by.iter().map(|by| {
             let file = by["file"].as_str().unwrap_or_default();
             // As f32, so that it prints as on the command line: 0.1, not 0.10000000149.
@@ -184,5 +184,13 @@ impl PairsCommand {
             format!("{file} x {coefficient}")
         });
         Ok(Some(SteeredSide { by: words.collect::<Vec<_>>().join(", "), steering: steered.steering }))
+    }
+}
+
+/// The error about `--steer` under the name of the flag of one side.
+fn of_flag(flag: &str, error: Error) -> Error {
+    match error {
+        Error::Setting { reason, hint, .. } => Error::Setting { setting: flag.to_owned(), reason, hint },
+        other => other,
     }
 }

@@ -52,7 +52,11 @@ impl Axis {
         let (step, exponent) = (step_of(found), found.1);
         let first = (low * covered / step).floor() as i32;
         let last = ((high * covered / step).ceil() as i32).max(first + 2);
-        Axis { ticks: (first..=last).map(|i| f64::from(i) * step).collect(), exponent, unit }
+        Axis {
+            ticks: (first..=last).map(|i| (f64::from(i) * step).clamp(f64::MIN, f64::MAX)).collect(),
+            exponent,
+            unit,
+        }
     }
 
     /// The position of a value on the axis, from 0 to 1.
@@ -67,9 +71,9 @@ impl Axis {
         self.text(value, 0)
     }
 
-    /// The text of a value between ticks, with one digit more.
+    /// The text of a value between ticks, with two digits more.
     pub fn value(&self, value: f64) -> String {
-        self.text(value, 1)
+        self.text(value, 2)
     }
 
     fn text(&self, value: f64, more_digits: i32) -> String {
@@ -107,10 +111,17 @@ fn without_sign_of_zero(text: String) -> String {
 ///
 /// `0.1` as f32 becomes 0.10000000149011612 as f64, which would overlap its neighbours.
 pub fn labels(values: &[f64]) -> Vec<String> {
-    let with = |digits: usize| -> Vec<String> { values.iter().map(|&v| significant(v, digits)).collect() };
-    let is_distinct = |labels: &[String]| (1..labels.len()).all(|i| labels[i] != labels[i - 1]);
-    let labels = (3..17).map(with).find(|labels| is_distinct(labels));
-    labels.unwrap_or_else(|| with(17))
+    let gaps = values.windows(2).map(|pair| (pair[1] - pair[0]).abs());
+    let gap = gaps.filter(|&gap| gap > 0.0).fold(f64::INFINITY, f64::min);
+    let is_close = |value: f64, label: &str| {
+        let error = label.parse().map_or(f64::INFINITY, |shown: f64| (shown - value).abs());
+        error <= (0.05 * gap).min(1e-4 * value.abs())
+    };
+    let label = |&value: &f64| {
+        let labels = (3..17).map(|digits| significant(value, digits));
+        labels.into_iter().find(|label| is_close(value, label)).unwrap_or_else(|| significant(value, 17))
+    };
+    values.iter().map(label).collect()
 }
 
 /// A number rounded to significant digits, in its shortest spelling.
@@ -182,7 +193,7 @@ mod tests {
         assert_eq!(texts(&[0.4], AxisUnit::Percent), ["0%", "10%", "20%", "30%", "40%"]);
         assert_eq!(texts(&[0.0042], AxisUnit::Percent), ["0.0%", "0.1%", "0.2%", "0.3%", "0.4%", "0.5%"]);
         assert_eq!(texts(&[4.2e7], AxisUnit::Plain)[4], "4e7");
-        assert_eq!(axis(&[0.6]).value(0.25), "0.25");
+        assert_eq!(axis(&[0.6]).value(0.25), "0.250");
     }
 
     #[test]

@@ -134,7 +134,7 @@ mod tests {
         ];
         let svg = line_plot("p", "A & B", "offset", &series, Some(-1.0), AxisUnit::Plain).into_string();
         assert!(svg.contains("A &amp; B"));
-        assert!(svg.contains("chosen: 0.50 at 0, 0.20 at -1; random: 0.50 at -1"), "{svg}");
+        assert!(svg.contains("chosen: 0.500 at 0, 0.200 at -1; random: 0.500 at -1"), "{svg}");
         assert_eq!((svg.matches("<circle").count(), svg.matches("<rect").count()), (2, 1));
         assert_eq!(svg.matches("whisker").count(), 1);
         assert!(!svg.contains("NaN") && !svg.contains("inf\""));
@@ -155,7 +155,7 @@ mod tests {
         let series = [Series { name: "margin".into(), is_reference: false, points }];
         let svg = line_plot("p", "t", "step", &series, None, AxisUnit::Plain).into_string();
         assert!(svg.contains(">0.001<") && svg.contains(">0.004<"), "{svg}");
-        assert!(svg.contains("margin: 0.0000 at 0, 0.0034 at 1<"), "{svg}");
+        assert!(svg.contains("margin: 0.00000 at 0, 0.00340 at 1<"), "{svg}");
         assert!(!svg.contains("NaN"), "{svg}");
     }
 

@@ -26,7 +26,8 @@ pub(super) fn refuse(text: &str) -> Option<Error> {
         let (path, rest) = (&text[..at], &text[at + separator.len_utf8()..]);
         let is_file = Path::new(path).is_file();
         // Without the file, only a number after a colon is surely meant as a coefficient.
-        let number = coefficient(rest).filter(|_| is_file || separator == ':');
+        let is_misspelt = separator == ':' && rest.parse::<f32>().is_err();
+        let number = coefficient(rest).filter(|_| is_file || is_misspelt);
         match number {
             Some(number) if !path.is_empty() => {
                 return error(&format!("found {rest:?} after the file"), format!("write {path}:{number}"));

@@ -214,7 +214,7 @@ fn rejects_bad_arguments_with_a_hint() {
         (1, "--force", export(&tiny("llama-q8_0.gguf"), &of_llama, &output)),
         (1, "No such file", export(&llama, &work.path().join("none"), &output)),
         (1, "No such file", export(&work.path().join("none"), &lora, &output)),
-        (1, "No such file", export(&llama, &lora, &folder.path().join("none/merged.gguf"))),
+        (2, "found no folder", export(&llama, &lora, &folder.path().join("none/merged.gguf"))),
         (2, "importance matrix", with(&["--type", "iq1_s"])),
         (2, "hint: choose one of f32, f16, q4_0", with(&["--type", "q4_k_m"])),
         (1, "multiple of 256", with(&["--type", "q4_k"])),

@@ -5,17 +5,10 @@ use std::process::{ExitStatus, Stdio};
 
 use super::{contents, detox, failure, small_eval, tiny};
 
-/// The program with the words of `line` as arguments, started in `folder`. A word that names a tiny model becomes its
-/// path.
+/// The program with the words of `line` as arguments, started in `folder`.
 fn detox_in(folder: &Path, line: &str) -> assert_cmd::Command {
     let mut command = detox();
-    command.current_dir(folder);
-    for word in line.split_whitespace() {
-        match tiny(word) {
-            path if path.is_file() => command.arg(path),
-            _ => command.arg(word),
-        };
-    }
+    command.current_dir(folder).args(line.split_whitespace());
     command
 }
 

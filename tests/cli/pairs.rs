@@ -179,8 +179,8 @@ fn a_run_without_pairs_fails_with_the_reasons_and_writes_nothing() {
 fn rejects_a_folder_that_cannot_be_written_before_sampling() {
     let folder = tempfile::tempdir().unwrap();
     let (code, stderr) = failure(pairs("llama.gguf").arg("-o").arg(folder.path().join("none/pairs.jsonl")));
-    assert_eq!(code, 1);
-    assert!(stderr.contains("cannot write") && !stderr.contains("samples:"), "{stderr}");
+    assert_eq!(code, 2);
+    assert!(stderr.contains("found no folder") && !stderr.contains("samples:"), "{stderr}");
 }
 
 #[cfg(unix)]
