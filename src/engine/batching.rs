@@ -9,12 +9,16 @@
 
 use crate::error::Result;
 use crate::graph::Architecture;
+use crate::memory;
 
 use super::Token;
 use super::model::Model;
 use super::options::SessionOptions;
 use super::sample;
-use super::session::Session;
+use super::session::{CELLS, Session};
+
+/// More sequences than this decode no faster on a CPU, measured with `bench generate`.
+const MOST_PARALLEL: usize = 100;
 
 /// The largest mean KL divergence, in nats per token, between sequences decoded together and alone.
 ///
@@ -22,8 +26,32 @@ use super::session::Session;
 /// A mixed-up sequence sees other words, and moves a trained model by more than 1.
 const MOST_KL: f64 = 2e-2;
 
+impl SessionOptions {
+    /// The number of sequences to decode at once, if each needs `n_ctx_seq` tokens.
+    ///
+    /// Without `-np` this is as many as a quarter of the machine's memory holds, and at most 100. It depends on
+    /// total memory rather than free memory, so the same command chooses the same number. A model whose sequences
+    /// cannot share a batch decodes one at a time, whatever is asked for.
+    pub fn resolve_parallel(&self, model: &Model, n_ctx_seq: usize) -> usize {
+        let n_parallel = self.n_parallel.unwrap_or_else(|| {
+            let quarter = usize::try_from(memory::total_bytes() / 4).unwrap_or(usize::MAX);
+            let of_memory =
+                quarter / (self.kv_bytes_per_cell(model) * n_ctx_seq.next_multiple_of(CELLS)).max(1);
+            // With -c the sequences share the given context.
+            let of_context = self.n_ctx.map_or(MOST_PARALLEL, |n_ctx| n_ctx / n_ctx_seq.max(1));
+            MOST_PARALLEL.min(of_memory).min(of_context).min(self.n_batch).max(1)
+        });
+        if n_parallel > 1 && !shares_batches(model, self) { 1 } else { n_parallel }
+    }
+}
+
+/// Whether sequences of `model` may be decoded together. Found out at the first call, with its options.
+fn shares_batches(model: &Model, options: &SessionOptions) -> bool {
+    *model.shares_batches.get_or_init(|| may_share_batches(model, options))
+}
+
 /// Decides whether sequences of `model` may share batches, and warns if not.
-pub(super) fn may_share_batches(model: &Model, options: &SessionOptions) -> bool {
+fn may_share_batches(model: &Model, options: &SessionOptions) -> bool {
     if Architecture::find(model.architecture()).is_some() {
         return true;
     }

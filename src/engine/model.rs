@@ -9,9 +9,8 @@ use crate::graph::Architecture;
 use crate::graph::steering::{Change, Operation, Steering};
 
 use super::Token;
-use super::batching;
 use super::ffi::{self, LoadParams, LoraHandle, ModelHandle};
-use super::options::{ModelOptions, SessionOptions};
+use super::options::ModelOptions;
 use super::vocabulary::Vocabulary;
 
 /// A model in memory, for any number of sessions.
@@ -28,7 +27,7 @@ pub struct Model {
     kv_bytes_per_cell: usize,
     on_cpu: bool,
     /// Whether sequences may share batches, once that is known.
-    shares_batches: Arc<OnceLock<bool>>,
+    pub(super) shares_batches: Arc<OnceLock<bool>>,
     files: ModelFiles,
     steering: Arc<LoadedSteering>,
 }
@@ -81,7 +80,7 @@ impl Model {
             refused(
                 format!(
                     "llama.cpp {version} refused it (architecture {architecture:?}){}",
-                    after_colon(&reason)
+                    ffi::after_colon(&reason)
                 ),
                 "run again with -v to see llama.cpp's log",
             )
@@ -129,7 +128,10 @@ impl Model {
                     let base = self.path().display();
                     Error::model(
                         &lora.path,
-                        format!("llama.cpp refused it as a LoRA adapter of {base}{}", after_colon(&reason)),
+                        format!(
+                            "llama.cpp refused it as a LoRA adapter of {base}{}",
+                            ffi::after_colon(&reason)
+                        ),
                     )
                     .with_hint("run again with -v to see llama.cpp's log")
                 })?;
@@ -152,11 +154,6 @@ impl Model {
         let steering =
             LoadedSteering { steering: Steering::default(), loras: Vec::new(), model: self.handle.clone() };
         Model { steering: Arc::new(steering), ..self }
-    }
-
-    /// Whether its sequences may be decoded together. Found out at the first call, with its options.
-    pub(super) fn shares_batches(&self, options: &SessionOptions) -> bool {
-        *self.shares_batches.get_or_init(|| batching::may_share_batches(self, options))
     }
 
     /// Its steering, which may be empty.
@@ -345,16 +342,6 @@ impl Model {
     /// Whether `token` ends a generation.
     pub fn is_end_of_generation(&self, token: Token) -> bool {
         self.handle.is_end_of_generation(token)
-    }
-}
-
-/// llama.cpp's own words at the end of a message, if there are any.
-pub(super) fn after_colon(reason: &str) -> String {
-    match reason.split_once("unknown pre-tokenizer type: ") {
-        _ if reason.is_empty() => String::new(),
-        None => format!(": {reason}"),
-        // llama.cpp does not name the key.
-        Some((_, found)) => format!(": key \"tokenizer.ggml.pre\": unknown kind {found}"),
     }
 }
 

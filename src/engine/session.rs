@@ -18,14 +18,11 @@ use super::model::{LoadedSteering, Model};
 use super::options::{MOST_THREADS, SessionOptions, check_threads};
 use super::{Token, sample};
 
-/// More sequences than this decode no faster on a CPU, measured with `bench generate`.
-const MOST_PARALLEL: usize = 100;
-
 /// llama.cpp counts the tokens of a batch and of a context in 31 bits.
 const MOST_TOKENS: usize = i32::MAX as usize;
 
 /// llama.cpp rounds the cells of a sequence up to a multiple of this.
-const CELLS: usize = 256;
+pub(super) const CELLS: usize = 256;
 
 /// The slot that holds the current prompt.
 pub(super) const PROMPT_SLOT: usize = 0;
@@ -36,25 +33,8 @@ impl SessionOptions {
         self.n_threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
     }
 
-    /// The number of sequences to decode at once, if each needs `n_ctx_seq` tokens.
-    ///
-    /// Without `-np` this is as many as a quarter of the machine's memory holds, and at most 100. It depends on
-    /// total memory rather than free memory, so the same command chooses the same number. A model whose sequences
-    /// cannot share a batch decodes one at a time, whatever is asked for.
-    pub fn resolve_parallel(&self, model: &Model, n_ctx_seq: usize) -> usize {
-        let n_parallel = self.n_parallel.unwrap_or_else(|| {
-            let quarter = usize::try_from(memory::total_bytes() / 4).unwrap_or(usize::MAX);
-            let of_memory =
-                quarter / (self.kv_bytes_per_cell(model) * n_ctx_seq.next_multiple_of(CELLS)).max(1);
-            // With -c the sequences share the given context.
-            let of_context = self.n_ctx.map_or(MOST_PARALLEL, |n_ctx| n_ctx / n_ctx_seq.max(1));
-            MOST_PARALLEL.min(of_memory).min(of_context).min(self.n_batch).max(1)
-        });
-        if n_parallel > 1 && !model.shares_batches(self) { 1 } else { n_parallel }
-    }
-
     /// Bytes of KV cache per token, over all layers.
-    fn kv_bytes_per_cell(&self, model: &Model) -> usize {
+    pub(super) fn kv_bytes_per_cell(&self, model: &Model) -> usize {
         // Keys and values have nearly the same width in every model, so the mean of their types is close enough.
         model.kv_bytes_per_cell() * (self.cache_type_k.bits() + self.cache_type_v.bits()) / 32
     }

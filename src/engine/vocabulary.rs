@@ -50,7 +50,7 @@ impl Vocabulary {
         let handle = ModelHandle::load(&file, params);
         file.check_unchanged()?;
         let handle = handle.map_err(|reason| {
-            let (version, reason) = (super::llama_version(), super::model::after_colon(&reason));
+            let (version, reason) = (super::llama_version(), super::ffi::after_colon(&reason));
             Error::model(path, format!("llama.cpp {version} refused its vocabulary{reason}"))
                 .with_hint("run again with -v to see llama.cpp's log")
         })?;

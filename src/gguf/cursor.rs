@@ -1,5 +1,6 @@
 //! Bounded reads: every length is checked against the bytes left in the file before anything is allocated.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 
 use super::{Array, Strings, Value, ValueType};
@@ -212,4 +213,27 @@ impl<R: Read> Cursor<R> {
 
 fn too_long(what: &str, n: u64) -> Fault {
     Fault::Reason(format!("{what} is an array of {n} elements, more than any file can hold"))
+}
+
+/// Reads at a position and leaves the file's own position alone.
+#[cfg(unix)]
+pub(super) fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
+}
+
+/// Reads at a position. On Windows this also moves the file's own position; nothing here relies on it.
+#[cfg(windows)]
+pub(super) fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, bytes, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => {
+                bytes = &mut bytes[n..];
+                offset += n as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }

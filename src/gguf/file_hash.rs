@@ -1,4 +1,4 @@
-//! The sha256 of a file, and of a model in one or several files.
+//! The sha256 of a file.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -8,8 +8,8 @@ use std::sync::{Mutex, PoisonError};
 
 use sha2::{Digest, Sha256};
 
-use super::GgufFile;
-use super::watched::Stamp;
+use super::cursor::read_exact_at;
+use super::stamp::Stamp;
 use crate::error::{Error, Result};
 use crate::file::hex;
 
@@ -68,7 +68,7 @@ struct ReadAt<'a> {
 impl Read for ReadAt<'_> {
     fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
         let n = (self.end - self.position).min(bytes.len() as u64) as usize;
-        super::read::read_exact_at(self.file, &mut bytes[..n], self.position)?;
+        read_exact_at(self.file, &mut bytes[..n], self.position)?;
         self.position += n as u64;
         Ok(n)
     }
@@ -92,12 +92,4 @@ pub(super) fn remember(stamp: Stamp, hash: &str) {
         .unwrap_or_else(PoisonError::into_inner)
         .get_or_insert_default()
         .insert(stamp, hash.to_owned());
-}
-
-/// The sha256 of the model at `path`: see [`super::ModelFiles::sha256`].
-///
-/// # Errors
-/// Same as [`GgufFile::open`] and [`super::ModelFiles::sha256`].
-pub fn model_sha256(path: impl AsRef<Path>, progress: impl FnMut(u64, u64)) -> Result<String> {
-    GgufFile::open(path)?.files().sha256(progress)
 }

@@ -1,11 +1,10 @@
 //! [`GgufFile`]: an open, validated GGUF file.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io;
 use std::path::Path;
 
 use super::Metadata;
+use super::cursor::read_exact_at;
 use super::split;
 use super::tensor::TensorInfo;
 use super::validate::{Part, validate};
@@ -126,25 +125,10 @@ impl GgufFile {
     }
 }
 
-/// Reads at a position and leaves the file's own position alone.
-#[cfg(unix)]
-pub(super) fn read_exact_at(file: &File, bytes: &mut [u8], offset: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
-}
-
-/// Reads at a position. On Windows this also moves the file's own position; nothing here relies on it.
-#[cfg(windows)]
-pub(super) fn read_exact_at(file: &File, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
-    while !bytes.is_empty() {
-        match std::os::windows::fs::FileExt::seek_read(file, bytes, offset) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => {
-                bytes = &mut bytes[n..];
-                offset += n as u64;
-            }
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
+/// The sha256 of the model at `path`: see [`super::ModelFiles::sha256`].
+///
+/// # Errors
+/// Same as [`GgufFile::open`] and [`super::ModelFiles::sha256`].
+pub fn model_sha256(path: impl AsRef<Path>, progress: impl FnMut(u64, u64)) -> Result<String> {
+    GgufFile::open(path)?.files().sha256(progress)
 }

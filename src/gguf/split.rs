@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
-use super::read::read_exact_at;
+use super::cursor::read_exact_at;
 use super::validate::{Part, Validated, refuse, validate};
 use super::{Metadata, TensorInfo, Value};
 use crate::error::{Error, Result};

@@ -4,7 +4,7 @@
 //! would name a model that did not run. So an open file is looked at again before and after each unit of work.
 
 use std::collections::HashMap;
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,52 +12,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use sha2::{Digest, Sha256};
 
 use super::file_hash;
+use super::stamp::Stamp;
 use crate::error::{Error, Result};
 use crate::file::hex;
-
-/// What the system knows about a file without reading it. Times are in nanoseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Stamp {
-    device: u64,
-    inode: u64,
-    n_bytes: u64,
-    modified: i128,
-    /// Last change of content, name or permissions.
-    changed: i128,
-    n_links: u64,
-    /// Permissions and owner.
-    rights: (u32, u32, u32),
-}
-
-impl Stamp {
-    #[cfg(unix)]
-    pub(super) fn of(found: &Metadata) -> Stamp {
-        use std::os::unix::fs::MetadataExt;
-        let nanoseconds = |s: i64, ns: i64| i128::from(s) * 1_000_000_000 + i128::from(ns);
-        Stamp {
-            device: found.dev(),
-            inode: found.ino(),
-            n_bytes: found.len(),
-            modified: nanoseconds(found.mtime(), found.mtime_nsec()),
-            changed: nanoseconds(found.ctime(), found.ctime_nsec()),
-            n_links: found.nlink(),
-            rights: (found.mode(), found.uid(), found.gid()),
-        }
-    }
-
-    #[cfg(not(unix))]
-    pub(super) fn of(found: &Metadata) -> Stamp {
-        let modified = found.modified().ok();
-        let since_1970 = modified.and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
-        let modified = since_1970.map_or(0, |t| t.as_nanos() as i128);
-        let n_bytes = found.len();
-        Stamp { device: 0, inode: 0, n_bytes, modified, changed: modified, n_links: 1, rights: (0, 0, 0) }
-    }
-
-    fn is_same_file(&self, other: &Stamp) -> bool {
-        (self.device, self.inode) == (other.device, other.inode)
-    }
-}
 
 /// An open file, with its stamp from when it was opened.
 #[derive(Debug)]

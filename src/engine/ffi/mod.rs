@@ -95,6 +95,16 @@ fn with_reason<T>(call: impl FnOnce() -> Option<T>) -> Result<T, String> {
     result.ok_or(reason)
 }
 
+/// llama.cpp's own words at the end of a message, if there are any.
+pub(super) fn after_colon(reason: &str) -> String {
+    match reason.split_once("unknown pre-tokenizer type: ") {
+        _ if reason.is_empty() => String::new(),
+        None => format!(": {reason}"),
+        // llama.cpp does not name the key.
+        Some((_, found)) => format!(": key \"tokenizer.ggml.pre\": unknown kind {found}"),
+    }
+}
+
 /// The path as llama.cpp takes it. On Unix any bytes are a path; elsewhere llama.cpp expects UTF-8.
 fn path_bytes(path: &Path) -> Option<CString> {
     #[cfg(unix)]
