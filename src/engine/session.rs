@@ -477,6 +477,10 @@ impl Session {
 
     /// The error for a row of logits that defines no distribution.
     pub(super) fn no_distribution(&self) -> Error {
+        // Bytes that changed under the mapping are the likeliest reason.
+        if let Err(changed) = self.model.files().check_content() {
+            return changed;
+        }
         self.refusal("its logits contain NaN, or no finite value".into()).with_hint(self.not_finite_hint())
     }
 
