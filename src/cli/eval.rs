@@ -204,8 +204,11 @@ impl EvalCommand {
 
     /// The files that the command reads and writes.
     pub fn paths(&self) -> Result<Paths> {
-        let EvalArguments { model, output, generations, compare, prompts, measure, steering, .. } = &self.0;
-        let paths = Paths::new().reads(model).reads(generations).reads(compare).reads(&prompts.prompts);
+        let EvalArguments {
+            model, output, generations, rescore, compare, prompts, measure, steering, ..
+        } = &self.0;
+        let paths = Paths::new().reads(model).reads(generations).reads(rescore);
+        let paths = paths.reads(compare).reads(&prompts.prompts);
         let paths = measure.reads(paths).reads(steering.files()?);
         let kind = if compare.is_empty() { FolderKind::Eval } else { FolderKind::Compare };
         Ok(output.iter().fold(paths, |paths, folder| paths.writes_folder(folder, kind)))
@@ -216,24 +219,29 @@ impl EvalArguments {
     fn evaluate(&self, interrupt: &AtomicBool) -> Result<()> {
         let folder =
             self.output.as_deref().ok_or_else(|| Error::setting("-o/--output", "expected a folder"))?;
+        // Before the lock, which creates the folder.
+        let request = self.rescore.is_none().then(|| self.request()).transpose()?;
+        let base = || {
+            let reason = "expected a model that measures perplexity, found none";
+            let without = || Error::setting("--rescore", reason).with_hint("name one with --base");
+            self.measure.base.clone().ok_or_else(without)
+        };
+        let rescore = self.rescore.as_ref().map(|run| Ok((run, base()?))).transpose()?;
         // Held until the reports are written.
         let _lock = file::lock_folder(folder)?;
-        let evaluated = match (&self.rescore, &self.measure.base) {
-            (Some(run), Some(base)) => {
+        let evaluated = match (rescore, request) {
+            (Some((run, base)), _) => {
                 let request = RescoreRequest {
                     run: run.clone(),
-                    base: base.clone(),
+                    base,
                     perplexity: self.measure.perplexity.map(Into::into),
                     model_options: self.engine.model_options(),
                     session_options: self.engine.session_options(),
                 };
                 rescore::rescore(&request, folder, interrupt, &mut Shown::new())
             }
-            (Some(_), None) => {
-                let reason = "expected a model that measures perplexity, found none";
-                return Err(Error::setting("--rescore", reason).with_hint("name one with --base"));
-            }
-            _ => run::evaluate(&self.request()?, folder, interrupt, &mut Shown::new()),
+            (None, Some(request)) => run::evaluate(&request, folder, interrupt, &mut Shown::new()),
+            (None, None) => unreachable!("a request is made unless a run is rescored"),
         };
         let evaluated = evaluated.inspect_err(|error| {
             if matches!(error, Error::Interrupted) {

@@ -61,7 +61,10 @@ pub fn error(error: &Error) {
     }
     note(&format!("error: {error}"));
     if let Some(hint) = error.hint() {
-        note(&format!("hint: {hint}"));
+        // A hint may list commands. Its other lines are indented, so that no name of a file can pass for a message.
+        let mut lines = hint.lines();
+        note(&format!("hint: {}", lines.next().unwrap_or_default()));
+        lines.for_each(|line| note(&format!("  {line}")));
     }
 }
 

@@ -107,11 +107,16 @@ impl FolderKind {
         let found: Vec<Value> = copies.iter().filter_map(|path| read_object(path)).collect();
         let is_marked = found.iter().any(|object| keys.iter().all(|&key| object.get(key).is_some()));
         // Opening the run says what is damaged, and what to do.
-        let is_damaged = self.is_run() && found.is_empty() && copies.iter().any(|path| path.exists());
+        let is_damaged = self.is_run() && found.is_empty() && copies.iter().any(|path| is_torn(path));
         // An interrupted sweep has runs, but no report yet.
         let is_begun = self == FolderKind::Sweep && FolderKind::Eval.is_in(&folder.join("baseline"));
         is_marked || is_damaged || is_begun
     }
+}
+
+/// Whether a JSON object in the file was cut off or zeroed by a crash.
+fn is_torn(path: &Path) -> bool {
+    fs::read(path).is_ok_and(|bytes| bytes.first().is_none_or(|byte| matches!(byte, b'{' | 0)))
 }
 
 /// The file as a JSON object; `None` if it is anything else.

@@ -21,6 +21,7 @@ fn an_evaluation_writes_its_files_and_prints_a_row_per_language() {
         "report.json",
         "report.md",
         "run.json",
+        "run.json.bak",
         "scores.jsonl",
     ];
     assert_eq!(names, expected);

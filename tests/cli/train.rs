@@ -194,7 +194,7 @@ const BAD_SETTINGS: [(&str, &[&str]); 28] = [
     ("--patience: expected at least 1, found 0", &["--patience", "0"]),
     ("--max-prompt: expected at least 1, found 0", &["--max-prompt", "0"]),
     ("--max-length: expected at least 1, found 0", &["--max-length", "0"]),
-    ("-t/--threads: expected at least 1, found 0", &["-t", "0"]),
+    ("-t/--threads: expected a number from 1 to 512, found 0", &["-t", "0"]),
     ("--ubatch-size: expected at least 1, found 0", &["-ub", "0"]),
 ];
 
@@ -301,7 +301,7 @@ fn rejects_malformed_pairs_by_file_and_line() {
     assert!(missing.1.contains("pairs.jsonl: No such file"), "{}", missing.1);
     let good = "{\"prompt\": \"a\", \"chosen\": \" b\", \"rejected\": \" c\"}";
     for (content, words) in [
-        (format!("{good}\n{{broken\n"), "pairs.jsonl:2: expected a JSON object"),
+        (format!("{good}\n{{broken\n"), "pairs.jsonl:2: expected JSON"),
         (
             format!("{good}\n\n{{\"prompt\": \"a\", \"chosen\": \"b\"}}\n"),
             "pairs.jsonl:3: expected a key \"rejected\"",
@@ -351,7 +351,7 @@ fn skipped_pairs_are_counted_by_reason() {
     let (code, stderr) = failure(train("llama.gguf", &other).args(limits).arg(&pairs));
     assert_eq!(code, 1, "{stderr}");
     let words = "pairs.jsonl: none of its 3 pairs can be used: 1 an empty answer, 1 no answer left after \
-                 truncation, 1 chosen equal to rejected\nhint: raise --max-length";
+                 truncation, 1 chosen equal to rejected\nhint: give both answers";
     assert!(stderr.contains(words), "{stderr}");
     assert!(!other.exists());
 }

@@ -420,6 +420,6 @@ fn an_export_does_not_replace_a_file_that_is_not_its_record() {
         .arg("--lora")
         .arg(tiny("llama-lora.gguf"));
     let (code, message) = failure(command.arg("-o").arg(&merged));
-    assert!(code == 2 && message.contains("is not the record of an export"), "{message}");
+    assert!(code == 2 && message.contains("merged.export.json would be overwritten"), "{message}");
     assert!(!merged.exists() && std::fs::read(&foreign).unwrap() == b"{\"mine\": 1}");
 }

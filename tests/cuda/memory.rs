@@ -194,7 +194,7 @@ fn placements(records: &[Record]) -> Vec<PlacementRecord> {
 /// A gradient that was added twice, or not at all, would change the norm by far more than the tolerance.
 #[track_caller]
 fn assert_same_steps(found: &[Record], expected: &[Record]) {
-    let of = |record: &Record| if let Record::Step(step) = record { Some(*step) } else { None };
+    let of = |record: &Record| if let Record::Step(step) = record { Some(step.clone()) } else { None };
     let [found, expected] =
         [found, expected].map(|records| records.iter().filter_map(of).collect::<Vec<_>>());
     assert_eq!(found.len(), expected.len());

@@ -37,6 +37,7 @@ fn an_export_reports_each_step_and_writes_only_a_model_that_passes() {
     assert!(exported.loaded_back.is_close() && exported.advice.is_none() && request.output.exists());
 
     std::fs::remove_file(&request.output).unwrap();
+    std::fs::remove_file(&exported.record).unwrap();
     let error = export(&request, &mut Silent, &mut |_| Ok(()), &AtomicBool::new(true)).unwrap_err();
     assert!(matches!(error, Error::Interrupted));
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);

@@ -260,7 +260,7 @@ fn notices_that_a_file_changed_after_it_was_opened() {
 
     let handle = std::fs::File::options().write(true).open(&path).unwrap();
     handle.set_len(last.offset() + 1).unwrap();
-    assert!(file.check_unchanged().unwrap_err().to_string().contains("changed after it was checked"));
+    assert!(file.check_unchanged().unwrap_err().to_string().contains("changed"));
     assert!(file.read_tensor(last).is_err(), "a truncated file is an error, not a signal");
 
     handle.set_len(valid_model().len() as u64).unwrap();

@@ -163,7 +163,7 @@ fn rejects_ranking_weights_that_are_not_finite() {
     for x in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
         let (_folder, model) = with_weight(x);
         match rank(&model, &probe(), 5) {
-            Err(error) => assert_says(&error, &["blk.1.ffn_down.weight", "17"]),
+            Err(error) => assert_says(&error, &["blk.1.ffn_down.weight", "expected finite numbers"]),
             Ok(ranked) => panic!("{x} was ranked: {ranked:?}"),
         }
     }

@@ -42,7 +42,7 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
         let status = match &error {
             Error::Io { .. } => Status::IoError,
-            Error::Input { .. } | Error::Gguf { .. } => Status::InvalidFile,
+            Error::Input { .. } | Error::Gguf { .. } | Error::NotFinite { .. } => Status::InvalidFile,
             Error::Model { .. } | Error::Scorer { .. } => Status::Unsupported,
             Error::Setting { .. } => Status::InvalidArgument,
             Error::Refused { .. } => Status::Refused,
