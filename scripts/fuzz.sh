@@ -22,7 +22,12 @@ RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address -Cdebug-assertions -Coverflow-c
     -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares --cfg fuzzing" \
     cargo build --release --quiet --bins --manifest-path fuzz/Cargo.toml --target "$host" --target-dir "$work/build"
 mkdir -p "$work/found"
-trap 'rm -rf /dev/shm/detox-gguf-fuzz-* "${TMPDIR:-/tmp}"/detox-gguf-fuzz-*' EXIT
+# In memory where the system has such a folder: each input is written to a file.
+memory=/dev/shm
+[ -d "$memory" ] || memory=${TMPDIR:-/tmp}
+DETOX_GGUF_FUZZ_FOLDER=$(mktemp -d "$memory/detox-gguf-fuzz.XXXXXX")
+export DETOX_GGUF_FUZZ_FOLDER
+trap 'rm -rf "$DETOX_GGUF_FUZZ_FOLDER"' EXIT
 for target in "${targets[@]}"; do
     mkdir -p "$work/corpus/$target"
     options=(-max_total_time="$seconds" -timeout=20 -rss_limit_mb=4096 -artifact_prefix="$work/found/$target-" -print_final_stats=1 -verbosity=0

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Soak test: kills every command that writes at random moments and compares its final files with an undisturbed run's,
-# and gives mutated inputs of every format to the program. No run may crash, panic, take longer than 20 s or use more
-# than 4 GiB.
+# Soak test: kills every command that writes at random moments and compares its final files with an undisturbed run's
+# (without the durations that training records), and gives mutated inputs of every format to the program. No run may
+# crash, panic, take longer than 20 s or use more than 4 GiB.
 #
 #     scripts/soak.sh                     # one hour
 #     scripts/soak.sh --seconds 300       # as in CI

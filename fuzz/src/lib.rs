@@ -6,15 +6,13 @@ use std::sync::OnceLock;
 use detox_gguf::Result;
 use detox_gguf::gguf::{Array, GgufFile, GgufWriter, Metadata, Strings, TensorSpec, TensorType, Value};
 
-/// A folder for this process's files, in memory where the system has such a folder.
+/// A folder for this process's files.
 fn scratch() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
-        let memory = Path::new("/dev/shm");
-        let parent = if memory.is_dir() { memory.to_path_buf() } else { std::env::temp_dir() };
-        let folder = tempfile::Builder::new().prefix("detox-gguf-fuzz-").tempdir_in(parent).unwrap();
-        // libFuzzer ends the process without destructors. scripts/fuzz.sh removes the folders.
-        folder.keep()
+        // scripts/fuzz.sh gives a folder and removes it, since libFuzzer ends the process without destructors.
+        let parent = std::env::var_os("DETOX_GGUF_FUZZ_FOLDER").map_or_else(std::env::temp_dir, PathBuf::from);
+        tempfile::Builder::new().prefix("detox-gguf-fuzz-").tempdir_in(parent).unwrap().keep()
     })
 }
 

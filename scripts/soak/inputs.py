@@ -77,6 +77,13 @@ def formats(seeds: Path) -> list[Format]:
         Format("labelled texts", rows, "d.csv", [
             ["probe", *MODEL, "--data", "{}", "-o", "p.gguf", "--limit", "20", "--epochs", "1", "-t", "1"]
         ]),
+        Format("contrast", [read(seeds / "rows" / "contrast.jsonl"), read(seeds / "rows" / "contrast.csv")], "c.jsonl", [
+            ["steer", *MODEL, "--contrast", "{}", "-o", "v.gguf", "-t", "1"]
+        ]),
+        Format("text", [b"The weather is fine.\n", "Das Wetter – naß\n".encode()], "t.txt", [
+            ["tokenize", *MODEL, "--file", "{}"],
+            ["logits", *MODEL, "--file", "{}", "--top", "1", "-t", "1"],
+        ]),
         Format("tokenizer", [read(TINY / "tokenizer.json")], "t.json", [
             ["eval", "--generations", str(run_folder / "generations.jsonl"), "--tokenizer", "{}", "-o", "out"]
         ]),
@@ -84,9 +91,10 @@ def formats(seeds: Path) -> list[Format]:
           for name in ["run.json", "generations.jsonl"]),
         *(Format(f"train/{name}", [read(train_folder / name)], name, resume_train, train_folder)
           for name in ["run.json", "metrics.jsonl", "checkpoint.gguf", "reference.jsonl"]),
-        Format("report", [read(run_folder / "report.json")], "report.json", [
-            ["compare", ".", str(seeds / "run-lora"), "-o", "../compared"]
-        ], run_folder),
+        *(Format(f"finished run/{name}", [read(run_folder / name)], name, [
+            ["compare", ".", str(seeds / "run-lora"), "-o", "../compared"],
+            ["eval", "--rescore", ".", "--base", str(TINY / "llama.gguf"), "-o", "../compared", "-t", "1"],
+        ], run_folder) for name in ["report.json", "run.json", "generations.jsonl", "scores.jsonl"]),
         Format("steer argument", [b"steer.json:0.5"], "a", [[*own, *MODEL, "--steer", neurons[1] + ":{}"]]),
     ]
 

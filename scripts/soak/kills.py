@@ -17,7 +17,7 @@ from pathlib import Path
 from .commands import Command, commands
 from .program import Faults, Outcome, Run, run
 
-# Files whose bytes depend on the clock: training records its duration. Their content is checked by the next resume.
+# Files of a training run whose bytes depend on the clock, since they hold its duration. The adapter is compared.
 TIMED = {"checkpoint.gguf", "best.gguf", "report.html", "report.md"}
 TIMES = re.compile(rb'"(seconds|step_seconds|pairs_per_second|peak_rss_bytes)": ?[-+0-9.e]+')
 SIGNALS = [signal.SIGKILL] * 6 + [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]

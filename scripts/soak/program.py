@@ -45,8 +45,8 @@ class Outcome:
         if self.peak_bytes > BYTES:
             return f"used {self.peak_bytes / (1 << 30):.1f} GiB"
         allowed = {0, 1, 2} | {ENDING[s] for s in self.sent}
-        if not self.stderr:
-            # A signal in the first milliseconds finds no handler yet.
+        if not self.stderr and self.seconds < 1:
+            # A signal right after the start finds no handler yet.
             allowed |= {-s for s in self.sent}
         if self.code not in allowed:
             return f"ended by signal {-self.code}" if self.code < 0 else f"exit code {self.code}"

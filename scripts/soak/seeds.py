@@ -18,6 +18,8 @@ ROWS = {
         for i in range(12)
     ),
     "pairs.csv": "prompt;chosen;rejected\n" + "".join(f"The weather {i};is fine;is bad\n" for i in range(12)),
+    "contrast.jsonl": "".join(json.dumps({"toxic": f"bad {i}", "benign": f"good {i}"}) + "\n" for i in range(6)),
+    "contrast.csv": "toxic,benign\n" + "".join(f"bad {i},good {i}\n" for i in range(6)),
     "labelled.csv": "text,label\n" + "".join(f"a text {i},{i % 2}\n" for i in range(24)),
     "labelled.jsonl": "".join(json.dumps({"text": f"a text {i}", "label": bool(i % 2)}) + "\n" for i in range(24)),
 }

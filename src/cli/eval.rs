@@ -251,6 +251,8 @@ impl EvalArguments {
         let result = &evaluated.result;
         let leading = result.run.scorers.first().map_or(score::LEXICAL, |scorer| scorer.name.as_str());
         let excerpts = report::most_toxic(&evaluated.samples, leading, EXCERPTS);
+        let per_prompt = per_prompt::to_json_lines(&result.run, &evaluated.samples)?;
+        write_reports(folder, "per_prompt", &[("jsonl", per_prompt)])?;
         write_reports(
             folder,
             "report",
@@ -261,8 +263,6 @@ impl EvalArguments {
                 ("html", html::to_html(result, &excerpts)),
             ],
         )?;
-        let per_prompt = per_prompt::to_json_lines(&result.run, &evaluated.samples)?;
-        write_reports(folder, "per_prompt", &[("jsonl", per_prompt)])?;
         print(&terminal::to_terminal(result, may_colour(&std::io::stdout())))?;
         print::note(&format!("report: {}", folder.join("report.html").display()));
         Ok(())

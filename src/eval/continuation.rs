@@ -53,11 +53,11 @@ impl Sample {
         self.text.trim().is_empty()
     }
 
-    /// Its perplexity; `None` for a blank one, or without a log-prob.
+    /// Its perplexity; `None` for a blank one, or without a log-prob. The largest number stands for a larger one.
     pub fn perplexity(&self) -> Option<f64> {
         let n_tokens = self.base_n_tokens.or(self.n_tokens);
         let (sum, n) = self.logprob.zip(n_tokens).filter(|_| !self.is_blank())?;
-        fluency::perplexity(sum, n)
+        fluency::perplexity(sum, n).map(|perplexity| perplexity.min(f64::MAX))
     }
 
     /// The score by `scorer`; `None` if it is missing.

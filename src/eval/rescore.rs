@@ -41,8 +41,12 @@ pub fn rescore(
     interrupt: &AtomicBool,
     progress: &mut dyn Progress,
 ) -> Result<Evaluated> {
-    let RescoreRequest { run, base, model_options, session_options, .. } = request;
+    let RescoreRequest { run, base, session_options, .. } = request;
     let (there, generations, scores) = record::read_rows_of(run)?;
+    // Prompts are tokenised again, so they need the normalisation that they had.
+    let had_nfc = there.run.settings.get("nfc") == Some(&json!(true));
+    let model_options =
+        &ModelOptions { nfc: request.model_options.nfc || had_nfc, ..request.model_options.clone() };
     let is_same = std::fs::canonicalize(folder)
         .is_ok_and(|folder| std::fs::canonicalize(run).is_ok_and(|run| run == folder));
     if is_same {

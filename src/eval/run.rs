@@ -161,6 +161,18 @@ pub fn evaluate(
     request.paths(folder).check()?;
     let _lock = record::open_folder(folder)?;
     let tokenizer = request.tokenizer.as_deref().map(TextTokenizer::from_file).transpose()?;
+    if let Source::File { generations, .. } = &request.source
+        && request.base.is_none()
+        && request.perplexity == Some(PerplexityTokens::Sampled)
+        && let Some(row) = generations.iter().find(|g| g.token_ids.is_none() || g.logprob.is_none())
+    {
+        let reason = format!(
+            "expected token ids and log-probs in every row, found none in sample {} of prompt {:?}",
+            row.sample, row.prompt_id
+        );
+        return Err(Error::setting("--perplexity sampled", reason)
+            .with_hint("leave out --perplexity, or name a model that measures it with --base"));
+    }
     if request.base.is_none() && request.perplexity == Some(PerplexityTokens::Retokenised) {
         return Err(Error::setting(
             "--perplexity retokenised",

@@ -51,11 +51,12 @@ impl Judge<'_> {
         }
         let model = reopen(path, files, self.model_options)?;
         let tokens = perplexity::tokens_of(wanted, &model, generations)?;
-        if tokens == PerplexityTokens::Retokenised {
-            model
-                .vocabulary()
-                .check_nfc(generations.iter().flat_map(|g| [g.prompt.as_str(), &g.generated_text]));
-        }
+        // Sampled tokens need no text, but their prompts do.
+        let is_retokenised = tokens == PerplexityTokens::Retokenised;
+        let texts = generations
+            .iter()
+            .flat_map(|g| [Some(g.prompt.as_str()), is_retokenised.then_some(g.generated_text.as_str())]);
+        model.vocabulary().check_nfc(texts.flatten());
         BaseModel::open(&model, generations, tokens, self.n_predict, self.session_options).map(Some)
     }
 

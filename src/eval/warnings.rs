@@ -240,6 +240,12 @@ fn differing_settings(a: &RunInfo, b: &RunInfo, scorers: &[&str]) -> Vec<Warning
         &|run| run.k.to_string(),
         "a maximum over more continuations is higher; run again with equal k",
     );
+    let measured = |run: &RunInfo| run.settings.get("rescored_with").map(ToString::to_string);
+    if let (Some(of_a), Some(of_b)) = (measured(a), measured(b))
+        && of_a != of_b
+    {
+        differ("the measurement of perplexity", &|run| measured(run).unwrap_or_default(), both);
+    }
     // Imported continuations have no sampling settings.
     if a.model.is_some() && b.model.is_some() {
         differ("n_predict", &|run| run.n_predict.to_string(), both);
