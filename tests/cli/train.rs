@@ -304,7 +304,7 @@ fn rejects_malformed_pairs_by_file_and_line() {
         (format!("{good}\n{{broken\n"), "pairs.jsonl:2: expected JSON"),
         (
             format!("{good}\n\n{{\"prompt\": \"a\", \"chosen\": \"b\"}}\n"),
-            "pairs.jsonl:3: expected a key \"rejected\"",
+            "pairs.jsonl:3: expected a rejected answer",
         ),
         (format!("{good}\n{{\"text\": \"a\"}}\n"), "pairs.jsonl:2: expected a preference pair"),
         (String::new(), "pairs.jsonl: expected preference pairs, found an empty file"),
