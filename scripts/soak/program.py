@@ -77,8 +77,11 @@ class Run:
             pass
 
     def wait(self, seconds: float = SECONDS) -> Outcome:
-        """Waits for the end, at most this long after the start."""
+        """Waits for the end, at most this long after the start. A run that has ended by now was not too long."""
         timed_out = threading.Event()
+        pid, status, usage = os.wait4(self.process.pid, os.WNOHANG)
+        if pid != 0:
+            return self._outcome(status, usage, False)
 
         def stop():
             timed_out.set()
@@ -89,13 +92,16 @@ class Run:
         # wait4 gives this child's own peak memory.
         _, status, usage = os.wait4(self.process.pid, 0)
         timer.cancel()
+        return self._outcome(status, usage, timed_out.is_set())
+
+    def _outcome(self, status: int, usage: resource.struct_rusage, timed_out: bool) -> Outcome:
         self.process.returncode = os.waitstatus_to_exitcode(status)
         self.stderr.seek(0)
         text = self.stderr.read().decode(errors="replace")
         self.stderr.close()
         return Outcome(
             self.process.returncode, text, time.monotonic() - self.start, usage.ru_maxrss * 1024,
-            timed_out.is_set(), self.sent,
+            timed_out, self.sent,
         )
 
 

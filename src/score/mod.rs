@@ -147,6 +147,7 @@ mod tests {
         assert!(scorers[0].toxicity(Text { text: "habari", language: Some("sw") }).is_err());
     }
 
+    #[cfg(feature = "engine")]
     #[test]
     fn rejects_a_score_outside_zero_and_one() {
         struct Fixed(f64);
