@@ -28,6 +28,17 @@ impl Tiny {
         self
     }
 
+    /// The same model under the name of another architecture, whose keys it gets.
+    fn renamed(mut self, arch: &str) -> Tiny {
+        let mut metadata = Metadata::new();
+        for (key, value) in self.metadata.iter() {
+            metadata.set(key.replacen("llama.", &format!("{arch}."), 1), value.clone());
+        }
+        metadata.set("general.architecture", Value::Str(arch.into()));
+        self.metadata = metadata;
+        self
+    }
+
     fn tensor(&mut self, name: &str) -> &mut (TensorSpec, Vec<u8>) {
         self.tensors.iter_mut().find(|(spec, _)| spec.name == name).unwrap()
     }
@@ -93,6 +104,9 @@ fn rejects_keys_that_llama_cpp_asserts_against() {
         ("llama", "attention.layer_norm_rms_epsilon", Value::F32(-1.0)),
         ("gemma3", "attention.sliding_window", Value::U32(u32::MAX)),
         ("gemma3", "attention.sliding_window_pattern", Value::F32(2.0)),
+        ("gemma3", "attention.sliding_window_pattern", Value::U32(1)),
+        ("gemma3", "attention.sliding_window_pattern", list(&[])),
+        ("gemma3", "attention.sliding_window_pattern", list(&[0, 0])),
         ("gemma3", "final_logit_softcapping", Value::F32(f32::INFINITY)),
         ("command-r", "logit_scale", Value::F32(f32::NAN)),
         ("plamo2", "ssm.time_step_rank", Value::U32(0)),
@@ -155,17 +169,10 @@ fn rejects_tensors_of_another_type_or_shape_by_name() {
 #[test]
 fn rejects_heads_that_the_projections_do_not_fit_in_other_architectures() {
     let renamed = |n_head: u32| {
-        let mut tiny = Tiny::read("llama");
-        let mut metadata = Metadata::new();
-        for (key, value) in tiny.metadata.iter() {
-            metadata.set(key.replacen("llama.", "xverse.", 1), value.clone());
-        }
-        metadata.set("general.architecture", Value::Str("xverse".into()));
-        metadata.set("xverse.attention.head_count", Value::U32(n_head));
-        metadata.set("xverse.attention.key_length", Value::U32(16));
-        metadata.set("xverse.attention.value_length", Value::U32(16));
-        tiny.metadata = metadata;
-        tiny.verdict()
+        let tiny = Tiny::read("llama").renamed("xverse");
+        let tiny = tiny.with("xverse.attention.head_count", Value::U32(n_head));
+        let tiny = tiny.with("xverse.attention.key_length", Value::U32(16));
+        tiny.with("xverse.attention.value_length", Value::U32(16)).verdict()
     };
     assert_eq!(renamed(4), "");
     assert_names(&renamed(6), &["blk.0.attn_", "heads of 16", "xverse.attention.head_count"]);
@@ -178,4 +185,52 @@ fn rejects_an_architecture_that_the_keys_do_not_belong_to() {
         assert_names(&message, &["key \"general.architecture\": expected"]);
         assert!(message.len() < 400, "{} bytes", message.len());
     }
+}
+
+#[test]
+fn rejects_keys_that_other_architectures_assert_about() {
+    let no_windows = Value::Array(Array::from(&[0i32, 0][..]));
+    for (arch, name, value) in [
+        ("cohere2", "attention.sliding_window_pattern", Value::U32(1)),
+        ("cohere2", "attention.sliding_window_pattern", no_windows),
+        ("exaone4", "attention.value_length", Value::U32(8)),
+        ("gemma4", "attention.value_length", Value::U32(8)),
+        ("gemma4", "attention.value_length_swa", Value::U32(8)),
+        ("nanbeige", "num_loops", Value::U32(0)),
+        ("nanbeige", "num_loops", Value::U32(1000)),
+        ("smallthinker", "expert_count", Value::U32(0)),
+        ("ernie4_5-moe", "interleave_moe_layer_step", Value::U32(0)),
+        ("rwkv7", "token_shift_count", Value::U32(1)),
+        ("rwkv7", "wkv.head_size", Value::U32(0)),
+        ("lfm2", "shortconv.l_cache", Value::U32(1)),
+        ("jamba", "ssm.inner_size", Value::U32(64)),
+        ("mamba", "ssm.state_size", Value::U32(0)),
+    ] {
+        let key = format!("{arch}.{name}");
+        let tiny = Tiny::read("llama").renamed(arch);
+        let tiny = tiny.with(&format!("{arch}.attention.sliding_window"), Value::U32(16));
+        let message = tiny.with(&key, value.clone()).verdict();
+        assert!(message.contains(&key) && message.contains("expected"), "{key} {value:?}: {message:?}");
+    }
+}
+
+#[test]
+fn accepts_the_defaults_that_llama_cpp_saves_for_keys_of_other_architectures() {
+    let mut tiny = Tiny::read("llama");
+    for name in [
+        "ssm.conv_kernel",
+        "ssm.inner_size",
+        "ssm.state_size",
+        "ssm.time_step_rank",
+        "wkv.head_size",
+        "attention.group_norm_groups",
+        "attention.sliding_window",
+        "interleave_moe_layer_step",
+        "shortconv.l_cache",
+        "num_loops",
+    ] {
+        tiny = tiny.with(&format!("llama.{name}"), Value::U32(0));
+    }
+    tiny = tiny.with("llama.attention.sliding_window_pattern", Value::U32(1));
+    assert_eq!(tiny.with("llama.rope.scaling.yarn_ext_factor", Value::F32(-1.0)).verdict(), "");
 }

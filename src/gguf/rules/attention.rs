@@ -31,10 +31,13 @@ const EQUAL_WIDTHS: &[&str] = &[
     "ernie4_5",
     "ernie4_5-moe",
     "exaone",
+    "exaone4",
+    "exaone-moe",
     "falcon",
     "gemma",
     "gemma2",
     "gemma3",
+    "gemma4",
     "glm4",
     "glm4moe",
     "gpt2",
@@ -57,6 +60,7 @@ const EQUAL_WIDTHS: &[&str] = &[
     "llama",
     "llama4",
     "maincoder",
+    "maple",
     "mellum",
     "minicpm",
     "minimax-01",
@@ -100,6 +104,7 @@ const EQUAL_WIDTHS: &[&str] = &[
     "stablelm",
     "starcoder",
     "starcoder2",
+    "talkie",
     "xverse",
 ];
 
@@ -164,8 +169,17 @@ const WHOLE_HEAD_ROTATED: &[&str] = &[
 
 /// Architectures of [`EQUAL_WIDTHS`] whose projections are not one row for each dimension of a head: gates are among
 /// the rows, or some layers have another kind of attention.
-const OTHER_PROJECTIONS: &[&str] =
-    &["cogvlm", "graniteswitch", "minimax-01", "minimax-m3", "qwen35", "qwen35moe", "qwen3next", "qwen4exp"];
+const OTHER_PROJECTIONS: &[&str] = &[
+    "cogvlm",
+    "graniteswitch",
+    "minimax-01",
+    "minimax-m3",
+    "qwen35",
+    "qwen35moe",
+    "qwen3next",
+    "qwen4exp",
+    "gemma4",
+];
 
 /// Architectures without rotation (`LLAMA_ROPE_TYPE_NONE` in `llama_model_rope_type`).
 const NOT_ROTATED: &[&str] = &[

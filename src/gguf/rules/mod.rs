@@ -9,6 +9,8 @@
 //! | `sizes` | the sizes that llama.cpp derives from several keys, with its defaults |
 //! | `attention` | relations between heads, their widths and rotated dimensions |
 //! | `recurrent` | relations between the sizes of recurrent layers |
+//! | `windows` | the window of attention, and its pattern |
+//! | `single` | keys that one architecture asserts about |
 //! | `shapes` | the tensors of the architectures that this program supports by name |
 //! | `types` | storage types of tensors |
 //!
@@ -19,9 +21,11 @@ mod attention;
 mod keys;
 mod recurrent;
 mod shapes;
+mod single;
 mod sizes;
 mod tokenizer;
 mod types;
+mod windows;
 
 #[cfg(feature = "engine")]
 pub(super) use shapes::unexpected;
@@ -47,12 +51,20 @@ pub(super) fn check_keys(file: &GgufFile) -> Result<()> {
     keys::check(file)
 }
 
+/// Checks the rules of the tokenizer alone.
+#[cfg(feature = "engine")]
+pub(super) fn check_tokenizer(file: &GgufFile) -> Result<()> {
+    tokenizer::check(file)
+}
+
 /// Checks the rules of several keys and of tensors. [`check_keys`] comes first.
 pub(super) fn check_sizes(file: &GgufFile) -> Result<()> {
     check_layers(file)?;
     let sizes = sizes::Sizes::read(file)?;
     shapes::check_outer(file, &sizes)?;
     attention::check(file, &sizes)?;
+    windows::check(file)?;
+    single::check(file, &sizes)?;
     recurrent::check(file, &sizes)?;
     types::check(file)?;
     shapes::check(file, &sizes)

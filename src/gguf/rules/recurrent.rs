@@ -31,7 +31,7 @@ pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
     let is_grouped = HEADS_IN_GROUPS.contains(&arch);
     if let (Some(n_inner), Some(n_rank)) = (n_inner, n_rank)
         && (is_grouped || arch == "plamo2")
-        && !n_inner.is_multiple_of(n_rank)
+        && (n_rank == 0 || !n_inner.is_multiple_of(n_rank))
     {
         let expected = format!("a divisor of {n_inner} ({inner_key:?})");
         return Err(wrong_key(file, &rank_key, &expected, n_rank));
@@ -47,7 +47,7 @@ pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
     }
     let (key, head_size) = number("wkv.head_size")?;
     match head_size {
-        Some(n) if !sizes.n_embd.is_multiple_of(n) => {
+        Some(n) if n > 0 && !sizes.n_embd.is_multiple_of(n) => {
             Err(wrong_key(file, &key, &format!("a divisor of {}, the width of the model", sizes.n_embd), n))
         }
         _ => Ok(()),

@@ -3,7 +3,6 @@
 //! The graphs of these architectures reshape by the sizes of the keys, so a tensor whose shape follows from the keys
 //! cannot fail there. Other architectures are left to llama.cpp, which refuses a wrong shape while it loads.
 
-use super::super::Value;
 use super::super::read::GgufFile;
 use super::sizes::Sizes;
 use super::{wrong_key, wrong_tensor};
@@ -240,7 +239,6 @@ pub(super) fn check(file: &GgufFile, sizes: &Sizes) -> Result<()> {
         ));
     }
     check_heads(file, family, sizes)?;
-    check_windows(file, arch)?;
     for il in 0..sizes.n_layer_main {
         for row in family.layer.iter().copied().flatten() {
             check_row(file, sizes, Some(il), row)?;
@@ -306,31 +304,6 @@ fn check_heads(file: &GgufFile, family: &Family, sizes: &Sizes) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The window and the pattern of the two architectures that have windows.
-fn check_windows(file: &GgufFile, arch: &str) -> Result<()> {
-    if !matches!(arch, "gemma2" | "gemma3") {
-        return Ok(());
-    }
-    let key = file.arch_key("attention.sliding_window")?;
-    if file.u32_if_present(&key)? == Some(0) && arch == "gemma2" {
-        return Err(wrong_key(file, &key, "a u32 above 0", 0));
-    }
-    let n_layer = file.n_layer()? as usize;
-    let key = file.arch_key("attention.sliding_window_pattern")?;
-    let is_sound = match file.metadata.get(&key) {
-        None | Some(Value::U32(_)) => true,
-        Some(Value::Array(array)) => array.to_i64s().is_some() && array.len() <= n_layer,
-        Some(_) => false,
-    };
-    match is_sound {
-        true => Ok(()),
-        false => {
-            let expected = format!("a u32, or an array of at most {n_layer} bool");
-            Err(wrong_key(file, &key, &expected, super::shown(file, &key)))
-        }
-    }
 }
 
 fn check_row(file: &GgufFile, sizes: &Sizes, layer: Option<usize>, row: &Row) -> Result<()> {
