@@ -6,74 +6,29 @@
 use crate::error::{Error, Result};
 use crate::gguf::{GgufFile, Value};
 
-/// Keys `{arch}.…` of llama.cpp (`LLM_KV_NAMES` in `llama-arch.cpp`) that change what some architecture computes, and
-/// that the trainer does not read. Keys that llama.cpp does not know change nothing and are not here.
+/// Keys `{arch}.…` that llama.cpp reads for some trainable architecture (`load_hparams`, and the `load_arch_hparams` of
+/// each), that change what it computes, and that the trainer does not read. Also scales that llama.cpp reads for no
+/// trainable architecture, because the model was trained with them. Other keys change nothing and are not here:
+/// llama.cpp saves the defaults of all architectures with every model.
 const NOT_IMPLEMENTED: &[&str] = &[
-    "activation.",
-    "adapters.",
-    "attention.block_",
     "attention.causal",
     "attention.clamp_kqv",
-    "attention.compress_",
-    "attention.decay_lora_rank",
-    "attention.gate_lora_rank",
-    "attention.group_norm_",
-    "attention.iclr_lora_rank",
-    "attention.indexer.",
-    "attention.key_length_",
-    "attention.kv_lora_rank",
-    "attention.max_alibi_bias",
-    "attention.output_",
-    "attention.q_lora_rank",
-    "attention.recurrent_layers",
-    "attention.relative_buckets_count",
-    "attention.rope_pattern",
+    "attention.key_length_swa",
     "attention.scale",
-    "attention.shared_kv_layers",
-    "attention.temperature_",
-    "attention.value_length_",
-    "attention.value_residual_mix_lora_rank",
-    "attention.value_scale",
+    "attention.value_length_swa",
     "attn_logit_softcapping",
-    "attn_res.",
-    "convnext.",
-    "decision.",
-    "deepstack_mapping",
-    "embedding_length_per_layer_input",
     "embedding_scale",
-    "expert_",
+    "expert_count",
+    "expert_group_count",
+    "expert_group_used_count",
+    "expert_used_count",
     "final_logit_softcapping",
-    "full_attention_interval",
-    "hidden_activation",
-    "hrm.",
-    "hyper_connection.",
-    "interleave_moe_layer_step",
-    "kda.",
     "logit_scale",
-    "moe_",
-    "n_deepstack_layers",
     "nextn_predict_layers",
-    "norm_before_",
-    "num_loops",
-    "ple.",
-    "posnet.",
-    "rescale_every_n_layers",
     "residual_scale",
     "rope.dimension_count_swa",
-    "rope.dimension_sections",
     "rope.scaling.alpha",
     "rope.scaling.attn_factor",
-    "router_logit_softcapping",
-    "shortconv.",
-    "skip_loop_final_norm",
-    "ssm.",
-    "swiglu_clamp_",
-    "swin_norm",
-    "time_decay_extra_dim",
-    "time_mix_extra_dim",
-    "token_shift_count",
-    "use_parallel_residual",
-    "wkv.",
 ];
 
 /// Refuses keys that would change the computation. The trainer honours the keys `honoured` of this architecture.
@@ -86,11 +41,13 @@ pub(super) fn refuse_unknown(file: &GgufFile, honoured: &[&str]) -> Result<()> {
     let prefix = file.arch_key("")?;
     for (key, value) in file.metadata().iter() {
         let Some(name) = key.strip_prefix(&prefix) else { continue };
-        if is_not_implemented(name) && !honoured.contains(&name) && !is_neutral(name, value) {
+        let is_honoured =
+            honoured.contains(&name) || is_neutral(name, value) || is_default(file, name, value)?;
+        if NOT_IMPLEMENTED.contains(&name) && !is_honoured {
             let found = short(value);
             let reason = format!(
-                "key {key:?}: the trainer does not implement it, so that it would train another model than llama.cpp \
-                 runs; expected no such key, found {found}"
+                "key {key:?}: the trainer does not support this key and would train a different model from the one \
+                 llama.cpp runs; expected no such key, found {found}"
             );
             return Err(Error::model(file.path(), reason).with_hint(
                 "train another model; if llama.cpp ignores this key for this architecture, remove it from a copy of \
@@ -101,12 +58,26 @@ pub(super) fn refuse_unknown(file: &GgufFile, honoured: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Names that end in a dot or an underscore stand for all that begin with them.
-fn is_not_implemented(name: &str) -> bool {
-    NOT_IMPLEMENTED.iter().any(|&known| match known.ends_with(['.', '_']) {
-        true => name.starts_with(known),
-        false => name == known,
-    })
+/// Whether the value is the one that llama.cpp computes without the key: layers with a window have the widths of the
+/// others, and products of queries and keys are divided by the root of the width.
+fn is_default(file: &GgufFile, name: &str, value: &Value) -> Result<bool> {
+    let number = |name: &str| -> Result<Option<u64>> {
+        Ok(file.u32_if_present(&file.arch_key(name)?)?.map(u64::from))
+    };
+    let n_head = file.n_head_per_layer()?.first().copied().unwrap_or_default();
+    let by_heads = u64::from(file.n_embd()?).checked_div(n_head.into());
+    let key_length = number("attention.key_length")?.or(by_heads);
+    if let ("attention.scale", Value::F32(scale)) = (name, value) {
+        let is_root = |width: u64| (f64::from(*scale) * (width as f64).sqrt() - 1.0).abs() < 1e-6;
+        return Ok([key_length, by_heads].into_iter().flatten().any(is_root));
+    }
+    let expected = match name {
+        "attention.key_length_swa" => key_length,
+        "attention.value_length_swa" => number("attention.value_length")?.or(by_heads),
+        "rope.dimension_count_swa" => number("rope.dimension_count")?.or(key_length),
+        _ => None,
+    };
+    Ok(expected.is_some() && value.as_integer().and_then(|n| u64::try_from(n).ok()) == expected)
 }
 
 /// Whether the value changes nothing: 0 or false turns an option off, and a scale of 1 does too.
@@ -139,6 +110,7 @@ fn short(value: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gguf::GgufWriter;
 
     #[test]
     fn options_that_are_off_are_neutral() {
@@ -164,26 +136,39 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_only_describe_the_model_are_accepted() {
-        for name in [
-            "attention.head_count",
-            "attention.key_length",
-            "attention.layer_norm_rms_epsilon",
-            "attention.sliding_window",
-            "block_count",
-            "context_length",
-            "rope.dimension_count",
-            "rope.freq_base",
-            "rope.scaling.original_context_length",
-            "tensor_data_layout",
-            "vocab_size",
-            "a_key_of_another_program",
+    fn only_keys_that_change_the_computation_are_refused() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("gguf/tiny/llama.gguf");
+        let tiny = GgufFile::open(&path).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let copy = folder.path().join("m.gguf");
+        let refused = |name: &str, value: Value| {
+            let mut metadata = tiny.metadata().clone();
+            metadata.set(format!("llama.{name}"), value);
+            GgufWriter::create(&copy, &metadata, Vec::new()).unwrap().finish().unwrap();
+            refuse_unknown(&GgufFile::open(&copy).unwrap(), &[]).is_err()
+        };
+        // Defaults that llama.cpp saves, and a key of another program.
+        for (name, value) in [
+            ("activation.situ_beta", Value::F32(1.0)),
+            ("kda.gate_lower_bound", Value::F32(f32::NEG_INFINITY)),
+            ("rope.dimension_count_swa", Value::U32(16)),
+            ("attention.key_length_swa", Value::U32(16)),
+            ("attention.value_length_swa", Value::U32(16)),
+            ("attention.scale", Value::F32(0.25)),
+            ("ssm.conv_kernel", Value::U32(4)),
+            ("expert_count", Value::U32(0)),
+            ("a_key_of_another_program", Value::U32(3)),
         ] {
-            assert!(!is_not_implemented(name), "{name}");
+            assert!(!refused(name, value), "{name}");
         }
-        for name in ["attention.scale", "attention.key_length_mla", "expert_weights_scale", "ssm.conv_kernel"]
-        {
-            assert!(is_not_implemented(name), "{name}");
+        for (name, value) in [
+            ("rope.dimension_count_swa", Value::U32(8)),
+            ("attention.key_length_swa", Value::U32(8)),
+            ("attention.causal", Value::Bool(false)),
+            ("expert_count", Value::U32(2)),
+            ("logit_scale", Value::F32(0.5)),
+        ] {
+            assert!(refused(name, value), "{name}");
         }
     }
 }
