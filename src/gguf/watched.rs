@@ -58,8 +58,8 @@ impl WatchedFile {
     /// Checks that the open file has the bytes it had when it was opened.
     ///
     /// Another file under its name does not matter: the open file is still the old one. A change of the inode alone
-    /// (a rename, a link, new permissions, or a copy that restores the old time) is an error unless the content has
-    /// the same hash, or, for a file without a hash yet, unless its name or permissions explain the change.
+    /// (a new time, a rename, a link, new permissions, or a copy that restores the old time) is an error unless the
+    /// content has the same hash, or, for a file without a hash yet, unless its name or permissions explain the change.
     ///
     /// # Errors
     /// [`Error::Input`] if it changed; [`Error::Io`].
@@ -75,11 +75,9 @@ impl WatchedFile {
                 self.changed(&format!("it had {} bytes, and has {} now", before.n_bytes, now.n_bytes))
             );
         }
-        if now.modified != before.modified {
-            return Err(self.changed("it was written to"));
-        }
         let is_same = match &seen.sha256 {
             Some(hash) => *hash == file_hash::hash_file(&self.path, &self.file, |_, _| {})?,
+            None if now.modified != before.modified => false,
             None => {
                 now.n_links != before.n_links
                     || now.rights != before.rights
@@ -88,7 +86,10 @@ impl WatchedFile {
             }
         };
         if !is_same {
-            return Err(self.changed("it was written to, and its old time was restored"));
+            return Err(self.changed(match now.modified != before.modified {
+                true => "it was written to",
+                false => "it was written to, and its old time was restored",
+            }));
         }
         seen.stamp = now;
         Ok(())
@@ -269,6 +270,20 @@ mod tests {
             let message = file.check_content().unwrap_err().to_string();
             assert!(message.contains("old time was restored"), "{message}");
         }
+    }
+
+    #[test]
+    fn a_new_time_of_a_hashed_file_changes_nothing() {
+        let (_folder, path, file) = watched();
+        file.sha256(|_, _| {}).unwrap();
+        for seconds in [1, 2] {
+            let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(seconds);
+            File::options().write(true).open(&path).unwrap().set_modified(time).unwrap();
+            file.check_path().unwrap();
+        }
+        std::fs::write(&path, "after!").unwrap();
+        let message = file.check_content().unwrap_err().to_string();
+        assert!(message.ends_with("it was written to"), "{message}");
     }
 
     #[test]
