@@ -39,12 +39,12 @@ static LOGGED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
 const NFC_TOKENIZERS: [&str; 6] = ["qwen2", "qwen35", "command-r", "mpt", "olmo", "stablelm2"];
 
 impl Vocabulary {
-    /// Loads the vocabulary of the GGUF at `path`.
+    /// Loads the vocabulary of the GGUF at `path`, which may be an encoder, or have no tensors.
     ///
-    /// Errors: as [`Model::open`](super::Model::open).
+    /// Errors: those of [`Model::open`](super::Model::open) that concern the tokenizer.
     pub fn open(path: &Path) -> Result<Vocabulary> {
         let file = GgufFile::open(path)?;
-        gguf::check_decoder(&file)?;
+        gguf::check_vocabulary(&file)?;
         file.check_unchanged()?;
         let params = LoadParams { n_gpu_layers: 0, check_tensors: false, vocab_only: true };
         let handle = ModelHandle::load(&file, params);

@@ -83,6 +83,13 @@ pub fn check_decoder(file: &GgufFile) -> Result<()> {
     rules::check_sizes(file)
 }
 
+/// Checks that llama.cpp can load the file's vocabulary. The file need not be a decoder, nor have tensors.
+#[cfg(feature = "engine")]
+pub(crate) fn check_vocabulary(file: &GgufFile) -> Result<()> {
+    file.architecture()?;
+    rules::check_tokenizer(file)
+}
+
 /// The first tensor that the file's architecture does not have, if this program knows the architecture.
 #[cfg(feature = "engine")]
 pub(crate) fn unexpected_tensor(file: &GgufFile) -> Option<&str> {

@@ -54,7 +54,7 @@ pub(crate) use blocks::dequantize_raw;
 pub use blocks::quantize;
 pub use decoder::check_decoder;
 #[cfg(feature = "engine")]
-pub(crate) use decoder::unexpected_tensor;
+pub(crate) use decoder::{check_vocabulary, unexpected_tensor};
 pub use file_hash::file_sha256;
 pub use file_type::file_type_name;
 pub use read::{GgufFile, model_sha256};
