@@ -345,6 +345,9 @@ impl Error {
             Error::PromptTooLong { is_learned: true, n_ctx_seq, .. } => Some(format!(
                 "shorten the text (or use --max-tokens {n_ctx_seq}, where a command has it): -c/--ctx-size cannot add positions"
             )),
+            Error::PromptTooLong { n_predict: 0, .. } => {
+                Some("raise -c/--ctx-size, lower -np/--parallel, or shorten the text".into())
+            }
             Error::PromptTooLong { .. } => Some(
                 "raise -c/--ctx-size, lower -np/--parallel or -n/--n-predict, or shorten the prompt".into(),
             ),

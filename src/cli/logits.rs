@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::engine::{Model, Session, Token, logprob};
 use crate::error::{Error, Result};
-use crate::file::output::{Form, Paths};
+use crate::file::output::Paths;
 use crate::file::{AtomicFile, base_name};
 use crate::report::json::to_json;
 use crate::report::npy;
@@ -16,7 +16,7 @@ use crate::report::npy;
 use super::arguments::EngineArguments;
 use super::print::{note, print, print_json};
 use super::steering::SteeringArguments;
-use super::tokenize::{TextArguments, named_file, piece, read_text};
+use super::tokenize::{TextArguments, piece, read_text, with_text};
 
 /// Arguments of `logits`.
 #[derive(Debug, Args)]
@@ -89,8 +89,11 @@ impl LogitsCommand {
         let model = self.steering.open(&self.model, &self.engine)?;
         let ids = self.ids(&model, &text)?;
         if ids.is_empty() {
-            return Err(Error::setting("TEXT", "expected at least one token, found none")
-                .with_hint("give a text of at least one character; --no-bos leaves out BOS"));
+            let hint = match self.how.no_bos {
+                true => "give a text of at least one character; --no-bos leaves out BOS",
+                false => "give a text of at least one character: this model adds no BOS",
+            };
+            return Err(Error::setting("TEXT", "expected at least one token, found none").with_hint(hint));
         }
         let mut session = self.session(&model, ids.len())?;
         match (&self.output, &ids_path) {
@@ -106,12 +109,17 @@ impl LogitsCommand {
 
     /// The files that the command reads and writes.
     pub fn paths(&self) -> Result<Paths> {
-        let paths =
-            Paths::new().reads([&self.model]).reads(self.steering.files()?).reads(named_file(&self.file));
-        Ok(match (&self.output, self.ids_path()) {
-            (Some(output), Some(ids)) => paths.writes(output, Form::Text).writes_beside(ids, npy::MAGIC),
-            _ => paths,
-        })
+        let paths = Paths::new().reads([&self.model]).reads(self.steering.files()?);
+        let paths = with_text(paths, &self.file);
+        let (Some(output), Some(ids)) = (&self.output, self.ids_path()) else {
+            return Ok(paths.writes_stdout());
+        };
+        if output.extension().is_none_or(|ending| ending != "npy") {
+            let reason = format!("expected a file name ending in .npy, found {}", output.display());
+            return Err(Error::setting("-o/--output", reason)
+                .with_hint("write -o NAME.npy; without -o, tables go to standard output"));
+        }
+        Ok(paths.writes_beside(output, npy::MAGIC).writes_beside(ids, npy::MAGIC))
     }
 
     /// The ids of the command line, or those of the text.

@@ -74,15 +74,18 @@ impl TokenizeCommand {
         print_json(&format!("{}\n", json!(ids)))
     }
 
-    /// The files that the command reads.
+    /// The files that the command reads and writes.
     pub fn paths(&self) -> Paths {
-        Paths::new().reads([&self.model]).reads(named_file(&self.file))
+        with_text(Paths::new().reads([&self.model]), &self.file).writes_stdout()
     }
 }
 
-/// The file of a text, unless it is standard input.
-pub fn named_file(file: &Option<PathBuf>) -> Option<&PathBuf> {
-    file.as_ref().filter(|path| path.as_path() != Path::new("-"))
+/// Adds the file of a text, which may be standard input.
+pub fn with_text(paths: Paths, file: &Option<PathBuf>) -> Paths {
+    match file {
+        Some(path) if path.as_path() == Path::new("-") => paths.reads_stdin(),
+        other => paths.reads(other),
+    }
 }
 
 /// Most bytes of a text. A longer one is more than any context holds.
