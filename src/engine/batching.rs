@@ -62,7 +62,7 @@ fn may_share_batches(model: &Model, options: &SessionOptions) -> bool {
         false => match divergence(model, options) {
             Ok(kl) if kl <= MOST_KL => return true,
             Ok(kl) => format!(
-                "two sequences decoded together differ from each alone: expected a KL up to {MOST_KL}, found {kl:.3}"
+                "two sequences decoded together differ from each alone: expected a mean KL up to {MOST_KL}, found {kl:.3}"
             ),
             Err(error) => format!("two sequences could not be decoded together: {error}"),
         },
@@ -75,7 +75,7 @@ fn may_share_batches(model: &Model, options: &SessionOptions) -> bool {
     false
 }
 
-/// The largest KL divergence between a continuation decoded together with another, and decoded alone.
+/// The mean KL divergence, in nats per token, between a continuation decoded together with another, and decoded alone.
 ///
 /// Follows `schedule`: prompts of different lengths are decoded, copied to their slots, and continued in one batch.
 fn divergence(model: &Model, options: &SessionOptions) -> Result<f64> {
@@ -97,7 +97,7 @@ fn divergence(model: &Model, options: &SessionOptions) -> Result<f64> {
         session.load_prompt(prompt)?;
         session.fork_prompt(i + 1);
     }
-    let mut largest: f64 = 0.0;
+    let mut divergences = Vec::new();
     for step in 0..next[0].len() {
         session.batch.clear();
         for (i, prompt) in prompts.iter().enumerate() {
@@ -105,11 +105,10 @@ fn divergence(model: &Model, options: &SessionOptions) -> Result<f64> {
         }
         session.decode()?;
         for (i, alone) in alone.iter().enumerate() {
-            let kl = kl(&alone[step], session.row(i)?).unwrap_or(f64::INFINITY);
-            largest = largest.max(kl);
+            divergences.push(kl(&alone[step], session.row(i)?).unwrap_or(f64::INFINITY));
         }
     }
-    Ok(largest)
+    Ok(divergences.iter().sum::<f64>() / divergences.len() as f64)
 }
 
 /// KL(p || q) in nats of two rows of logits; `None` if one of them defines no distribution.
