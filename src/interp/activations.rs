@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::engine::random::random_stream;
 use crate::engine::schedule::Request;
 use crate::engine::{Model, Session, SessionOptions, activation};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::progress::{Progress, advance_to};
 use crate::steer::LocatedNeuron;
 
@@ -69,7 +69,8 @@ pub struct ActivationPrompt<'a> {
 /// The mean is over `n_predict` greedy tokens; see [`activation::record`].
 ///
 /// # Errors
-/// Those of [`activation::record`].
+/// [`Error::PromptTooLong`] if the longest prompt and its tokens are more than the model was trained for, and no context
+/// was asked for; those of [`activation::record`].
 pub fn mean_activations(
     model: &Model,
     options: &SessionOptions,
@@ -84,8 +85,21 @@ pub fn mean_activations(
     };
     model.vocabulary().check_nfc(prompts.iter().map(|p| p.text));
     let requests: Vec<Request> = prompts.iter().map(request).collect::<Result<_>>()?;
-    let longest = requests.iter().map(|r| r.tokens.len()).max().unwrap_or(0);
-    let mut session = Session::open_with_callback(model, options, longest + n_predict)?;
+    let longest = requests.iter().max_by_key(|r| r.tokens.len());
+    let n_ctx_seq = longest.map_or(0, |r| r.tokens.len()).saturating_add(n_predict);
+    let n_ctx_train = model.n_ctx_train();
+    if let Some(longest) =
+        longest.filter(|_| options.n_ctx.is_none() && (1..n_ctx_seq).contains(&n_ctx_train))
+    {
+        return Err(Error::PromptTooLong {
+            prompt: longest.id.clone(),
+            n_prompt: longest.tokens.len(),
+            n_predict,
+            n_ctx_seq: n_ctx_train,
+            is_learned: model.n_positions() == Some(n_ctx_train),
+        });
+    }
+    let mut session = Session::open_with_callback(model, options, n_ctx_seq)?;
     let places: Vec<(usize, usize)> =
         neurons.iter().map(|n| (n.neuron.layer as usize, n.neuron.index as usize)).collect();
     progress.start("prompts", requests.len() as u64, 0);
