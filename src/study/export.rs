@@ -75,11 +75,20 @@ struct ExportRecord<'a> {
     /// The program's version; also marks the file as such a record.
     detox_gguf_export: &'static str,
     model: String,
-    loras: Vec<String>,
+    model_sha256: String,
+    loras: Vec<MergedAdapter>,
     /// All changed tensors together.
     total: MergeSummary,
     tensors: Vec<TensorSummary>,
     compared: &'a LoadedBack,
+}
+
+/// A merged adapter.
+#[derive(Debug, Serialize)]
+struct MergedAdapter {
+    file: String,
+    sha256: String,
+    scale: f32,
 }
 
 /// The path of the record of an export: next to the output, with the ending `.export.json`.
@@ -114,7 +123,9 @@ pub fn export(
     let watched = loras.iter().map(|lora| WatchedFile::open(&lora.path)).collect::<Result<Vec<_>>>()?;
     let adapters = read_adapters(request, &base)?;
     let is_zero = adapters.iter().all(|(adapter, scale)| *scale == 0.0 || adapter.is_zero());
-    let options = MergeOptions { tensor_type: request.tensor_type, provenance: provenance(&base, loras)? };
+    let merged_adapters = describe(loras)?;
+    let provenance = provenance(&base, &merged_adapters)?;
+    let options = MergeOptions { tensor_type: request.tensor_type, provenance };
 
     let (merged, file) = merge_with_progress(request, &base, &adapters, &options, progress, interrupt)?;
     let unnamed = file.path_for_reading();
@@ -134,9 +145,14 @@ pub fn export(
     .map_err(|error| match error {
         // Name the file that the user asked for, not the temporary one.
         Error::Model { path, reason, .. } if path == unnamed => {
-            Error::input(output, None, format!("not written: merged with these adapters, {reason}")).with_hint(
-                "lower the scale of the adapters (--lora-scaled); if a scale of 0 fails too, the model is damaged",
-            )
+            // The base itself may be what llama.cpp refuses.
+            if let Err(of_base) =
+                Model::open(model, &ModelOptions { check_tensors: true, ..request.model_options })
+            {
+                return of_base;
+            }
+            Error::input(output, None, format!("not written: merged with these adapters, {reason}"))
+                .with_hint("lower the scale of the adapters (--lora-scaled)")
         }
         other => other.with_path(&unnamed, output),
     })?;
@@ -162,7 +178,8 @@ pub fn export(
     let content = ExportRecord {
         detox_gguf_export: crate::version(),
         model: base_name(model),
-        loras: loras.iter().map(|lora| format!("{} x {}", base_name(&lora.path), lora.scale)).collect(),
+        model_sha256: base.files().sha256(|_, _| {})?,
+        loras: merged_adapters,
         total: merged.summary(),
         tensors: merged.tensor_summaries(),
         compared: &loaded_back,
@@ -245,13 +262,19 @@ fn refuse_control_vector(path: &Path) -> Result<()> {
         .with_hint("bake it into a model: `detox-gguf steer -m MODEL --control-vector FILE --bake -o MODEL`"))
 }
 
-/// Metadata of the merged model: its base and the adapters.
-fn provenance(base: &GgufFile, loras: &[LoraScaled]) -> Result<Metadata> {
-    let mut parts = Vec::new();
-    for lora in loras {
+/// The adapters by name, hash and scale.
+fn describe(loras: &[LoraScaled]) -> Result<Vec<MergedAdapter>> {
+    let describe = |lora: &LoraScaled| {
         let sha256 = file_sha256(&lora.path, |_, _| {})?;
-        parts.push(format!("{} (sha256 {sha256}) x {}", base_name(&lora.path), lora.scale));
-    }
+        Ok(MergedAdapter { file: base_name(&lora.path), sha256, scale: lora.scale })
+    };
+    loras.iter().map(describe).collect()
+}
+
+/// Metadata of the merged model: its base and the adapters.
+fn provenance(base: &GgufFile, adapters: &[MergedAdapter]) -> Result<Metadata> {
+    let part = |a: &MergedAdapter| format!("{} (sha256 {}) x {}", a.file, a.sha256, a.scale);
+    let parts: Vec<String> = adapters.iter().map(part).collect();
     let mut metadata = Metadata::new();
     metadata.set("detox_gguf.merged", Value::Str(parts.join("; ")));
     metadata.set("detox_gguf.merged.base", Value::Str(base_name(base.path())));

@@ -357,6 +357,10 @@ fn the_record_of_an_export_has_the_survival_of_each_tensor() {
     let table = output(&[&arguments[..], &[&scaled], &rest[..]].concat());
     let record = folder.path().join("merged.export.json");
     let record: Value = serde_json::from_slice(&std::fs::read(record).unwrap()).unwrap();
+    let sha256 = |file: &Path| detox_gguf::gguf::file_sha256(file, |_, _| {}).unwrap();
+    assert_eq!(record["model_sha256"], sha256(&model));
+    let expected = serde_json::json!([{ "file": "llama-lora.gguf", "sha256": sha256(&lora), "scale": 0.25 }]);
+    assert_eq!(record["loras"], expected);
 
     let (base, merged) = (GgufFile::open(&model).unwrap(), GgufFile::open(&merged).unwrap());
     let adapter = Adapter::read(&lora, &base).unwrap();

@@ -97,6 +97,8 @@ fn with_reason<T>(call: impl FnOnce() -> Option<T>) -> Result<T, String> {
 
 /// llama.cpp's own words at the end of a message, if there are any.
 pub(super) fn after_colon(reason: &str) -> String {
+    // The dots show llama.cpp's progress.
+    let reason = reason.trim_start_matches('.');
     match reason.split_once("unknown pre-tokenizer type: ") {
         _ if reason.is_empty() => String::new(),
         None => format!(": {reason}"),
