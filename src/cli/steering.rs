@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::engine::steering::LoraScaled;
 use crate::engine::{Model, Steering};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gguf::{GgufFile, WatchedFile};
 use crate::steer::argument::parse_scaled;
 use crate::steer::compile::{self, CompileOptions, Compiled, Route};
@@ -142,8 +142,21 @@ impl SteeringArguments {
     }
 }
 
+/// Refuses `--lora FILE:SCALE`, which names no file.
+fn refuse_scale(path: &Path) -> Result<()> {
+    let text = path.to_string_lossy();
+    match text.rsplit_once(':') {
+        Some((file, scale)) if !path.exists() && Path::new(file).exists() && scale.parse::<f32>().is_ok() => {
+            Err(Error::setting("--lora", format!("expected a file, found {text}"))
+                .with_hint(format!("--lora takes no scale: --lora-scaled {text}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The adapters of `--lora`, then those of `--lora-scaled`, each with its scale.
 pub fn parse_loras(lora: &[PathBuf], lora_scaled: &[String]) -> Result<Vec<LoraScaled>> {
+    lora.iter().try_for_each(|path| refuse_scale(path))?;
     let mut loras: Vec<LoraScaled> =
         lora.iter().map(|path| LoraScaled { path: path.clone(), scale: 1.0 }).collect();
     for text in lora_scaled {
