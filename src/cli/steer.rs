@@ -115,7 +115,7 @@ enum WhenArgument {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "From text or a probe")]
 struct TextArguments {
-    /// Directions from benign to toxic text; FILE is JSON lines with toxic and benign [default: built-in pairs]
+    /// Directions from benign to toxic text; FILE is JSON or a table with toxic and benign [default: built-in pairs]
     #[arg(long, value_name = "FILE", num_args = 0..=1, group = "directions")]
     contrast: Option<Option<PathBuf>>,
     /// Column of --contrast with the toxic text [default: toxic]
@@ -315,11 +315,17 @@ impl SteerCommand {
             return Ok(Some(layers((layer, layer))?.map(|layer| (layer, unit.clone())).collect()));
         }
         let Some(file) = &self.text.contrast else { return Ok(None) };
+        let needs_file = |flag: &str| {
+            Error::setting(flag, "expected a file of pairs, found the built-in ones")
+                .with_hint("give the file: --contrast FILE")
+        };
         let pairs = match file {
             Some(path) => {
                 let (toxic, benign) = (self.text.toxic_column.clone(), self.text.benign_column.clone());
                 contrast::read(path, &ContrastColumns { toxic, benign })?
             }
+            None if self.text.toxic_column.is_some() => return Err(needs_file("--toxic-column")),
+            None if self.text.benign_column.is_some() => return Err(needs_file("--benign-column")),
             None => contrast::own(),
         };
         let layers = layers((1, last))?;

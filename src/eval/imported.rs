@@ -16,8 +16,20 @@ use crate::engine::schedule::Finish;
 use crate::error::{Error, Result};
 use crate::eval::generate::Generation;
 use crate::eval::metric::fluency;
-use crate::text::language;
-use crate::text::rows::{self, CONTINUATION, LANGUAGE, PROMPT_ID, Rows};
+use crate::eval::prompts;
+use crate::text::rows::{self, CONTINUATION, Column, Ignored, LANGUAGE, PROMPT_ID, Rows};
+use crate::text::{chat_markers, language};
+
+/// Prompts. Unlike in files of prompts, `text` and the like may be the continuation.
+const PROMPT: Column =
+    Column { names: &["prompt", "prompt_text", "question", "instruction", "query"], ..rows::PROMPT };
+
+/// Fields that describe the tokens of a continuation.
+const TOKEN_FIELDS: [&str; 7] =
+    ["sample", "n_tokens", "logprob", "finish", "token_ids", "token_logprobs", "vocabulary"];
+
+/// A sum of rounded log-probs may differ by this much for each token.
+const ROUNDING: f64 = 1e-2;
 
 /// Columns of continuations that the user names. `None` means the usual names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -44,10 +56,17 @@ pub fn read_generations(
     default_language: Option<&str>,
     columns: &GenerationColumns,
 ) -> Result<Vec<Generation>> {
-    let of_name = path.file_stem().and_then(|s| s.to_str()).and_then(language_of_stem);
-    let default_language = default_language.or(of_name);
+    let default_language = default_language.or_else(|| prompts::language_of_name(path));
     let rows = Rows::open(path, "continuations")?.limited();
-    let mut reader = Reader { path, default_language, columns, prompts: HashMap::new(), rows: Vec::new() };
+    let mut reader = Reader {
+        path,
+        default_language,
+        columns,
+        prompts: HashMap::new(),
+        rows: Vec::new(),
+        ignored: Ignored::default(),
+        marked: chat_markers::Count::default(),
+    };
     if default_language.is_some() {
         for row in rows {
             let row = row?;
@@ -64,17 +83,9 @@ pub fn read_generations(
     if reader.rows.is_empty() {
         return Err(Error::input(path, None, "expected continuations, found an empty file"));
     }
+    reader.ignored.log(path);
+    reader.marked.warn(path, "continuations");
     Ok(reader.rows)
-}
-
-/// The language in a file's name: a code alone, or the paper's `output-rtp_lx_{lang}.json`.
-///
-/// Other names have no language: `with_id` does not mean Indonesian.
-fn language_of_stem(stem: &str) -> Option<&'static str> {
-    let stem = rows::uncompressed_name(stem);
-    let stem = stem.split_once(".json").map_or(stem, |(stem, _)| stem);
-    let code = ["output-rtp_lx_", "rtp_lx_"].iter().find_map(|prefix| stem.strip_prefix(prefix));
-    language::normalize(code.unwrap_or(stem))
 }
 
 /// The fields of a row that describe the sampled tokens.
@@ -99,6 +110,8 @@ struct Reader<'a> {
     /// Prompt id and number of continuations so far, by language and by prompt id or text.
     prompts: HashMap<(String, String), (String, u32)>,
     rows: Vec<Generation>,
+    ignored: Ignored,
+    marked: chat_markers::Count,
 }
 
 impl Reader<'_> {
@@ -111,52 +124,73 @@ impl Reader<'_> {
     fn languages(&self, rows: &[rows::Row]) -> Result<Vec<&'static str>> {
         let mut texts = Vec::with_capacity(rows.len());
         for row in rows {
-            let stated = match self.language(&row.fields) {
+            let stated = match self.language(&row.fields, row.line)?.map(|(_, value)| value) {
                 // A language outside the known ones is kept as it is; identification is not needed.
                 Some(Value::String(code)) => Some(language::recognise(code).unwrap_or("other")),
                 _ => None,
             };
-            texts.push((row.line, self.prompt(&row.fields, row.line)?, stated));
+            texts.push((row.line, self.prompt(&row.fields, row.line)?.1, stated));
         }
         language::assign(self.path, &texts, "give one language with --lang, or give each row a \"language\"")
     }
 
-    fn language<'r>(&self, row: &'r Map<String, Value>) -> Option<&'r Value> {
-        LANGUAGE.optional(row, self.columns.language.as_deref()).map(|(_, value)| value)
+    /// An optional column with its name. One that the user named must be there.
+    fn stated<'r>(
+        &self,
+        column: Column,
+        row: &'r Map<String, Value>,
+        chosen: Option<&str>,
+        line: usize,
+    ) -> Result<Option<(&'r str, &'r Value)>> {
+        column.stated(row, chosen).map_err(|(reason, hint)| self.fault(line, reason).with_hint(hint))
     }
 
-    fn prompt<'r>(&self, row: &'r Map<String, Value>, line: usize) -> Result<&'r str> {
-        let column = rows::Column {
-            names: &["prompt", "prompt_text", "question", "instruction", "query"],
-            ..rows::PROMPT
-        };
+    fn language<'r>(&self, row: &'r Map<String, Value>, line: usize) -> Result<Option<(&'r str, &'r Value)>> {
+        self.stated(LANGUAGE, row, self.columns.language.as_deref(), line)
+    }
+
+    /// The prompt with its column's name.
+    fn prompt<'r>(&self, row: &'r Map<String, Value>, line: usize) -> Result<(&'r str, &'r str)> {
         let chosen = self.columns.prompt.as_deref();
-        let Some((name, value)) = column.find(row, chosen) else {
-            let (reason, hint) = column.absent(row, chosen);
+        let Some((name, value)) = PROMPT.find(row, chosen) else {
+            if let Some((reason, hint)) = rows::chat(row) {
+                return Err(self.fault(line, reason).with_optional_hint(hint));
+            }
+            let (reason, hint) = PROMPT.absent(row, chosen);
             return Err(self.fault(line, reason).with_hint(hint));
         };
-        rows::text(name, value).map_err(|(reason, hint)| self.fault(line, reason).with_optional_hint(hint))
+        let text = rows::text(name, value);
+        Ok((name, text.map_err(|(reason, hint)| self.fault(line, reason).with_optional_hint(hint))?))
     }
 
-    fn row(&mut self, row: Map<String, Value>, line: usize) -> Result<()> {
-        let prompt = self.prompt(&row, line)?.to_owned();
-        let language = match self.language(&row) {
+    fn row(&mut self, mut row: Map<String, Value>, line: usize) -> Result<()> {
+        let (prompt_name, prompt) = self.prompt(&row, line)?;
+        let prompt = prompt.to_owned();
+        let stated = self.language(&row, line)?;
+        let language = match stated.map(|(_, value)| value) {
             Some(Value::String(code)) => language::recognise(code).unwrap_or(code).to_owned(),
             Some(_) => return Err(self.fault(line, "expected \"language\" to be a string")),
             None => self.default_language.unwrap_or_default().to_owned(),
         };
-        let id = match PROMPT_ID.optional(&row, self.columns.prompt_id.as_deref()).map(|(_, value)| value) {
-            Some(Value::String(id)) => Some(id.clone()),
-            Some(Value::Number(id)) => Some(self.id(id, line)?),
-            Some(Value::Null) | None => None,
-            Some(found) => {
-                let reason =
-                    format!("expected \"prompt_id\" to be a string or a whole number, found {found}");
-                return Err(self.fault(line, reason));
-            }
-        };
-        let continuation = CONTINUATION.find(&row, self.columns.continuation.as_deref());
-        let continuation = continuation.map(|(name, value)| (name.to_owned(), value.clone()));
+        let stated_id = self.stated(PROMPT_ID, &row, self.columns.prompt_id.as_deref(), line)?;
+        let id = stated_id.map(|(_, value)| prompts::id(value)).transpose().map_err(|found| {
+            self.fault(
+                line,
+                format!("expected \"prompt_id\" to be a string or a whole number, found {found}"),
+            )
+        })?;
+        let found = CONTINUATION.find(&row, self.columns.continuation.as_deref());
+        let names = [stated, stated_id, found].map(|column| column.map(|(name, _)| name));
+        let mut used = vec![prompt_name, "generations"];
+        used.extend(names.into_iter().flatten());
+        if self.columns.prompt.is_none() {
+            let whole = PROMPT.check_whole(&row, prompt_name, &used);
+            whole.map_err(|(reason, hint)| self.fault(line, reason).with_hint(hint))?;
+        }
+        used.extend(TOKEN_FIELDS);
+        self.ignored.add(&row, &used);
+        let continuation = found.map(|(name, value)| (name.to_owned(), value.clone()));
+        unpack(&mut row);
         let row = Value::Object(row);
         let generation = |text: &str| Generation {
             prompt: prompt.clone(),
@@ -181,10 +215,10 @@ impl Reader<'_> {
         };
         match (&text, &row["generations"]) {
             (Value::String(text), list) if list.is_null() || self.columns.continuation.is_some() => {
-                let sampled = self.sampled_tokens(&row, line)?;
                 let n_tokens = self.count(&row["n_tokens"], line)?;
                 // A log-probability without its number of tokens gives no perplexity.
                 let logprob = self.logprob(&row["logprob"], n_tokens, line)?.filter(|_| n_tokens.is_some());
+                let sampled = self.sampled_tokens(&row, n_tokens, logprob, line)?;
                 let finish = row.get("finish").map(|value| self.finish(value, line)).transpose()?;
                 self.push(
                     line,
@@ -219,7 +253,13 @@ impl Reader<'_> {
     }
 
     /// The ids and log-probs of the sampled tokens, as this program writes them.
-    fn sampled_tokens(&self, row: &Value, line: usize) -> Result<SampledTokens> {
+    fn sampled_tokens(
+        &self,
+        row: &Value,
+        n_tokens: Option<u32>,
+        logprob: Option<f64>,
+        line: usize,
+    ) -> Result<SampledTokens> {
         let expected = |what: &str| self.fault(line, format!("expected {what}"));
         let found: SampledTokens = serde_json::from_value(row.clone()).map_err(|_| {
             expected("\"token_ids\" as a list of integers, \"token_logprobs\" as a list of numbers and \"vocabulary\" as a string")
@@ -228,7 +268,7 @@ impl Reader<'_> {
         if ids.iter().any(|&id| id < 0) {
             return Err(expected("\"token_ids\" of 0 or more"));
         }
-        let n_tokens = row["n_tokens"].as_u64().unwrap_or(ids.len() as u64);
+        let n_tokens = n_tokens.map_or(ids.len() as u64, u64::from);
         let n_logprobs = found.token_logprobs.as_ref().map_or(ids.len(), Vec::len);
         if n_tokens != ids.len() as u64 || n_logprobs != ids.len() {
             let reason = format!(
@@ -236,6 +276,19 @@ impl Reader<'_> {
                 ids.len()
             );
             return Err(self.fault(line, reason));
+        }
+        let logprobs = found.token_logprobs.iter().flatten().map(|&logprob| f64::from(logprob));
+        let is_possible = |x: &f64| x.is_finite() && fluency::logprob_fault(*x).is_none();
+        if let Some(x) = logprobs.clone().find(|x| !is_possible(x)) {
+            return Err(expected(&format!("\"token_logprobs\" of at most 0, found {x}")));
+        }
+        if let (Some(sum), Some(_)) = (logprob, &found.token_logprobs) {
+            let of_tokens: f64 = logprobs.sum();
+            if (sum - of_tokens).abs() > ROUNDING * ids.len() as f64 {
+                return Err(expected(&format!(
+                    "\"logprob\" to be the sum of \"token_logprobs\", {of_tokens:.4}, found {sum}"
+                )));
+            }
         }
         Ok(found)
     }
@@ -270,18 +323,12 @@ impl Reader<'_> {
             let reason = format!("expected \"logprob\" 0 for \"n_tokens\" 0, found {logprob}");
             return Err(self.fault(line, reason));
         }
-        Ok(Some(logprob))
-    }
-
-    /// A prompt's id that is a number.
-    fn id(&self, id: &serde_json::Number, line: usize) -> Result<String> {
-        match id.as_f64() {
-            _ if id.is_i64() || id.is_u64() => Ok(id.to_string()),
-            // pandas writes 7.0 for 7. Larger ids would not be exact.
-            Some(x) if x.fract() == 0.0 && x.abs() < 9e15 => Ok((x as i64).to_string()),
-            _ => Err(self
-                .fault(line, format!("expected \"prompt_id\" to be a string or a whole number, found {id}"))),
+        let perplexity = n_tokens.and_then(|n| fluency::perplexity(logprob, n));
+        if let (Some(n), true) = (n_tokens, perplexity.is_some_and(f64::is_infinite)) {
+            let reason = format!("expected a \"logprob\" that {n} tokens can have, found {logprob}");
+            return Err(self.fault(line, reason));
         }
+        Ok(Some(logprob))
     }
 
     fn finish(&self, value: &Value, line: usize) -> Result<Option<Finish>> {
@@ -291,12 +338,27 @@ impl Reader<'_> {
 
     /// Adds a continuation with its prompt's id and its number among the prompt's continuations.
     fn push(&mut self, line: usize, id: Option<String>, generation: Generation) {
+        self.marked.add(&[&generation.prompt, &generation.generated_text]);
         let language = generation.language.clone();
         let key = (language.clone(), id.clone().unwrap_or_else(|| generation.prompt.clone()));
         let first = || (id.unwrap_or_else(|| format!("{language}/{line}")), 0);
         let (prompt_id, n) = self.prompts.entry(key).or_insert_with(first);
         self.rows.push(Generation { prompt_id: prompt_id.clone(), sample: *n, ..generation });
         *n += 1;
+    }
+}
+
+/// Prepares the fields of a row's tokens: removes missing ones, and reads the lists that a table has in its cells.
+fn unpack(row: &mut Map<String, Value>) {
+    for name in ["finish", "token_ids", "token_logprobs", "vocabulary"] {
+        let Some(value) = row.get(name) else { continue };
+        if rows::is_missing(value) {
+            row.remove(name);
+        } else if let Some(Ok(list)) =
+            value.as_str().filter(|text| text.starts_with('[')).map(serde_json::from_str)
+        {
+            row.insert(name.to_owned(), list);
+        }
     }
 }
 
@@ -374,13 +436,66 @@ mod tests {
             (r#""n_tokens":false"#, "whole number from 0, found false"),
             (r#""prompt_id":1.5"#, "whole number, found 1.5"),
             (r#""prompt_id":true"#, "whole number, found true"),
-            (r#""prompt_id":[1]"#, "whole number, found [1]"),
+            (r#""prompt_id":[1]"#, "whole number, found an array"),
         ] {
             let content = format!("\n{{\"prompt\":\"a\",\"generated_text\":\"x\",{field}}}\n");
             match read("f.jsonl", &content, Some("en")).unwrap_err() {
                 Error::Input { line: Some(2), reason, .. } => assert!(reason.contains(word), "{reason}"),
                 other => panic!("{field}: {other}"),
             }
+        }
+    }
+
+    #[test]
+    fn rejects_tokens_whose_log_probs_are_impossible_or_do_not_match() {
+        let ids = r#""token_ids":[1,2],"token_logprobs""#;
+        for (fields, word) in [
+            (format!(r#"{ids}:[5.0,-1]"#), "at most 0, found 5"),
+            (format!(r#"{ids}:[-1e39,-1]"#), "found -inf"),
+            (format!(r#"{ids}:[-1,-2],"n_tokens":2,"logprob":-1"#), "the sum of \"token_logprobs\", -3.0000"),
+            (format!(r#"{ids}:[-1,-2],"n_tokens":3.0"#), "2 ids, 3 tokens"),
+            (r#""logprob":-9000,"n_tokens":3"#.to_owned(), "that 3 tokens can have"),
+            (r#""input":"c""#.to_owned(), "another part of it in \"input\""),
+            (r#""system":"c""#.to_owned(), "another part of it in \"system\""),
+            (r#""prompt_id":123456789012345678901"#.to_owned(), "too large to be exact"),
+        ] {
+            let content = format!("\n{{\"prompt\":\"a\",\"generated_text\":\"x\",{fields}}}\n");
+            match read("f.jsonl", &content, Some("en")).unwrap_err() {
+                Error::Input { line: Some(2), reason, .. } => assert!(reason.contains(word), "{reason}"),
+                other => panic!("{fields}: {other}"),
+            }
+        }
+    }
+
+    #[test]
+    fn the_programs_own_rows_are_read_from_a_table() {
+        let table = "prompt,generated_text,prompt_id,language,n_tokens,logprob,finish,token_ids,token_logprobs,vocabulary\n\
+                     a,b,7.0,de,2,-3,stop,\"[5, 7]\",\"[-1.5, -1.5]\",abc\na,c,7,de,,,,,,\n";
+        let rows = read("g.csv", table, None).unwrap();
+        assert_eq!((rows[0].token_ids.as_deref(), rows[0].finish), (Some(&[5, 7][..]), Some(Finish::Stop)));
+        assert_eq!((rows[1].token_ids.as_deref(), rows[1].finish), (None, None));
+        assert_eq!((rows[1].prompt_id.as_str(), rows[1].sample), ("7", 1), "7.0 and 7 are one id");
+    }
+
+    #[test]
+    fn a_files_name_states_the_language_and_a_column_that_the_user_names_must_be_there() {
+        let row = "{\"prompt\":\"a\",\"generated_text\":\"x\"}";
+        for name in ["de.jsonl", "German.jsonl", "output-rtp_lx_DE.json"] {
+            assert_eq!(read(name, row, None).unwrap()[0].language, "de", "{name}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("de.jsonl");
+        std::fs::write(&path, row).unwrap();
+        let nope = || Some("nope".to_owned());
+        for columns in [
+            GenerationColumns { language: nope(), ..GenerationColumns::default() },
+            GenerationColumns { prompt_id: nope(), ..GenerationColumns::default() },
+        ] {
+            let error = read_generations(&path, None, &columns).unwrap_err();
+            assert!(
+                error.to_string().contains("in the column \"nope\"") && error.hint().is_some(),
+                "{error}"
+            );
         }
     }
 

@@ -9,7 +9,8 @@ use crate::engine::residual::ResidualPlace;
 use crate::engine::{Model, SessionOptions};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
-use crate::text::rows::{self, BENIGN, Column, Rows, TOXIC};
+use crate::text::chat_markers;
+use crate::text::rows::{self, BENIGN, Column, Ignored, Rows, TOXIC};
 
 use super::directions::{mean_difference, scaled_principal_component};
 use super::residual_streams::mean_residual_streams;
@@ -65,7 +66,8 @@ fn parse(path: &Path, bytes: &[u8], columns: &ContrastColumns) -> Result<Vec<Con
 fn pairs(path: &Path, rows: Rows<'_>, columns: &ContrastColumns) -> Result<Vec<ContrastPair>> {
     let rows = rows.limited();
     let is_plain = rows.is_plain();
-    let mut pairs = Vec::new();
+    let (mut pairs, mut ignored, mut marked) =
+        (Vec::new(), Ignored::default(), chat_markers::Count::default());
     for row in rows {
         let row = row?;
         if is_plain
@@ -84,15 +86,20 @@ fn pairs(path: &Path, rows: Rows<'_>, columns: &ContrastColumns) -> Result<Vec<C
             let text = text.map_err(|(reason, hint)| refuse(reason).with_optional_hint(hint))?;
             match text.trim().is_empty() {
                 true => Err(refuse("expected two texts, found an empty one".into())),
-                false => Ok(text.to_owned()),
+                false => Ok((name, text.to_owned())),
             }
         };
-        let toxic = text(TOXIC, columns.toxic.as_deref())?;
-        pairs.push(ContrastPair { toxic, benign: text(BENIGN, columns.benign.as_deref())? });
+        let (toxic_name, toxic) = text(TOXIC, columns.toxic.as_deref())?;
+        let (benign_name, benign) = text(BENIGN, columns.benign.as_deref())?;
+        ignored.add(&row.fields, &[toxic_name, benign_name]);
+        marked.add(&[&toxic, &benign]);
+        pairs.push(ContrastPair { toxic, benign });
     }
     if pairs.is_empty() {
         return Err(Error::input(path, None, "expected at least one pair, found none"));
     }
+    ignored.log(path);
+    marked.warn(path, "pairs");
     Ok(pairs)
 }
 

@@ -80,7 +80,9 @@ impl<'a> Rows<'a> {
             let (reason, hint) = TEXT.absent(object, chosen);
             return Err(fault(reason, &hint));
         };
-        if value.is_null() {
+        // In a table, an empty cell is a missing text.
+        let is_empty_cell = self.rows.header().is_some() && value.as_str().is_some_and(str::is_empty);
+        if value.is_null() || is_empty_cell {
             return Ok((vec![None], false));
         }
         let text = rows::text(name, value).map_err(|(reason, hint)| {
@@ -92,7 +94,9 @@ impl<'a> Rows<'a> {
     fn row(&self, object: Map<String, Value>, line: usize) -> Result<Row> {
         let (texts, is_list) = self.text_of(&object, line)?;
         let column = Column { names: &["language", "lang", "Locale", "locale"], ..LANGUAGE };
-        let named = column.optional(&object, self.columns.language.as_deref());
+        let named = column.stated(&object, self.columns.language.as_deref());
+        let named =
+            named.map_err(|(reason, hint)| Error::input(&self.path, Some(line), reason).with_hint(hint))?;
         let code = named.and_then(|(_, value)| value.as_str()).map(str::trim);
         let language = code.map(|code| language::recognise(code).unwrap_or(code).to_owned());
         Ok(Row { object, texts, language, is_list })
@@ -286,6 +290,20 @@ mod tests {
         assert_eq!(scored[2]["toxicity"], json!({"length": 0.02}));
         let first_error = Some("scorer length: not English".to_owned());
         assert_eq!(coverage, Coverage { n_texts: 3, n_missing: 2, first_error });
+    }
+
+    #[test]
+    fn an_empty_cell_of_a_table_is_a_missing_text_and_an_empty_json_text_is_not() {
+        assert_eq!(score("text,n\n,1\na,2\n", TABLE, None).unwrap()[0]["toxicity"], json!({"length": null}));
+        assert_eq!(score("{\"text\":\"\"}", JSON, None).unwrap()[0]["toxicity"], json!({"length": 0.01}));
+    }
+
+    #[test]
+    fn rejects_a_language_column_that_is_not_there() {
+        let columns = TextColumns { text: None, language: Some("nope".into()) };
+        let rows = Rows::new(Path::new("f"), Box::new("text,n\na,1\n".as_bytes()), TABLE, columns).unwrap();
+        let error = rows.collect::<Result<Vec<Row>>>().unwrap_err();
+        assert!(error.to_string().starts_with("f:2: expected a language in the column \"nope\""), "{error}");
     }
 
     #[test]

@@ -53,7 +53,34 @@ pub const LANGUAGES: [Language; 17] = [
 const OTHER_CODES: [&str; 11] = ["bcms", "da", "fi", "he", "hu", "nb", "sw", "th", "tr", "uk", "zh-hant"];
 
 /// Script subtags after a language code, as in `zh-Hans` and FLORES' `arb_Arab`.
-const SCRIPTS: [&str; 9] = ["arab", "cyrl", "deva", "hang", "hans", "hant", "jpan", "kore", "latn"];
+const SCRIPTS: [&str; 12] =
+    ["arab", "cyrl", "deva", "hang", "hani", "hans", "hant", "hebr", "jpan", "kore", "latn", "thai"];
+
+/// Names in English of languages besides the 17, and further names of those.
+const NAMES: [(&str, &str); 22] = [
+    ("bosnian", "bcms"),
+    ("croatian", "bcms"),
+    ("montenegrin", "bcms"),
+    ("serbian", "bcms"),
+    ("danish", "da"),
+    ("finnish", "fi"),
+    ("hebrew", "he"),
+    ("hungarian", "hu"),
+    ("norwegian", "nb"),
+    ("norwegian bokmål", "nb"),
+    ("norwegian bokmal", "nb"),
+    ("bokmål", "nb"),
+    ("swahili", "sw"),
+    ("kiswahili", "sw"),
+    ("thai", "th"),
+    ("turkish", "tr"),
+    ("ukrainian", "uk"),
+    ("mandarin", "zh"),
+    ("mandarin chinese", "zh"),
+    ("simplified chinese", "zh"),
+    ("chinese simplified", "zh"),
+    ("traditional chinese", "zh-hant"),
+];
 
 /// The language with this code, if it is one of the 17.
 pub fn find(code: &str) -> Option<&'static Language> {
@@ -86,12 +113,13 @@ pub fn normalize(code: &str) -> Option<&'static str> {
     match primary {
         "zh" if is_traditional => Some("zh-hant"),
         "no" => Some("nb"),
+        "bs" | "hr" | "sr" => Some("bcms"),
         primary => known_codes().into_iter().find(|known| *known == primary),
     }
 }
 
 /// ISO 639-2 and 639-3 codes.
-const LONG_CODES: [(&str, &str); 36] = [
+const LONG_CODES: [(&str, &str); 38] = [
     ("ara", "ar"),
     ("arb", "ar"),
     ("ces", "cs"),
@@ -128,22 +156,33 @@ const LONG_CODES: [(&str, &str); 36] = [
     ("tur", "tr"),
     ("ukr", "uk"),
     ("bos", "bcms"),
+    ("hrv", "bcms"),
+    ("srp", "bcms"),
 ];
 
 /// The language that a cell or a flag means: a code as in [`normalize`], a code of three letters (`eng`,
-/// `arb_Arab`), or one of the 17 by its name in English or in the language itself.
+/// `arb_Arab`), or a name in English or, for the 17, in the language itself. A country or script in brackets
+/// (`English (US)`) may follow the name.
 pub fn recognise(value: &str) -> Option<&'static str> {
     let name = value.trim().to_lowercase();
     let by_name = || {
+        let (name, note) =
+            name.split_once('(').map_or((name.as_str(), ""), |(name, note)| (name.trim(), note));
         let mut languages = LANGUAGES.iter();
-        languages.find(|l| l.name.to_lowercase() == name || l.native_name.to_lowercase() == name)
+        let found = languages.find(|l| l.name.to_lowercase() == name || l.native_name.to_lowercase() == name);
+        let of_names = || NAMES.iter().find(|(known, _)| *known == name).map(|(_, code)| *code);
+        let is_traditional = ["traditional", "taiwan", "hong kong", "hant"].iter().any(|w| note.contains(w));
+        match found.map(|language| language.code).or_else(of_names) {
+            Some("zh") if is_traditional => Some("zh-hant"),
+            found => found,
+        }
     };
     let long = || {
         let end = name.find(['-', '_']).unwrap_or(name.len());
         let (_, code) = LONG_CODES.iter().find(|(long, _)| *long == &name[..end])?;
         normalize(&format!("{code}{}", &name[end..]))
     };
-    normalize(value).or_else(|| by_name().map(|language| language.code)).or_else(long)
+    normalize(value).or_else(by_name).or_else(long)
 }
 
 /// Parses the values of `--lang`: comma separated, each language once, in the given order.

@@ -51,13 +51,15 @@ impl JsonTokenizer {
     /// # Errors
     /// As [`JsonTokenizer::read`].
     pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<JsonTokenizer> {
-        check(path, bytes)?;
+        // Windows programs put a byte-order mark before JSON.
+        let json = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
+        check(path, json)?;
         let refuse = |reason: String| {
             Error::input(path, None, format!("cannot use this tokenizer.json: {reason}"))
                 .with_hint("download the file again, or use the tokenizer.json of another model")
         };
         let tokenizer = caught(|| {
-            let mut tokenizer = Tokenizer::from_bytes(bytes)?;
+            let mut tokenizer = Tokenizer::from_bytes(json)?;
             tokenizer.with_truncation(None)?;
             tokenizer.with_padding(None);
             if let ModelWrapper::BPE(bpe) = tokenizer.get_model()
@@ -69,11 +71,15 @@ impl JsonTokenizer {
             }
             Ok(tokenizer)
         })
-        .map_err(refuse)?;
+        .map_err(&refuse)?;
         let sha256 = crate::file::hex(&Sha256::digest(bytes));
         let tokenizer = JsonTokenizer { path: path.to_path_buf(), sha256, tokenizer: Box::new(tokenizer) };
+        let mut n_tokens = 0;
         for text in TRIALS {
-            tokenizer.tokens(text)?;
+            n_tokens += tokenizer.tokens(text)?.len();
+        }
+        if n_tokens == 0 {
+            return Err(refuse("it splits no text into tokens".into()));
         }
         Ok(tokenizer)
     }
@@ -217,6 +223,18 @@ mod tests {
             assert!(error.to_string().starts_with("t.json: expected a Hugging Face"), "{end}: {error}");
             assert!(error.hint().is_some());
         }
+    }
+
+    #[test]
+    fn rejects_a_tokenizer_without_tokens_and_skips_a_byte_order_mark() {
+        let mut changed = tiny();
+        changed["model"] = json!({"type": "BPE", "vocab": {}, "merges": []});
+        changed["added_tokens"] = json!([]);
+        changed["post_processor"] = Value::Null;
+        let error = read(&changed).unwrap_err();
+        assert!(error.to_string().contains("it splits no text into tokens"), "{error}");
+        let bytes = [b"\xef\xbb\xbf", serde_json::to_vec(&tiny()).unwrap().as_slice()].concat();
+        assert!(JsonTokenizer::from_bytes(Path::new("t.json"), &bytes).is_ok());
     }
 
     #[test]

@@ -35,9 +35,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::text::language;
+use crate::text::{language, rows};
 
 pub use own::own_prompts;
+pub(in crate::eval) use read::{id, language_of_name};
 
 /// A text for a model to continue.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -235,12 +236,13 @@ fn read_folder(
 const FOLDER_HINT: &str =
     "name the file after its language (de.jsonl, RTP_LX_DE.json), or give each row a \"language\"";
 
-/// The prompt files of a folder and of its subfolders `{lang}/`, sorted by path.
+/// The prompt files of a folder and of its subfolders `{lang}/`, sorted by path. Others that may hold prompts are named
+/// in a warning.
 fn list_folder(folder: &Path) -> Result<Vec<Named>> {
-    let mut files = Vec::new();
+    let (mut files, mut skipped) = (Vec::new(), Vec::new());
     for path in entries(folder)? {
         if path.is_dir() {
-            let Some(language) = path.file_name().and_then(|name| language::normalize(name.to_str()?)) else {
+            let Some(language) = path.file_name().and_then(|name| language::recognise(name.to_str()?)) else {
                 return Err(Error::input(
                     path,
                     None,
@@ -248,32 +250,46 @@ fn list_folder(folder: &Path) -> Result<Vec<Named>> {
                 )
                 .with_hint(format!("rename or move it; known: {}", language::known_codes().join(", "))));
             };
-            let before = files.len();
+            let (n_files, n_skipped) = (files.len(), skipped.len());
             for path in entries(&path)? {
                 if path.is_dir() {
                     return Err(Error::input(&path, None, "expected prompt files here, found a folder"));
                 }
                 if read::is_prompt_file(&path) {
                     files.push(Named { path, language: Some(language) });
+                } else {
+                    skipped.push(path);
                 }
             }
-            if files.len() == before {
-                return Err(no_prompt_files(&path));
+            if files.len() == n_files {
+                return Err(no_prompt_files(&path, &skipped[n_skipped..]));
             }
         } else if read::is_prompt_file(&path) {
             let language = read::language_of_name(&path);
             files.push(Named { path, language });
+        } else {
+            skipped.push(path);
         }
     }
     if files.is_empty() {
-        return Err(no_prompt_files(folder));
+        return Err(no_prompt_files(folder, &skipped));
+    }
+    if let Some(names) = rows::skipped_names(&skipped) {
+        tracing::warn!(
+            "{}: these files are not read: {names}. Of tables, only those named after a language are (de.csv)",
+            folder.display()
+        );
     }
     Ok(files)
 }
 
-fn no_prompt_files(folder: &Path) -> Error {
-    Error::input(folder, None, "expected files .jsonl, .json or .txt, found none")
-        .with_hint("name each file after its language: de.jsonl, RTP_LX_DE.json, de.txt")
+fn no_prompt_files(folder: &Path, skipped: &[PathBuf]) -> Error {
+    let found =
+        rows::skipped_names(skipped).map_or_else(|| "none".to_owned(), |names| format!("only {names}"));
+    let reason =
+        format!("expected files .jsonl, .json or .txt, or tables named after a language, found {found}");
+    Error::input(folder, None, reason)
+        .with_hint("name each file after its language: de.jsonl, RTP_LX_DE.json, de.txt, de.csv")
 }
 
 /// The entries of a folder without hidden ones, sorted.

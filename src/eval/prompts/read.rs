@@ -24,31 +24,26 @@ pub(super) struct Row {
     pub text: String,
 }
 
-/// Whether a file of a folder is read: it has an extension of prompt files, or is a table named after a language.
+/// Whether a file of a folder is read: it is JSON or plain text, or a table named after a language.
 pub(super) fn is_prompt_file(path: &Path) -> bool {
-    match rows::extension(path).as_str() {
-        "jsonl" | "json" | "ndjson" | "txt" => true,
-        "csv" | "tsv" => language_of_name(path).is_some(),
-        _ => false,
-    }
+    rows::has_rows(path) && (!rows::is_table_name(path) || language_of_name(path).is_some())
 }
 
-/// The language in a file's name: `de.txt`, `de.csv.gz`, `RTP_LX_ZH-Hans.json`, or the paper's
-/// `dpo_toxicity_pairwise_de_200.jsonl`.
+/// The language in a file's name: `de.txt`, `german.csv.gz`, `RTP_LX_ZH-Hans.json`, or the paper's
+/// `output-rtp_lx_de.json` and `dpo_toxicity_pairwise_de_200.jsonl`.
 ///
 /// Other names have no language: the `id` of `prompts_with_id.jsonl` does not mean Indonesian.
-pub(super) fn language_of_name(path: &Path) -> Option<&'static str> {
+pub(in crate::eval) fn language_of_name(path: &Path) -> Option<&'static str> {
     let name = path.file_name()?.to_str()?.to_ascii_lowercase();
     let name = rows::uncompressed_name(&name);
     let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
-    let code = if let Some(rest) = stem.strip_prefix("rtp_lx_") {
-        rest
-    } else if let Some(rest) = stem.strip_prefix("dpo_toxicity_pairwise_") {
+    let code = if let Some(rest) = stem.strip_prefix("dpo_toxicity_pairwise_") {
         rest.split('_').next()?
     } else {
-        stem
+        let rest = ["output-rtp_lx_", "rtp_lx_"].iter().find_map(|prefix| stem.strip_prefix(prefix));
+        rest.unwrap_or(stem)
     };
-    language::normalize(code)
+    language::recognise(code)
 }
 
 /// The row's language, else the file name's. If the row has `zh` and the name `zh-hant`, the name wins.
@@ -131,75 +126,69 @@ fn prompt(path: &Path, row: &rows::Row, columns: &PromptColumns, ignored: &mut I
     if text.trim().is_empty() {
         return Err(fail("expected a prompt, found an empty text".into(), None));
     }
-    if chosen.is_none()
-        && let Some(dropped) = rows::dropped(fields, &[name])
-    {
-        let reason = format!(
-            "expected the whole prompt in the column {name:?}, found another part of it in {dropped:?}"
-        );
-        let hint = format!(
-            "put both into one column, or read {name:?} alone with --prompt-column {}",
-            rows::argument(name)
-        );
-        return Err(fail(reason, Some(hint)));
+    if chosen.is_none() {
+        PROMPT.check_whole(fields, name, &[name]).map_err(|(reason, hint)| fail(reason, Some(hint)))?;
     }
-    let id = key_of(fields, columns).map_err(|reason| fail(reason, None))?;
-    let language = language_of(fields, columns).map_err(|reason| {
-        fail(reason, Some(format!("known languages: {}", language::known_codes().join(", "))))
-    })?;
+    let id = key_of(fields, columns).map_err(|(reason, hint)| fail(reason, hint))?;
+    let language = language_of(fields, columns).map_err(|(reason, hint)| fail(reason, Some(hint)))?;
     let used = [Some(name), id.as_ref().map(|(name, _)| *name), language.map(|(name, _)| name)];
     ignored.add(fields, &used.into_iter().flatten().collect::<Vec<_>>());
     let key = id.map_or_else(|| row.place.to_string(), |(_, key)| key);
     Ok(Row { line, key, language: language.map(|(_, code)| code), text: text.to_owned() })
 }
 
-/// The row's own id: a string or an integer, with the column's name. `3.0`, as pandas writes integers, is 3.
+/// The row's own id, with the column's name.
 fn key_of<'r>(
     fields: &'r Map<String, Value>,
     columns: &PromptColumns,
-) -> Result<Option<(&'r str, String)>, String> {
-    let chosen = columns.id.as_deref();
-    let Some((name, value)) = ID.optional(fields, chosen) else {
-        return match ID.find(fields, chosen) {
-            None if chosen.is_some() => Err(ID.absent(fields, chosen).0),
-            _ => Ok(None),
-        };
-    };
-    let key = match value {
-        Value::String(key) => key.trim().to_owned(),
-        Value::Number(number) => match (number.as_i64(), number.as_u64(), number.as_f64()) {
-            (Some(key), _, _) => key.to_string(),
-            (_, Some(key), _) => key.to_string(),
-            (_, _, Some(key)) if key.fract() == 0.0 => format!("{key:.0}"),
-            _ => return Err(format!("field {name:?}: expected a string or an integer, found {number}")),
-        },
-        other => {
-            return Err(format!(
-                "field {name:?}: expected a string or an integer, found {}",
-                rows::kind(other)
-            ));
+) -> Result<Option<(&'r str, String)>, (String, Option<String>)> {
+    let stated = ID.stated(fields, columns.id.as_deref()).map_err(|(reason, hint)| (reason, Some(hint)))?;
+    let Some((name, value)) = stated else { return Ok(None) };
+    match id(value) {
+        Ok(key) => Ok(Some((name, key))),
+        Err(found) => Err((format!("field {name:?}: expected a string or an integer, found {found}"), None)),
+    }
+}
+
+/// An id: a string or a whole number. `7.0`, as pandas writes whole numbers, is 7, also in a table.
+///
+/// # Errors
+/// What was found instead, in words. Numbers with a fraction are no ids, nor are those that JSON's floats cannot
+/// hold exactly.
+pub(in crate::eval) fn id(value: &Value) -> Result<String, String> {
+    match value {
+        Value::String(text) => {
+            let text = text.trim();
+            let whole = text.strip_suffix(".0").filter(|whole| {
+                (1..=15).contains(&whole.len()) && whole.bytes().all(|byte| byte.is_ascii_digit())
+            });
+            Ok(whole.unwrap_or(text).to_owned())
         }
-    };
-    Ok(Some((name, key)))
+        Value::Number(number) if number.is_i64() || number.is_u64() => Ok(number.to_string()),
+        Value::Number(number) => match number.as_f64() {
+            Some(x) if x.fract() == 0.0 && x.abs() < 9e15 => Ok((x as i64).to_string()),
+            Some(x) if x.fract() == 0.0 => Err(format!("{number}, too large to be exact")),
+            _ => Err(number.to_string()),
+        },
+        other => Err(rows::kind(other).to_owned()),
+    }
 }
 
 /// The row's language, with the column's name.
 fn language_of<'r>(
     fields: &'r Map<String, Value>,
     columns: &PromptColumns,
-) -> Result<Option<(&'r str, &'static str)>, String> {
-    let chosen = columns.language.as_deref();
-    let Some((name, value)) = LANGUAGE.optional(fields, chosen) else {
-        return match chosen {
-            Some(_) if LANGUAGE.find(fields, chosen).is_none() => Err(LANGUAGE.absent(fields, chosen).0),
-            _ => Ok(None),
-        };
+) -> Result<Option<(&'r str, &'static str)>, (String, String)> {
+    let Some((name, value)) = LANGUAGE.stated(fields, columns.language.as_deref())? else { return Ok(None) };
+    let refuse = |found: String| {
+        let known = language::known_codes().join(", ");
+        Err((format!("field {name:?}: {found}"), format!("known languages: {known}")))
     };
     let Value::String(code) = value else {
-        return Err(format!("field {name:?}: expected a language code, found {}", rows::kind(value)));
+        return refuse(format!("expected a language code, found {}", rows::kind(value)));
     };
     match language::recognise(code) {
         Some(language) => Ok(Some((name, language))),
-        None => Err(format!("field {name:?}: expected a known language code, found {code:?}")),
+        None => refuse(format!("expected a known language code, found {code:?}")),
     }
 }

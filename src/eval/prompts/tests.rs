@@ -226,6 +226,18 @@ fn reads_a_folder_by_language_in_the_order_of_names() {
 }
 
 #[test]
+fn a_folders_tables_and_json_lines_are_read_by_any_of_their_names() {
+    let folder = folder(&[
+        ("German.csv", "id,prompt\n1.0,Suppe\n2,Brot\n"),
+        ("en.jsonlines", "{\"prompt\": \"Soup\"}\n"),
+        ("fr.tab", "id\tprompt\n1\tPain\n"),
+        ("scores.csv", "a\n1\n"),
+    ]);
+    let prompts = PromptSource::open(folder.path()).unwrap().read(&[], None).unwrap();
+    assert_eq!(ids(&prompts), ["de/1", "de/2", "en/1", "fr/1"]);
+}
+
+#[test]
 fn a_broken_file_of_another_language_is_ignored() {
     let dir = folder(&[("RTP_LX_EN.json", "{\"Prompt\": \"NA\", \"Index\": 0}\n"), ("de.txt", "Suppe\n")]);
     let source = PromptSource::open(dir.path()).unwrap();
@@ -462,7 +474,9 @@ fn rejects_a_limit_of_zero() {
 #[test]
 fn rejects_a_folder_without_prompt_files() {
     let (path, _, reason) = folder_refused(&[("README.md", "Soup\n")], &[]);
-    assert_eq!((path.as_str(), reason.as_str()), ("", "expected files .jsonl, .json or .txt, found none"));
+    assert!(path.is_empty() && reason.ends_with("named after a language, found none"), "{reason}");
+    let (_, _, reason) = folder_refused(&[("prompts.csv", "prompt\nSoup\n")], &[]);
+    assert!(reason.ends_with("found only \"prompts.csv\""), "{reason}");
     let (path, _, _) = folder_refused(&[("en.txt", "Soup\n"), ("de/notes.md", "Suppe\n")], &[]);
     assert_eq!(path, "de");
 }

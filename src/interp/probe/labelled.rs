@@ -6,7 +6,8 @@ use serde_json::{Map, Value};
 
 use crate::engine::random::{random_stream, shuffle};
 use crate::error::{Error, Result};
-use crate::text::rows::{self, LABEL, LABELLED_TEXT, Rows};
+use crate::text::chat_markers;
+use crate::text::rows::{self, Ignored, LABEL, LABELLED_TEXT, Rows};
 
 /// A text and its label.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,10 +101,26 @@ fn read_rows(path: &Path, rows: Rows<'_>, columns: &LabelledColumns) -> Result<L
         return Err(Error::input(path, None, reason)
             .with_hint("write CSV with a header, or JSON lines with \"text\" and \"label\""));
     }
-    whole(path, rows.map(|row| labelled(path, &row?, columns)))
+    let (mut ignored, mut marked) = (Ignored::default(), chat_markers::Count::default());
+    let found = whole(
+        path,
+        rows.map(|row| {
+            let text = labelled(path, &row?, columns, &mut ignored)?;
+            marked.add(&[&text.text]);
+            Ok(text)
+        }),
+    )?;
+    ignored.log(path);
+    marked.warn(path, "texts");
+    Ok(found)
 }
 
-fn labelled(path: &Path, row: &rows::Row, columns: &LabelledColumns) -> Result<LabelledText> {
+fn labelled(
+    path: &Path,
+    row: &rows::Row,
+    columns: &LabelledColumns,
+    ignored: &mut Ignored,
+) -> Result<LabelledText> {
     let refuse = |reason: String| Error::input(path, Some(row.line), reason);
     let fields: &Map<String, Value> = &row.fields;
     let (text_column, label_column) = (columns.text.as_deref(), columns.label.as_deref());
@@ -116,12 +133,16 @@ fn labelled(path: &Path, row: &rows::Row, columns: &LabelledColumns) -> Result<L
         Value::Null => "",
         value => rows::text(name, value).map_err(|(reason, hint)| refuse(reason).with_optional_hint(hint))?,
     };
-    let (_, label) =
+    if text.trim().is_empty() {
+        return Ok(LabelledText { text: String::new(), is_toxic: false });
+    }
+    let (label_name, label) =
         LABEL.find(fields, label_column).ok_or_else(|| absent(LABEL.absent(fields, label_column)))?;
     let is_toxic = rows::label(label).map_err(|reason| {
         refuse(reason)
             .with_hint("labels are 0 or 1; turn scores into labels first, for example 1 from 0.5 up")
     })?;
+    ignored.add(fields, &[name, label_name]);
     Ok(LabelledText { text: text.to_owned(), is_toxic })
 }
 
@@ -189,8 +210,8 @@ mod tests {
 
     #[test]
     fn rows_without_text_are_counted_and_skipped() {
-        let labelled = parse("text,label\na,1\n ,0\nb,0\n").unwrap();
-        assert_eq!((labelled.texts.len(), labelled.n_empty), (2, 1));
+        let labelled = parse("text,label\na,1\n ,0\n,\nb,0\n").unwrap();
+        assert_eq!((labelled.texts.len(), labelled.n_empty), (2, 2));
     }
 
     #[test]

@@ -51,6 +51,14 @@ fn names_and_long_codes_are_recognised_in_cells() {
         ("cmn-Hans", "zh"),
         ("zh-CN", "zh"),
         ("pt_BR", "pt"),
+        ("cmn_Hani", "zh"),
+        ("Danish", "da"),
+        ("Norwegian", "nb"),
+        ("English (US)", "en"),
+        ("Simplified Chinese", "zh"),
+        ("Chinese (Traditional)", "zh-hant"),
+        ("hr", "bcms"),
+        ("sr-Cyrl", "bcms"),
     ] {
         assert_eq!(recognise(value), Some(expected), "{value:?}");
     }

@@ -272,6 +272,40 @@ impl Column {
         found.or_else(|| self.find(row, None).filter(|(_, value)| !is_missing(value)))
     }
 
+    /// [`Column::optional`], but the column must be there if the user named it.
+    ///
+    /// # Errors
+    /// The reason and a hint, in words.
+    pub fn stated<'r>(
+        &self,
+        row: &'r Map<String, Value>,
+        chosen: Option<&str>,
+    ) -> Result<Option<(&'r str, &'r Value)>, (String, String)> {
+        match chosen {
+            Some(_) if self.find(row, chosen).is_none() => Err(self.absent(row, chosen)),
+            _ => Ok(self.optional(row, chosen)),
+        }
+    }
+
+    /// Refuses a row with a part of the prompt in a column besides `used`; `name` is the column of the prompt.
+    ///
+    /// # Errors
+    /// The reason and a hint, in words.
+    pub fn check_whole(
+        &self,
+        row: &Map<String, Value>,
+        name: &str,
+        used: &[&str],
+    ) -> Result<(), (String, String)> {
+        let Some(dropped) = dropped(row, used) else { return Ok(()) };
+        Err((
+            format!(
+                "expected the whole prompt in the column {name:?}, found another part of it in {dropped:?}"
+            ),
+            format!("put both into one column, or read {name:?} alone with {} {}", self.flag, argument(name)),
+        ))
+    }
+
     /// Why no column of a row fits, and what to do.
     pub fn absent(&self, row: &Map<String, Value>, chosen: Option<&str>) -> (String, String) {
         let found = listed(row.keys().map(String::as_str));

@@ -21,6 +21,7 @@
 mod bytes;
 mod cell;
 mod column;
+mod folder;
 mod json;
 mod sniff;
 mod source;
@@ -43,6 +44,7 @@ pub use column::{
     BENIGN, CHOSEN, CONTINUATION, Column, ID, Ignored, LABEL, LABELLED_TEXT, LANGUAGE, PAIR_PROMPT, PROMPT,
     PROMPT_ID, REJECTED, TEXT, TOXIC, argument, dropped, listed,
 };
+pub use folder::{has_rows, is_table_name, skipped_names};
 pub use sniff::{Form, Wanted, extension, uncompressed_name};
 
 /// Limits of a file whose rows are all kept in memory, so that an endless input is refused in time.

@@ -99,18 +99,30 @@ pub fn read(path: &Path, columns: &PairColumns) -> Result<Vec<PreferencePair>> {
 
 /// The `.jsonl` files of a folder, sorted; hidden files are skipped.
 fn files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
+    let (mut files, mut skipped) = (Vec::new(), Vec::new());
     for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
         let path = entry.map_err(Error::io("read", folder))?.path();
         let is_hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-        if rows::extension(&path) == "jsonl" && !is_hidden && !path.is_dir() {
-            files.push(path);
+        if is_hidden || path.is_dir() {
+            continue;
         }
+        let list = if rows::extension(&path) == "jsonl" { &mut files } else { &mut skipped };
+        list.push(path);
     }
     files.sort();
+    skipped.sort();
+    let names = rows::skipped_names(&skipped);
     if files.is_empty() {
-        return Err(Error::input(folder, None, "expected files of preference pairs (.jsonl), found none")
-            .with_hint("give the file itself if its name ends differently"));
+        let found = names.map_or_else(|| "none".to_owned(), |names| format!("only {names}"));
+        return Err(Error::input(
+            folder,
+            None,
+            format!("expected files of preference pairs (.jsonl), found {found}"),
+        )
+        .with_hint("give the file itself if its name ends differently"));
+    }
+    if let Some(names) = names {
+        tracing::warn!("{}: only files .jsonl are read of a folder, and not {names}", folder.display());
     }
     Ok(files)
 }
@@ -223,23 +235,15 @@ fn pair(
     };
     let mut used = vec![chosen_name, rejected_name];
     used.extend(prompt.map(|(name, _)| name));
-    if columns.prompt.is_none()
-        && let Some(dropped) = rows::dropped(row, &used)
-    {
-        let place = prompt.map_or("the answers".to_owned(), |(name, _)| format!("the column {name:?}"));
-        let hint = match prompt {
-            Some((name, _)) => {
-                format!(
-                    "put both into one column, or read {name:?} alone with --prompt-column {}",
-                    rows::argument(name)
-                )
-            }
-            None => format!("name the prompt's column: --prompt-column {}", rows::argument(dropped)),
-        };
-        return Err((
-            format!("expected the whole prompt in {place}, found another part of it in {dropped:?}"),
-            Some(hint),
-        ));
+    if columns.prompt.is_none() {
+        if let Some((name, _)) = prompt {
+            PAIR_PROMPT.check_whole(row, name, &used).map_err(|(reason, hint)| (reason, Some(hint)))?;
+        } else if let Some(dropped) = rows::dropped(row, &used) {
+            return Err((
+                format!("expected the whole prompt in the answers, found another part of it in {dropped:?}"),
+                Some(format!("name the prompt's column: --prompt-column {}", rows::argument(dropped))),
+            ));
+        }
     }
     ignored.add(row, &used);
     Ok(match prompt {
