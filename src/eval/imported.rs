@@ -298,7 +298,9 @@ impl Reader<'_> {
         if rows::is_missing(value) {
             return Ok(None);
         }
-        match rows::number(value) {
+        // A comma would be ambiguous: "1,000" is a thousand or one.
+        let has_comma = value.as_str().is_some_and(|text| text.contains(','));
+        match rows::number(value).filter(|_| !has_comma) {
             // pandas writes whole numbers as 3.0 if a row of the column has none.
             Some(n) if n.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&n) => Ok(Some(n as u32)),
             _ => {
@@ -432,6 +434,7 @@ mod tests {
             (r#""logprob":-5,"n_tokens":-3"#, "whole number from 0, found -3"),
             (r#""n_tokens":2.5"#, "whole number from 0, found 2.5"),
             (r#""n_tokens":4294967296"#, "whole number from 0, found 4294967296"),
+            (r#""n_tokens":"1,000""#, "whole number from 0, found \"1,000\""),
             (r#""n_tokens":"three""#, "whole number from 0, found \"three\""),
             (r#""n_tokens":false"#, "whole number from 0, found false"),
             (r#""prompt_id":1.5"#, "whole number, found 1.5"),

@@ -146,7 +146,10 @@ fn key_of<'r>(
     let Some((name, value)) = stated else { return Ok(None) };
     match id(value) {
         Ok(key) => Ok(Some((name, key))),
-        Err(found) => Err((format!("field {name:?}: expected a string or an integer, found {found}"), None)),
+        Err(found) => {
+            let hint = value.is_number().then(|| "put the ids in double quotes".to_owned());
+            Err((format!("field {name:?}: expected a string or an integer, found {found}"), hint))
+        }
     }
 }
 
