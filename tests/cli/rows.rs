@@ -42,6 +42,17 @@ fn prompts_of_a_table_lose_their_header_and_quotes_and_compression_changes_nothi
 }
 
 #[test]
+fn a_column_of_pairs_without_a_file_of_pairs_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    for flag in ["--toxic-column", "--benign-column"] {
+        let mut command = detox();
+        command.args(["steer", "-m"]).arg(tiny("llama.gguf")).arg("-o").arg(folder.path().join("s.json"));
+        let (code, text) = failure(command.args([flag, "x", "--contrast"]));
+        assert!(code == 1 && text.contains(flag) && text.contains("hint: give the file"), "{text}");
+    }
+}
+
+#[test]
 fn the_language_of_a_file_and_chat_markers_are_logged() {
     let folder = tempfile::tempdir().unwrap();
     let german = "Das Wetter war gestern so schön, dass wir\nMeine Nachbarin hat mir erzählt\n";

@@ -137,11 +137,14 @@ fn prompt(path: &Path, row: &rows::Row, columns: &PromptColumns, ignored: &mut I
     Ok(Row { line, key, language: language.map(|(_, code)| code), text: text.to_owned() })
 }
 
+/// Why a row is refused, and the hint.
+type Fault = (String, Option<String>);
+
 /// The row's own id, with the column's name.
 fn key_of<'r>(
     fields: &'r Map<String, Value>,
     columns: &PromptColumns,
-) -> Result<Option<(&'r str, String)>, (String, Option<String>)> {
+) -> Result<Option<(&'r str, String)>, Fault> {
     let stated = ID.stated(fields, columns.id.as_deref()).map_err(|(reason, hint)| (reason, Some(hint)))?;
     let Some((name, value)) = stated else { return Ok(None) };
     match id(value) {
