@@ -7,8 +7,8 @@ use clap::Args;
 
 use crate::engine::Model;
 use crate::error::{Error, Result};
-use crate::file::output::{FolderKind, Paths};
-use crate::file::{base_name, lock_folder};
+use crate::file::base_name;
+use crate::file::output::{FolderKind, Paths, open_folder};
 use crate::gguf::GgufFile;
 use crate::interp::activations::{
     ActivationPrompt, Activations, MEASURED, PromptActivation, by_language, mean_over_neurons,
@@ -85,7 +85,7 @@ impl ActivationsCommand {
                 Some((model, format!("{}, steered", base_name(&self.model))))
             }
         };
-        let _lock = lock_folder(&self.output)?;
+        let _lock = open_folder(&self.output, FolderKind::Activations)?;
         let texts: Vec<ActivationPrompt> =
             prompts.iter().map(|p| ActivationPrompt { id: &p.id, text: &p.text }).collect();
         let measure = |model: &Model| -> Result<Vec<f64>> {

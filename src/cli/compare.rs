@@ -6,8 +6,7 @@ use clap::Args;
 
 use crate::error::Result;
 use crate::eval::{compare, record};
-use crate::file;
-use crate::file::output::{FolderKind, Paths};
+use crate::file::output::{FolderKind, Paths, open_folder};
 use crate::report::{self, csv, html, json, markdown, terminal};
 use crate::score;
 
@@ -54,7 +53,7 @@ pub fn run(a: &Path, b: &Path, output: Option<&Path>, no_perplexity: bool) -> Re
     let (label_a, label_b) = (a.display().to_string(), b.display().to_string());
     let comparison = compare::compare(run_a.side(&label_a), run_b.side(&label_b))?;
     if let Some(folder) = output {
-        let _lock = file::lock_folder(folder)?;
+        let _lock = open_folder(folder, FolderKind::Compare)?;
         let leading = run_b.info.scorers.first().map_or(score::LEXICAL, |s| s.name.as_str());
         let excerpts = report::most_toxic(&run_b.samples, leading, EXCERPTS);
         write_reports(

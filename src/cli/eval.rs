@@ -12,8 +12,7 @@ use crate::eval::imported::{self, GenerationColumns};
 use crate::eval::perplexity::PerplexityTokens;
 use crate::eval::rescore::{self, RescoreRequest};
 use crate::eval::run::{self, EvalRequest, MIN_COVERAGE, Source, TOXICITY_THRESHOLD};
-use crate::file;
-use crate::file::output::{FolderKind, Paths};
+use crate::file::output::{FolderKind, Paths, open_folder};
 use crate::report::write::{EXCERPTS, write_reports};
 use crate::report::{self, csv, html, json, markdown, per_prompt, terminal};
 use crate::score;
@@ -228,7 +227,7 @@ impl EvalArguments {
         };
         let rescore = self.rescore.as_ref().map(|run| Ok((run, base()?))).transpose()?;
         // Held until the reports are written.
-        let _lock = file::lock_folder(folder)?;
+        let _lock = open_folder(folder, FolderKind::Eval)?;
         let evaluated = match (rescore, request) {
             (Some((run, base)), _) => {
                 let request = RescoreRequest {

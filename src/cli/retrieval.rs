@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 use clap::Args;
 
 use crate::error::{Error, Result};
-use crate::file::output::{FolderKind, Paths};
+use crate::file::output::{FolderKind, Paths, open_folder};
 use crate::interp::retrieval::read_aligned;
 use crate::report::json;
 use crate::report::write::write_reports;
@@ -82,7 +82,7 @@ impl RetrievalCommand {
             _ => None,
         };
         let model = self.steering.open(&self.model, &self.engine)?;
-        let _lock = crate::file::lock_folder(&self.output)?;
+        let _lock = open_folder(&self.output, FolderKind::Retrieval)?;
         let report = retrieval::measure(
             &model,
             &self.engine.session_options(),

@@ -8,8 +8,7 @@ use clap::Args;
 use crate::engine::Steering;
 use crate::error::{Error, Result};
 use crate::eval::run::Source;
-use crate::file;
-use crate::file::output::{FolderKind, Paths};
+use crate::file::output::{FolderKind, Paths, open_folder};
 use crate::gguf::GgufFile;
 use crate::report::write::write_reports;
 use crate::report::{json as report_json, sweep as report};
@@ -93,7 +92,7 @@ impl SweepCommand {
         let base = self.measure.base.clone().unwrap_or_else(|| self.model.clone());
         let request = self.measure.request(source, Some(base), &self.engine);
         // Held until the reports are written.
-        let _lock = file::lock_folder(&self.output)?;
+        let _lock = open_folder(&self.output, FolderKind::Sweep)?;
         let sweep = sweep::run(&plan, &request, &self.output, interrupt, &mut Shown::new());
         let sweep = sweep.inspect_err(|error| {
             if matches!(error, Error::Interrupted) {

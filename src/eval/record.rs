@@ -22,7 +22,6 @@ use crate::eval::perplexity::{BaseLogprob, PerplexityTokens};
 use crate::eval::result::{ModelPaths, RunInfo};
 use crate::eval::side::Side;
 use crate::file;
-use crate::file::output::{FolderKind, check_folder};
 
 /// Contents of `run.json`: everything that determines the bytes of the other files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -43,8 +42,8 @@ pub struct Record {
 const FORMAT: u32 = 1;
 
 /// The hint for a folder of which something is missing or damaged.
-const REPEAT: &str = "repeat the `detox-gguf eval` that wrote this folder: it keeps everything whole and makes the \
-                      rest again";
+const REPEAT: &str = "repeat the `detox-gguf eval` that wrote this folder: it keeps complete rows and makes the \
+                      others again";
 
 /// One line of `scores.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -199,17 +198,10 @@ fn read_rows<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Vec<T>> {
     text.lines().enumerate().map(parse).collect()
 }
 
-/// Creates and locks the folder; refuses one that holds anything but a run of `eval`.
-pub(super) fn open_folder(folder: &Path) -> Result<file::FolderLock> {
-    check_folder(folder, FolderKind::Eval)?;
-    file::lock_folder(folder)
-}
-
 /// Writes `run.json`; refuses a folder whose `run.json` has other settings.
 pub(super) fn start(folder: &Path, info: &RunInfo, paths: ModelPaths) -> Result<()> {
     // The same models may be given by other paths when a run resumes.
-    let there = std::fs::read(folder.join("run.json")).ok();
-    let there = there.and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
+    let there = file::peek_record(folder).and_then(|text| serde_json::from_str::<Record>(&text).ok());
     let paths = match there {
         Some(there) => there.paths,
         None => Some(paths).filter(|paths| *paths != ModelPaths::default()),

@@ -14,6 +14,7 @@ use crate::eval::run::{Evaluated, engine_settings, judge_name};
 use crate::eval::scoring::{self, Judge};
 use crate::eval::summarize;
 use crate::file;
+use crate::file::output::{FolderKind, open_folder};
 use crate::progress::{Progress, hash_files};
 
 /// A run whose perplexity is to be measured again.
@@ -53,7 +54,7 @@ pub fn rescore(
         return Err(Error::run_folder(folder, "expected a new folder, found the run itself")
             .with_hint("choose a new folder with -o"));
     }
-    let _lock = record::open_folder(folder)?;
+    let _lock = open_folder(folder, FolderKind::Eval)?;
     // Finds a broken model before anything is written.
     let files = Model::open(base, model_options)?.files().clone();
     let mut info = there.run;

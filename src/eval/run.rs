@@ -24,7 +24,7 @@ use crate::eval::result::{
 use crate::eval::scoring::{self, Judge};
 use crate::eval::summarize;
 use crate::eval::tokenizer::TextTokenizer;
-use crate::file::output::{FolderKind, Paths};
+use crate::file::output::{FolderKind, Paths, open_folder};
 use crate::file::{self, JsonLog};
 use crate::gguf::ModelFiles;
 use crate::progress::{Progress, hash_files};
@@ -159,7 +159,7 @@ pub fn evaluate(
         }
     }
     request.paths(folder).check()?;
-    let _lock = record::open_folder(folder)?;
+    let _lock = open_folder(folder, FolderKind::Eval)?;
     let tokenizer = request.tokenizer.as_deref().map(TextTokenizer::from_file).transpose()?;
     if let Source::File { generations, .. } = &request.source
         && request.base.is_none()

@@ -44,13 +44,27 @@ fn version(path: &Path) -> Option<Version> {
     Some((metadata.len(), metadata.modified().ok()))
 }
 
+/// The file that `path` means: where its links lead, even if nothing is there yet.
+pub(super) fn follow(path: &Path) -> PathBuf {
+    /// As many as Linux follows.
+    const MAX_LINKS: usize = 40;
+    let mut path = path.to_path_buf();
+    for _ in 0..MAX_LINKS {
+        if let Ok(path) = fs::canonicalize(&path) {
+            return path;
+        }
+        let Ok(target) = fs::read_link(&path) else { break };
+        path = path.parent().unwrap_or(Path::new("")).join(target);
+    }
+    path
+}
+
 impl AtomicFile {
     /// Starts a file that will appear at `path`. Fails now if the folder is not writable.
     ///
     /// Also removes what killed processes left in that folder.
     pub fn create(path: &Path) -> Result<AtomicFile> {
-        // Falls back to the path as given if it does not exist yet or is a dangling link.
-        let path = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let path = follow(path);
         let is_device = fs::metadata(&path).is_ok_and(|m| !m.is_file() && !m.is_dir());
         if is_device {
             let file = OpenOptions::new().write(true).open(&path).map_err(Error::io("write", &path))?;
@@ -94,13 +108,15 @@ impl AtomicFile {
     pub fn commit(mut self) -> Result<()> {
         self.sync()?;
         let path = self.path;
-        let Target::Beside { temporary, replaces } = self.target else { return Ok(()) };
+        let Target::Beside { mut temporary, replaces } = self.target else { return Ok(()) };
         if version(&path).is_some_and(|now| Some(now) != replaces) {
             tracing::warn!(
                 "{}: another program wrote this file in the meantime; it is replaced now",
                 path.display()
             );
         }
+        #[cfg(unix)]
+        keep_permissions(&path, temporary.file()).map_err(Error::io("write", &path))?;
         temporary.persist(&path).map_err(Error::io("write", &path))
     }
 
@@ -110,6 +126,14 @@ impl AtomicFile {
             Target::Device(file) => file,
         }
     }
+}
+
+/// Gives `file` the permissions of the file at `path` that it replaces, if there is one.
+#[cfg(unix)]
+fn keep_permissions(path: &Path, file: &File) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let Ok(found) = fs::metadata(path) else { return Ok(()) };
+    file.set_permissions(fs::Permissions::from_mode(found.permissions().mode() & 0o777))
 }
 
 /// For buffered writers. Errors carry no path.
@@ -143,6 +167,18 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
+    fn keeps_the_permissions_of_the_file_that_it_replaces() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        fs::write(&path, "before").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        write_atomic(&path, b"after").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[cfg(unix)]
+    #[test]
     fn follows_links_and_writes_into_pipes() {
         use std::os::unix::fs::FileTypeExt;
         let folder = tempfile::tempdir().unwrap();
@@ -152,6 +188,15 @@ mod tests {
         write_atomic(&link, b"after").unwrap();
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(fs::read_to_string(&file).unwrap(), "after");
+        // A link to a file that does not exist yet.
+        let (target, dangling) = (folder.path().join("target"), folder.path().join("dangling"));
+        std::os::unix::fs::symlink("target", &dangling).unwrap();
+        write_atomic(&dangling, b"new").unwrap();
+        assert!(fs::symlink_metadata(&dangling).unwrap().is_symlink());
+        assert_eq!(fs::read_to_string(&target).unwrap(), "new");
+        // A link to itself cannot be followed.
+        std::os::unix::fs::symlink("loop", folder.path().join("loop")).unwrap();
+        follow(&folder.path().join("loop"));
 
         let pipe = folder.path().join("pipe");
         assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());

@@ -69,7 +69,7 @@ pub fn lock_folder(folder: &Path) -> Result<FolderLock> {
     {
         return match *thread == std::thread::current().id() {
             true => Ok(FolderLock { _held: held }),
-            false => Err(in_use(folder, "another thread of this program".into())),
+            false => Err(in_use(folder, ": another thread of this program".into())),
         };
     }
     let held = Arc::new(Held::acquire(folder, folder_path.join(NAME))?);
@@ -77,6 +77,12 @@ pub fn lock_folder(folder: &Path) -> Result<FolderLock> {
     drop(locks);
     remove_unfinished(folder);
     Ok(FolderLock { _held: held })
+}
+
+/// Whether this thread has locked `folder`, a canonical path.
+pub(super) fn is_own(folder: &Path) -> bool {
+    let this = std::thread::current().id();
+    locks().iter().any(|(path, thread, held)| path == folder && *thread == this && held.strong_count() > 0)
 }
 
 /// Removes the lock files of this process, which is about to exit.
@@ -89,18 +95,22 @@ pub(super) fn remove_own() {
 }
 
 fn in_use(folder: &Path, by: String) -> Error {
-    Error::run_folder(folder, format!("expected a folder that no other process writes to, found {by}"))
+    Error::run_folder(folder, format!("another process is writing to this folder{by}"))
         .with_hint("wait until that process ends, or choose another folder with -o")
 }
 
 impl Held {
     fn acquire(folder: &Path, path: PathBuf) -> Result<Held> {
         loop {
-            let mut file = open(&path).map_err(Error::io("write to", folder))?;
+            if path.is_dir() {
+                let reason = format!("expected a lock file at {}, found a folder", path.display());
+                return Err(Error::run_folder(folder, reason).with_hint("remove that folder"));
+            }
+            let mut file = open(&path).map_err(Error::io("write", &path))?;
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
-                    let by = Holder::read(&mut file).map_or("a process that does".into(), |h| h.in_words());
+                    let by = Holder::read(&mut file).map_or_else(String::new, |h| format!(": {}", h.in_words()));
                     return Err(in_use(folder, by));
                 }
                 Err(TryLockError::Error(error)) => {
@@ -244,8 +254,12 @@ mod tests {
             fs::write(folder.path().join(NAME), content).unwrap();
             file.try_lock().unwrap();
             let error = lock_folder(folder.path()).unwrap_err().to_string();
-            assert!(error.contains("found a process that does"), "{error}");
+            assert!(error.ends_with("another process is writing to this folder"), "{error}");
         }
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join(NAME)).unwrap();
+        let error = lock_folder(folder.path()).unwrap_err();
+        assert!(error.to_string().contains(NAME) && error.hint().unwrap().contains("remove"), "{error}");
     }
 
     #[test]

@@ -23,9 +23,9 @@ use std::path::Path;
 use crate::error::{Error, Result};
 
 pub use atomic::{AtomicFile, write_atomic};
-pub use lock::{FolderLock, lock_folder};
+pub use lock::FolderLock;
 pub use log::{JsonLog, json_lines};
-pub use record::{read_record, start_record};
+pub use record::{peek_record, read_record, start_record};
 pub use temporary::{TEMPORARY_PREFIX, is_internal, remove_unfinished};
 
 /// The last component of a path as text, or the whole path if it has none.

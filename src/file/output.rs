@@ -2,7 +2,7 @@
 //!
 //! - An output is never an input of the same command, nor another output. Files are compared by identity, so links,
 //!   other spellings and case-insensitive file systems do not matter.
-//! - An output file is never inside the folder of a run, nor one of the files of a report.
+//! - An output is never inside the folder of another run, at any depth, nor one of the files of a report.
 //! - An output folder is new, empty, or holds a run or report of the same command.
 
 use std::fs::{self, Metadata};
@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::atomic::follow;
+use super::lock::{FolderLock, is_own, lock_folder};
+use super::record::is_torn;
 use super::{AtomicFile, base_name, is_internal};
 use crate::error::{Error, Result};
 
@@ -107,16 +110,16 @@ impl FolderKind {
         let found: Vec<Value> = copies.iter().filter_map(|path| read_object(path)).collect();
         let is_marked = found.iter().any(|object| keys.iter().all(|&key| object.get(key).is_some()));
         // Opening the run says what is damaged, and what to do.
-        let is_damaged = self.is_run() && found.is_empty() && copies.iter().any(|path| is_torn(path));
-        // An interrupted sweep has runs, but no report yet.
-        let is_begun = self == FolderKind::Sweep && FolderKind::Eval.is_in(&folder.join("baseline"));
-        is_marked || is_damaged || is_begun
+        let has_record = matches!(self, FolderKind::Eval | FolderKind::Train);
+        is_marked || has_record && found.is_empty() && is_torn(&copies)
     }
-}
 
-/// Whether a JSON object in the file was cut off or zeroed by a crash.
-fn is_torn(path: &Path) -> bool {
-    fs::read(path).is_ok_and(|bytes| bytes.first().is_none_or(|byte| matches!(byte, b'{' | 0)))
+    /// Whether `folder` holds the work of this command, or the start of it.
+    fn is_begun_in(self, folder: &Path) -> bool {
+        // An interrupted sweep has runs, but no report yet.
+        let is_begun = || self == FolderKind::Sweep && FolderKind::Eval.is_in(&folder.join("baseline"));
+        self.is_in(folder) || is_begun()
+    }
 }
 
 /// The file as a JSON object; `None` if it is anything else.
@@ -205,7 +208,11 @@ impl Paths {
             match output {
                 Output::File(file, form) => check_file(file, *form)?,
                 Output::Beside(file, mark) => check_beside(file, mark)?,
-                Output::Folder(folder, _) => self.check_inputs_outside(folder)?,
+                Output::Folder(folder, _) => {
+                    check_name(folder)?;
+                    self.check_inputs_outside(folder)?;
+                    check_above(folder, false)?;
+                }
                 Output::Stdout | Output::Scratch(_) => {}
             }
         }
@@ -228,8 +235,8 @@ impl Paths {
             add(input);
             other_parts(input).iter().for_each(|part| add(part));
             // Prompts may be one folder deeper, in a folder for each language.
-            for entry in entries(input) {
-                if entry.is_dir() { entries(&entry).iter().for_each(|path| add(path)) } else { add(&entry) }
+            for entry in list(input) {
+                if entry.is_dir() { list(&entry).iter().for_each(|path| add(path)) } else { add(&entry) }
             }
         }
         if self.reads_stdin {
@@ -300,9 +307,9 @@ impl Output {
             return a == b;
         }
         let place = |output: &Output| {
-            let path = output.path()?;
+            let path = follow(output.path()?);
             // Some file systems ignore case. No command needs two names that differ only in it.
-            Some((identity(parent_of(path))?, base_name(path).to_lowercase()))
+            Some((identity(parent_of(&path))?, base_name(&path).to_lowercase()))
         };
         place(self).is_some_and(|place_of_self| place(other) == Some(place_of_self))
     }
@@ -312,10 +319,48 @@ fn parent_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// Refuses `-` from a command that cannot write to standard output.
+fn check_name(path: &Path) -> Result<()> {
+    if path != Path::new("-") {
+        return Ok(());
+    }
+    let reason = "expected a name, found -: this command cannot write to standard output";
+    Err(Error::setting(FLAG, reason).with_hint("for a file or folder of that name give ./-"))
+}
+
+/// Refuses an output inside the folder of a run, at any depth. A run may write to folders in its own.
+///
+/// `in_itself` is whether `output` itself is looked at too.
+fn check_above(output: &Path, in_itself: bool) -> Result<()> {
+    let absolute = std::path::absolute(follow(output)).unwrap_or_else(|_| output.to_path_buf());
+    let Some(existing) = absolute.ancestors().find_map(|path| Some((path, fs::canonicalize(path).ok()?)))
+    else {
+        return Ok(());
+    };
+    let (there, real) = existing;
+    let is_output = there == absolute;
+    let above = real.ancestors().skip(usize::from(is_output && !in_itself));
+    for folder in above {
+        let owner = FolderKind::ALL.into_iter().find(|kind| kind.is_run() && kind.is_in(folder));
+        if let Some(owner) = owner.filter(|_| !is_own(folder)) {
+            let reason = format!(
+                "expected a place outside of any run, found {} in the folder of a run of `{}`",
+                output.display(),
+                owner.command()
+            );
+            return Err(Error::setting(FLAG, reason).with_hint("choose a name in another folder with -o"));
+        }
+    }
+    Ok(())
+}
+
 /// Checks a file that the user named.
 fn check_file(file: &Path, form: Form) -> Result<()> {
     let refuse = |reason: String| Error::setting(FLAG, reason);
-    let folder = parent_of(file);
+    check_name(file)?;
+    // The file itself, if `file` is a link.
+    let real = follow(file);
+    let folder = parent_of(&real);
     if !folder.is_dir() {
         let reason = format!("expected a file in an existing folder, found no folder {}", folder.display());
         return Err(refuse(reason).with_hint("create the folder first, or write elsewhere"));
@@ -335,17 +380,17 @@ fn check_file(file: &Path, form: Form) -> Result<()> {
             return Err(refuse(reason).with_hint("choose another name with -o"));
         }
     }
-    // The folder that holds the file itself, if `file` is a link.
-    let real = fs::canonicalize(file).unwrap_or_else(|_| file.to_path_buf());
-    let Some(owner) = owner(folder).or_else(|| owner(parent_of(&real))) else { return Ok(()) };
-    let stem = owner.mark().0.trim_end_matches("json");
-    if owner.is_run() || base_name(file).starts_with(stem) {
-        let reason = format!(
-            "expected a file outside of any run, found {} in the folder of a run of `{}`",
-            file.display(),
-            owner.command()
-        );
-        return Err(refuse(reason).with_hint("choose a name in another folder with -o"));
+    for folder in [parent_of(file), folder] {
+        check_above(folder, true)?;
+        let Some(owner) = owner(folder) else { continue };
+        if base_name(file).starts_with(owner.mark().0.trim_end_matches("json")) {
+            let reason = format!(
+                "expected a file outside of any run, found {} in the folder of a run of `{}`",
+                file.display(),
+                owner.command()
+            );
+            return Err(refuse(reason).with_hint("choose a name in another folder with -o"));
+        }
     }
     Ok(())
 }
@@ -402,7 +447,7 @@ pub fn check_folder(folder: &Path, kind: FolderKind) -> Result<()> {
     }
     let command = kind.command();
     let found = match owner(folder) {
-        _ if foreign.is_empty() || kind.is_in(folder) => return Ok(()),
+        _ if foreign.is_empty() || kind.is_begun_in(folder) => return Ok(()),
         Some(owner) => format!("one of `{}`", owner.command()),
         None => {
             foreign.sort();
@@ -415,6 +460,19 @@ pub fn check_folder(folder: &Path, kind: FolderKind) -> Result<()> {
     let noun = if kind.is_run() { "run" } else { "report" };
     let reason = format!("expected an empty folder or a {noun} of `{command}`, found {found}");
     Err(Error::run_folder(folder, reason).with_hint(NEW_FOLDER))
+}
+
+/// Creates and locks `folder`. Refuses one that is in use, or holds anything but a run or report of this kind.
+///
+/// # Errors
+/// Those of [`lock_folder`] and [`check_folder`].
+pub fn open_folder(folder: &Path, kind: FolderKind) -> Result<FolderLock> {
+    // Before it is locked, to leave no trace in a folder that is refused; and after, because another command may have
+    // written to it in between.
+    check_folder(folder, kind)?;
+    let lock = lock_folder(folder)?;
+    check_folder(folder, kind)?;
+    Ok(lock)
 }
 
 /// Existing files with the names of the other parts of a split model, `<name>-00001-of-0000N.gguf`.
@@ -433,16 +491,7 @@ fn split_name(name: &str) -> Option<(&str, &str)> {
     (is_number(part) && is_number(n_parts)).then_some((stem, n_parts))
 }
 
-/// The files of an input folder that a command may read, and its folders.
-fn entries(folder: &Path) -> Vec<PathBuf> {
-    const ENDINGS: [&str; 6] = ["jsonl", "json", "ndjson", "txt", "csv", "tsv"];
-    let ending = |path: &Path| path.extension().map(|ending| ending.to_string_lossy().to_ascii_lowercase());
-    let is_read =
-        |path: &PathBuf| path.is_dir() || ending(path).is_some_and(|e| ENDINGS.contains(&e.as_str()));
-    if folder.is_dir() { list(folder).into_iter().filter(is_read).collect() } else { Vec::new() }
-}
-
-/// The entries of a folder; none if it cannot be read, which the command finds out itself.
+/// The entries of a folder; none if it is no folder or cannot be read, which the command finds out itself.
 fn list(folder: &Path) -> Vec<PathBuf> {
     fs::read_dir(folder).map(|entries| entries.flatten().map(|e| e.path()).collect()).unwrap_or_default()
 }

@@ -1,7 +1,7 @@
 //! `run.json`: the settings of the run in a folder.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -22,14 +22,25 @@ const COPY: &str = "run.json.bak";
 /// # Errors
 /// [`Error::RunFolder`] if both are damaged; [`Error::Io`].
 pub fn read_record(folder: &Path) -> Result<Option<String>> {
+    let (text, damage) = read_either(folder)?.unzip();
+    if let Some(reason) = damage.flatten() {
+        tracing::warn!("{}: run.json is damaged ({reason}); using its copy {COPY}", folder.display());
+    }
+    Ok(text)
+}
+
+/// As [`read_record`] without a warning, for a value that [`start_record`] will read again. `None` if both are damaged.
+pub fn peek_record(folder: &Path) -> Option<String> {
+    read_either(folder).ok().flatten().map(|(text, _)| text)
+}
+
+/// The settings of the run in `folder`, and why they come from the copy, if they do.
+fn read_either(folder: &Path) -> Result<Option<(String, Option<String>)>> {
     match read_json(&folder.join("run.json"))? {
         Found::Nothing => Ok(None),
-        Found::Json(text) => Ok(Some(text)),
+        Found::Json(text) => Ok(Some((text, None))),
         Found::Damaged(reason) => match read_json(&folder.join(COPY))? {
-            Found::Json(text) => {
-                tracing::warn!("{}: run.json is damaged ({reason}); using its copy {COPY}", folder.display());
-                Ok(Some(text))
-            }
+            Found::Json(text) => Ok(Some((text, Some(reason)))),
             Found::Nothing | Found::Damaged(_) => {
                 let reason =
                     format!("run.json is damaged ({reason}), so the settings of this run are unknown");
@@ -37,6 +48,13 @@ pub fn read_record(folder: &Path) -> Result<Option<String>> {
             }
         },
     }
+}
+
+/// Whether those of `copies` that exist are JSON objects that a crash cut off or zeroed.
+pub(super) fn is_torn(copies: &[PathBuf; 2]) -> bool {
+    let mut found = copies.iter().filter_map(|path| fs::read(path).ok()).peekable();
+    let is_torn = |bytes: Vec<u8>| bytes.first().is_none_or(|byte| matches!(byte, b'{' | 0));
+    found.peek().is_some() && found.all(is_torn)
 }
 
 enum Found {
@@ -63,6 +81,10 @@ fn read_json(path: &Path) -> Result<Found> {
     })
 }
 
+fn copies(folder: &Path) -> [PathBuf; 2] {
+    [folder.join("run.json"), folder.join(COPY)]
+}
+
 /// Whether a folder has no files of a run but its record.
 fn has_only_a_record(folder: &Path) -> Result<bool> {
     let entries = fs::read_dir(folder).map_err(Error::io("read", folder))?;
@@ -84,7 +106,7 @@ pub fn start_record<T: Serialize>(folder: &Path, record: &T) -> Result<()> {
     let found = match read_record(folder) {
         Ok(Some(found)) => found,
         Ok(None) => return write_both(folder, &text),
-        Err(Error::RunFolder { .. }) if has_only_a_record(folder)? => {
+        Err(Error::RunFolder { .. }) if is_torn(&copies(folder)) && has_only_a_record(folder)? => {
             tracing::warn!(
                 "{}: it is damaged, and nothing else was written; starting the run again",
                 path.display()
@@ -119,8 +141,7 @@ fn write_both(folder: &Path, text: &str) -> Result<()> {
 
 /// Writes those of `run.json` and its copy that are not `text`.
 fn restore(folder: &Path, text: &str) -> Result<()> {
-    for name in ["run.json", COPY] {
-        let path = folder.join(name);
+    for path in copies(folder) {
         if fs::read(&path).ok().as_deref() != Some(text.as_bytes()) {
             write_atomic(&path, text.as_bytes())?;
         }
@@ -134,6 +155,9 @@ fn compare_records(there: &str, here: &str) -> (Option<String>, Option<(String, 
     let (Ok(mut there), Ok(mut here)) = (parse(there), parse(here)) else {
         return (Some("run.json was changed".into()), None);
     };
+    if !there.is_object() {
+        return (Some("its run.json was not written by this program".into()), None);
+    }
     let mut version = None;
     for pointer in VERSION_POINTERS {
         let (Some(started), Some(now)) = (there.pointer_mut(pointer), here.pointer_mut(pointer)) else {
@@ -213,8 +237,13 @@ mod tests {
             fs::remove_file(folder.path().join(COPY)).unwrap();
             let error = start_record(folder.path(), &run).unwrap_err().to_string();
             assert!(error.contains("run.json is damaged") && error.contains(reason), "{error}");
-            // If the run has written nothing, it starts again.
+            // If the run has written nothing, it starts again, unless the file is somebody else's.
             fs::remove_file(folder.path().join("generations.jsonl")).unwrap();
+            if damaged == "x" {
+                start_record(folder.path(), &run).unwrap_err();
+                assert_eq!(fs::read(&path).unwrap(), b"x");
+                continue;
+            }
             start_record(folder.path(), &run).unwrap();
             assert_eq!(fs::read(&path).unwrap(), before);
         }

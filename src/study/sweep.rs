@@ -20,8 +20,7 @@ use crate::eval::perplexity::PerplexityTokens;
 use crate::eval::record;
 use crate::eval::result::{Difference, LanguageResult, Metric, RunInfo, Warning, find, find_difference};
 use crate::eval::run::{self, EvalRequest, Source};
-use crate::file::lock_folder;
-use crate::file::output::{FolderKind, check_folder};
+use crate::file::output::{FolderKind, open_folder};
 
 pub use plan::{COEFFICIENTS, Controls, OFFSETS, Plan};
 
@@ -127,8 +126,7 @@ pub fn run(
     interrupt: &AtomicBool,
     progress: &mut dyn Progress,
 ) -> Result<Sweep> {
-    check_folder(folder, FolderKind::Sweep)?;
-    let _lock = lock_folder(folder)?;
+    let _lock = open_folder(folder, FolderKind::Sweep)?;
     let settings = &plan.settings;
     let mut baseline: Option<record::FinishedRun> = None;
     let mut points = Vec::new();

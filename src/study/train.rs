@@ -27,7 +27,7 @@ use serde::Serialize;
 use crate::check::training::{Expected, agreement};
 use crate::engine::Vocabulary;
 use crate::error::{Error, Result};
-use crate::file::output::{FolderKind, Paths};
+use crate::file::output::{FolderKind, Paths, open_folder};
 use crate::file::{self, base_name};
 use crate::gguf::{GgufFile, Metadata, Value, check_decoder};
 use crate::memory;
@@ -330,7 +330,7 @@ fn train_on<D: Device>(
 ) -> Result<Trained> {
     let Prepared { base, settings, token_pairs, .. } = &prepared;
     let output = &request.output;
-    let _lock = file::lock_folder(output)?;
+    let _lock = open_folder(output, FolderKind::Train)?;
     let model_sha256 = start_folder(request, &prepared, progress)?;
     let mut trainer =
         Trainer::load(device, base, &settings.method(), settings.seed, settings.step_options())?;

@@ -57,7 +57,9 @@ fn rejects_a_part_of_a_split_model_and_a_file_of_an_input_folder() {
     fs::create_dir(path.join("inner/de")).unwrap();
     fs::write(path.join("inner/en.jsonl"), "{}").unwrap();
     fs::write(path.join("inner/de/more.txt"), "x").unwrap();
+    fs::write(path.join("inner/de/fr.jsonl.gz"), "x").unwrap();
     assert_is_input(&path.join("inner"), &path.join("inner/en.jsonl"));
+    assert_is_input(&path.join("inner"), &path.join("inner/de/fr.jsonl.gz"));
     assert_is_input(&path.join("inner"), &path.join("inner/de/more.txt"));
     Paths::new().reads([path.join("inner")]).writes(path.join("inner/new.txt"), Form::Text).check().unwrap();
 }
@@ -136,8 +138,10 @@ fn rejects_a_folder_of_another_command_or_with_other_files() {
         // A file with the name of a mark that this program did not write.
         let foreign = path.join(format!("foreign-{}", kind.command()));
         fs::create_dir(&foreign).unwrap();
-        fs::write(foreign.join(kind.mark().0), "precious").unwrap();
-        assert!(check_folder(&foreign, kind).is_err());
+        for content in ["precious", "[1,2]", "x: 1"] {
+            fs::write(foreign.join(kind.mark().0), content).unwrap();
+            assert!(check_folder(&foreign, kind).is_err(), "{content}");
+        }
     }
     assert!(
         check_folder(&path.join("a"), FolderKind::Eval).unwrap_err().to_string().contains("cannot create")
@@ -156,6 +160,49 @@ fn rejects_a_file_in_the_folder_of_a_run_and_a_file_of_a_report() {
         let other = Paths::new().writes(folder.join("new.jsonl"), Form::Text).check();
         assert_eq!(other.is_err(), kind.is_run());
     }
+}
+
+#[test]
+fn rejects_an_output_deeper_in_the_folder_of_another_run() {
+    let (_guard, path) = folder();
+    for kind in FolderKind::ALL {
+        let run = path.join(kind.command());
+        mark(&run, kind);
+        fs::create_dir(run.join("sub")).unwrap();
+        let folder = |inner: &str| Paths::new().writes_folder(run.join(inner), FolderKind::Eval);
+        let file = Paths::new().writes(run.join("sub/x.jsonl"), Form::Text);
+        for paths in [folder("inner"), folder("sub"), folder("sub/new/er"), file] {
+            match kind.is_run() {
+                true => assert!(refusal(&paths).contains("expected a place outside of any run"), "{paths:?}"),
+                false => paths.check().unwrap(),
+            }
+        }
+        // A sweep writes its runs into its own folder.
+        let _lock = lock_folder(&run).unwrap();
+        folder("inner").check().unwrap();
+    }
+    // Two runs side by side are not a sweep.
+    mark(&path.join("both/baseline"), FolderKind::Eval);
+    Paths::new().writes_folder(path.join("both/steered"), FolderKind::Eval).check().unwrap();
+    Paths::new().writes(path.join("both/x.jsonl"), Form::Text).check().unwrap();
+}
+
+#[test]
+fn rejects_standard_output_where_a_file_is_needed() {
+    for paths in [Paths::new().writes("-", Form::Text), Paths::new().writes_folder("-", FolderKind::Train)] {
+        assert!(refusal(&paths).contains("cannot write to standard output"));
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_link_to_a_file_that_does_not_exist_yet_stands_for_it() {
+    let (_guard, path) = folder();
+    std::os::unix::fs::symlink("new", path.join("link")).unwrap();
+    std::os::unix::fs::symlink("missing/new", path.join("broken")).unwrap();
+    let both = Paths::new().writes(path.join("link"), Form::Text).writes(path.join("new"), Form::Text);
+    assert!(refusal(&both).contains("are the same file"));
+    assert!(refusal(&Paths::new().writes(path.join("broken"), Form::Text)).contains("found no folder"));
 }
 
 #[test]
