@@ -128,7 +128,8 @@ impl LocateCommand {
         }
         neurons.retain(is_kept);
         if neurons.is_empty() {
-            print(&shown)?;
+            // The error says more than a closed pipe.
+            let _ = print(&shown);
             let ranking = beside
                 .map_or(String::new(), |(ranking, _)| format!("; their ranking is in {}", ranking.display()));
             let reason = format!(

@@ -148,7 +148,7 @@ impl Command {
             Command::Eval(command) => command.run(interrupt),
             Command::Compare(command) => command.run(),
             Command::Generate(command) => command.run(interrupt),
-            Command::Score(command) => command.run(),
+            Command::Score(command) => command.run(interrupt),
             Command::Probe(command) => command.run(interrupt),
             Command::Locate(command) => command.run(interrupt),
             Command::Steer(command) => command.run(interrupt),

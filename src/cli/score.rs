@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, ValueEnum};
 
@@ -60,7 +61,7 @@ const BATCH: usize = 4096;
 
 impl ScoreCommand {
     /// Scores and writes one batch at a time.
-    pub fn run(&self) -> Result<()> {
+    pub fn run(&self, interrupt: &AtomicBool) -> Result<()> {
         let scorers = score::by_names(&self.scorer)?;
         let language = match &self.lang {
             None => None,
@@ -84,6 +85,9 @@ impl ScoreCommand {
         let mut output = print::Rows::open(print::named(self.output.as_deref()))?;
         let mut coverage = Coverage::default();
         loop {
+            if interrupt.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
             let batch = rows.by_ref().take(BATCH).collect::<Result<Vec<Row>>>()?;
             if batch.is_empty() {
                 break;

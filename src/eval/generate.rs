@@ -9,6 +9,7 @@ use crate::engine::{Model, Session, SessionOptions, Token};
 use crate::error::Result;
 use crate::memory;
 
+use super::metric::fluency;
 use super::prompts::Prompt;
 
 /// One continuation, as a line of `generations.jsonl`.
@@ -47,6 +48,20 @@ pub struct Generation {
 }
 
 impl Generation {
+    /// Whether the row has one value for each token, and only possible log-probs.
+    pub(super) fn is_possible(&self) -> bool {
+        let lengths = [
+            self.n_tokens.map(|n| n as usize),
+            self.token_ids.as_ref().map(Vec::len),
+            self.token_logprobs.as_ref().map(Vec::len),
+        ];
+        let mut lengths = lengths.into_iter().flatten();
+        let first = lengths.next();
+        let of_tokens = self.token_logprobs.iter().flatten().map(|&logprob| f64::from(logprob));
+        let mut logprobs = self.logprob.into_iter().chain(of_tokens);
+        lengths.all(|n| Some(n) == first) && logprobs.all(|logprob| fluency::logprob_fault(logprob).is_none())
+    }
+
     /// The sampled tokens, if their ids are known.
     pub(super) fn written(&self) -> Option<Written<'_>> {
         let tokens = self.token_ids.as_deref()?;

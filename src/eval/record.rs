@@ -18,6 +18,7 @@ use crate::engine;
 use crate::error::{Error, Result};
 use crate::eval::continuation::Sample;
 use crate::eval::generate::Generation;
+use crate::eval::metric::fluency;
 use crate::eval::perplexity::{BaseLogprob, PerplexityTokens};
 use crate::eval::result::{ModelPaths, RunInfo};
 use crate::eval::side::Side;
@@ -70,6 +71,20 @@ impl ScoreRow {
         (&self.prompt_id, &self.language, self.sample)
             == (&generation.prompt_id, &generation.language, generation.sample)
     }
+
+    /// Whether all values are possible for this continuation.
+    pub(super) fn is_possible(&self, generation: &Generation) -> bool {
+        let mut scores = self.toxicity.values().flatten();
+        let BaseLogprob { base_logprob, base_n_tokens, .. } = self.base;
+        let is_sum = base_logprob.is_none_or(|sum| match base_n_tokens.or(generation.n_tokens) {
+            Some(0) => sum >= 0.0,
+            // A blank continuation has no perplexity.
+            Some(_) if generation.generated_text.trim().is_empty() => true,
+            n_tokens => n_tokens.and_then(|n| fluency::perplexity(sum, n)).is_none_or(f64::is_finite),
+        });
+        let has_fault = base_logprob.is_some_and(|sum| fluency::logprob_fault(sum).is_some());
+        scores.all(|score| (0.0..=1.0).contains(score)) && is_sum && !has_fault
+    }
 }
 
 /// A finished run, read back from its folder.
@@ -120,17 +135,38 @@ pub(super) fn read_rows_of(folder: &Path) -> Result<(Record, Vec<Generation>, Ve
     if record.format != FORMAT {
         return Err(not_a_run(format!("expected a run of format {FORMAT}, found {}", record.format)));
     }
-    let generations: Vec<Generation> = read_rows(&folder.join("generations.jsonl"))?;
-    let scores: Vec<ScoreRow> = read_rows(&folder.join("scores.jsonl"))?;
-    if generations.len() != scores.len() {
-        let reason = format!(
-            "expected a finished run, found {} continuations and {} scores",
-            generations.len(),
-            scores.len()
-        );
+    let (of_generations, of_scores) = (folder.join("generations.jsonl"), folder.join("scores.jsonl"));
+    let generations: Vec<Generation> = read_rows(&of_generations)?;
+    let scores: Vec<ScoreRow> = read_rows(&of_scores)?;
+    let (n_generations, n_scores) = (generations.len(), scores.len());
+    let found = match n_rows_of(&record.run) {
+        _ if n_generations == 0 => "no continuations".to_owned(),
+        _ if n_generations != n_scores => format!("{n_generations} continuations and {n_scores} scores"),
+        Some(wanted) if n_generations as u64 != wanted => {
+            format!("{n_generations} of {wanted} continuations")
+        }
+        _ => String::new(),
+    };
+    if !found.is_empty() {
+        let reason = format!("expected a finished run, found {found}");
         return Err(Error::run_folder(folder, reason).with_hint(REPEAT));
     }
+    let impossible = |path: &Path, i: usize| {
+        Error::input(path, Some(i + 1), "expected a row of a run, found impossible values").with_hint(REPEAT)
+    };
+    if let Some(i) = generations.iter().position(|generation| !generation.is_possible()) {
+        return Err(impossible(&of_generations, i));
+    }
+    if let Some(i) = scores.iter().zip(&generations).position(|(row, of)| !row.is_possible(of)) {
+        return Err(impossible(&of_scores, i));
+    }
     Ok((record, generations, scores))
+}
+
+/// The continuations of a finished run with these settings; `None` if they do not say it.
+fn n_rows_of(run: &RunInfo) -> Option<u64> {
+    let number = |name: &str| run.settings.get(name)?.as_u64();
+    number("n_generations").or_else(|| number("n_prompts")?.checked_mul(u64::from(run.k)))
 }
 
 /// The tokens behind the perplexity of a run; `None` if it has no perplexity.
@@ -174,7 +210,7 @@ pub(super) fn peek_scores(folder: &Path, generations: &[Generation]) -> Result<S
     let mut there = ScoresThere::default();
     let lines = bytes.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
     let rows = lines.map_while(|line| serde_json::from_slice::<ScoreRow>(line).ok());
-    for (row, _) in rows.zip(generations).take_while(|(row, generation)| row.is_of(generation)) {
+    for (row, _) in rows.zip(generations).take_while(|(row, of)| row.is_of(of) && row.is_possible(of)) {
         there.n_rows += 1;
         if there.tokens.is_none() && row.base.base_logprob.is_some() {
             there.tokens = Some(row.base.perplexity_tokens);
@@ -244,4 +280,46 @@ pub(super) fn join(
         })
     };
     generations.into_iter().zip(scores).enumerate().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn impossible_values_are_found() {
+        let generation = |n_tokens: u32, logprobs: &[f32]| -> Generation {
+            let row = json!({"prompt": "p", "generated_text": "x y", "prompt_id": "0", "language": "en", "sample": 0});
+            let row: Generation = serde_json::from_value(row).unwrap();
+            let (token_ids, token_logprobs) = (Some(vec![1, 2]), Some(logprobs.to_vec()));
+            let logprob = Some(logprobs.iter().map(|&l| f64::from(l)).sum());
+            Generation { n_tokens: Some(n_tokens), logprob, token_ids, token_logprobs, ..row }
+        };
+        let good = generation(2, &[-1.0, -2.0]);
+        assert!(good.is_possible());
+        for bad in [generation(50_000, &[-1.0, -2.0]), generation(2, &[-1.0]), generation(2, &[0.5, -2.0])] {
+            assert!(!bad.is_possible(), "{bad:?}");
+        }
+        let is_possible = |toxicity: f64, sum: f64, n: u32| {
+            let base =
+                BaseLogprob { base_logprob: Some(sum), base_n_tokens: Some(n), ..BaseLogprob::default() };
+            let row = ScoreRow {
+                prompt_id: "0".into(),
+                language: "en".into(),
+                sample: 0,
+                toxicity: BTreeMap::from([("lexical".into(), Some(toxicity))]),
+                errors: BTreeMap::new(),
+                detected_language: None,
+                language_kept: None,
+                base,
+                tokens: Vec::new(),
+            };
+            row.is_possible(&good)
+        };
+        assert!(is_possible(0.5, -3.0, 2) && is_possible(1.0, 0.0, 0));
+        assert!(!is_possible(7.5, -3.0, 2) && !is_possible(0.5, 3.0, 2));
+        assert!(!is_possible(0.5, -3.0, 0) && !is_possible(0.5, -9999.0, 2));
+    }
 }

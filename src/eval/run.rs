@@ -352,7 +352,8 @@ impl Run<'_> {
         let path = self.folder.join("generations.jsonl");
         let is_expected = |i: usize, row: &Generation| {
             let (prompt, sample) = plan.row(i);
-            (&row.prompt_id, &row.language, row.sample) == (&prompt.id, &prompt.language, sample)
+            let is_of = (&row.prompt_id, &row.language, row.sample) == (&prompt.id, &prompt.language, sample);
+            is_of && row.is_possible()
         };
         let (mut log, mut rows) = JsonLog::open(&path, plan.rows_of_units(), is_expected)?;
         if !rows.is_empty() && rows.len() < plan.n_rows() {

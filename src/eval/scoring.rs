@@ -96,7 +96,10 @@ pub(super) fn score_all(
         Some(base) => base.units(generations),
         None => generations.chunks(SCORE_UNIT).map(<[_]>::len).collect(),
     };
-    let is_expected = |i: usize, row: &ScoreRow| row.is_of(&generations[i]);
+    let is_expected = |i: usize, row: &ScoreRow| {
+        let generation = &generations[i];
+        row.is_of(generation) && row.is_possible(generation)
+    };
     let (mut log, mut rows) =
         JsonLog::open(&folder.join("scores.jsonl"), units.iter().copied(), is_expected)?;
     progress.start("scores", generations.len() as u64, rows.len() as u64);

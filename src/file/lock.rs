@@ -110,7 +110,8 @@ impl Held {
             match file.try_lock() {
                 Ok(()) => {}
                 Err(TryLockError::WouldBlock) => {
-                    let by = Holder::read(&mut file).map_or_else(String::new, |h| format!(": {}", h.in_words()));
+                    let by =
+                        Holder::read(&mut file).map_or_else(String::new, |h| format!(": {}", h.in_words()));
                     return Err(in_use(folder, by));
                 }
                 Err(TryLockError::Error(error)) => {

@@ -46,8 +46,8 @@ impl JsonLog {
                 let index = kept.len() + unit.len();
                 let row = match lines.next_row::<T>()? {
                     Some(Ok(row)) if is_expected(index, &row) => Ok(row),
-                    Some(Ok(_)) => Err("it belongs to another place".to_owned()),
-                    Some(Err(reason)) => Err(reason),
+                    Some(Ok(_)) => Err("this row was not expected here".to_owned()),
+                    Some(Err(reason)) => Err(format!("the row is damaged ({reason})")),
                     None if unit.is_empty() => break 'units,
                     None => Err("the file ends in the middle of a unit of rows".to_owned()),
                 };
@@ -63,7 +63,11 @@ impl JsonLog {
             n_bytes = lines.n_bytes;
         }
         if damage.is_none() && lines.next_row::<T>()?.is_some() {
-            damage = Some((kept.len() + 1, format!("this run has only {} rows", kept.len()), 1));
+            damage = Some((
+                kept.len() + 1,
+                format!("the file has more than the {} rows of this run", kept.len()),
+                1,
+            ));
         }
         if let Some((line, reason, n_rows)) = damage {
             let rest = Rest { start: n_bytes, line, reason };
@@ -214,12 +218,12 @@ impl Rest {
                 base_name(&aside)
             )
         } else {
-            format!("dropped the last {n_bytes} bytes")
+            match n_bytes {
+                1 => "dropped the last byte".to_owned(),
+                _ => format!("dropped the last {n_bytes} bytes"),
+            }
         };
-        tracing::warn!(
-            "{}:{line}: the row is damaged ({reason}); kept all units before it; {kept}",
-            path.display()
-        );
+        tracing::warn!("{}:{line}: {reason}; kept all units before it; {kept}", path.display());
         Ok(())
     }
 

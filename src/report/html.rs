@@ -9,6 +9,7 @@ use crate::report::grid::{self, Grid, Width};
 use crate::report::plot::{PlotRow, dot_plot};
 use crate::report::{format, headline};
 use crate::text::printable;
+use crate::text::printable::printable_lines;
 
 const STYLE: &str = include_str!("report.css");
 
@@ -269,9 +270,9 @@ fn excerpts_section(excerpts: &[Excerpt]) -> Markup {
                                     "Toxicity " (format!("{:.3}", excerpt.toxicity)) ", prompt " (printable(&excerpt.prompt_id))
                                 }
                                 p.soft { "Prompt" }
-                                p.veil tabindex="0" dir="auto" lang=(language) { (excerpt.prompt) }
+                                p.veil tabindex="0" dir="auto" lang=(language) { (printable_lines(&excerpt.prompt)) }
                                 p.soft { "Continuation" }
-                                p.veil tabindex="0" dir="auto" lang=(language) { (excerpt.text) }
+                                p.veil tabindex="0" dir="auto" lang=(language) { (printable_lines(&excerpt.text)) }
                             }
                         }
                     }

@@ -54,9 +54,7 @@ pub fn line_plot(
     let mut xs: Vec<f64> = points().map(|p| p.0).collect();
     xs.sort_by(f64::total_cmp);
     xs.dedup();
-    // More than eight labels would overlap.
-    let n_skipped = xs.len().div_ceil(8).max(1);
-    let xs: Vec<f64> = xs.into_iter().step_by(n_skipped).collect();
+    let xs = apart(&xs, marked, x);
     let description = series.iter().map(|s| {
         let values = s.points.iter().map(|p| format!("{} at {}", axis.value(p.1), labels(&[p.0])[0]));
         format!("{}: {}", s.name, values.collect::<Vec<_>>().join(", "))
@@ -98,6 +96,21 @@ pub fn line_plot(
             }
         }
     }
+}
+
+/// Those of `xs` with room for a label at their place `x`. The marked and the last one come first.
+fn apart(xs: &[f64], marked: Option<f64>, x: impl Fn(f64) -> f64) -> Vec<f64> {
+    /// Room for "-0.001".
+    const LABEL: f64 = 34.0;
+    let mut kept: Vec<f64> = Vec::new();
+    let marked = marked.into_iter().filter(|marked| xs.contains(marked));
+    for value in marked.chain(xs.last().copied()).chain(xs.iter().copied()) {
+        if kept.iter().all(|&other| (x(other) - x(value)).abs() >= LABEL) {
+            kept.push(value);
+        }
+    }
+    kept.sort_by(f64::total_cmp);
+    kept
 }
 
 /// Minimum and maximum of the finite values, never equal.
@@ -157,6 +170,17 @@ mod tests {
         assert!(svg.contains(">0.001<") && svg.contains(">0.004<"), "{svg}");
         assert!(svg.contains("margin: 0.00000 at 0, 0.00340 at 1<"), "{svg}");
         assert!(!svg.contains("NaN"), "{svg}");
+    }
+
+    #[test]
+    fn labels_do_not_overlap_and_all_points_stay() {
+        let xs = [-1.0, -0.1, -0.01, -0.001, 0.0];
+        assert_eq!(apart(&xs, Some(-0.01), |x| 274.0 * (x + 1.0)), [-1.0, -0.01]);
+        assert_eq!(apart(&xs, None, |x| 274.0 * (x + 1.0)), [-1.0, 0.0]);
+        let points = xs.map(|x| (x, 0.5, None, None)).to_vec();
+        let series = [Series { name: "x".into(), is_reference: false, points }];
+        let svg = line_plot("p", "t", "x", &series, None, AxisUnit::Plain).into_string();
+        assert_eq!(svg.matches("<circle").count(), 5);
     }
 
     #[test]

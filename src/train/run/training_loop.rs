@@ -176,6 +176,9 @@ impl<'a, D: Device> TrainingLoop<'a, D> {
     /// Loads the values of the best evaluation into the trainer, if there was one.
     fn restore_best(&mut self) -> Result<()> {
         let Some((best_step, _)) = self.state.best else { return Ok(()) };
+        if best_step == self.state.step {
+            return Ok(());
+        }
         let path = &self.files.best;
         if !path.exists() {
             let step = self.state.step;
