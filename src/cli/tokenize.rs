@@ -89,7 +89,7 @@ pub fn with_text(paths: Paths, file: &Option<PathBuf>) -> Paths {
 }
 
 /// Most bytes of a text. A longer one is more than any context holds.
-const MAX_BYTES: u64 = 64 << 20;
+const MAX_BYTES: u64 = 8 << 20;
 
 /// The text of the command line or of a file, without a byte-order mark.
 pub fn read_text<'a>(text: Option<&'a str>, file: Option<&Path>) -> Result<Cow<'a, str>> {
