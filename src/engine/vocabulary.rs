@@ -70,7 +70,7 @@ impl Vocabulary {
             eos,
             hash: hash_of(file).into(),
             nfc: false,
-            expects_nfc: NFC_TOKENIZERS.into_iter().find(|&known| pre.as_deref() == Some(known)),
+            expects_nfc: NFC_TOKENIZERS.into_iter().find(|&known| pre == Some(known)),
         }
     }
 
