@@ -46,8 +46,7 @@ pub fn rescore(
     let (there, generations, scores) = record::read_rows_of(run)?;
     // Prompts are tokenised again, so they need the normalisation that they had.
     let had_nfc = there.run.settings.get("nfc") == Some(&json!(true));
-    let model_options =
-        &ModelOptions { nfc: request.model_options.nfc || had_nfc, ..request.model_options.clone() };
+    let model_options = &ModelOptions { nfc: request.model_options.nfc || had_nfc, ..request.model_options };
     let is_same = std::fs::canonicalize(folder)
         .is_ok_and(|folder| std::fs::canonicalize(run).is_ok_and(|run| run == folder));
     if is_same {
