@@ -13,7 +13,7 @@ fuzz_target!(|data: &[u8]| {
     // The extension is part of the decision, and so is a form that the user names.
     let path = Path::new(["a", "a.jsonl", "a.csv", "a.txt", "a.md", "a.gz"][usize::from(choice % 6)]);
     let form = [None, Some(Wanted::Json), Some(Wanted::Table), Some(Wanted::Lines)][usize::from(choice / 6 % 4)];
-    let rows = match Rows::new(path, "rows", Box::new(Cursor::new(data)), form) {
+    let rows = match Rows::new(path, "rows", Box::new(Cursor::new(data)), form, &[]) {
         Ok(rows) => rows,
         Err(error) => return show(&error),
     };

@@ -57,7 +57,8 @@ pub fn read_generations(
     columns: &GenerationColumns,
 ) -> Result<Vec<Generation>> {
     let default_language = default_language.or_else(|| prompts::language_of_name(path));
-    let rows = Rows::open(path, "continuations")?.limited();
+    let named = [&columns.prompt, &columns.continuation, &columns.language, &columns.prompt_id];
+    let rows = Rows::open(path, "continuations", &named.map(Option::as_deref))?.limited();
     let mut reader = Reader {
         path,
         default_language,

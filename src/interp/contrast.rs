@@ -56,11 +56,12 @@ pub struct ContrastColumns {
 /// # Errors
 /// [`Error::Io`]; [`Error::Input`] for an invalid row, whose line it names, or for a file without pairs.
 pub fn read(path: &Path, columns: &ContrastColumns) -> Result<Vec<ContrastPair>> {
-    pairs(path, Rows::open(path, "pairs")?, columns)
+    let named = [&columns.toxic, &columns.benign].map(Option::as_deref);
+    pairs(path, Rows::open(path, "pairs", &named)?, columns)
 }
 
 fn parse(path: &Path, bytes: &[u8], columns: &ContrastColumns) -> Result<Vec<ContrastPair>> {
-    pairs(path, Rows::new(path, "pairs", Box::new(bytes), None)?, columns)
+    pairs(path, Rows::new(path, "pairs", Box::new(bytes), None, &[])?, columns)
 }
 
 fn pairs(path: &Path, rows: Rows<'_>, columns: &ContrastColumns) -> Result<Vec<ContrastPair>> {

@@ -49,12 +49,14 @@ impl<'a> Rows<'a> {
         form: Option<Wanted>,
         columns: TextColumns,
     ) -> Result<Rows<'a>> {
-        let rows = rows::Rows::new(path, "texts", input, form).map_err(|error| match error.hint() {
-            Some(hint) if hint.contains("a file named .txt") => {
-                error.with_hint(format!("{hint}; to score it line by line: --format text"))
-            }
-            _ => error,
-        })?;
+        let named = [&columns.text, &columns.language].map(Option::as_deref);
+        let rows =
+            rows::Rows::new(path, "texts", input, form, &named).map_err(|error| match error.hint() {
+                Some(hint) if hint.contains("plain text") || hint.contains("the first line") => {
+                    error.with_hint(format!("{hint}; to score it line by line: --format text"))
+                }
+                _ => error,
+            })?;
         Ok(Rows { path: path.to_path_buf(), columns, rows })
     }
 

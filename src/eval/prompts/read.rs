@@ -70,7 +70,8 @@ pub(super) fn read_rows(path: &Path, columns: &PromptColumns) -> Result<Vec<Row>
     if fs::metadata(path).map_err(Error::io("read", path))?.is_dir() {
         return Err(folder_for_file(path));
     }
-    let rows = Rows::open(path, "prompts")?.limited();
+    let named = [&columns.prompt, &columns.language, &columns.id].map(Option::as_deref);
+    let rows = Rows::open(path, "prompts", &named)?.limited();
     let (is_plain, is_table) = (rows.is_plain(), rows.header().is_some_and(|header| !header.is_empty()));
     let (mut found, mut ignored, mut marked) =
         (Vec::new(), Ignored::default(), chat_markers::Count::default());

@@ -75,7 +75,7 @@ pub struct LabelledColumns {
 pub fn own() -> Labelled {
     let path = Path::new("own.jsonl");
     let bytes: &[u8] = include_bytes!("own.jsonl");
-    let rows = Rows::new(path, "labelled texts", Box::new(bytes), None);
+    let rows = Rows::new(path, "labelled texts", Box::new(bytes), None, &[]);
     rows.and_then(|rows| read_rows(path, rows, &LabelledColumns::default()))
         .expect("a test parses the built-in texts")
 }
@@ -88,7 +88,8 @@ pub fn own() -> Labelled {
 /// # Errors
 /// [`Error::Input`], with the line, for an invalid row or label, and if all texts have the same label.
 pub fn read(path: &Path, columns: &LabelledColumns) -> Result<Labelled> {
-    read_rows(path, Rows::open(path, "labelled texts")?, columns)
+    let named = [&columns.text, &columns.label].map(Option::as_deref);
+    read_rows(path, Rows::open(path, "labelled texts", &named)?, columns)
 }
 
 fn read_rows(path: &Path, rows: Rows<'_>, columns: &LabelledColumns) -> Result<Labelled> {

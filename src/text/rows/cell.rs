@@ -73,7 +73,7 @@ pub fn chat(row: &serde_json::Map<String, Value>) -> Option<(String, Option<&'st
     Some((messages(found), Some(MESSAGES_HINT)))
 }
 
-/// A number, also with a decimal comma, as a German Excel writes it.
+/// A number, also with a decimal comma, as a German Excel writes it. "1,000" is refused: it may be a thousand.
 pub fn number(value: &Value) -> Option<f64> {
     match value {
         Value::Number(number) => number.as_f64(),
@@ -83,8 +83,12 @@ pub fn number(value: &Value) -> Option<f64> {
             let is_plain =
                 |text: &str| text.bytes().all(|byte| byte.is_ascii_digit() || b"+-,eE".contains(&byte));
             let with_comma = || {
-                let is_decimal = text.matches(',').count() == 1 && is_plain(text);
-                is_decimal.then(|| text.replace(',', ".").parse().ok()).flatten()
+                let (whole, fraction) = text.split_once(',')?;
+                // "1,000" may be one thousand.
+                let is_grouped = fraction.len() == 3 && !matches!(whole, "0" | "-0" | "+0");
+                (!is_grouped && !fraction.contains(',') && is_plain(text))
+                    .then(|| text.replace(',', ".").parse().ok())
+                    .flatten()
             };
             number.or_else(with_comma).filter(|number: &f64| number.is_finite())
         }
@@ -108,6 +112,12 @@ pub fn label(value: &Value) -> Result<bool, String> {
         Value::String(text) => match text.trim().to_lowercase().replace(['-', '_', ' '], "").as_str() {
             "true" | "t" | "yes" | "y" | "toxic" => return Ok(true),
             "false" | "f" | "no" | "n" | "nontoxic" | "nottoxic" | "benign" | "clean" => return Ok(false),
+            // Excel in German, French, Spanish, Italian, Portuguese, Dutch and Polish.
+            "wahr" | "ja" | "vrai" | "oui" | "verdadero" | "sí" | "si" | "sì" | "vero" | "verdadeiro"
+            | "sim" | "waar" | "prawda" | "tak" => return Ok(true),
+            "falsch" | "nein" | "faux" | "non" | "falso" | "não" | "onwaar" | "nee" | "fałsz" | "nie" => {
+                return Ok(false);
+            }
             _ => format!("{text:?}"),
         },
         Value::Number(number) => number.to_string(),
@@ -138,7 +148,10 @@ mod tests {
             json!(1),
             json!(1.0),
             json!("True"),
-            json!("WAHR".replace("WAHR", "TRUE")),
+            json!("TRUE"),
+            json!("WAHR"),
+            json!("Vrai"),
+            json!("VERDADERO"),
             json!("1.0"),
             json!("1,0"),
             json!(" 1 "),
@@ -151,6 +164,10 @@ mod tests {
             json!(false),
             json!(0),
             json!("FALSE"),
+            json!("FALSCH"),
+            json!("Faux"),
+            json!("FALSO"),
+            json!("FAŁSZ"),
             json!("0"),
             json!("-0.0"),
             json!("no"),
@@ -175,8 +192,11 @@ mod tests {
     #[test]
     fn numbers_may_have_a_decimal_comma_but_no_grouping() {
         assert_eq!(number(&json!("0,85")), Some(0.85));
+        assert_eq!(number(&json!("0,125")), Some(0.125));
         assert_eq!(number(&json!("-1.5e3")), Some(-1500.0));
-        for other in [json!("1,000,000"), json!("1.000,5"), json!("inf"), json!("NaN"), json!("a")] {
+        for other in
+            [json!("1,000"), json!("1,000,000"), json!("1.000,5"), json!("inf"), json!("NaN"), json!("a")]
+        {
             assert_eq!(number(&other), None, "{other}");
         }
     }

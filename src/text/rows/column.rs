@@ -349,7 +349,7 @@ pub fn listed<'n>(names: impl Iterator<Item = &'n str>) -> String {
 
 /// A name as an argument for a shell.
 pub fn argument(name: &str) -> String {
-    let is_plain = |c: char| c.is_alphanumeric() || "_-.".contains(c);
+    let is_plain = |c: char| c.is_alphanumeric() || "_-./".contains(c);
     match !name.is_empty() && !name.starts_with('-') && name.chars().all(is_plain) {
         true => name.to_owned(),
         false => format!("'{}'", name.replace('\'', "'\\''")),
@@ -358,8 +358,27 @@ pub fn argument(name: &str) -> String {
 
 /// Whether a column of this name holds text, for recognising a table by its header.
 pub(super) fn is_text_name(cell: &str) -> bool {
-    let columns = [PROMPT, TEXT, LABELLED_TEXT, CONTINUATION, CHOSEN, REJECTED];
+    let columns = [PROMPT, TEXT, LABELLED_TEXT, CONTINUATION, CHOSEN, REJECTED, TOXIC, BENIGN];
     columns.iter().flat_map(|column| column.names).any(|known| is_same(cell, known))
+}
+
+/// Whether a row has a prompt or an answer of its own, so that a list in it belongs to the row.
+pub(super) fn has_text_name(row: &Map<String, Value>) -> bool {
+    let is_broad = |name: &&str| ["query", "content"].contains(name);
+    let names = PROMPT.names.iter().chain(CHOSEN.names).filter(|name| !is_broad(name));
+    names.into_iter().any(|known| row.keys().any(|key| is_same(key, known)))
+}
+
+/// Whether a name is usual for any column.
+pub(super) fn is_usual_name(cell: &str) -> bool {
+    let columns = [ID, PROMPT_ID, LABEL, LANGUAGE];
+    let mut known = columns.iter().flat_map(|column| column.names).chain(&HARMLESS).chain(&MEANINGFUL);
+    is_text_name(cell) || known.any(|known| is_same(cell, known))
+}
+
+/// Whether a cell of a header is a name that the user gave.
+pub(super) fn is_named(cell: &str, named: &[Option<&str>]) -> bool {
+    named.iter().flatten().any(|name| is_same(cell, name.trim()))
 }
 
 /// The first column besides `used` that belongs to the prompt and has a value.

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 
 use super::bytes::{Bytes, utf8};
+use super::column::has_text_name;
 
 /// Keys of an object under which a file of a single object may hold its list of rows.
 const LISTS: [&str; 9] =
@@ -99,7 +100,7 @@ impl<'a> Json<'a> {
             }
             Value::Object(mut object) => {
                 let list = LISTS.iter().find(|name| matches!(object.get(**name), Some(Value::Array(_))));
-                let has_text = ["prompt", "text", "chosen"].iter().any(|name| object.contains_key(*name));
+                let has_text = has_text_name(&object);
                 let list = list.filter(|_| !has_text).and_then(|name| object.remove(*name));
                 let Some(Value::Array(rows)) = list else {
                     self.ready.push_back(Found { value: Value::Object(object), ..first });

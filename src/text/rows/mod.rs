@@ -90,13 +90,14 @@ impl std::fmt::Debug for Rows<'_> {
 }
 
 impl Rows<'static> {
-    /// Opens a file. `noun` is what its rows are, for errors: "prompts".
+    /// Opens a file. `noun` is what its rows are, for errors: "prompts". `named` are the columns that the user names:
+    /// a header with one of them is that of a table.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Input`] for a file that is no list of rows.
-    pub fn open(path: &Path, noun: &'static str) -> Result<Rows<'static>> {
+    pub fn open(path: &Path, noun: &'static str, named: &[Option<&str>]) -> Result<Rows<'static>> {
         let file = File::open(path).map_err(Error::io("read", path))?;
-        Rows::new(path, noun, Box::new(file), None)
+        Rows::new(path, noun, Box::new(file), None, named)
     }
 }
 
@@ -110,9 +111,10 @@ impl<'a> Rows<'a> {
         noun: &'static str,
         input: Box<dyn Read + 'a>,
         form: Option<Wanted>,
+        named: &[Option<&str>],
     ) -> Result<Rows<'a>> {
         let source = source::open(path, noun, input)?;
-        let detected = sniff::detect(path, noun, &source.sample, form)?;
+        let detected = sniff::detect(path, noun, &source.sample, form, named)?;
         let bytes = Bytes::new(path, source.input);
         let reader = match detected {
             Form::Json => Reader::Json(Box::new(Json::new(path, bytes)?)),

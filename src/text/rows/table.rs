@@ -33,11 +33,6 @@ impl<'a> Table<'a> {
     pub fn new(path: &Path, bytes: Bytes<'a>, separator: u8, is_quoted: bool) -> Result<Table<'a>> {
         let mut table = Table { path: path.to_path_buf(), bytes, separator, is_quoted, header: Vec::new() };
         let Some(mut header) = table.record()? else { return Ok(table) };
-        // Excel writes the separator on a line of its own.
-        let is_separator = |cells: &[String]| {
-            let start = cells.first().and_then(|cell| cell.strip_prefix("sep="));
-            start.is_some_and(|rest| rest.len() + cells.len() == 2)
-        };
         if is_separator(&header.cells) {
             match table.record()? {
                 Some(next) => header = next,
@@ -110,7 +105,9 @@ impl<'a> Table<'a> {
                         _ => self.bytes.line += 1,
                     }
                 }
-                *n_bytes += cell.len();
+                // An empty cell takes memory too.
+                *n_bytes += cell.len() + size_of::<String>();
+                self.bytes.check_length(*n_bytes)?;
                 cells.push(utf8(&self.path, line, cell)?);
                 return Ok(!is_end);
             }
@@ -151,25 +148,42 @@ impl<'a> Table<'a> {
     }
 }
 
-/// The records of a sample of a text, and whether all of them have as many cells as the first.
+/// Whether a record is the separator on a line of its own, `sep=;`, as Excel writes it.
+fn is_separator(cells: &[String]) -> bool {
+    let start = cells.first().and_then(|cell| cell.strip_prefix("sep="));
+    start.is_some_and(|rest| rest.len() + cells.len() == 2)
+}
+
+/// The records of a sample of a text.
+pub(super) struct Sampled {
+    pub records: Vec<Record>,
+    /// Whether the quotation marks are wrong after these records.
+    pub is_broken: bool,
+}
+
+/// The records of a sample of a text, up to one with wrong quotation marks.
 ///
-/// The last record is dropped unless the sample is the whole text. `None` if the quotation marks are wrong.
-pub(super) fn sampled(sample: &[u8], is_whole: bool, separator: u8, is_quoted: bool) -> Option<Vec<Record>> {
+/// A line with the separator is dropped, and the last record unless the sample is the whole text.
+pub(super) fn sampled(sample: &[u8], is_whole: bool, separator: u8, is_quoted: bool) -> Sampled {
     let bytes = Bytes::new(Path::new(""), Box::new(sample));
     let mut table = Table { path: PathBuf::new(), bytes, separator, is_quoted, header: Vec::new() };
     let mut records = Vec::new();
-    loop {
+    let is_broken = loop {
         match table.record() {
             Ok(Some(record)) => records.push(record),
-            Ok(None) => break,
-            Err(_) if !is_whole && !records.is_empty() && table.bytes.peek().ok()?.is_none() => {
-                return Some(records);
+            Ok(None) => {
+                if !is_whole {
+                    records.pop();
+                }
+                break false;
             }
-            Err(_) => return None,
+            // The sample ends in the middle of a cell.
+            Err(_) if !is_whole && matches!(table.bytes.peek(), Ok(None)) => break false,
+            Err(_) => break true,
         }
+    };
+    if records.first().is_some_and(|first| is_separator(&first.cells)) {
+        records.remove(0);
     }
-    if !is_whole {
-        records.pop();
-    }
-    Some(records)
+    Sampled { records, is_broken }
 }

@@ -3,7 +3,7 @@ use serde_json::json;
 use super::*;
 
 fn read_as(name: &str, content: impl AsRef<[u8]>, form: Option<Wanted>) -> Result<Vec<Row>> {
-    Rows::new(Path::new(name), "texts", Box::new(content.as_ref()), form)?.limited().collect()
+    Rows::new(Path::new(name), "texts", Box::new(content.as_ref()), form, &[])?.limited().collect()
 }
 
 fn read(name: &str, content: impl AsRef<[u8]>) -> Result<Vec<Row>> {
@@ -210,16 +210,16 @@ fn rejects_files_that_are_no_lists_of_rows_with_advice() {
 fn rejects_an_endless_line_and_endless_rows_before_memory_ends() {
     let line = std::io::repeat(b'a').take(1 << 40);
     let error =
-        Rows::new(Path::new("f"), "texts", Box::new(line), None).unwrap().next().unwrap().unwrap_err();
+        Rows::new(Path::new("f"), "texts", Box::new(line), None, &[]).unwrap().next().unwrap().unwrap_err();
     assert!(error.to_string().contains("a row of at most 64 MiB"), "{error}");
     let string = std::io::Read::chain(&b"[{\"a\": \""[..], std::io::repeat(b'a').take(1 << 40));
     let error =
-        Rows::new(Path::new("f"), "texts", Box::new(string), None).unwrap().next().unwrap().unwrap_err();
+        Rows::new(Path::new("f"), "texts", Box::new(string), None, &[]).unwrap().next().unwrap().unwrap_err();
     assert!(error.to_string().contains("a row of at most 64 MiB"), "{error}");
-    let error = Rows::new(Path::new("f"), "texts", Box::new(std::io::repeat(0)), None).unwrap_err();
+    let error = Rows::new(Path::new("f"), "texts", Box::new(std::io::repeat(0)), None, &[]).unwrap_err();
     assert!(error.to_string().contains("NUL"), "{error}");
     let mut rows = read_as("f", "a\nb\n", None).unwrap();
-    let mut reader = Rows::new(Path::new("f"), "texts", Box::new(&b"a\n"[..]), None).unwrap().limited();
+    let mut reader = Rows::new(Path::new("f"), "texts", Box::new(&b"a\n"[..]), None, &[]).unwrap().limited();
     reader.n_rows = MAX_ROWS;
     assert!(reader.add(&rows.remove(0)).unwrap_err().to_string().contains("more than 2000000 rows"));
 }

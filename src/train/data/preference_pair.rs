@@ -75,7 +75,7 @@ pub struct PairColumns {
 pub fn own() -> Vec<PreferencePair> {
     let path = Path::new("own_pairs.jsonl");
     let bytes: &[u8] = include_bytes!("own_pairs.jsonl");
-    let rows = Rows::new(path, "preference pairs", Box::new(bytes), None);
+    let rows = Rows::new(path, "preference pairs", Box::new(bytes), None, &[]);
     rows.and_then(|rows| read_rows(path, rows, &PairColumns::default()))
         .expect("the file is built in, and a test parses it")
 }
@@ -128,7 +128,9 @@ fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn read_file(path: &Path, columns: &PairColumns) -> Result<Vec<PreferencePair>> {
-    read_rows(path, Rows::open(path, "preference pairs")?, columns)
+    let named = [&columns.prompt, &columns.chosen, &columns.rejected].map(Option::as_deref);
+    let rows = Rows::open(path, "preference pairs", &named)?;
+    read_rows(path, rows, columns)
 }
 
 fn read_rows(path: &Path, rows: Rows<'_>, columns: &PairColumns) -> Result<Vec<PreferencePair>> {
