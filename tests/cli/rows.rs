@@ -48,7 +48,7 @@ fn a_column_of_pairs_without_a_file_of_pairs_is_refused() {
         let mut command = detox();
         command.args(["steer", "-m"]).arg(tiny("llama.gguf")).arg("-o").arg(folder.path().join("s.json"));
         let (code, text) = failure(command.args([flag, "x", "--contrast"]));
-        assert!(code == 1 && text.contains(flag) && text.contains("hint: give the file"), "{text}");
+        assert!(code == 2 && text.contains(flag) && text.contains("hint: give the file"), "{text}");
     }
 }
 

@@ -159,7 +159,7 @@ fn logits_refuses_ids_and_texts_that_it_cannot_run() {
     let (code, message) = refused(&["--no-bos", ""]);
     assert!(code == 2 && message.contains("at least one token"), "{message}");
     let (code, message) = refused(&["text", "-o", path(&model)]);
-    assert!(code == 2 && message.contains("is an input of this command"), "{message}");
+    assert!(code == 2 && message.contains("expected a file name ending in .npy"), "{message}");
 }
 
 /// A copy of a tiny model whose tokenizer is said to be `pre`.
