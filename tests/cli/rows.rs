@@ -144,7 +144,7 @@ fn texts_and_continuations_of_other_tools_are_scored() {
     command.args(["eval", "-t", "1", "--generations"]).arg(&generations);
     command.arg("--tokenizer").arg(tiny("tokenizer.json")).arg("-o").arg(folder.path().join("run"));
     let log = String::from_utf8(command.assert().success().get_output().stderr.clone()).unwrap();
-    assert!(log.contains("replaced 1 unpaired surrogates"), "{log}");
+    assert!(log.contains("replaced by U+FFFD: 1"), "{log}");
     assert_eq!(rows(&folder.path().join("run/generations.jsonl"))[0]["generated_text"], " \u{fffd} b");
 }
 

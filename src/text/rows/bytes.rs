@@ -128,8 +128,8 @@ pub(super) fn utf8(path: &Path, line: usize, bytes: Vec<u8>) -> Result<String> {
         let (line, column) = place(at);
         let reason = format!("expected text, found a NUL byte at byte {column} of the line");
         return Err(Error::input(path, Some(line), reason).with_hint(format!(
-            "the file is damaged or binary; to drop the NUL bytes: tr -d '\\0' < {0} > clean-{0}",
-            crate::file::base_name(path)
+            "the file is damaged or binary; to drop the NUL bytes: {}",
+            source::converted("tr -d '\\0'", path, "clean.txt")
         )));
     }
     match std::str::from_utf8(&bytes) {

@@ -25,11 +25,14 @@ mod folder;
 mod json;
 mod sniff;
 mod source;
+mod surrogates;
 mod table;
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use serde_json::{Map, Value};
 
@@ -37,6 +40,7 @@ use crate::error::{Error, Result};
 
 use bytes::{Bytes, utf8};
 use json::Json;
+use surrogates::Surrogates;
 use table::Table;
 
 pub use cell::{chat, is_message, is_missing, kind, label, number, text};
@@ -74,6 +78,8 @@ pub struct Rows<'a> {
     n_rows: usize,
     n_bytes: usize,
     n_surrogates: usize,
+    /// Those in UTF-8, where they are not allowed.
+    n_encoded_surrogates: Rc<Cell<usize>>,
     is_finished: bool,
 }
 
@@ -113,9 +119,12 @@ impl<'a> Rows<'a> {
         form: Option<Wanted>,
         named: &[Option<&str>],
     ) -> Result<Rows<'a>> {
-        let source = source::open(path, noun, input)?;
+        let mut source = source::open(path, noun, input)?;
+        surrogates::replace(&mut source.sample);
         let detected = sniff::detect(path, noun, &source.sample, form, named)?;
-        let bytes = Bytes::new(path, source.input);
+        let n_encoded_surrogates = Rc::new(Cell::new(0));
+        let input = Surrogates::new(source.input, n_encoded_surrogates.clone());
+        let bytes = Bytes::new(path, Box::new(input));
         let reader = match detected {
             Form::Json => Reader::Json(Box::new(Json::new(path, bytes)?)),
             Form::Table { separator, is_quoted } => {
@@ -134,6 +143,7 @@ impl<'a> Rows<'a> {
             n_rows: 0,
             n_bytes: 0,
             n_surrogates: 0,
+            n_encoded_surrogates,
             is_finished: false,
         })
     }
@@ -202,17 +212,19 @@ impl<'a> Rows<'a> {
             () => return Ok(()),
         };
         let reason = format!("expected {} that fit in memory, found {found}", self.noun);
-        Err(Error::input(&self.path, None, reason)
-            .with_hint("give fewer rows, for example the first million: head -n 1000000 FILE"))
+        Err(Error::input(&self.path, None, reason).with_hint(format!(
+            "give fewer rows, for example the first million: {}",
+            source::converted("head -n 1000000", &self.path, "first.txt")
+        )))
     }
 
     /// Warns of repairs, at the end of the file.
     fn finish(&mut self) {
-        if self.n_surrogates > 0 {
+        let n = self.n_surrogates + self.n_encoded_surrogates.get();
+        if n > 0 {
             tracing::warn!(
-                "{}: replaced {} unpaired surrogates, such as \\ud83d without its other half, by U+FFFD",
+                "{}: unpaired surrogates (such as \\ud83d without its other half) replaced by U+FFFD: {n}",
                 self.path.display(),
-                self.n_surrogates
             );
         }
     }

@@ -9,6 +9,8 @@ use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 
 use crate::error::{Error, Result};
 
+use super::column::argument;
+
 /// Bytes by which the form of a file is recognised.
 pub(super) const SAMPLE_BYTES: usize = 64 << 10;
 
@@ -47,20 +49,35 @@ const FOREIGN: [(&[u8], &str, &str); 23] = [
     (b"\x80\x05", "a Python pickle", PANDAS_PICKLE),
 ];
 
-const PANDAS_PARQUET: &str = "convert it: python3 -c \"import pandas; pandas.read_parquet('FILE')\
-    .to_json('rows.jsonl', orient='records', lines=True)\"";
-const PANDAS_FEATHER: &str = "convert it: python3 -c \"import pandas; pandas.read_feather('FILE')\
-    .to_json('rows.jsonl', orient='records', lines=True)\"";
-const PANDAS_PICKLE: &str = "convert it: python3 -c \"import pandas; pandas.read_pickle('FILE')\
-    .to_json('rows.jsonl', orient='records', lines=True)\"";
+const PANDAS_PARQUET: &str = "convert it: python3 -c \"import pandas, sys; pandas.read_parquet(sys.argv[1])\
+    .to_json('rows.jsonl', orient='records', lines=True)\" FILE";
+const PANDAS_FEATHER: &str = "convert it: python3 -c \"import pandas, sys; pandas.read_feather(sys.argv[1])\
+    .to_json('rows.jsonl', orient='records', lines=True)\" FILE";
+const PANDAS_PICKLE: &str = "convert it: python3 -c \"import pandas, sys; pandas.read_pickle(sys.argv[1])\
+    .to_json('rows.jsonl', orient='records', lines=True)\" FILE";
+
+/// Whether a zstd file begins so: with a frame of data, or with one to skip, as pzstd writes it.
+fn is_zstd(sample: &[u8]) -> bool {
+    sample.starts_with(ZSTD) || matches!(sample, [0x50..=0x5F, 0x2A, 0x4D, 0x18, ..])
+}
 
 /// How to write a file again as UTF-8.
 pub(super) fn utf8_hint(path: &Path) -> String {
-    format!("save the file as UTF-8: iconv -f WINDOWS-1252 -t UTF-8 {0} > utf8-{0}", name(path))
+    format!(
+        "save the file as UTF-8, for example: {}",
+        converted("iconv -f WINDOWS-1252 -t UTF-8", path, "utf8.txt")
+    )
 }
 
-fn name(path: &Path) -> String {
-    crate::file::base_name(path)
+/// A shell command that gives the text of `path`, decompressed, to `program`, and writes `output`.
+pub(super) fn converted(program: &str, path: &Path, output: &str) -> String {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_ascii_lowercase();
+    let text = match ending.as_str() {
+        "gz" => "gunzip -c",
+        "zst" | "zstd" => "zstd -dc",
+        _ => "cat",
+    };
+    format!("{text} {} | {program} > {output}", argument(&path.display().to_string()))
 }
 
 /// The text of a file, and its first [`SAMPLE_BYTES`], which `input` repeats.
@@ -77,7 +94,7 @@ pub(super) fn open<'a>(path: &Path, noun: &str, raw: Box<dyn Read + 'a>) -> Resu
     let mut source = peek(path, raw)?;
     if let Some(decompressed) = decompress(&mut source) {
         source = peek(path, decompressed)?;
-        if source.sample.starts_with(GZIP) || source.sample.starts_with(ZSTD) {
+        if source.sample.starts_with(GZIP) || is_zstd(&source.sample) {
             return Err(Error::input(
                 path,
                 None,
@@ -88,7 +105,7 @@ pub(super) fn open<'a>(path: &Path, noun: &str, raw: Box<dyn Read + 'a>) -> Resu
     }
     if let Some((found, hint)) = foreign(&source.sample) {
         return Err(Error::input(path, None, format!("expected a text file of {noun}, found {found}"))
-            .with_hint(hint.replace("FILE", &path.display().to_string())));
+            .with_hint(hint.replace("FILE", &argument(&path.display().to_string()))));
     }
     source = decode(path, source)?;
     if source.sample.contains(&0) {
@@ -137,7 +154,7 @@ fn decompress<'a>(source: &mut Source<'a>) -> Option<Box<dyn Read + 'a>> {
         let input = MultiGzDecoder::new(take(source));
         return Some(Box::new(Named { input, format: "gzip" }));
     }
-    if source.sample.starts_with(ZSTD) {
+    if is_zstd(&source.sample) {
         let input = ZstdFrames { input: take(source), decoder: FrameDecoder::new(), is_in_frame: false };
         return Some(Box::new(Named { input, format: "zstd" }));
     }
@@ -218,8 +235,8 @@ fn decode<'a>(path: &Path, mut source: Source<'a>) -> Result<Source<'a>> {
     let sample = &source.sample;
     if sample.starts_with(b"\xFF\xFE\0\0") || sample.starts_with(b"\0\0\xFE\xFF") {
         return Err(Error::input(path, None, "expected UTF-8, found UTF-32").with_hint(format!(
-            "save the file as UTF-8: iconv -f UTF-32 -t UTF-8 {0} > utf8-{0}",
-            name(path)
+            "save the file as UTF-8: {}",
+            converted("iconv -f UTF-32 -t UTF-8", path, "utf8.txt")
         )));
     }
     let is_big = sample.starts_with(b"\xFE\xFF");
