@@ -250,6 +250,13 @@ mod tests {
         flag.into_iter().chain(vec![value; n_values]).collect()
     }
 
+    /// A file name with the ending that the argument's placeholder names, as in `FILE.npy`.
+    fn chosen_name(argument: &clap::Arg) -> String {
+        let names = argument.get_value_names().unwrap_or_default();
+        let ending = names.first().and_then(|name| name.split_once('.')).map_or("gguf", |(_, ending)| ending);
+        format!("chosen.{ending}")
+    }
+
     /// The files of the command line with `argument`, and as few other path arguments as it needs to be valid.
     fn paths_with(words: &[&str], argument: &clap::Arg, others: &[clap::Arg]) -> Option<Paths> {
         let others = others.iter().filter(|other| other.get_id() != argument.get_id());
@@ -259,7 +266,7 @@ mod tests {
         choices.sort_by_key(|bits| bits.count_ones());
         choices.into_iter().find_map(|bits| {
             let mut line: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
-            line.extend(typed(argument, "chosen.gguf"));
+            line.extend(typed(argument, &chosen_name(argument)));
             let chosen =
                 optional.iter().enumerate().filter(|(i, _)| bits >> i & 1 == 1).map(|(_, other)| other);
             let others = required.iter().chain(chosen).enumerate();
@@ -289,7 +296,8 @@ mod tests {
                 let place = format!("{} {}", words.join(" "), argument.get_id());
                 let paths = paths_with(&words, argument, &arguments);
                 let paths = paths.unwrap_or_else(|| panic!("{place}: no valid command line found"));
-                let chosen = std::path::Path::new("chosen.gguf");
+                let chosen = chosen_name(argument);
+                let chosen = std::path::Path::new(&chosen);
                 match argument.get_id().as_str() {
                     "output" => assert!(paths.has_output(chosen), "{place} is not declared as an output"),
                     _ => assert!(paths.has_input(chosen), "{place} is not declared as an input"),
