@@ -352,13 +352,16 @@ fn a_run_stops_early_after_patience_evaluations_without_improvement() {
     assert_eq!((again.outcome.ending, again.outcome.n_steps), (Ending::EarlyStopping, 8));
 }
 
+/// The learning rate is far too high, so the held-out loss soon rises.
+fn overfitting() -> Settings {
+    Settings { learning_rate: 0.02, warmup_steps: 0, eval_every: 2, epochs: 6, ..small_settings() }
+}
+
 #[test]
 fn the_step_with_the_lowest_held_out_loss_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let pairs = own_pairs("llama", 24);
-    // The learning rate is far too high: overfitting soon raises the held-out loss.
-    let settings =
-        Settings { learning_rate: 0.02, warmup_steps: 0, eval_every: 2, epochs: 6, ..small_settings() };
+    let settings = overfitting();
     let trained = train_whole("llama", &settings, &pairs, &folder.path().join("long"));
     let evaluations = evaluations(&trained.records);
     let least = evaluations.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss)).unwrap();
@@ -367,7 +370,6 @@ fn the_step_with_the_lowest_held_out_loss_is_kept() {
         least.step < trained.outcome.n_steps,
         "the last step was the best, so this test shows nothing: {evaluations:?}"
     );
-    // A run that ends at that step ends with the same values.
     let short = Settings { max_steps: Some(least.step), ..settings };
     let ended = train_whole("llama", &short, &pairs, &folder.path().join("short"));
     let values = |trained: &super::Trained| -> Vec<Vec<f32>> {
@@ -502,13 +504,11 @@ fn a_damaged_checkpoint_falls_back_to_the_one_before_it() {
 fn rejects_a_damaged_checkpoint_with_hints_that_work() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, damaged) = (folder.path().join("whole"), folder.path().join("damaged"));
-    let pairs = own_pairs("llama", 16);
-    train_whole("llama", &small_settings(), &pairs, &whole);
-    train_whole("llama", &small_settings(), &pairs, &damaged);
+    let pairs = own_pairs("llama", 24);
+    train_whole("llama", &overfitting(), &pairs, &whole);
+    train_whole("llama", &overfitting(), &pairs, &damaged);
     let refusal = || {
-        train("llama", &small_settings(), &pairs, &damaged, &AtomicBool::new(false), &mut Silent)
-            .err()
-            .unwrap()
+        train("llama", &overfitting(), &pairs, &damaged, &AtomicBool::new(false), &mut Silent).err().unwrap()
     };
     for name in ["checkpoint.gguf", "best.gguf"] {
         for bytes in damages(&damaged.join(name)) {
@@ -520,7 +520,7 @@ fn rejects_a_damaged_checkpoint_with_hints_that_work() {
             assert_eq!(metrics(&whole), metrics(&damaged), "nothing is lost");
         }
         std::fs::remove_file(damaged.join(name)).unwrap();
-        let ended = train_whole("llama", &small_settings(), &pairs, &damaged);
+        let ended = train_whole("llama", &overfitting(), &pairs, &damaged);
         match name {
             "checkpoint.gguf" => assert_same(&whole, &damaged, name),
             _ => assert_eq!(ended.outcome.best, None, "the values are those of the last step"),

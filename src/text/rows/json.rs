@@ -16,6 +16,9 @@ use super::column::has_text_name;
 const LISTS: [&str; 9] =
     ["data", "rows", "prompts", "examples", "items", "records", "pairs", "texts", "instances"];
 
+/// The most values of one row. A parsed value takes some hundred bytes, whatever its length in the file.
+const MAX_VALUES: usize = 4_000_000;
+
 pub(super) const HINT: &str =
     "give one JSON object per line, or one JSON array of objects; name plain text .txt";
 
@@ -241,6 +244,12 @@ impl<'a> Json<'a> {
 
     /// Parses a value that begins on `line` at byte `column`.
     fn read(&self, raw: Vec<u8>, line: usize, column: usize, place: usize) -> Result<Found> {
+        // Commas and opening brackets are at least as many as the values after the first.
+        if raw.iter().filter(|byte| matches!(byte, b',' | b'[' | b'{')).count() > MAX_VALUES {
+            let reason = format!("expected a row of at most {MAX_VALUES} values, found more");
+            return Err(Error::input(&self.path, Some(line), reason)
+                .with_hint("write one row per line, and leave out columns that are not needed"));
+        }
         match parse(&raw) {
             Ok((value, n_surrogates)) => Ok(Found { line, place, value, n_surrogates }),
             Err(error) => {

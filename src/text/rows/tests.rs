@@ -245,3 +245,10 @@ proptest::proptest! {
         proptest::prop_assert_eq!(found, cells.into_iter().map(Value::from).collect::<Vec<_>>());
     }
 }
+
+#[test]
+fn rejects_a_row_of_more_values_than_fit_in_memory() {
+    let wide = format!("{{\"text\": [{}0]}}\n", "0,".repeat(4_000_000));
+    let (line, reason, _) = refused("f.jsonl", &wide);
+    assert!(line == Some(1) && reason.contains("at most 4000000 values"), "{line:?} {reason}");
+}
