@@ -46,7 +46,7 @@ pub struct Untrained {
     pub effect: Difference,
 }
 
-/// What a comparison shows about the trained result.
+/// The verdict of a comparison.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finding {
     /// llama.cpp reproduces the trained model.

@@ -87,7 +87,6 @@ fn die(message: &dyn Fn()) -> ! {
 }
 
 #[cfg(unix)]
-#[path = "crash/signals.rs"]
 mod signals;
 
 #[cfg(test)]

@@ -62,7 +62,7 @@ fn exit() -> ! {
     std::process::exit(exit_code().into())
 }
 
-/// What to do on a signal.
+/// The reaction to a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Action {
     Stop,
@@ -139,7 +139,7 @@ mod platform {
         action.sa_sigaction == libc::SIG_IGN
     }
 
-    /// Which of standard output and standard error are terminals.
+    /// Whether standard output and standard error are terminals.
     fn terminals() -> [bool; 2] {
         use std::io::IsTerminal;
         [io::stdout().is_terminal(), io::stderr().is_terminal()]

@@ -101,7 +101,7 @@ pub struct GenerateStats {
     pub sample_time: Duration,
 }
 
-/// Where the tokens of a continuation come from.
+/// The source of a continuation's tokens.
 enum Origin<'a> {
     /// They are sampled.
     Sampled { random: Box<ChaCha8Rng>, options: &'a GenerateOptions },
@@ -126,7 +126,7 @@ impl Origin<'_> {
     }
 }
 
-/// What follows the last token of a continuation.
+/// The next token of a continuation, or its end.
 enum Next {
     Token(Choice),
     /// The end of a written continuation that had stopped.
@@ -277,7 +277,7 @@ type Waiting<'a> = Box<dyn Iterator<Item = (usize, u32)> + 'a>;
 
 /// The samples of one call of [`generate`]: those waiting, and those in slots.
 struct Schedule<'a> {
-    /// Request and number of each sample that has not started, in order. Counted, not listed: there may be billions.
+    /// The samples that have not started, in order. An iterator, because there may be billions.
     waiting: Peekable<Waiting<'a>>,
     /// Free slots, the highest first.
     free: Vec<usize>,

@@ -465,7 +465,7 @@ impl Session {
         }
     }
 
-    /// What to do about a value that is not finite.
+    /// A hint for a value that is NaN or infinite.
     fn not_finite_hint(&self) -> &'static str {
         if self.model.steering().steering().is_empty() {
             "the file may be damaged: load it with --check-tensors, or download it again"

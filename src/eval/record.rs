@@ -42,7 +42,7 @@ pub struct Record {
 
 const FORMAT: u32 = 1;
 
-/// The hint for a folder of which something is missing or damaged.
+/// The hint for a folder with missing or damaged files.
 const REPEAT: &str = "repeat the `detox-gguf eval` that wrote this folder: it keeps complete rows and makes the \
                       others again";
 
@@ -191,7 +191,7 @@ pub(super) fn perplexity_tokens(
     Some(if found.all(|tokens| tokens == first) { first } else { PerplexityTokens::WithoutIds })
 }
 
-/// What an interrupted run left in `scores.jsonl`.
+/// The rows in the `scores.jsonl` of an interrupted run.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct ScoresThere {
     /// Rows before the first one that a crash tore.
@@ -221,7 +221,7 @@ pub(super) fn peek_scores(folder: &Path, generations: &[Generation]) -> Result<S
 
 fn read_rows<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Vec<T>> {
     let text = match std::fs::read(path) {
-        // An interrupted run has not written all files.
+        // An interrupted run may not have this file yet.
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         bytes => bytes.map_err(Error::io("read", path))?,
     };

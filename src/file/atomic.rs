@@ -30,7 +30,7 @@ pub struct AtomicFile {
 enum Target {
     Beside {
         temporary: Temporary,
-        /// What had this path when the file was started.
+        /// The file at this path when writing started.
         replaces: Option<Version>,
     },
     Device(File),

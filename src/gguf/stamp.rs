@@ -1,4 +1,4 @@
-//! What tells whether a file is still the same, without reading it.
+//! Detects a change of a file without reading it.
 
 use std::fs::Metadata;
 

@@ -60,29 +60,45 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
             b"the stack overflowed",
             b"raise the limit (ulimit -s), or shorten the longest text; nested or very long input needs most stack",
         ),
-        libc::SIGSEGV => put_end(
-            b"llama.cpp crashed (SIGSEGV, an invalid memory access)",
-            b"the file may be damaged: compare its sha256 with the source. If they agree, try -np 1 and fewer flags",
-        ),
-        libc::SIGILL => put_end(
-            b"the program met an instruction that this CPU does not have (SIGILL)",
-            b"use a build for this CPU",
-        ),
-        libc::SIGXCPU => put_end(
-            b"the limit of CPU time was reached (SIGXCPU)",
-            b"raise it (ulimit -t), and run the same command again: eval, sweep and train resume",
-        ),
-        libc::SIGFPE => put_end(
-            b"llama.cpp divided by zero (SIGFPE)",
-            b"a size in the file's metadata may be zero or wrong: download or convert the file again",
-        ),
-        _ => put_end(
-            b"the program was aborted (SIGABRT)",
-            b"the reason is in the lines above. If memory ran out: lower -np/--parallel, -c/--ctx-size or -k/--samples",
-        ),
+        _ => {
+            let (_, reason, hint) = REASONS.iter().find(|(of, ..)| *of == signal).unwrap_or(&ABORTED);
+            put_end(reason, hint);
+        }
     }
     })
 }
+
+/// A signal, what happened, and what to do.
+type Reason = (c_int, &'static [u8], &'static [u8]);
+
+const REASONS: [Reason; 4] = [
+    (
+        libc::SIGSEGV,
+        b"llama.cpp crashed (SIGSEGV, an invalid memory access)",
+        b"the file may be damaged: compare its sha256 with the source. If they agree, try -np 1 and fewer flags",
+    ),
+    (
+        libc::SIGILL,
+        b"the program met an instruction that this CPU does not have (SIGILL)",
+        b"use a build for this CPU",
+    ),
+    (
+        libc::SIGXCPU,
+        b"the limit of CPU time was reached (SIGXCPU)",
+        b"raise it (ulimit -t), and run the same command again: eval, sweep and train resume",
+    ),
+    (
+        libc::SIGFPE,
+        b"llama.cpp divided by zero (SIGFPE)",
+        b"a size in the file's metadata may be zero or wrong: download or convert the file again",
+    ),
+];
+
+const ABORTED: Reason = (
+    libc::SIGABRT,
+    b"the program was aborted (SIGABRT)",
+    b"the reason is in the lines above. If memory ran out: lower -np/--parallel, -c/--ctx-size or -k/--samples",
+);
 
 /// Passes SIGSEGV to Rust's handler. It prints and aborts after a stack overflow, and returns otherwise.
 fn ask_rust(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {

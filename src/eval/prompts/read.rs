@@ -160,8 +160,7 @@ fn key_of<'r>(
 /// An id: a string or a whole number. `7.0`, as pandas writes whole numbers, is 7, also in a table.
 ///
 /// # Errors
-/// What was found instead, in words. Numbers with a fraction are no ids, nor are those that JSON's floats cannot
-/// hold exactly.
+/// Describes the value found. Fractions are refused, and so are numbers that a JSON float cannot hold exactly.
 pub(in crate::eval) fn id(value: &Value) -> Result<String, String> {
     match value {
         Value::String(text) => {

@@ -1,4 +1,6 @@
 //! Rows of tables: CSV, TSV, and tables with semicolons or vertical bars.
+//!
+//! The crate `csv` is not used for reading: it accepts wrong quotation marks silently, and has no limit for a record.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
